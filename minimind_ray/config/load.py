@@ -1,0 +1,173 @@
+"""YAML and dotted overrides into a Config, with errors that name the key, the value and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import Config
+
+# What a stage does differently from the schema's defaults: MiniMind's own hyperparameters.
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pretrain": {"optim": {"lr": 5e-4}},
+    "sft": {"optim": {"lr": 1e-5}},
+    "lora": {"optim": {"lr": 1e-4}},
+    "dpo": {"optim": {"lr": 5e-7}},
+}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        UserError: no such file, no valid YAML (with the line), or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: expected a mapping of settings (key: value) at the top")
+    return content
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`optim.lr=1e-4` into its dotted key and its value, which is read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {text}: expected key=value, such as --set optim.lr=1e-4")
+    return key.strip(), parse_value(value)
+
+
+def parse_value(text: str) -> Any:
+    """A scalar or list as YAML reads it, and numbers such as 1e-4, which YAML 1.1 takes for a string."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_config(
+    stage: str, files: Sequence[str | Path] = (), overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """The config of one stage: defaults, then the stage's own, then each file, then dotted overrides.
+
+    Raises:
+        UserError: an unknown key, a wrong type or an impossible value, with the key and what is allowed.
+    """
+    tree: dict[str, Any] = {"stage": stage}
+    origins: dict[str, str] = {}
+    _merge(tree, STAGE_DEFAULTS.get(stage, {}), origins, f"the defaults of {stage}")
+    for path in files:
+        content = read_yaml(path)
+        if content.get("stage", stage) != stage:
+            raise UserError(f"{path}: stage is {content['stage']}, but the command trains {stage}")
+        _merge(tree, content, origins, str(path))
+    for key, value in (overrides or {}).items():
+        node = tree
+        *parents, last = key.split(".")
+        for part in parents:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise UserError(f"{key}: {part} is a single value and has no key {last}; {nearest_key(key)}")
+            node = child
+        node[last] = value
+        origins[key] = "the command line"
+    return validate(tree, origins)
+
+
+def validate(tree: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Config:
+    """Check a nested mapping against the schema; see `load_config` for what is raised."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        # A union reports once per member, always about the same key: the first says enough.
+        by_key = {_key(e): e for e in reversed(error.errors())}
+        raise UserError("; ".join(_explain(e, origins or {}) for e in by_key.values())) from None
+
+
+def _merge(tree: dict[str, Any], update: Mapping[str, Any], origins: dict[str, str], origin: str, at: str = "") -> None:
+    for key, value in update.items():
+        if isinstance(value, dict) and isinstance(tree.setdefault(key, {}), dict):
+            _merge(tree[key], value, origins, origin, f"{at}{key}.")
+        else:
+            tree[key] = value
+            origins[f"{at}{key}"] = origin
+
+
+def config_keys(model: type[BaseModel] = Config, at: str = "") -> Iterator[str]:
+    """Every dotted key of the schema that holds a value."""
+    for name, info in model.model_fields.items():
+        section = _section(info.annotation)
+        if section is None:
+            yield f"{at}{name}"
+        else:
+            yield from config_keys(section, f"{at}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *get_args(annotation)]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def nearest_key(key: str) -> str:
+    """`did you mean …` for a key that does not exist, or the keys beside it."""
+    known = list(config_keys())
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    last = key.rsplit(".", 1)[-1]
+    if not close or close[0].rsplit(".", 1)[-1] != last:
+        close = [k for k in known if k.rsplit(".", 1)[-1] == last] or close
+    prefix = key.rsplit(".", 1)[0] + "." if "." in key else ""
+    beside = [k for k in known if prefix and k.startswith(prefix)] or sorted({k.split(".")[0] for k in known})
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}valid here: {', '.join(beside)}"
+
+
+def _key(error: Any) -> str:
+    # Unions repeat the type in the location; only names of keys are the user's business.
+    return ".".join(part for part in error["loc"] if isinstance(part, str) and not _is_type_tag(part))
+
+
+def _explain(error: Any, origins: Mapping[str, str]) -> str:
+    key = _key(error)
+    origin = next((origins[k] for k in (key, *_parents(key)) if k in origins), None)
+    where = f"{key} (from {origin})" if origin else key
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: no such setting; {nearest_key(key)}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {value!r}"
+
+
+def _parents(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rsplit(".", 1)[0]
+        yield key
+
+
+def _is_type_tag(part: str) -> bool:
+    return part in ("str", "int", "float", "bool") or part.startswith(("list[", "constrained-", "function-"))
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config as YAML that `load_config` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

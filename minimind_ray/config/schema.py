@@ -1,0 +1,329 @@
+"""What a run is told: strict sections, one per component, each handed only to the component it is for.
+
+Unknown keys and impossible values are errors that name the key; nothing here changes a value that was given.
+Values that follow from others (a head's size, the packs in a step) are derived by a method, which raises when
+they do not divide.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from minimind_ray.config.errors import UserError
+
+StageName = Literal["pretrain", "sft", "lora", "dpo"]
+
+
+class Section(BaseModel):
+    """A strict, frozen group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=False)]
+Probability = Annotated[float, Field(ge=0, lt=1, strict=False)]
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they become packs."""
+
+    train: str | list[str] | None = Field(None, description="path, glob, folder or URL, or a list of them")
+    val: str | list[str] | None = Field(None, description="validation files; without them a part of train is held out")
+    val_fraction: Probability = Field(0.01, description="part of train's rows held out when data.val is not given")
+    tokenizer: str | None = Field(None, description="directory with tokenizer.json; default: the one of init_from")
+    max_seq_len: PositiveInt = Field(512, description="longest document, in tokens")
+    pack_tokens: PositiveInt = Field(4096, description="most tokens in a pack, which is one forward pass")
+    long_documents: Literal["split", "truncate"] = Field(
+        "split", description="pretraining documents over max_seq_len: split into consecutive ones, or cut"
+    )
+    cache: bool = Field(True, description="keep the packs on disk; false: encode and pack inside the stream")
+    cache_dir: str = Field(".cache/packs", description="where prepared packs are kept")
+    max_reject_fraction: Fraction = Field(0.01, description="part of bad rows above which nothing is trained")
+
+    @model_validator(mode="after")
+    def _packs_hold_documents(self) -> DataConfig:
+        if self.max_seq_len < 2:
+            raise ValueError("data.max_seq_len must be at least 2: a document needs a token to predict")
+        if self.pack_tokens < self.max_seq_len:
+            raise ValueError(
+                f"data.pack_tokens is {self.pack_tokens}, less than data.max_seq_len {self.max_seq_len}: "
+                "a pack must hold the longest document; raise one or lower the other"
+            )
+        return self
+
+
+class RopeScaling(Section):
+    """YaRN (Peng et al. 2023) as Hugging Face writes it."""
+
+    rope_type: Literal["yarn"] = "yarn"
+    factor: PositiveFloat = 16.0
+    original_max_position_embeddings: PositiveInt = 2048
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat = 1.0
+
+
+class ModelShape(Section):
+    """A model's full shape, by Hugging Face's names. Qwen3 with qk_norm, Llama without, Qwen3-MoE with experts."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    intermediate_size: PositiveInt
+    max_position_embeddings: PositiveInt = 32768
+    rope_theta: PositiveFloat = 1e6
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: PositiveFloat = 1e-6
+    tie_word_embeddings: bool = True
+    qk_norm: bool = True
+    dropout: Probability = 0.0
+    num_experts: Annotated[int, Field(ge=0)] = 0
+    num_experts_per_tok: PositiveInt = 1
+    moe_intermediate_size: PositiveInt | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: NonNegativeFloat = 5e-4
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelShape:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"model.num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"model.num_experts_per_tok {self.num_experts_per_tok} is more than model.num_experts {self.num_experts}"
+            )
+        if self.num_experts and not self.qk_norm:
+            raise ValueError("model.qk_norm must be true with experts: Qwen3-MoE is the only MoE layout saved here")
+        return self
+
+
+MINIMIND_3: dict[str, Any] = {
+    "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "qk_norm": True, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+MINIMIND_2: dict[str, Any] = {
+    "num_attention_heads": 8, "num_key_value_heads": 2, "qk_norm": False, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {**MINIMIND_3, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 192},
+    "small": {**MINIMIND_3, "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6,
+              "num_key_value_heads": 2, "intermediate_size": 512},
+    "minimind-3": {**MINIMIND_3, "hidden_size": 768, "intermediate_size": 2432},
+    "minimind-3-small": {**MINIMIND_3, "hidden_size": 512, "intermediate_size": 1664},
+    "minimind-3-moe": {**MINIMIND_3, "hidden_size": 768, "intermediate_size": 2432, "num_experts": 4},
+    "minimind-2": {**MINIMIND_2, "hidden_size": 768, "num_hidden_layers": 16, "intermediate_size": 2048},
+    "minimind-2-small": {**MINIMIND_2, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408},
+}  # fmt: skip
+
+
+class ModelConfig(Section):
+    """The model to make: a preset, and fields that replace the preset's. With init_from the directory says it all."""
+
+    preset: Literal[
+        "tiny", "small", "minimind-3", "minimind-3-small", "minimind-3-moe", "minimind-2", "minimind-2-small"
+    ] = "minimind-3-small"
+    vocab_size: PositiveInt | None = Field(None, description="default: the tokenizer's size")
+    hidden_size: PositiveInt | None = None
+    num_hidden_layers: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_attention_heads")
+    intermediate_size: PositiveInt | None = None
+    max_position_embeddings: PositiveInt | None = None
+    rope_theta: PositiveFloat | None = None
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: PositiveFloat | None = None
+    tie_word_embeddings: bool | None = None
+    qk_norm: bool | None = None
+    dropout: Probability | None = None
+    num_experts: Annotated[int, Field(ge=0)] | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    norm_topk_prob: bool | None = None
+    router_aux_loss_coef: NonNegativeFloat | None = None
+
+    def shape(self, vocab_size: int) -> ModelShape:
+        """Fill in the preset and what follows from it; `vocab_size` is the tokenizer's, used where none was given.
+
+        Raises:
+            UserError: heads that do not divide, or a vocabulary smaller than the tokenizer's.
+        """
+        given = {k: v for k, v in self.model_dump().items() if v is not None and k != "preset"}
+        fields: dict[str, Any] = {**PRESETS[self.preset], **given}
+        fields.setdefault("vocab_size", vocab_size)
+        if fields["vocab_size"] < vocab_size:
+            raise UserError(
+                f"model.vocab_size is {fields['vocab_size']}, but the tokenizer has {vocab_size} tokens; "
+                "leave model.vocab_size out to take the tokenizer's"
+            )
+        if "head_dim" not in fields:
+            hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+            if hidden % heads:
+                raise UserError(
+                    f"model.hidden_size {hidden} does not divide by model.num_attention_heads {heads}; "
+                    "change one, or set model.head_dim"
+                )
+            fields["head_dim"] = hidden // heads
+        if fields.get("num_experts"):
+            fields.setdefault("moe_intermediate_size", fields["intermediate_size"])
+        return ModelShape.model_validate(fields)
+
+
+class BatchConfig(Section):
+    """How much goes into one optimizer step."""
+
+    tokens: PositiveInt = Field(32768, description="token budget of one optimizer step, over all workers")
+
+
+class OptimConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    lr: PositiveFloat = Field(5e-4, description="peak learning rate")
+    weight_decay: NonNegativeFloat = 0.01
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    eps: PositiveFloat = 1e-8
+    clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 leaves gradients as they are")
+
+
+class ScheduleConfig(Section):
+    """How the learning rate moves over the run."""
+
+    name: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
+    final: Fraction = Field(0.1, description="last learning rate, as a part of the peak")
+    decay: Fraction = Field(0.2, description="wsd: part of the run spent decaying at its end")
+
+
+class TrainConfig(Section):
+    """How long, from which seed, in which precision."""
+
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps")
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: bfloat16 matrix products where the hardware has them, else float32"
+    )
+    compile: bool = Field(False, description="torch.compile the elementwise parts; pays after a minute of start-up")
+
+
+class ScaleConfig(Section):
+    """What the run may use of the cluster."""
+
+    workers: PositiveInt = 1
+    cpus_per_worker: PositiveFloat = 1.0
+    gpus_per_worker: NonNegativeFloat = 0.0
+
+
+class EvalConfig(Section):
+    """Validation while training."""
+
+    every: PositiveInt | None = Field(None, description="steps between validations; default: about ten in a run")
+    max_tokens: PositiveInt | None = Field(None, description="validate on so many tokens at most; default: all")
+    samples: Annotated[int, Field(ge=0)] = Field(3, description="texts to generate at each validation")
+    prompts: list[str] = Field(default_factory=list, description="what the samples begin with; default: none")
+    sample_tokens: PositiveInt = 64
+    temperature: NonNegativeFloat = 0.8
+
+
+class CheckpointConfig(Section):
+    """What is kept."""
+
+    every: PositiveInt | None = Field(None, description="steps between checkpoints; default: at each validation")
+    keep: PositiveInt = Field(2, description="last checkpoints kept, beside the best")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat | None = Field(None, description="default: the rank, a scale of 1, as MiniMind")
+    dropout: Probability = 0.0
+    targets: str | list[str] = Field(
+        "square", description="square (as MiniMind), all-linear, or names such as [q_proj, v_proj]"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
+    dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
+
+    @property
+    def scale(self) -> float:
+        """What the product B·A is multiplied by."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
+
+
+class DpoConfig(Section):
+    """Preference optimisation."""
+
+    beta: PositiveFloat = 0.1
+    loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5, strict=False)] = Field(
+        0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
+    )
+    simpo_gamma: NonNegativeFloat = Field(1.0, description="SimPO's target margin over beta-scaled rewards")
+    lora: bool = Field(False, description="train adapters (section lora) instead of all weights")
+
+
+class TrackConfig(Section):
+    """Weights & Biases."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "off", description="auto: online with a key, else offline"
+    )
+    project: str = "minimind-ray"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = Field(default_factory=list)
+
+
+class Config(Section):
+    """One stage's run."""
+
+    stage: StageName
+    out: str = Field("runs/{stage}", description="run directory; {stage} is replaced")
+    init_from: str | None = Field(None, description="checkpoint of ours or a Hugging Face directory to start from")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    scale: ScaleConfig = ScaleConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    lora: LoraConfig = LoraConfig()
+    dpo: DpoConfig = DpoConfig()
+    track: TrackConfig = TrackConfig()
+
+    def packs_per_step(self) -> int:
+        """Packs in one optimizer step, over all workers.
+
+        Raises:
+            UserError: the budget is no whole number of packs, or gives some worker none.
+        """
+        tokens, pack, workers = self.batch.tokens, self.data.pack_tokens, self.scale.workers
+        if tokens % pack:
+            raise UserError(
+                f"batch.tokens {tokens} is not a multiple of data.pack_tokens {pack}; "
+                f"the nearest that are: {max(1, tokens // pack) * pack} and {(tokens // pack + 1) * pack}"
+            )
+        if tokens // pack < workers:
+            raise UserError(
+                f"batch.tokens {tokens} is {tokens // pack} packs of {pack} tokens, fewer than scale.workers {workers}; "
+                "raise batch.tokens or lower data.pack_tokens"
+            )
+        return tokens // pack

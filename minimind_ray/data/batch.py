@@ -1,0 +1,64 @@
+"""The one batch shape of every stage: ragged.
+
+N tokens of D documents, one after another, no padding:
+
+    tokens_N   int64    inputs
+    targets_N  int64    the next token of the same document
+    weights_N  float32  1 where the loss counts, 0 elsewhere
+    bounds_D1  int32    where each document starts, and N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind_ray.data.pack import Pack
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """See the module's legend; `reference_D` float32 are the reference log-probabilities of preference documents."""
+
+    tokens_N: Tensor
+    targets_N: Tensor
+    weights_N: Tensor
+    bounds_D1: Tensor
+    reference_D: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`. The bounds stay on the host: attention plans with them there."""
+        moved = {
+            f.name: value if f.name == "bounds_D1" or value is None else value.to(device, non_blocking=True)
+            for f in fields(self)
+            for value in [getattr(self, f.name)]
+        }
+        return Batch(**moved)
+
+
+def batch_from_packs(packs: Sequence[Pack]) -> Batch:
+    """Concatenate packs. A document of L tokens gives L - 1 positions: its last token is only a target."""
+    tokens = np.concatenate([p.tokens for p in packs]).astype(np.int64)
+    weights = np.concatenate([p.weights for p in packs]).astype(np.float32)
+    lengths = np.concatenate([p.lengths for p in packs])
+    ends = np.cumsum(lengths)
+    is_input = np.ones(len(tokens), bool)
+    is_input[ends - 1] = False
+    is_target = np.ones(len(tokens), bool)
+    is_target[ends - lengths] = False
+    bounds = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths - 1, out=bounds[1:])
+    references = [p.reference for p in packs]
+    return Batch(
+        tokens_N=torch.from_numpy(tokens[is_input]),
+        targets_N=torch.from_numpy(tokens[is_target]),
+        weights_N=torch.from_numpy(weights[is_target]),
+        bounds_D1=torch.from_numpy(bounds),
+        reference_D=None
+        if any(r is None for r in references)
+        else torch.from_numpy(np.concatenate([r for r in references if r is not None])),
+    )

@@ -1,0 +1,80 @@
+"""Where a stage runs: the few things the training loop asks of its host.
+
+Three hosts answer: a plain process (here), a Ray Train worker and a Ray Tune trial (both under on_ray/).
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+
+class Context(Protocol):
+    """What the loop knows of its host."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+        """Tell the host of a validation, and of the checkpoint directory written with it, if any. On every rank."""
+        ...
+
+    def should_stop(self) -> bool:
+        """Whether the host wants the run to end after this step with a checkpoint (Ctrl-C, a spot notice)."""
+        ...
+
+
+class PlainContext:
+    """One process, no Ray. `stop_on_interrupt` turns Ctrl-C into a clean stop; a second one interrupts at once."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or default_device()
+        self.stopping = False
+
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+        """Nothing waits for it here: metrics.jsonl and the run directory have it all."""
+
+    def should_stop(self) -> bool:
+        """True after the first Ctrl-C."""
+        return self.stopping
+
+    @contextmanager
+    def stop_on_interrupt(self) -> Iterator[None]:
+        """While inside, the first SIGINT or SIGTERM asks for a stop, the next one has its usual effect."""
+
+        def ask(signum: int, frame: FrameType | None) -> None:
+            self.stopping = True
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: what `train.precision` names; `auto` is bfloat16 where the hardware has it."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,0 +1,31 @@
+"""What the tests share: one Ray instance for those that need one, and the corpus where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray instance with 8 logical CPUs, stopped at the end."""
+    from minimind_ray.on_ray.session import start_ray, stop_ray
+
+    start_ray(cpus=8)
+    yield
+    stop_ray()
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """The directory that MINIMIND_CORPUS names; tests that need real text skip without it."""
+    path = os.environ.get("MINIMIND_CORPUS")
+    if not path or not Path(path).is_dir():
+        pytest.skip("needs real text: set MINIMIND_CORPUS to the corpus directory")
+    return Path(path)
