@@ -1,0 +1,139 @@
+"""Documents into packs, and packs in the order an epoch reads them.
+
+A document is a run of tokens with a loss weight each; a group is one document, or the two of a preference pair,
+which must share a pack. A pack is one row of a prepared dataset: groups whose tokens add up to at most
+`data.pack_tokens`, one after another. Nothing is padded and nothing is cut here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """`tokens` int32 [L]; `weights` uint8 [L], 1 where predicting that token counts. The first is never predicted."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+Group = tuple[Document, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Documents one after another: `tokens` [T], `weights` uint8 [T], `lengths` int32 [D], `reference` float32 [D].
+
+    `id` is the pack's place in its prepared dataset. `reference` holds each document's log-probability under the
+    reference model; in preference data documents 2i and 2i+1 are chosen and rejected.
+    """
+
+    id: int
+    tokens: np.ndarray
+    weights: np.ndarray
+    lengths: np.ndarray
+    reference: np.ndarray | None = None
+
+    @property
+    def counted(self) -> int:
+        """Tokens that carry loss."""
+        return int(self.weights.sum())
+
+
+def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -> Iterator[list[Group]]:
+    """Best-fit-decreasing bin packing over a sliding window of groups.
+
+    Takes `window` groups at a time, longest first, each into the open pack it fills best, or a new one. A pack is
+    given out when it is full; after each window so are those too full for the window's shortest group, and the
+    fullest ones beyond `window / 8`. The others stay open for the next window, so memory does not grow with the
+    data. The order depends on the input alone.
+
+    Raises:
+        ValueError: a group is longer than a pack.
+    """
+    open_by_room: dict[int, list[list[Group]]] = {}  # free tokens -> the packs that have just so many
+    rooms: list[int] = []  # its keys, sorted
+    remaining = iter(groups)
+    while batch := [(sum([len(d.tokens) for d in group]), group) for group in islice(remaining, window)]:
+        batch.sort(key=itemgetter(0), reverse=True)
+        if batch[0][0] > pack_tokens:
+            raise ValueError(f"a group of {batch[0][0]} tokens does not fit a pack of {pack_tokens}")
+        for length, group in batch:
+            place = bisect_left(rooms, length)
+            if place == len(rooms):
+                pack, room = [group], pack_tokens - length
+            else:
+                packs = open_by_room[rooms[place]]
+                pack, room = packs.pop(), rooms[place] - length
+                pack.append(group)
+                if not packs:
+                    del open_by_room[rooms.pop(place)]
+            if room == 0:
+                yield pack
+            elif room in open_by_room:
+                open_by_room[room].append(pack)
+            else:
+                open_by_room[room] = [pack]
+                insort(rooms, room)
+        shortest, too_many = batch[-1][0], sum(map(len, open_by_room.values())) - window // 8
+        while rooms and (rooms[0] < shortest or too_many > 0):
+            closing = open_by_room.pop(rooms.pop(0))
+            too_many -= len(closing)
+            yield from closing
+    for room in rooms:
+        yield from open_by_room[room]
+
+
+def pack_schema(vocab_size: int) -> pa.Schema:
+    """Columns of prepared packs; tokens take two bytes where the vocabulary allows."""
+    return pa.schema(
+        {
+            "tokens": pa.list_(pa.uint16() if vocab_size <= 65536 else pa.uint32()),
+            "weights": pa.list_(pa.uint8()),
+            "lengths": pa.list_(pa.int32()),
+        }
+    )
+
+
+def packs_table(packs: Sequence[Sequence[Group]], vocab_size: int) -> pa.Table:
+    """Packs, as `pack_groups` gives them, to a table with one row each."""
+    documents = [[d for group in pack for d in group] for pack in packs]
+    columns = {
+        "tokens": [[d.tokens for d in pack] for pack in documents],
+        "weights": [[d.weights for d in pack] for pack in documents],
+        "lengths": [[np.array([len(d.tokens) for d in pack])] for pack in documents],
+    }
+    schema = pack_schema(vocab_size)
+    return pa.Table.from_arrays([_list_column(columns[f.name], f.type.value_type) for f in schema], schema=schema)
+
+
+def _list_column(rows: list[list[np.ndarray]], value_type: pa.DataType) -> pa.ListArray:
+    """Each row's arrays end to end, without a Python object per value."""
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([sum([len(part) for part in row]) for row in rows], out=offsets[1:])
+    parts = [part for row in rows for part in row]
+    values = np.concatenate(parts) if parts else np.zeros(0)
+    return pa.ListArray.from_arrays(offsets, pa.array(values.astype(value_type.to_pandas_dtype())))
+
+
+def pack_from_row(table: pa.Table, row: int, id: int) -> Pack:
+    """One row of a table of packs, without copying; `id` is the pack's place in its whole dataset."""
+
+    def values(name: str) -> np.ndarray:
+        return table[name][row].values.to_numpy()
+
+    return Pack(
+        id=id,
+        tokens=values("tokens"),
+        weights=values("weights"),
+        lengths=values("lengths"),
+        reference=values("reference") if "reference" in table.column_names else None,
+    )
