@@ -1,0 +1,66 @@
+"""Local folders and object stores behind one interface, pyarrow's: a URL becomes a file system and a path in it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+from pyarrow import fs
+
+from minimind_ray.config.errors import UserError
+
+
+def locate(url: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path, `s3://`, `gs://` or `hf://` URL, and the path inside it.
+
+    Credentials and endpoints are those of the environment (AWS_ENDPOINT_URL, HF_TOKEN, …).
+
+    Raises:
+        UserError: another kind of URL, or an object store that cannot be reached.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+    if scheme == "file":
+        return fs.LocalFileSystem(), rest
+    if scheme == "hf":
+        from huggingface_hub import HfFileSystem
+
+        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem())), rest
+    if scheme in ("s3", "gs"):
+        try:  # From the bucket alone: a path may hold what an URI may not, such as the wildcards of a glob.
+            return fs.FileSystem.from_uri(f"{scheme}://{rest.split('/')[0]}")[0], rest
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{url}: the object store cannot be used: {one_line(error)}") from None
+    raise UserError(f"{url}: no file system for {scheme}://; use a local path, s3://, gs:// or hf://datasets/…")
+
+
+def join(base: str, *parts: str) -> str:
+    """`base/part/…` for paths and URLs alike."""
+    return "/".join([base.rstrip("/"), *parts])
+
+
+@contextmanager
+def atomic_output(filesystem: fs.FileSystem, path: str) -> Generator[pa.NativeFile]:
+    """A stream to write `path` with, which gets its name only when the block ends without an exception."""
+    temporary = f"{path}.{uuid4().hex}{TEMPORARY}"
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    try:
+        with filesystem.open_output_stream(temporary) as stream:
+            yield stream
+        filesystem.move(temporary, path)
+    except BaseException:
+        if filesystem.get_file_info(temporary).type != fs.FileType.NotFound:
+            filesystem.delete_file(temporary)
+        raise
+
+
+TEMPORARY = ".tmp"
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of an error, short enough to stand in a sentence of ours."""
+    return " ".join(str(error).split())[:300]

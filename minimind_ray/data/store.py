@@ -1,0 +1,242 @@
+"""A prepared dataset to read packs from, and the order in which an epoch reads them.
+
+    <cache>/datasets/<key>/manifest.json    which units make up the dataset, and its totals
+    <cache>/datasets/<key>/rejects.jsonl    the rows that could not be used: file, line, reason
+    <cache>/units/<key>.parquet             the packs of one unit: a piece of a source file, shared between datasets
+
+A shard's columns are lists, one pack a row: `tokens` uint16 or uint32, `weights` uint8, `lengths` int32. The manifest
+names units by their hash, so that it can point at nothing outside its cache; all else in it is checked as it is read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pydantic import Field, ValidationError
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import Section, StageName
+from minimind_ray.data.files import atomic_output, join, locate, one_line
+from minimind_ray.data.pack import Pack, pack_from_row, pack_schema
+
+FORMAT = 1
+ROW_GROUP = 64
+WINDOW = 16
+
+Count = Annotated[int, Field(ge=0)]
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class UnitStats(Section):
+    """What one unit became. `row_groups` counts the packs in each row group of its shard; empty: there is no shard.
+
+    Every row that was read is kept, rejected, or held out for the other side of the validation split.
+    """
+
+    key: Key
+    rows: Count
+    kept: Count
+    rejected: Count
+    held_out: Count
+    documents: Count
+    tokens: Count
+    counted_tokens: Count
+    row_groups: tuple[Annotated[int, Field(gt=0, le=ROW_GROUP)], ...]
+    bytes: Count = Field(description="size of the shard")
+
+
+class Manifest(Section):
+    """The units of a prepared dataset in the order of its sources, and where they came from."""
+
+    format: Literal[1]
+    stage: StageName
+    split: Literal["train", "val"]
+    tokenizer: str = Field(description="the tokenizer's fingerprint")
+    pack_tokens: Annotated[int, Field(gt=0)]
+    sources: dict[str, int] = Field(description="path or URL, and its size")
+    units: tuple[UnitStats, ...]
+
+    def total(self, field: str) -> int:
+        """The sum of a count over all units."""
+        return sum(getattr(unit, field) for unit in self.units)
+
+
+class PackStore:
+    """Random access to the packs of a prepared dataset, fast when they are asked for in `epoch_order`.
+
+    Holds the last row groups that were read, so a pass in epoch order reads each once. `row_groups` counts the packs
+    in each. Hand `path` to other processes, not the store.
+
+    Raises:
+        UserError: the manifest or a shard is missing or broken; the sentence names the file and what to do.
+    """
+
+    def __init__(self, path: str, reference: str | None = None) -> None:
+        self.path = path
+        self.reference = reference
+        self.manifest = read_manifest(path)
+        self._filesystem, root = locate(path)
+        cache = root.rstrip("/").rsplit("/", 2)[0]
+        units = [unit for unit in self.manifest.units if unit.row_groups]
+        self._shards = [join(cache, "units", f"{unit.key}.parquet") for unit in units]
+        self._units = units
+        self._check_sizes()
+        self._groups = [(shard, group) for shard, unit in enumerate(units) for group in range(len(unit.row_groups))]
+        self.row_groups = tuple(packs for unit in units for packs in unit.row_groups)
+        self._starts = [0, *accumulate(self.row_groups)]
+        self.n_packs = self._starts[-1]
+        self.n_documents = self.manifest.total("documents")
+        self.n_tokens = self.manifest.total("tokens")
+        self.counted_tokens = self.manifest.total("counted_tokens")
+        self._group = lru_cache(WINDOW)(self._read_group)
+        self._shard = lru_cache(WINDOW)(self._open_shard)
+        self._references = self._open_reference(reference) if reference else None
+
+    def with_reference(self, path: str) -> PackStore:
+        """The same packs with the reference log-probabilities that `write_reference` put at `path`."""
+        return PackStore(self.path, path)
+
+    def read(self, ids: Iterable[int]) -> list[Pack]:
+        """The packs of these ids, in this order."""
+        packs: list[Pack] = []
+        for pack in ids:
+            if not 0 <= pack < self.n_packs:
+                raise IndexError(f"pack {pack} of {self.n_packs}")
+            group = bisect_right(self._starts, pack) - 1
+            packs.append(self._group(group)[int(pack) - self._starts[group]])
+        return packs
+
+    def __iter__(self) -> Iterator[Pack]:
+        for group in range(len(self._groups)):
+            yield from self._group(group)
+
+    def _check_sizes(self) -> None:
+        infos = self._filesystem.get_file_info(self._shards) if self._shards else []
+        for info, unit, shard in zip(infos, self._units, self._shards, strict=True):
+            if info.type != fs.FileType.File:
+                raise UserError(f"{shard}: this shard of {self.path} is missing; delete {self.path} and prepare again")
+            if info.size != unit.bytes:
+                raise _broken(shard, f"it has {info.size} bytes where the manifest says {unit.bytes}")
+
+    def _open_shard(self, shard: int) -> pq.ParquetFile:
+        path = self._shards[shard]
+        file = _open_parquet(self._filesystem, path)
+        if _row_groups(file) != self._units[shard].row_groups:
+            raise _broken(path, "its row groups are not those of the manifest")
+        return file
+
+    def _open_reference(self, url: str) -> pq.ParquetFile:
+        filesystem, path = locate(url)
+        file = _open_parquet(filesystem, path)
+        if _row_groups(file) != self.row_groups:
+            raise _broken(url, f"its row groups are not those of {self.path}")
+        return file
+
+    def _read_group(self, group: int) -> list[Pack]:
+        shard, local = self._groups[group]
+        path = self._shards[shard]
+        table = _read_lists(self._shard(shard), path, local, SHARD_SCHEMAS)
+        if self._references and self.reference:
+            values = _read_lists(self._references, self.reference, group, (REFERENCE_SCHEMA,))
+            table = table.append_column("reference", values["reference"])
+        packs = [pack_from_row(table, row, self._starts[group] + row) for row in range(len(table))]
+        for pack in packs:
+            if not len(pack.lengths) or pack.lengths.min() < 1 or pack.lengths.sum() != len(pack.tokens):
+                raise _broken(path, f"the document lengths of pack {pack.id} do not add up to its tokens")
+            if len(pack.weights) != len(pack.tokens):
+                raise _broken(path, f"pack {pack.id} has {len(pack.tokens)} tokens, but {len(pack.weights)} weights")
+            if pack.reference is not None and len(pack.reference) != len(pack.lengths):
+                raise _broken(self.reference or "", f"pack {pack.id} has not one value for each document")
+        return packs
+
+
+SHARD_SCHEMAS = (pack_schema(2**16), pack_schema(2**32))
+REFERENCE_SCHEMA = pa.schema({"reference": pa.list_(pa.float32())})
+
+
+def read_manifest(path: str) -> Manifest:
+    """The manifest of the prepared dataset in directory `path`.
+
+    Raises:
+        UserError: there is none, or it is broken.
+    """
+    filesystem, root = locate(path)
+    file = join(path, "manifest.json")
+    try:
+        with filesystem.open_input_stream(join(root, "manifest.json"), compression=None) as stream:
+            return Manifest.model_validate_json(stream.read())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no prepared dataset (no manifest.json); run `minimind-ray data prepare`") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {one_line(error)}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: broken ({where}: {first['msg']}); delete {path} and prepare again") from None
+
+
+def write_reference(store: PackStore, url: str, references: Iterable[np.ndarray]) -> None:
+    """Write each pack's reference log-probabilities, float32 [D] and in the order of the packs, beside the packs.
+
+    One Parquet file with the row groups of the whole store, for `PackStore.with_reference`.
+    """
+    filesystem, path = locate(url)
+    packs = iter(references)
+    with atomic_output(filesystem, path) as stream, pq.ParquetWriter(stream, REFERENCE_SCHEMA) as writer:
+        for size in store.row_groups:
+            values = [np.asarray(next(packs), np.float32) for _ in range(size)]
+            writer.write_table(pa.table({"reference": values}, REFERENCE_SCHEMA), row_group_size=size)
+    assert next(packs, None) is None, "more references than packs"
+
+
+def epoch_order(row_groups: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """The ids of all packs, int64, in the order in which this epoch reads them: a permutation, set by its arguments.
+
+    Row groups are shuffled, then the packs of each 16 consecutive ones among themselves. So reading stays local, and
+    up to 16 row groups (1024 packs) the shuffle is complete.
+    """
+    random = np.random.Generator(np.random.PCG64([seed, epoch]))
+    starts = [0, *accumulate(row_groups)]
+    groups = random.permutation(len(row_groups)).tolist()
+    windows = [
+        random.permutation(np.concatenate([np.arange(starts[g], starts[g + 1]) for g in groups[i : i + WINDOW]]))
+        for i in range(0, len(groups), WINDOW)
+    ]
+    return np.concatenate([np.empty(0, np.int64), *windows])
+
+
+def _open_parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
+    except (OSError, pa.ArrowException) as error:
+        raise _broken(path, one_line(error)) from None
+
+
+def _row_groups(file: pq.ParquetFile) -> tuple[int, ...]:
+    return tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+
+
+def _read_lists(file: pq.ParquetFile, path: str, group: int, schemas: tuple[pa.Schema, ...]) -> pa.Table:
+    """A row group that has one of these schemas, and no nulls."""
+    try:
+        table = file.read_row_group(group, use_threads=False).combine_chunks()
+        table.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise _broken(path, one_line(error)) from None
+    if table.schema.remove_metadata() not in schemas:
+        raise _broken(path, f"its columns are {', '.join(f'{f.name} {f.type}' for f in table.schema)}")
+    if any(column.null_count or column.chunk(0).values.null_count for column in table.columns):
+        raise _broken(path, "it has nulls")
+    return table
+
+
+def _broken(path: str, why: str) -> UserError:
+    return UserError(f"{path}: not a shard as it was written ({why}); delete this file and prepare again")
