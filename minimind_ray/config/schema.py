@@ -102,7 +102,8 @@ class ModelShape(Section):
             raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even number")
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"model.num_experts_per_tok {self.num_experts_per_tok} is more than model.num_experts {self.num_experts}"
+                f"model.num_experts_per_tok {self.num_experts_per_tok} is more than "
+                f"model.num_experts {self.num_experts}"
             )
         if self.num_experts and not self.qk_norm:
             raise ValueError("model.qk_norm must be true with experts: Qwen3-MoE is the only MoE layout saved here")
@@ -323,7 +324,8 @@ class Config(Section):
             )
         if tokens // pack < workers:
             raise UserError(
-                f"batch.tokens {tokens} is {tokens // pack} packs of {pack} tokens, fewer than scale.workers {workers}; "
+                f"batch.tokens {tokens} is {tokens // pack} packs of {pack} tokens, fewer than scale.workers "
+                f"{workers}; "
                 "raise batch.tokens or lower data.pack_tokens"
             )
         return tokens // pack

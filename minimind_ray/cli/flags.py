@@ -1,0 +1,44 @@
+"""Short flags for config keys, the same in every command that takes a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minimind_ray.config.load import load_config, parse_override, parse_value
+from minimind_ray.config.schema import Config
+
+FLAGS = {
+    "train": "data.train",
+    "val": "data.val",
+    "tokenizer": "data.tokenizer",
+    "max_seq_len": "data.max_seq_len",
+    "pack_tokens": "data.pack_tokens",
+    "preset": "model.preset",
+    "init_from": "init_from",
+    "batch_tokens": "batch.tokens",
+    "lr": "optim.lr",
+    "schedule": "schedule.name",
+    "warmup": "schedule.warmup",
+    "epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "seed": "train.seed",
+    "precision": "train.precision",
+    "workers": "scale.workers",
+    "cpus_per_worker": "scale.cpus_per_worker",
+    "gpus_per_worker": "scale.gpus_per_worker",
+    "rank": "lora.rank",
+    "beta": "dpo.beta",
+    "loss": "dpo.loss",
+    "wandb": "track.wandb",
+    "out": "out",
+}
+
+
+def config_from_flags(stage: str, config: list[Path], settings: list[str], flags: dict[str, Any]) -> Config:
+    """The config that --config files, --set and the short flags make; later ones win in that order."""
+    overrides = dict(parse_override(text) for text in settings)
+    for flag, value in flags.items():
+        if value is not None:
+            overrides[FLAGS[flag]] = parse_value(value) if isinstance(value, str) else value
+    return load_config(stage, config, overrides)

@@ -1,0 +1,41 @@
+"""The `minimind-ray` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from minimind_ray.cli import config, data, tokenizer, train
+from minimind_ray.config.errors import UserError
+
+app = typer.Typer(
+    help="Train small language models from jsonl on Ray: pretrain, SFT, LoRA, DPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(config.app, name="config")
+
+
+def run() -> None:
+    """The console script: the user's errors as one sentence on stderr, without a traceback, exit code 1.
+
+    With MINIMIND_DEBUG set, the traceback too.
+    """
+    # Tokenizers and matrix libraries start their threads themselves; workers are told their share.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("MINIMIND_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

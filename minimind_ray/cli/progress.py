@@ -1,0 +1,99 @@
+"""Progress and result of a run, read from its run directory: the same for every host."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from minimind_ray.data.prepare import Prepared
+from minimind_ray.stages.run import Job
+from minimind_ray.train.run import RunDirectory, read_jsonl
+
+
+@contextmanager
+def watching(job: Job, prepared: Sequence[Prepared], console: Console) -> Iterator[None]:
+    """While inside, a thread follows metrics.jsonl: one moving line on a terminal, a line per validation elsewhere."""
+    for p in prepared:
+        console.print(p.summary(), highlight=False)
+    config, plan = job.config, job.plan
+    console.print(
+        f"{config.stage}: {plan.steps} steps of {config.batch.tokens:,} tokens, {config.scale.workers} worker(s) "
+        f"-> {config.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    stop = threading.Event()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        follower = threading.Thread(target=_follow, args=(job, bar, console, stop), daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            follower.join()
+
+
+def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) -> None:
+    steps = job.plan.steps
+    task = bar.add_task(job.config.stage, total=steps, line="starting")
+    path, position = Path(job.config.out) / "metrics.jsonl", 0
+    while True:
+        ending = stop.wait(0.25)
+        if path.exists():
+            if path.stat().st_size < position:
+                position = 0  # A restart has dropped the lines after its checkpoint.
+            with path.open(encoding="utf-8") as f:
+                f.seek(position)
+                while (line := f.readline()).endswith("\n"):
+                    position = f.tell()
+                    metrics = json.loads(line)
+                    bar.update(task, completed=metrics["step"], line=progress_line(metrics, steps))
+                    if "val/loss" in metrics:
+                        console.print(validation_line(metrics, steps), highlight=False, soft_wrap=True)
+        if ending:
+            return
+
+
+def progress_line(metrics: dict[str, Any], steps: int) -> str:
+    """Step, loss, learning rate, tokens per second, MFU, time left."""
+    timing = metrics["timing"]
+    return (
+        f"step {metrics['step']}/{steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
+        f"{timing['tokens_per_second']:,.0f} tok/s  MFU {timing['mfu']:.0%}  {duration(timing['seconds_left'])} left"
+    )
+
+
+def validation_line(metrics: dict[str, Any], steps: int) -> str:
+    """The progress line and what validation found."""
+    found = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
+    shown = ("loss", "perplexity", "bits_per_byte", "accuracy", "margin")
+    values = "  ".join(f"{name.replace('_', ' ')} {found[name]:.4g}" for name in shown if name in found)
+    return f"{progress_line(metrics, steps)}  | validation: {values}"
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def print_result(out: Path, console: Console) -> None:
+    """How the run ended, samples, and where the model is."""
+    run = RunDirectory(out)
+    info = run.info()
+    console.print(f"{info['state']} after {info['steps']} steps, {info['tokens']:,} tokens", highlight=False)
+    for samples in list(read_jsonl(out / "samples.jsonl"))[-1:]:
+        for text in samples["samples"]:
+            console.print(f"  sample: {text!r}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"model: {out / info['result']}", highlight=False, soft_wrap=True)
+    if info["state"] == "stopped":
+        console.print("go on with the same command and --resume", highlight=False)

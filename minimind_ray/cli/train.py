@@ -1,0 +1,94 @@
+"""`minimind-ray train STAGE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minimind_ray.cli.flags import config_from_flags
+from minimind_ray.config.schema import Config
+
+
+def flag(key: str) -> Any:
+    """An option that sets a config key."""
+    return typer.Option(help=key, show_default=False, rich_help_panel="Short names for config keys")
+
+
+def train(
+    stage: Annotated[str, typer.Argument(help="pretrain, sft, lora or dpo")],
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file; later ones win")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and start nothing")] = False,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
+    out: Annotated[str | None, flag("out: the run directory")] = None,
+    train: Annotated[str | None, flag("data.train")] = None,
+    val: Annotated[str | None, flag("data.val")] = None,
+    tokenizer: Annotated[str | None, flag("data.tokenizer")] = None,
+    init_from: Annotated[str | None, flag("init_from")] = None,
+    preset: Annotated[str | None, flag("model.preset")] = None,
+    max_seq_len: Annotated[str | None, flag("data.max_seq_len")] = None,
+    pack_tokens: Annotated[str | None, flag("data.pack_tokens")] = None,
+    batch_tokens: Annotated[str | None, flag("batch.tokens")] = None,
+    lr: Annotated[str | None, flag("optim.lr")] = None,
+    schedule: Annotated[str | None, flag("schedule.name")] = None,
+    warmup: Annotated[str | None, flag("schedule.warmup")] = None,
+    epochs: Annotated[str | None, flag("train.epochs")] = None,
+    max_steps: Annotated[str | None, flag("train.max_steps")] = None,
+    seed: Annotated[str | None, flag("train.seed")] = None,
+    precision: Annotated[str | None, flag("train.precision")] = None,
+    workers: Annotated[str | None, flag("scale.workers")] = None,
+    cpus_per_worker: Annotated[str | None, flag("scale.cpus_per_worker")] = None,
+    gpus_per_worker: Annotated[str | None, flag("scale.gpus_per_worker")] = None,
+    rank: Annotated[str | None, flag("lora.rank")] = None,
+    beta: Annotated[str | None, flag("dpo.beta")] = None,
+    loss: Annotated[str | None, flag("dpo.loss")] = None,
+    wandb: Annotated[str | None, flag("track.wandb")] = None,
+) -> None:
+    """Train one stage: prepare the data, then run the stage's loop on Ray Train workers."""
+    flags = {k: v for k, v in locals().items() if k not in ("stage", "config", "set_", "resume", "dry_run", "ray")}
+    resolved = config_from_flags(stage, config or [], set_ or [], flags)
+    if dry_run:
+        from minimind_ray.cli.plan import print_plan
+
+        print_plan(resolved)
+    else:
+        run_stage(resolved, resume=resume, ray=ray)
+
+
+def run_stage(config: Config, *, resume: bool, ray: bool) -> Path:
+    """Prepare, train, show progress, and say where the result is; the run directory.
+
+    A run that was interrupted leaves a checkpoint and raises KeyboardInterrupt after saying how to go on.
+    """
+    from rich.console import Console
+
+    from minimind_ray.cli.progress import print_result, watching
+    from minimind_ray.stages.run import begin, prepare_job, resolve_paths, run_here
+    from minimind_ray.train.run import RunDirectory
+
+    console = Console()
+    config = resolve_paths(config)
+    RunDirectory(config.out).check(config, resume=resume)
+    if ray:
+        from minimind_ray.on_ray.prepare import run_units_on_ray
+        from minimind_ray.on_ray.session import start_ray, stop_ray
+        from minimind_ray.on_ray.trainer import local_cpus, train_on_ray
+
+        start_ray(local_cpus(config.scale))
+        try:
+            job, prepared = prepare_job(config, run_units_on_ray)
+            begin(job, resume=resume)
+            with watching(job, prepared, console):
+                train_on_ray(job)
+        finally:
+            stop_ray()
+    else:
+        job, prepared = prepare_job(config)
+        begin(job, resume=resume)
+        with watching(job, prepared, console):
+            run_here(job)
+    print_result(Path(config.out), console)
+    return Path(config.out)

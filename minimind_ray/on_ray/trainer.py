@@ -1,0 +1,146 @@
+"""A stage's train-loop function on Ray Train workers."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.data.pack import Pack
+from minimind_ray.on_ray.ingest import read_shares, step_dataset
+from minimind_ray.on_ray.session import require_cpus
+from minimind_ray.stages.run import Job
+from minimind_ray.train.context import default_device
+from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
+from minimind_ray.train.run import RunDirectory
+
+STOP_FILE = ".stop"
+
+
+class RayTrainContext:
+    """A Ray Train worker. The driver asks for a stop by a file in the run directory, which all nodes see."""
+
+    def __init__(self, run_dir: str) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
+        self.stop_file = Path(run_dir) / STOP_FILE
+
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+        """To Ray Train's controller; the checkpoint is already where it belongs and is not copied."""
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint(checkpoint) if checkpoint else None,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def should_stop(self) -> bool:
+        """Rank 0 looks for the driver's file; the step tells the other workers."""
+        return self.rank == 0 and self.stop_file.exists()
+
+
+def local_cpus(scale: ScaleConfig) -> int:
+    """Logical CPUs for a Ray in this machine's processes: at least what a run needs, however few there are."""
+    return max(os.cpu_count() or 1, math.ceil(scale.workers * scale.cpus_per_worker) + 2)
+
+
+def train_on_ray(job: Job) -> None:
+    """Run the stage on `scale.workers` workers.
+
+    The first Ctrl-C stops after the step with a checkpoint, the second one at once.
+
+    Raises:
+        UserError: too few resources, or what a worker found wrong.
+    """
+    config = job.config
+    scale, run = config.scale, RunDirectory(config.out)
+    # Ray Data hangs without a CPU of its own beside the workers'.
+    require_cpus(scale.workers * scale.cpus_per_worker + 1, scale.workers * scale.gpus_per_worker, "this run")
+    (run.path / STOP_FILE).unlink(missing_ok=True)
+    resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+    trainer = TorchTrainer(
+        partial(_worker, job),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(run.path / ".ray"),
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+        datasets={"train": partial(_dataset, job)},
+        torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
+    )
+    _fit(trainer, run)
+
+
+def _steps_done(run: RunDirectory) -> int:
+    checkpoint = last_sound_checkpoint(run)
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
+def _dataset(job: Job) -> ray.data.Dataset:
+    """Evaluated anew at each start of the worker group: from the run's last checkpoint on."""
+    return step_dataset(job.train, job.plan, _steps_done(RunDirectory(job.config.out)), job.config.scale.workers)
+
+
+def _worker(job: Job) -> None:
+    torch.set_num_threads(max(1, int(job.config.scale.cpus_per_worker)))
+    context = RayTrainContext(job.config.out)
+
+    def steps(start: int) -> Iterator[list[Pack]]:
+        shard = ray.train.get_dataset_shard("train")
+        blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        return read_shares(blocks, start, context.rank)
+
+    job.run(context, TrainingData(job.plan, steps, job.val_store()))
+
+
+def _fit(trainer: TorchTrainer, run: RunDirectory) -> None:
+    """Run `fit` in a thread, so that this one can turn Ctrl-C into a clean stop."""
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    interrupts = 0
+    while thread.is_alive():
+        try:
+            thread.join(timeout=0.2)
+        except KeyboardInterrupt:
+            interrupts += 1
+            if interrupts > 1:
+                raise
+            (run.path / STOP_FILE).touch()
+    (run.path / STOP_FILE).unlink(missing_ok=True)
+    if failure:
+        raise _user_error(failure[0]) or failure[0]
+
+
+def _user_error(error: BaseException) -> UserError | None:
+    """A UserError that some worker raised, out of Ray's wrappings."""
+    causes = [error, *getattr(error, "worker_failures", {}).values()]
+    while causes:
+        cause = causes.pop()
+        if isinstance(cause, UserError):
+            return cause
+        causes += [c for c in (cause.__cause__, getattr(cause, "cause", None)) if isinstance(c, BaseException)]
+    return None

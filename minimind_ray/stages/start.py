@@ -1,0 +1,77 @@
+"""What stages begin with: the tokenizer, and a model made new or taken from `init_from`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.checkpoint import load_model, load_shape, load_weights, save_model
+from minimind_ray.model.transformer import Transformer
+from minimind_ray.train.context import Context
+from minimind_ray.train.run import resolve_model
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """`data.tokenizer`, or the one that lies with `init_from`.
+
+    Raises:
+        UserError: neither is given, or it cannot be read.
+    """
+    if config.data.tokenizer:
+        return Tokenizer.load(config.data.tokenizer)
+    if config.init_from:
+        return Tokenizer.load(resolve_model(config.init_from))
+    raise UserError(
+        "data.tokenizer is not set: give a directory with tokenizer.json, or make one with minimind-ray tokenizer train"
+    )
+
+
+def model_shape(config: Config, tokenizer: Tokenizer) -> ModelShape:
+    """The shape the stage trains: that of `init_from`, else what section model says.
+
+    Raises:
+        UserError: section model asks for something else than `init_from` is.
+    """
+    if not config.init_from:
+        return config.model.shape(tokenizer.vocab_size)
+    shape = load_shape(resolve_model(config.init_from))
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"init_from {config.init_from} has {shape.vocab_size} tokens, fewer than the tokenizer's "
+            f"{tokenizer.vocab_size}; leave data.tokenizer out to take the one it was trained with"
+        )
+    found = shape.model_dump()
+    for key, value in config.model.model_dump(exclude_unset=True).items():
+        if key != "preset" and value is not None and found[key] != value:
+            raise UserError(
+                f"model.{key} is {value}, but init_from {config.init_from} has {found[key]}; leave model.{key} out"
+            )
+    return shape
+
+
+def initial_model(config: Config, tokenizer: Tokenizer, context: Context) -> Transformer:
+    """The model before the first step, on the context's device; the same on every worker."""
+    if config.init_from:
+        model_shape(config, tokenizer)
+        return load_model(resolve_model(config.init_from), context.device)
+    torch.manual_seed(config.train.seed)
+    return Transformer(model_shape(config, tokenizer)).to(context.device)
+
+
+class WholeModel:
+    """Checkpoints of all weights, as a Hugging Face model directory."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def save(self, directory: Path) -> None:
+        """Weights, config and tokenizer."""
+        save_model(self.model, self.tokenizer, directory)
+
+    def load(self, directory: Path) -> None:
+        """The weights of a checkpoint of the same model."""
+        load_weights(self.model, directory)

@@ -1,0 +1,265 @@
+"""The training loop, one for every stage and host."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.data.pack import Pack
+from minimind_ray.data.plan import StepPlan
+from minimind_ray.data.store import PackStore
+from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.generate import generate
+from minimind_ray.model.transformer import Transformer
+from minimind_ray.track.wandb import open_tracker
+from minimind_ray.train.checkpoint import load_resume, save_resume
+from minimind_ray.train.context import Context, resolve_precision
+from minimind_ray.train.evaluate import evaluate
+from minimind_ray.train.optim import FlatGradients, build_adamw
+from minimind_ray.train.run import RunDirectory, sound
+from minimind_ray.train.schedule import lr_factor
+from minimind_ray.train.step import NonFiniteError, Objective, autocast, training_step
+from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a host hands a stage: the plan, this rank's packs from a step on, and the validation packs."""
+
+    plan: StepPlan
+    steps: Callable[[int], Iterator[list[Pack]]]
+    val: PackStore | None
+
+
+class Weights(Protocol):
+    """How a stage's result is written and read: a whole model or an adapter."""
+
+    def save(self, directory: Path) -> None:
+        """Write what transformers or peft loads."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Put back what `save` wrote."""
+        ...
+
+
+@dataclass
+class Progress:
+    """What the loop remembers between steps, and a resume reads back."""
+
+    step: int = 0
+    tokens: int = 0
+    best: str | None = None
+    best_value: float = math.inf
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint written after this step."""
+        return f"step-{self.step:08d}"
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for the random choices (dropout) of one worker in one step, so that resuming needs no random state."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def fit(
+    model: Transformer,
+    objective: Objective,
+    weights: Weights,
+    config: Config,
+    context: Context,
+    data: TrainingData,
+    tokenizer: Tokenizer,
+) -> None:
+    """Train from the run's last sound checkpoint, or from the start, to the plan's last step or a stop.
+
+    Writes metrics, samples and checkpoints to the run directory (rank 0) and reports each validation and checkpoint
+    to the host (all ranks).
+
+    Raises:
+        UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory.
+    """
+    run, plan, main = RunDirectory(config.out), data.plan, context.rank == 0
+    dtype = resolve_precision(config.train.precision, context.device)
+    optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
+    progress = Progress()
+    if checkpoint := last_sound_checkpoint(run):
+        weights.load(checkpoint)
+        progress = Progress(**load_resume(checkpoint, model, optimizer))
+    if config.train.compile:
+        model.compile_blocks()
+    eval_every = config.eval.every or max(1, plan.steps // 10)
+    checkpoint_every = config.checkpoint.every or eval_every
+    validate = Validation(model, objective, config, context, data.val, tokenizer, dtype)
+    tracker = None
+    if main:
+        run.forget_after(progress.step)
+        tracker = open_tracker(config, run.info(), resumed_at=progress.step)
+    meter = Meter(model.shape, context, dtype)
+    model.train()
+
+    for packs in data.steps(progress.step):
+        torch.manual_seed(step_seed(config.train.seed, progress.step, context.rank))
+        lr = config.optim.lr * lr_factor(config.schedule, progress.step, plan.steps)
+        try:
+            result = training_step(
+                model, objective, packs, optimizer, gradients,
+                step=progress.step, lr=lr, clip=config.optim.clip, device=context.device, dtype=dtype,
+                stop=context.should_stop(),
+            )  # fmt: skip
+        except NonFiniteError as error:
+            _keep_documents(run, error.step, context.rank, packs, tokenizer)
+            raise UserError(
+                f"step {error.step + 1}: the loss is {error.loss} and the gradient norm {error.grad_norm}; training "
+                f"stopped before the weights were touched. The step's documents are in {run.path}/nonfinite-*.jsonl, "
+                "the last good checkpoint is kept. Try a lower optim.lr, or train.precision float32"
+            ) from None
+        epoch = plan.epoch(progress.step)
+        progress.step, progress.tokens = progress.step + 1, progress.tokens + result.tokens
+        ending = progress.step == plan.steps or result.stop
+        validating = data.val is not None and (ending or progress.step % eval_every == 0)
+        saving = ending or progress.step % checkpoint_every == 0
+
+        metrics: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens, "epoch": epoch, "lr": lr}
+        metrics |= {**result.means, "grad_norm": result.grad_norm}
+        metrics["timing"] = meter.read(result.tokens, packs, plan.steps - progress.step)
+        if validating:
+            metrics |= validate()
+        if main:
+            # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
+            run.append("metrics.jsonl", metrics)
+            if tracker:
+                tracker.log(metrics)
+            if validating and config.eval.samples:
+                run.append("samples.jsonl", {"step": progress.step, "samples": validate.samples(progress.step)})
+        if saving:
+            value = metrics.get("val/loss", -float(progress.step))  # Without validation the last is the best.
+            if value <= progress.best_value:
+                progress.best, progress.best_value = progress.checkpoint, value
+            if main:
+                run.save_checkpoint(progress.checkpoint, lambda path: _write(path, model, optimizer, weights, progress))
+                run.prune(config.checkpoint.keep, progress.best)
+        if validating or saving:
+            context.report(metrics, str(run.checkpoint_path(progress.checkpoint)) if saving else None)
+            meter.restart()
+        if ending:
+            break
+    if main:
+        state = "finished" if progress.step == plan.steps else "stopped"
+        run.update(state=state, steps=progress.step, tokens=progress.tokens, result=f"checkpoints/{progress.best}")
+        if tracker:
+            tracker.finish(state)
+
+
+def _write(
+    directory: Path, model: Transformer, optimizer: torch.optim.Optimizer, weights: Weights, progress: Progress
+) -> None:
+    weights.save(directory)
+    save_resume(directory, model, optimizer, asdict(progress))
+
+
+def last_sound_checkpoint(run: RunDirectory) -> Path | None:
+    """The newest checkpoint whose sums hold; damaged ones after it are named on stderr and passed over."""
+    for checkpoint in reversed(run.checkpoints()):
+        if sound(checkpoint):
+            return checkpoint
+        print(f"{checkpoint} is damaged (its sums do not hold); going on from the one before", file=sys.stderr)
+    return None
+
+
+class Validation:
+    """Means over the validation packs, shared out over the workers, and samples of what the model writes."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        objective: Objective,
+        config: Config,
+        context: Context,
+        store: PackStore | None,
+        tokenizer: Tokenizer,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.objective, self.context, self.dtype = model, objective, context, dtype
+        self.store, self.tokenizer, self.config = store, tokenizer, config.eval
+        self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(context.device)
+
+    def __call__(self) -> dict[str, float]:
+        """val/… metrics, the same on all workers."""
+        assert self.store
+        limit = self.store.n_packs
+        if self.config.max_tokens:
+            limit = max(1, limit * self.config.max_tokens // self.store.n_tokens)
+        ids = range(min(limit, self.store.n_packs))[self.context.rank :: self.context.world_size]
+        packs = (self.store.read([i])[0] for i in ids)
+        means = evaluate(
+            self.model, self.objective, packs,
+            token_bytes_V=self.token_bytes_V, device=self.context.device, dtype=self.dtype,
+        )  # fmt: skip
+        return {f"val/{name}": value for name, value in means.items()}
+
+    def samples(self, step: int) -> list[str]:
+        """Texts that begin with the configured prompts, or with nothing, as the model goes on with them."""
+        prompts = self.config.prompts or [""]
+        texts = [prompts[i % len(prompts)] for i in range(self.config.samples)]
+        ids = [[self.tokenizer.bos_id, *tokens] for tokens in self.tokenizer.encode(texts)]
+        self.model.eval()
+        with autocast(self.context.device, self.dtype):
+            written = generate(
+                self.model, ids,
+                max_new_tokens=self.config.sample_tokens, temperature=self.config.temperature,
+                eos_id=self.tokenizer.eos_id, seed=step,
+            )  # fmt: skip
+        self.model.train()
+        return [text + self.tokenizer.decode(ids, skip_special=True) for text, ids in zip(texts, written)]
+
+
+class Meter:
+    """Tokens per second and the part of the machine's matrix-product rate used (MFU), validation left out."""
+
+    def __init__(self, shape: ModelShape, context: Context, dtype: torch.dtype) -> None:
+        self.shape = shape
+        self.peak = measure_matmul_flops(context.device, dtype) * context.world_size
+        self.seconds_per_step: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin timing now."""
+        self.start = time.perf_counter()
+
+    def read(self, tokens: int, packs: list[Pack], steps_left: int) -> dict[str, float]:
+        """Of the step since the last reading: all workers' `tokens`; `packs` are this worker's, for the contexts."""
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        # The first step warms up; after it, a running mean for the time left.
+        before = self.seconds_per_step
+        self.seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
+        lengths = np.concatenate([p.lengths for p in packs]) if packs else np.ones(1)
+        mean_context = float((lengths.astype(float) ** 2).sum() / lengths.sum() / 2)
+        flops = tokens * training_flops_per_token(self.shape, mean_context)
+        return {
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / self.peak,
+            "seconds_left": self.seconds_per_step * steps_left,
+        }
+
+
+def _keep_documents(run: RunDirectory, step: int, rank: int, packs: list[Pack], tokenizer: Tokenizer) -> None:
+    for pack in packs:
+        for i, ids in enumerate(np.split(pack.tokens, np.cumsum(pack.lengths)[:-1])):
+            line = {"step": step + 1, "pack": pack.id, "document": i, "text": tokenizer.decode(ids.tolist())}
+            run.append(f"nonfinite-rank{rank}.jsonl", line)

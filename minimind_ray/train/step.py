@@ -1,0 +1,112 @@
+"""One optimizer step: the only copy of accumulate, normalise, sum over workers, clip, check, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minimind_ray.data.batch import Batch, batch_from_packs
+from minimind_ray.data.pack import Pack
+from minimind_ray.train.optim import FlatGradients
+
+
+class Objective(Protocol):
+    """What a stage minimises, as a sum over countable items (tokens, pairs); the step divides by the global count."""
+
+    unit: str
+    """What is counted: "token" or "pair"."""
+    metrics: tuple[str, ...]
+    """Names of the sums that a call returns beside the loss."""
+
+    def count(self, pack: Pack) -> float:
+        """Items of `pack` that carry loss."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over the batch's items, and each of `metrics` summed likewise."""
+        ...
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of a step is NaN or infinite."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float) -> None:
+        super().__init__(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+        self.step, self.loss, self.grad_norm = step, loss, grad_norm
+
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[int, float, float]]:
+        return NonFiniteError, (self.step, self.loss, self.grad_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`means`: loss and metrics per counted item; `tokens`: all workers' positions; `stop`: some host wants to end."""
+
+    means: dict[str, float]
+    grad_norm: float
+    count: float
+    tokens: int
+    stop: bool
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype`; in float32 nothing is cast."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+def all_reduce_sums(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """Each value summed over all workers, in float64."""
+    sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def training_step(
+    model: nn.Module,
+    objective: Objective,
+    packs: Sequence[Pack],
+    optimizer: torch.optim.Optimizer,
+    gradients: FlatGradients,
+    *,
+    step: int,
+    lr: float,
+    clip: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    stop: bool = False,
+) -> StepResult:
+    """Train on this worker's `packs` of a step, one pack a micro-batch; a worker without packs adds nothing.
+
+    The loss of every pack is divided by the count over all packs of all workers, so the gradient is the one of the
+    whole batch, however it was split over workers and micro-batches.
+
+    Raises:
+        NonFiniteError: on every worker, before the weights are touched.
+    """
+    tokens = sum(len(p.tokens) - len(p.lengths) for p in packs)
+    count, all_tokens, stops = all_reduce_sums([sum(objective.count(p) for p in packs), tokens, stop], device)
+    gradients.zero()
+    sums: dict[str, Tensor | float] = dict.fromkeys(("loss", *objective.metrics), 0.0)
+    for pack in packs:
+        batch = batch_from_packs([pack]).to(device)
+        with autocast(device, dtype):
+            loss, metrics = objective(model, batch)
+        (loss / count).backward()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            sums[name] = sums[name] + value
+    gradients.all_reduce()
+    norm = gradients.clip(clip).item()
+    means = dict(zip(sums, (s / count for s in all_reduce_sums(list(sums.values()), device))))
+    if not (math.isfinite(norm) and math.isfinite(means["loss"])):
+        raise NonFiniteError(step, means["loss"], norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return StepResult(means, norm, count, int(all_tokens), stops > 0)

@@ -1,0 +1,57 @@
+"""How fast the model could go and how fast it goes: FLOPs per token, the machine's matrix-product rate, MFU."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from minimind_ray.config.schema import ModelShape
+
+
+def parameter_counts(shape: ModelShape) -> tuple[int, int]:
+    """All parameters, and those active for one token (with experts: the chosen ones)."""
+    c, d = shape.hidden_size, shape.head_dim
+    attention = 2 * c * d * (shape.num_attention_heads + shape.num_key_value_heads)
+    norms = 2 * c + (2 * d if shape.qk_norm else 0)
+    if shape.num_experts:
+        expert = 3 * c * (shape.moe_intermediate_size or shape.intermediate_size)
+        router = c * shape.num_experts
+        mlp, active_mlp = expert * shape.num_experts + router, expert * shape.num_experts_per_tok + router
+    else:
+        mlp = active_mlp = 3 * c * shape.intermediate_size
+    outside = shape.vocab_size * c * (1 if shape.tie_word_embeddings else 2) + c
+    layers = shape.num_hidden_layers
+    return outside + layers * (attention + norms + mlp), outside + layers * (attention + norms + active_mlp)
+
+
+def training_flops_per_token(shape: ModelShape, mean_context: float) -> float:
+    """FLOPs of forward and backward for one token.
+
+    6 per active weight of a matrix product (2 forward, 4 backward; the input embedding is a look-up and counts none),
+    and for attention 12 · layers · heads · head_dim per token attended to (Chowdhery et al. 2022, PaLM, appendix B);
+    `mean_context` is the mean number of tokens a token attends to, half the document's length.
+    """
+    _, active = parameter_counts(shape)
+    lookup = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
+    attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * mean_context
+    return 6 * (active - lookup) + attention
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of a large matrix product in `dtype` on `device` with the threads at hand: the limit MFU is a part of."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    _synchronize(device)
+    start, runs = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ b
+        _synchronize(device)
+        runs += 1
+    return 2 * size**3 * runs / (time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,100 @@
+"""Configs: every wrong one names the key, the value, what is allowed, and the nearest valid key."""
+
+import pytest
+import yaml
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import config_keys, load_config, parse_override, to_yaml
+from minimind_ray.config.schema import PRESETS, ModelConfig
+
+pytestmark = pytest.mark.unit
+
+WRONG = [
+    ({"optim.lrr": 1}, ["optim.lrr", "did you mean optim.lr?", "optim.weight_decay"]),
+    ({"lr": 1}, ["lr", "did you mean optim.lr?"]),
+    ({"optim.lr": "x"}, ["optim.lr", "the command line", "valid number", "'x'"]),
+    ({"optim.lr": -1}, ["optim.lr", "greater than 0", "-1"]),
+    ({"optim.lr": float("nan")}, ["optim.lr", "finite"]),
+    ({"data.train": 3}, ["data.train", "valid string", "3"]),
+    ({"data.pack_tokens": 10}, ["data.pack_tokens", "data.max_seq_len"]),
+    ({"optim.lr.x": 2}, ["optim.lr.x", "single value"]),
+    ({"model.preset": "huge"}, ["model.preset", "minimind-3", "'huge'"]),
+    ({"train.epochs": 1.5}, ["train.epochs", "integer", "1.5"]),
+    ({"schedule.name": "cos"}, ["schedule.name", "cosine", "'cos'"]),
+    ({"model": 3}, ["model", "dictionary"]),
+    ({"dpo.label_smoothing": 0.5}, ["dpo.label_smoothing", "less than 0.5"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), WRONG, ids=[next(iter(o)) for o, _ in WRONG])
+def test_wrong_values_are_named(overrides: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        load_config("pretrain", overrides=overrides)
+    assert "\n" not in str(raised.value)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_later_sources_win_and_files_are_named(tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("optim:\n  lr: 0.01\n  clip: 2\n")
+    config = load_config("pretrain", [file], {"optim.lr": 0.5})
+    assert (config.optim.lr, config.optim.clip, config.optim.beta1) == (0.5, 2, 0.9)
+    file.write_text("optim:\n  lr: fast\n")
+    with pytest.raises(UserError, match="a.yaml"):
+        load_config("pretrain", [file])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [1", "a.yaml:"), ("- 1", "mapping"), ("stage: sft", "stage is sft"), ("!!python/object/apply:os.getcwd []", "a.yaml:1")],
+)
+def test_bad_files(tmp_path, text: str, words: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_config("pretrain", [file])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config("pretrain", [tmp_path / "none.yaml"])
+
+
+def test_yaml_round_trip() -> None:
+    config = load_config("dpo", overrides={"data.train": ["a", "b"], "model.rope_scaling": {"factor": 4.0}})
+    tree = yaml.safe_load(to_yaml(config))
+    assert load_config("dpo", overrides=tree) == config
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    assert parse_override("optim.lr=1e-4") == ("optim.lr", 1e-4)
+    assert parse_override("data.train=[a, b]") == ("data.train", ["a", "b"])
+    assert parse_override("train.compile=true") == ("train.compile", True)
+    with pytest.raises(UserError, match="key=value"):
+        parse_override("optim.lr")
+
+
+def test_names_that_stay() -> None:
+    keys = set(config_keys())
+    for key in """data.train data.val data.tokenizer data.max_seq_len data.pack_tokens model.preset init_from batch.tokens
+        optim.lr optim.weight_decay optim.clip schedule.name schedule.warmup train.epochs train.max_steps train.seed
+        train.precision scale.workers scale.gpus_per_worker scale.cpus_per_worker eval.every checkpoint.every dpo.beta
+        dpo.loss track.wandb""".split():
+        assert key in keys
+
+
+def test_shapes() -> None:
+    for preset in PRESETS:
+        assert ModelConfig(preset=preset).shape(6400).vocab_size == 6400
+    with pytest.raises(UserError, match="does not divide"):
+        ModelConfig(preset="tiny", hidden_size=65).shape(100)
+    with pytest.raises(ValueError, match="num_key_value_heads"):
+        ModelConfig(preset="tiny", num_key_value_heads=3).shape(100)
+    with pytest.raises(UserError, match="model.vocab_size"):
+        ModelConfig(preset="tiny", vocab_size=50).shape(100)
+
+
+def test_packs_per_step() -> None:
+    assert load_config("pretrain", overrides={"batch.tokens": 8192}).packs_per_step() == 2
+    with pytest.raises(UserError, match="8192 and 12288"):
+        load_config("pretrain", overrides={"batch.tokens": 9000}).packs_per_step()
+    with pytest.raises(UserError, match="fewer than scale.workers"):
+        load_config("pretrain", overrides={"batch.tokens": 8192, "scale.workers": 3}).packs_per_step()
