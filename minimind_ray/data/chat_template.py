@@ -63,13 +63,11 @@ CHATML = """\
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The names Hugging Face gives a template, and a count of the steps it takes."""
+    """With a count of the steps a template takes."""
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         self.filters["tojson"] = _to_json
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.steps_left = MOST_STEPS
 
     def count_step(self) -> None:
@@ -99,7 +97,7 @@ class ChatTemplate:
             raise UserError(f"the chat template has {len(source)} characters; at most {LARGEST_TEMPLATE} are read")
         self._sandbox = _Sandbox()
         try:
-            self._template = self._sandbox.from_string(source, globals=special_tokens)
+            self._template = self._sandbox.from_string(source, globals={**_FUNCTIONS, **special_tokens})
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise UserError(f"the chat template does not compile: {error}") from error
 
@@ -127,5 +125,13 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+# The names that Hugging Face gives a template.
+_FUNCTIONS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}

@@ -250,9 +250,7 @@ class Tokenizer:
     def _template(self) -> ChatTemplate:
         source = self._template_source
         if source is None:
-            raise UserError(
-                f"{self.name} has no chat template; add chat_template.jinja or use a tokenizer that has one"
-            )
+            raise UserError(f"{self.name} has no chat template; add chat_template.jinja or use another tokenizer")
         names = {key: self._token(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return ChatTemplate(source, {key: token for key, token in names.items() if token is not None})
 
@@ -303,6 +301,7 @@ def _find(ids: list[int], id: int, start: int) -> int:
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) with MiniMind's control tokens and a ChatML template.
 
+    Each text counts as one turn of a conversation, so that roles become whole tokens in texts that never hold them.
     The same texts give the same tokenizer. Few texts may give fewer tokens than `vocab_size`.
 
     Raises:
@@ -318,7 +317,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     bpe.train_from_iterator(
-        texts,
+        (piece for text in texts for piece in (text, "system\nuser\nassistant\ntool\n")),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=control,
