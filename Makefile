@@ -1,0 +1,33 @@
+# Each target does its own set-up: a virtual environment in .venv, and the package in it, installed again only when
+# pyproject.toml changes. PYTHON picks the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test bench lint
+
+demo: .venv/.installed
+	$(BIN)/minimind-ray demo
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+bench: .venv/.installed-dev
+	$(BIN)/python -m pytest tests/bench -s
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# The development tools come on top of the package, so this serves `make demo` too.
+.venv/.installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch .venv/.installed $@
