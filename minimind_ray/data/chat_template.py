@@ -19,7 +19,7 @@ from minimind_ray.config.errors import UserError
 Message = dict[str, Any]
 
 LARGEST_TEMPLATE = 1_000_000  # characters; the largest in use have some 20,000
-MOST_STEPS = 1_000_000  # turns of loops and calls of macros in one rendering; a conversation takes a few hundred
+MOST_STEPS = 100_000  # turns of loops and calls of macros in one rendering; a conversation takes a few hundred
 
 CHATML = """\
 {%- set opening = messages[0] if messages and messages[0].role == 'system' else {'content': ''} %}
@@ -86,20 +86,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled template. `special_tokens` (`bos_token` and so on) are variables in it.
+    """A compiled template. `special_tokens` (`bos_token` and so on) are variables in it; `name` is for errors.
 
     Raises:
         UserError: it does not compile.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
         if len(source) > LARGEST_TEMPLATE:
-            raise UserError(f"the chat template has {len(source)} characters; at most {LARGEST_TEMPLATE} are read")
+            raise UserError(f"{name}: the chat template is longer than {LARGEST_TEMPLATE} characters; give another")
+        self._name = name
         self._sandbox = _Sandbox()
         try:
             self._template = self._sandbox.from_string(source, globals={**_FUNCTIONS, **special_tokens})
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-            raise UserError(f"the chat template does not compile: {error}") from error
+            raise UserError(f"{name}: the chat template does not compile ({error}); mend it") from error
 
     def render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         """The conversation as text; `add_generation_prompt` ends it where an answer begins.
@@ -111,7 +112,8 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program: it can fail in any way
-            raise UserError(f"the chat template fails: {error or type(error).__name__}") from error
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{self._name}: the chat template fails on these messages: {reason}") from error
 
 
 def _to_json(

@@ -252,7 +252,7 @@ class Tokenizer:
         if source is None:
             raise UserError(f"{self.name} has no chat template; add chat_template.jinja or use another tokenizer")
         names = {key: self._token(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return ChatTemplate(source, {key: token for key, token in names.items() if token is not None})
+        return ChatTemplate(source, {key: token for key, token in names.items() if token is not None}, self.name)
 
     def _token(self, key: str) -> str | None:
         token = self._settings.get(key)

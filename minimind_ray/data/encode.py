@@ -1,0 +1,310 @@
+"""Rows to documents with loss weights: what each stage learns from, and on which tokens.
+
+    pretrain   {"text": ...}                           every token but the first
+    sft, lora  {"conversations": [...]} or "messages"  each assistant turn's answer, its <|im_end|> and newline
+    dpo        {"chosen": [...], "rejected": [...]}    the same, in the turns after those that both share
+
+A turn is {"role": system|user|assistant|tool, "content": ...}; a system turn may have `tools`, an assistant turn
+`tool_calls` and `reasoning_content`. `tools` and `tool_calls` are lists, or JSON texts of lists, as MiniMind's data
+has them. A row that cannot be used becomes a Reject that says which field is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import numpy as np
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.data.chat_template import Message
+from minimind_ray.data.pack import Document, Group
+from minimind_ray.data.records import Reject, Row
+from minimind_ray.data.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+ROWS_AT_ONCE = 512  # tokenized in one call, which spreads over the cores
+
+
+@dataclass(slots=True)
+class Tally:
+    """What encoding did, counted: rows kept and rejected; documents split or cut at max_seq_len, and tokens cut off."""
+
+    kept: int = 0
+    rejected: int = 0
+    split: int = 0
+    cut: int = 0
+    cut_tokens: int = 0
+
+
+class _BadRowError(ValueError):
+    """Why a row cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A row checked: the texts to tokenize, how many answers each has, and how many first ones carry no loss."""
+
+    texts: list[str]
+    answers: tuple[int, ...] = ()
+    shared: int = 0
+
+
+def encode_rows(
+    stage: StageName,
+    rows: Iterable[Row | Reject],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    tally: Tally | None = None,
+) -> Iterator[Group | Reject]:
+    """Documents of each row, in the rows' order: groups of one, in dpo of two (chosen, rejected).
+
+    Rejects among the rows pass through. A pretraining text longer than `data.max_seq_len` is split into consecutive
+    documents which share one token, so that every token is predicted exactly once, or cut, as
+    `data.long_documents` says. A conversation is cut at its end; one that keeps no answer token is rejected. The
+    two of a pair have half a pack each at most. `tally` is counted up.
+
+    Raises:
+        UserError: the tokenizer's chat template is none that answers can be found in.
+    """
+    tally = Tally() if tally is None else tally
+    if stage == "pretrain":
+        encode = tokenizer.encode
+    else:
+        tokenizer.require_chatml()
+        encode = tokenizer.encode_rendered
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, ROWS_AT_ONCE)):
+        drafts = [_draft(stage, row, tokenizer) for row in chunk]
+        ids = iter(encode([text for draft in drafts if isinstance(draft, _Draft) for text in draft.texts]))
+        for row, draft in zip(chunk, drafts, strict=True):
+            if isinstance(draft, Reject):
+                outcome = draft
+            else:
+                outcome = _groups(stage, row, draft, [next(ids) for _ in draft.texts], tokenizer, config, tally)
+            if isinstance(outcome, Reject):
+                tally.rejected += 1
+                yield outcome
+            else:
+                tally.kept += 1
+                yield from outcome
+
+
+def row_texts(value: dict[str, Any]) -> Iterator[str]:
+    """All that was written in a row of any stage's data, for training a tokenizer."""
+    text = value.get("text")
+    if isinstance(text, str):
+        yield text
+    for key in ("conversations", "messages", "chosen", "rejected"):
+        turns = value.get(key)
+        for turn in cast("list[Any]", turns) if isinstance(turns, list) else []:
+            content = cast("dict[str, Any]", turn).get("content") if isinstance(turn, dict) else None
+            if isinstance(content, str):
+                yield content
+
+
+def _draft(stage: StageName, row: Row | Reject, tokenizer: Tokenizer) -> _Draft | Reject:
+    if isinstance(row, Reject):
+        return row
+    try:
+        if stage == "pretrain":
+            draft = _Draft([_text(row.value, "text", "text")])
+        elif stage == "dpo":
+            draft = _draft_pair(row.value, tokenizer)
+        else:
+            key = "messages" if "messages" in row.value else "conversations"
+            draft = _draft_conversation(row.value, key, tokenizer)
+        for text in draft.texts:
+            if not text.isascii():
+                text.encode()
+    except UnicodeEncodeError:
+        return Reject(row.file, row.line, "the text holds half a surrogate pair, which is no character")
+    except RecursionError:
+        return Reject(row.file, row.line, "objects are nested too deeply")
+    except (_BadRowError, UserError) as error:
+        return Reject(row.file, row.line, str(error))
+    return draft
+
+
+def _draft_conversation(value: dict[str, Any], key: str, tokenizer: Tokenizer) -> _Draft:
+    messages, tools = _conversation(value, key)
+    return _Draft([tokenizer.render(messages, tools)], (_count_answers(messages),))
+
+
+def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
+    chosen, chosen_tools = _conversation(value, "chosen")
+    rejected, rejected_tools = _conversation(value, "rejected")
+    if (chosen, chosen_tools) == (rejected, rejected_tools):
+        raise _BadRowError("chosen and rejected are the same")
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    for key, messages in (("chosen", chosen), ("rejected", rejected)):
+        answer = messages[common:]
+        if not answer:
+            raise _BadRowError(f"{key} has no answer after the turns that both share")
+        if answer[0]["role"] != "assistant" or chosen_tools != rejected_tools:
+            raise _BadRowError("chosen and rejected answer different prompts")
+    return _Draft(
+        [tokenizer.render(chosen, chosen_tools), tokenizer.render(rejected, rejected_tools)],
+        (_count_answers(chosen), _count_answers(rejected)),
+        shared=_count_answers(chosen[:common]),
+    )
+
+
+def _groups(
+    stage: StageName,
+    row: Row | Reject,
+    draft: _Draft,
+    ids: list[list[int]],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    tally: Tally,
+) -> list[Group] | Reject:
+    if stage == "pretrain":
+        return [(d,) for d in _text_documents([tokenizer.bos_id, *ids[0], tokenizer.eos_id], config, tally)]
+    longest = config.max_seq_len if len(ids) == 1 else min(config.max_seq_len, config.pack_tokens // 2)
+    documents: list[Document] = []
+    for tokens, answers in zip(ids, draft.answers, strict=True):
+        spans = tokenizer.answer_spans(tokens)
+        if len(spans) != answers:
+            return Reject(row.file, row.line, f"the chat template writes {len(spans)} of its {answers} assistant turns")
+        weights = np.zeros(len(tokens), np.uint8)
+        for start, end in spans[draft.shared :]:
+            weights[start:end] = 1
+        weights = weights[:longest]
+        if not weights.any():
+            first = spans[draft.shared][0]
+            return Reject(row.file, row.line, f"the answer begins at token {first}, beyond the {longest} that are kept")
+        documents.append(Document(np.array(tokens[:longest], np.int32), weights))
+    cut = [len(tokens) - longest for tokens in ids if len(tokens) > longest]
+    tally.cut += len(cut)
+    tally.cut_tokens += sum(cut)
+    return [tuple(documents)]
+
+
+def _text_documents(ids: list[int], config: DataConfig, tally: Tally) -> list[Document]:
+    longest = config.max_seq_len
+    tokens = np.array(ids, np.int32)
+    if len(tokens) <= longest:
+        parts = [tokens]
+    elif config.long_documents == "split":
+        # A part's first token is the last of the part before, where it was predicted.
+        parts = [tokens[start : start + longest] for start in range(0, len(tokens) - 1, longest - 1)]
+        tally.split += 1
+    else:
+        parts = [tokens[:longest]]
+        tally.cut += 1
+        tally.cut_tokens += len(tokens) - longest
+    documents: list[Document] = []
+    for part in parts:
+        weights = np.ones(len(part), np.uint8)
+        weights[0] = 0
+        documents.append(Document(part, weights))
+    return documents
+
+
+# Checks of what a row holds
+
+
+def _conversation(value: dict[str, Any], key: str) -> tuple[list[Message], list[Any] | None]:
+    """Messages for the chat template, and the tools: those of the system turn or of the row."""
+    turns = _list(value, key, key)
+    tools = _json_list(value, "tools", "tools")
+    messages: list[Message] = []
+    for i, turn in enumerate(turns):
+        where = f"{key}[{i}]"
+        message = _object(turn, where)
+        role = message.get("role")
+        if role not in ROLES:
+            raise _BadRowError(f"{where}.role is {json.dumps(role)}; known are {', '.join(ROLES)}")
+        here = _json_list(message, "tools", f"{where}.tools")
+        if here and (role != "system" or tools):
+            raise _BadRowError(f"{where}.tools are not alone or not on a system turn")
+        tools = tools or here
+        calls = _json_list(message, "tool_calls", f"{where}.tool_calls")
+        for j, call in enumerate(calls or []):
+            called = f"{where}.tool_calls[{j}]"
+            function = _object(call.get("function") or call, f"{called}.function")
+            _text(function, "name", f"{called}.name")
+            if "arguments" not in function:
+                raise _BadRowError(f"{called}.arguments is missing")
+        checked: Message = {k: v for k, v in message.items() if k not in ("tools", "tool_calls") and v is not None}
+        if calls:
+            checked["tool_calls"] = calls
+        if "reasoning_content" in checked:
+            _string(checked, "reasoning_content", f"{where}.reasoning_content")
+        if calls or checked.get("reasoning_content"):
+            checked.setdefault("content", "")
+        if calls or role in ("system", "tool") or checked.get("reasoning_content"):
+            _string(checked, "content", f"{where}.content")
+        else:
+            _text(checked, "content", f"{where}.content")
+        messages.append(checked)
+    if not _count_answers(messages):
+        raise _BadRowError(f"{key} has no assistant turn")
+    return messages, tools
+
+
+def _count_answers(messages: list[Message]) -> int:
+    return sum(message["role"] == "assistant" for message in messages)
+
+
+def _string(holder: dict[str, Any], key: str, where: str) -> str:
+    if key not in holder:
+        raise _BadRowError(f"{where} is missing")
+    value = holder[key]
+    if not isinstance(value, str):
+        raise _BadRowError(f"{where} is {_kind(value)}, not a string")
+    return value
+
+
+def _text(holder: dict[str, Any], key: str, where: str) -> str:
+    value = _string(holder, key, where)
+    if not value or value.isspace():
+        raise _BadRowError(f"{where} is empty")
+    return value
+
+
+def _list(holder: dict[str, Any], key: str, where: str) -> list[Any]:
+    if key not in holder:
+        raise _BadRowError(f"{where} is missing")
+    value = holder[key]
+    if not isinstance(value, list):
+        raise _BadRowError(f"{where} is {_kind(value)}, not a list")
+    if not value:
+        raise _BadRowError(f"{where} is empty")
+    return cast("list[Any]", value)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _BadRowError(f"{where} is {_kind(value)}, not an object")
+    return cast("dict[str, Any]", value)
+
+
+def _json_list(holder: dict[str, Any], key: str, where: str) -> list[dict[str, Any]] | None:
+    """A list of objects, or the JSON text of one; None where there is none, which some files write as null or ""."""
+    value = holder.get(key)
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise _BadRowError(f"{where} is a string but not JSON ({error})") from error
+    if value in (None, "", []):
+        return None
+    if not isinstance(value, list):
+        raise _BadRowError(f"{where} is {_kind(value)}, not a list")
+    return [_object(item, f"{where}[{i}]") for i, item in enumerate(cast("list[Any]", value))]
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}.get(
+        type(value), "an object"
+    )
