@@ -1,0 +1,335 @@
+"""Low-rank adapters: y = x Wᵀ + s · x Aᵀ Bᵀ beside frozen weights, saved as PEFT directories.
+
+    N tokens   I, O a projection's inputs and outputs   R rank   W [O, I]   A [R, I]   B [O, R]
+
+`add_lora` replaces projections of a model in place, `load_adapter` does the same with an adapter from disk, `merge_lora`
+and `remove_lora` put plain projections back. For generation merge first: adapters cost two more products a projection,
+and DoRA a norm of every weight on each pass.
+
+A directory holds what `peft` reads:
+
+    adapter_config.json         rank, scale, which projections, where the base lies
+    adapter_model.safetensors   A and B; the metadata says `base_fingerprint`, the hash of the base's weights
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import LoraConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+INIT_STD = 0.02
+NEVER_ADAPTED = ("lm_head", "gate")  # The vocabulary projection, as peft's all-linear; the router of experts.
+PREFIX = "base_model.model."
+SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+# Where an adapter_config.json sets one of these, the adapter computes something else than what is written here.
+UNSUPPORTED = (
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+
+
+class LoraLinear(nn.Module):
+    """A frozen projection and its adapter; with B = 0 exactly the projection.
+
+    LoRA (Hu et al. 2021, eq. 3): x Wᵀ + s · dropout(x) Aᵀ Bᵀ. With DoRA (Liu et al. 2024, eq. 5) that is multiplied
+    by m / ‖W + s B A‖, row by row, where m is trained and the norm is a constant to the gradient (section 4.3).
+    """
+
+    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+        super().__init__()
+        assert base.bias is None
+        self.config, self.scale = config, config.scale
+        self.weight = base.weight.requires_grad_(False)
+        self.lora_A = nn.Parameter(self.weight.new_zeros(config.rank, base.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(base.out_features, config.rank))
+        self.dropout = nn.Dropout(config.dropout)
+        self.magnitude = nn.Parameter(self.row_norms()) if config.dora else None
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        """[N, I] to [N, O]."""
+        if torch.is_autocast_enabled(x_NI.device.type):
+            x_NI = x_NI.to(torch.get_autocast_dtype(x_NI.device.type))  # One cast serves both products.
+        delta_NO = F.linear(F.linear(self.dropout(x_NI), self.lora_A), self.lora_B)
+        y_NO = torch.add(F.linear(x_NI, self.weight), delta_NO, alpha=self.scale)
+        if self.magnitude is None:
+            return y_NO
+        return y_NO * (self.magnitude / self.row_norms()).to(y_NO.dtype)
+
+    def sum_OI(self) -> Tensor:
+        """W + s B A, whatever autocast says."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scale)
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """‖W + s B A‖ of each row, [O]."""
+        return torch.linalg.vector_norm(self.sum_OI(), dim=1)
+
+    @torch.no_grad()
+    def merged_OI(self) -> Tensor:
+        """The weight of the plain projection that computes the same."""
+        if self.magnitude is None:
+            return self.sum_OI()
+        return self.sum_OI() * (self.magnitude / self.row_norms()).unsqueeze(1)
+
+
+def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Freeze the model and put adapters on the projections that `config.targets` names: A ~ N(0, 0.02), B = 0.
+
+    The same seed gives the same A on every worker and device.
+
+    Raises:
+        UserError: no such projections, or a choice of experts' projections that PEFT has no form for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    _wrap(model, target_names(model, config.targets), config)
+    for layer in adapters(model).values():
+        layer.lora_A.data.copy_(torch.empty(layer.lora_A.shape).normal_(std=INIT_STD, generator=generator))
+
+
+def target_names(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """Full names of the projections that `lora.targets` means: square, all-linear, or last parts of names.
+
+    Raises:
+        UserError: a name that no projection has, or no projection is square.
+    """
+    linears = _projections(model)
+    if targets == "all-linear":
+        return list(linears)
+    if targets == "square":
+        square = [name for name, linear in linears.items() if linear.weight.shape[0] == linear.weight.shape[1]]
+        if not square:
+            raise UserError(f"lora.targets is square, but no projection of this model is; use {_valid(linears)}")
+        return square
+    leaves = {targets} if isinstance(targets, str) else set(targets)
+    if unknown := sorted(leaves - {_leaf(name) for name in linears}):
+        raise UserError(f"lora.targets: {unknown[0]!r} is unknown; use square, {_valid(linears)}")
+    return [name for name in linears if _leaf(name) in leaves]
+
+
+def adapters(model: nn.Module) -> dict[str, LoraLinear]:
+    """The adapted projections by full name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def merge_lora[M: nn.Module](model: M) -> M:
+    """Fold the adapters into the weights: the same model, plain again and all of it trainable."""
+    return _unwrap(model, LoraLinear.merged_OI)
+
+
+def remove_lora[M: nn.Module](model: M) -> M:
+    """Drop the adapters: the same model as before `add_lora`."""
+    return _unwrap(model, lambda layer: layer.weight.detach())
+
+
+def save_adapter(model: nn.Module, directory: str | Path, base_path: str | Path, base_fingerprint: str) -> None:
+    """Write the model's adapters as a PEFT directory that refers to the base by path and by the hash of its weights."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = adapters(model)
+    config = next(iter(layers.values())).config
+    leaves = sorted({_leaf(name) for name in layers})
+    # On experts PEFT takes dropout to be an error and, as it fuses gate and up at twice the rank, would scale rsLoRA by
+    # another root: there the scale is written as plain LoRA's.
+    plain = not config.rslora or _on_experts(layers)
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_path),
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.scale * config.rank if plain else config.scale * config.rank**0.5,
+        "lora_dropout": 0.0 if _on_experts(layers) else config.dropout,
+        "use_rslora": not plain,
+        "use_dora": config.dora,
+        "target_modules": leaves if list(layers) == target_names(model, leaves) else list(layers),
+        "bias": "none",
+    }
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tensors = {key: p.detach().float().cpu().contiguous() for key, p in _parameters(layers).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "base_fingerprint": base_fingerprint})
+
+
+class AdapterBase(NamedTuple):
+    """What an adapter says it was trained on; adapters that were not made here know no fingerprint."""
+
+    path: str | None
+    fingerprint: str | None
+
+
+def adapter_base(directory: str | Path) -> AdapterBase:
+    """The base of a PEFT directory.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    folder = Path(directory)
+    path = _read_config(folder).get("base_model_name_or_path")
+    return AdapterBase(None if path is None else str(path), _open(folder).metadata().get("base_fingerprint"))
+
+
+def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str) -> None:
+    """Put an adapter of ours or of `peft` on a plain model, or its values into the adapters the model already has.
+
+    `base_fingerprint` is the hash of the model's own weights; the model is left as it was where this raises.
+
+    Raises:
+        UserError: the directory cannot be read, asks for what is not supported, or does not fit the model; or it was
+            trained on other weights.
+    """
+    folder = Path(directory)
+    config, file = _lora_config(folder), _open(folder)
+    trained_on = adapter_base(folder)
+    if trained_on.fingerprint not in (None, base_fingerprint):
+        raise UserError(
+            f"{folder}: the adapter was trained on other weights ({trained_on.path}, hash {trained_on.fingerprint:.12}) "
+            f"than the model it is put on (hash {base_fingerprint:.12}); name its own base"
+        )
+    sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118: no mapping
+    names = _adapted_names(model, folder, config, sizes)
+    if layers := adapters(model):
+        shapes = {(layer.config.rank, layer.scale, layer.config.dora) for layer in layers.values()}
+        if list(layers) != names or shapes != {(config.rank, config.scale, config.dora)}:
+            raise UserError(
+                f"{folder}: the model already has an adapter of another shape; use the lora section it was trained with"
+            )
+    else:
+        _wrap(model, names, config)
+    for key, parameter in _parameters(adapters(model)).items():
+        parameter.data.copy_(file.get_tensor(key))
+
+
+def _adapted_names(
+    model: nn.Module, folder: Path, config: LoraConfig, sizes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """The projections an adapter file holds tensors for, in the model's order, once every tensor was found to fit."""
+    linears = _projections(model)
+    names = [name for name in linears if f"{PREFIX}{name}.{SUFFIXES['lora_A']}" in sizes]
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        rows, columns = linears[name].weight.shape
+        expected[f"{PREFIX}{name}.{SUFFIXES['lora_A']}"] = (config.rank, columns)
+        expected[f"{PREFIX}{name}.{SUFFIXES['lora_B']}"] = (rows, config.rank)
+        if config.dora:
+            expected[f"{PREFIX}{name}.{SUFFIXES['magnitude']}"] = (rows,)
+    problems = [f"{key} is unknown" for key in sorted(sizes.keys() - expected.keys())]
+    problems += [f"{key} is missing" for key in expected if key not in sizes]
+    problems += [f"{k} is {list(sizes[k])}, not {list(v)}" for k, v in expected.items() if sizes.get(k, v) != v]
+    if problems or not names:
+        raise UserError(f"{folder}: does not fit the model: {'; '.join(problems[:3]) or 'it holds no tensors'}")
+    return names
+
+
+def _wrap(model: nn.Module, names: list[str], config: LoraConfig) -> None:
+    assert not adapters(model)
+    if _on_experts(names):
+        leaves = {_leaf(name) for name in names}
+        if config.dora:
+            raise UserError(
+                "lora.dora is on, but PEFT has no DoRA for experts; turn it off, or name other lora.targets"
+            )
+        if len(leaves & {"gate_proj", "up_proj"}) == 1:
+            raise UserError("lora.targets: PEFT adapts experts' gate_proj and up_proj as one; name both or neither")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in names:
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        _replace(model, name, LoraLinear(base, config))
+
+
+def _unwrap[M: nn.Module](model: M, weight_of: Callable[[LoraLinear], Tensor]) -> M:
+    for name, layer in adapters(model).items():
+        rows, columns = layer.weight.shape
+        plain = nn.Linear(columns, rows, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight_of(layer))
+        _replace(model, name, plain)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _projections(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
+    """What can be adapted, or is, by full name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | LoraLinear) and _leaf(name) not in NEVER_ADAPTED
+    }
+
+
+def _parameters(layers: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by PEFT's names."""
+    return {
+        f"{PREFIX}{name}.{suffix}": parameter
+        for name, layer in layers.items()
+        for own, suffix in SUFFIXES.items()
+        if (parameter := getattr(layer, own)) is not None
+    }
+
+
+def _on_experts(names: Iterable[str]) -> bool:
+    return any(".experts." in name for name in names)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _valid(linears: Iterable[str]) -> str:
+    return ", ".join(["all-linear", *dict.fromkeys(_leaf(name) for name in linears)])
+
+
+def _lora_config(folder: Path) -> LoraConfig:
+    content = _read_config(folder)
+    if content.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG}: peft_type is {content.get('peft_type')!r}; only LORA is supported")
+    for key in UNSUPPORTED:
+        if content.get(key):
+            raise UserError(f"{folder / CONFIG}: {key} is set to {content[key]!r}, which is not supported")
+    fields = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
+    try:
+        return LoraConfig.model_validate({own: content[key] for own, key in fields.items() if key in content})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{folder / CONFIG}: {fields[str(first['loc'][0])]}: {first['msg']}") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; name a PEFT adapter directory") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return cast("dict[str, Any]", content)
+
+
+def _open(folder: Path) -> Any:
+    path = folder / WEIGHTS
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None

@@ -1,0 +1,192 @@
+"""The decoder-only transformer in the shapes of Qwen3, Llama and Qwen3-MoE, with Hugging Face's parameter names.
+
+    N tokens of the batch   M some of them   C channels   V vocabulary   F feed-forward
+    H query heads   G key/value heads   K head size   R = K / 2 rotary pairs   D documents
+
+A batch is ragged: documents one after another, no padding. Attention stays within a document and positions start at
+0 in each; everything else sees [N, C].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind_ray.config.schema import ModelShape
+from minimind_ray.model.attention import Layout
+from minimind_ray.model.moe import MixtureOfExperts
+
+INIT_STD = 0.02
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q_NHK, k_NGK, v_NGK) -> out_NHK: who attends to whom is the caller's business."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x, float32."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; with qk_norm, queries and keys are normalised per head first."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.shape = shape
+        query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, query, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, key, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, key, bias=False)
+        self.o_proj = nn.Linear(query, shape.hidden_size, bias=False)
+        if shape.qk_norm:
+            self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+            self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+
+    def forward(self, x_NC: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        """What the tokens read from their documents, [N, C]."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_NHK, k_NGK, v_NGK = (p(x_NC).unflatten(-1, (-1, self.shape.head_dim)) for p in projections)
+        dtype = q_NHK.dtype
+        if self.shape.qk_norm:
+            q_NHK, k_NGK = self.q_norm(q_NHK), self.k_norm(k_NGK)
+        q_NHK, k_NGK = (rotate(x, rotary).to(dtype) for x in (q_NHK, k_NGK))
+        return self.o_proj(attend(layer, q_NHK, k_NGK, v_NGK).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, eq. 6): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        """[N, C] to [N, C]."""
+        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on the normalised residual stream; dropout on what they add to it."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp: FeedForward | MixtureOfExperts
+        if shape.num_experts:
+            width = shape.moe_intermediate_size or shape.intermediate_size
+            self.mlp = MixtureOfExperts(shape, lambda: FeedForward(shape.hidden_size, width))
+        else:
+            self.mlp = FeedForward(shape.hidden_size, shape.intermediate_size)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, x_NC: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        """The residual stream after this block."""
+        x_NC = x_NC + self.dropout(self.self_attn(self.input_layernorm(x_NC), rotary, layer, attend))
+        return x_NC + self.dropout(self.mlp(self.post_attention_layernorm(x_NC)))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm: what Hugging Face names `model`."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, tokens_N: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Hidden states after the last norm, [N, C]."""
+        x_NC = self.dropout(self.embed_tokens(tokens_N))
+        for index, layer in enumerate(self.layers):
+            x_NC = layer(x_NC, rotary, index, attend)
+        return self.norm(x_NC)
+
+
+class Transformer(nn.Module):
+    """A language model of the given shape, matrices drawn from N(0, 0.02) by torch's global generator."""
+
+    frequencies_R: Tensor
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Decoder(shape)
+        if not shape.tie_word_embeddings:
+            self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        frequencies_R, self.rotary_scale = rotary_frequencies(shape)
+        self.register_buffer("frequencies_R", frequencies_R, persistent=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=INIT_STD)
+
+    def forward(self, tokens_N: Tensor, bounds_D1: Tensor) -> Tensor:
+        """Hidden states [N, C] after the last norm; `bounds_D1` int32 on the host: where documents start, and N."""
+        layout = Layout(bounds_D1, tokens_N.device)
+        return self.decode(tokens_N, layout.positions_N, lambda layer, q, k, v: layout.attend(q, k, v))
+
+    def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """As `forward`, with positions and attention left to the caller (generation keeps a cache there)."""
+        angles_NR = positions_N.unsqueeze(-1).float() * self.frequencies_R
+        rotary = (angles_NR.cos() * self.rotary_scale, angles_NR.sin() * self.rotary_scale)
+        return self.model(tokens_N, rotary, attend)
+
+    @property
+    def vocab_weight(self) -> Tensor:
+        """The projection to the vocabulary: the embedding's weight where they are tied."""
+        return self.model.embed_tokens.weight if self.shape.tie_word_embeddings else self.lm_head.weight
+
+    def project(self, hidden_MC: Tensor) -> Tensor:
+        """Logits [M, V] of hidden states."""
+        return F.linear(hidden_MC, self.vocab_weight)
+
+    def aux_loss(self) -> Tensor:
+        """The routers' load-balancing loss, a mean over the last forward pass's tokens, summed over layers."""
+        losses = [m.aux_loss for m in self.modules() if isinstance(m, MixtureOfExperts) and m.aux_loss is not None]
+        return torch.stack(losses).sum() if losses else self.vocab_weight.new_zeros(())
+
+
+def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions (Su et al. 2021, eq. 34), pairs (i, i + K/2) as Hugging Face has them."""
+    cos_N1R, sin_N1R = (x.unsqueeze(1) for x in rotary)
+    a_NHR, b_NHR = x_NHK.chunk(2, dim=-1)
+    return torch.cat((a_NHR * cos_N1R - b_NHR * sin_N1R, b_NHR * cos_N1R + a_NHR * sin_N1R), dim=-1)
+
+
+def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
+    """Angle per position of each pair, float32 [R], and the factor on cosine and sine.
+
+    θ^(-2i/K); with YaRN the slow pairs are interpolated by its factor, the fast ones kept, and those that turn between
+    beta_slow and beta_fast times over the original length lie between (Peng et al. 2023, section 3.2).
+    """
+    # Always on the CPU: also where the weights are made on the meta device.
+    exponents_R = torch.arange(0, shape.head_dim, 2, device="cpu").float() / shape.head_dim
+    frequencies_R = 1.0 / shape.rope_theta**exponents_R
+    yarn = shape.rope_scaling
+    if yarn is None:
+        return frequencies_R, 1.0
+
+    def pair_that_turns(times: float) -> float:
+        length = yarn.original_max_position_embeddings
+        return shape.head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
+
+    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), shape.head_dim - 1)
+    pairs_R = torch.arange(shape.head_dim // 2, device="cpu").float()
+    interpolated_R = ((pairs_R - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies_R * (1 - interpolated_R + interpolated_R / yarn.factor), yarn.attention_factor

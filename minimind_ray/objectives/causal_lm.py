@@ -1,0 +1,38 @@
+"""Next-token prediction: cross-entropy over the tokens that carry loss.
+
+N tokens   M of them with weight > 0   C channels   V vocabulary
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_ray.data.batch import Batch
+from minimind_ray.data.pack import Pack
+from minimind_ray.model.transformer import Transformer
+
+
+def token_log_probs(model: Transformer, batch: Batch) -> Tensor:
+    """log p(target | what precedes it in its document), in nats, of the tokens with weight > 0: float32 [M]."""
+    hidden_NC = model(batch.tokens_N, batch.bounds_D1)
+    counted_M = batch.weights_N.nonzero().squeeze(-1)
+    logits_MV = model.project(hidden_NC[counted_M]).float()
+    return -F.cross_entropy(logits_MV, batch.targets_N[counted_M], reduction="none")
+
+
+class CausalLM:
+    """Summed cross-entropy; with experts, in training, plus the routers' load-balancing loss per counted token."""
+
+    unit = "token"
+    metrics = ("aux",)
+
+    def count(self, pack: Pack) -> float:
+        """Tokens of `pack` that carry loss."""
+        return pack.counted
+
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over the batch's counted tokens; `aux` is the part of it that balances experts."""
+        loss = -token_log_probs(model, batch).sum()
+        aux = model.aux_loss() * (batch.weights_N > 0).sum()
+        return loss + aux if model.training else loss, {"aux": aux.detach()}

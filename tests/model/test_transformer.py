@@ -1,0 +1,118 @@
+"""Our logits and gradients against transformers, on the saved directory and the other way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minimind_ray.config.schema import ModelShape, RopeScaling
+from minimind_ray.model.checkpoint import load_model, load_shape, save_model, weights_fingerprint
+from minimind_ray.model.transformer import Transformer
+
+pytestmark = pytest.mark.unit
+
+BASE: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 16, "intermediate_size": 80, "max_position_embeddings": 512,
+}  # fmt: skip
+YARN = RopeScaling(factor=4.0, original_max_position_embeddings=128, attention_factor=1.2, beta_fast=24.0)
+SHAPES = {
+    "qwen3": ModelShape(**BASE),
+    "qwen3-untied": ModelShape(**BASE, tie_word_embeddings=False, rope_theta=1e4),
+    "qwen3-yarn": ModelShape(**BASE, rope_scaling=YARN),
+    "llama": ModelShape(**BASE, qk_norm=False, rms_norm_eps=1e-5),
+    "llama-untied-yarn": ModelShape(**BASE, qk_norm=False, tie_word_embeddings=False, rope_scaling=YARN),
+    "moe": ModelShape(**BASE, num_experts=4, moe_intermediate_size=40),
+    "moe-top2": ModelShape(**BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40,
+                           norm_topk_prob=False, tie_word_embeddings=False),
+}  # fmt: skip
+LENGTHS = (1, 37, 5, 130, 2)
+
+
+def documents() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(BASE["vocab_size"], (n,), generator=generator) for n in LENGTHS]
+
+
+def bounds(lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def make(shape: ModelShape) -> Transformer:
+    """With norms and routers that are not at their start, so that leaving one out shows."""
+    torch.manual_seed(0)
+    model = Transformer(shape)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.eval()
+
+
+def reference(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def reference_logits(model: Any) -> Tensor:
+    return torch.cat([model(tokens.unsqueeze(0)).logits[0] for tokens in documents()])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_and_gradients_equal_transformers(name: str, tmp_path: Path) -> None:
+    model = make(SHAPES[name])
+    save_model(model, None, tmp_path)
+    theirs = reference(tmp_path)
+
+    logits = model.project(model(torch.cat(documents()), bounds()))
+    expected = reference_logits(theirs)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+
+    targets = torch.cat(documents()).roll(-1)
+    F.cross_entropy(logits, targets).backward()
+    F.cross_entropy(expected, targets).backward()
+    largest = max(float(grad.abs().max()) for grad in gradients(theirs))
+    for ours, their in zip(hugging_face_gradients(model), gradients(theirs), strict=True):
+        torch.testing.assert_close(ours, their, rtol=1e-5, atol=1e-5 * largest)
+
+
+def gradients(model: torch.nn.Module) -> list[Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return [grad for name, grad in sorted(found.items()) if grad is not None]
+
+
+def hugging_face_gradients(model: Transformer) -> list[Tensor]:
+    """Ours with each layer's experts stacked, which is how transformers holds them in memory."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for layer in range(model.shape.num_hidden_layers if model.shape.num_experts else 0):
+        at = f"model.layers.{layer}.mlp.experts"
+        each = [
+            {kind: found.pop(f"{at}.{e}.{kind}_proj.weight") for kind in ("gate", "up", "down")}
+            for e in range(model.shape.num_experts)
+        ]
+        found[f"{at}.down_proj"] = torch.stack([e["down"] for e in each])
+        found[f"{at}.gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in each])
+    return [grad for _, grad in sorted(found.items())]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_loads_what_transformers_saves(name: str, tmp_path: Path) -> None:
+    model = make(SHAPES[name])
+    save_model(model, None, tmp_path / "ours")
+    reference(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    assert load_shape(tmp_path / "theirs") == model.shape == load_shape(tmp_path / "ours")
+    loaded = load_model(tmp_path / "theirs").state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
+    assert weights_fingerprint(tmp_path / "theirs") == weights_fingerprint(tmp_path / "ours")
+
+
+def test_documents_do_not_see_each_other() -> None:
+    model = make(SHAPES["qwen3"])
+    together = model(torch.cat(documents()), bounds())
+    apart = torch.cat([model(tokens, bounds((len(tokens),))) for tokens in documents()])
+    torch.testing.assert_close(together, apart)
