@@ -121,7 +121,7 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A language model of the given shape, matrices drawn from N(0, 0.02) by torch's global generator."""
 
-    frequencies_R: Tensor
+    frequencies: Tensor
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         if not shape.tie_word_embeddings:
             self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         frequencies_R, self.rotary_scale = rotary_frequencies(shape)
-        self.register_buffer("frequencies_R", frequencies_R, persistent=False)
+        self.register_buffer("frequencies", frequencies_R, persistent=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=INIT_STD)
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
 
     def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """As `forward`, with positions and attention left to the caller (generation keeps a cache there)."""
-        angles_NR = positions_N.unsqueeze(-1).float() * self.frequencies_R
+        angles_NR = positions_N.unsqueeze(-1).float() * self.frequencies
         rotary = (angles_NR.cos() * self.rotary_scale, angles_NR.sin() * self.rotary_scale)
         return self.model(tokens_N, rotary, attend)
 
