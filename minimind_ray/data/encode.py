@@ -47,7 +47,8 @@ class _BadRowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A row checked: the texts to tokenize, how many answers each has, and how many first ones carry no loss."""
+    """A row checked: the texts to tokenize, and for conversations how many answers are in each, and how many of the
+    first carry no loss."""
 
     texts: list[str]
     answers: tuple[int, ...] = ()
@@ -72,6 +73,20 @@ def encode_rows(
         UserError: the tokenizer's chat template is none that answers can be found in.
     """
     tally = Tally() if tally is None else tally
+    for whole in whole_documents(stage, rows, tokenizer):
+        outcome = whole if isinstance(whole, Reject) else fit(stage, *whole, config, tally)
+        if isinstance(outcome, Reject):
+            tally.rejected += 1
+            yield outcome
+        else:
+            tally.kept += 1
+            yield from outcome
+
+
+def whole_documents(
+    stage: StageName, rows: Iterable[Row | Reject], tokenizer: Tokenizer
+) -> Iterator[tuple[Row, Group] | Reject]:
+    """The first half of `encode_rows`: each row with its documents, of whatever length."""
     if stage == "pretrain":
         encode = tokenizer.encode
     else:
@@ -79,19 +94,29 @@ def encode_rows(
         encode = tokenizer.encode_rendered
     remaining = iter(rows)
     while chunk := list(islice(remaining, ROWS_AT_ONCE)):
-        drafts = [_draft(stage, row, tokenizer) for row in chunk]
-        ids = iter(encode([text for draft in drafts if isinstance(draft, _Draft) for text in draft.texts]))
-        for row, draft in zip(chunk, drafts, strict=True):
-            if isinstance(draft, Reject):
-                outcome = draft
-            else:
-                outcome = _groups(stage, row, draft, [next(ids) for _ in draft.texts], tokenizer, config, tally)
-            if isinstance(outcome, Reject):
-                tally.rejected += 1
-                yield outcome
-            else:
-                tally.kept += 1
-                yield from outcome
+        drafts = [row if isinstance(row, Reject) else _draft(stage, row, tokenizer) for row in chunk]
+        ids = iter(encode([text for draft in drafts if not isinstance(draft, Reject) for text in draft[1].texts]))
+        for draft in drafts:
+            yield draft if isinstance(draft, Reject) else _finish(*draft, ids, tokenizer)
+
+
+def fit(stage: StageName, row: Row, group: Group, config: DataConfig, tally: Tally) -> list[Group] | Reject:
+    """The second half: split or cut what is longer than `data.max_seq_len`."""
+    longest = config.max_seq_len if stage != "dpo" else min(config.max_seq_len, config.pack_tokens // 2)
+    excess = [len(d.tokens) - longest for d in group if len(d.tokens) > longest]
+    if not excess:
+        return [group]
+    if stage == "pretrain" and config.long_documents == "split":
+        tally.split += 1
+        return [(part,) for part in _split(group[0], longest)]
+    kept = tuple(Document(d.tokens[:longest], d.weights[:longest]) for d in group)
+    for whole, document in zip(group, kept, strict=True):
+        if not document.weights.any():
+            first = int(np.argmax(whole.weights))
+            return Reject(row.file, row.line, f"the answer begins at token {first}, beyond the {longest} that are kept")
+    tally.cut += len(excess)
+    tally.cut_tokens += sum(excess)
+    return [kept]
 
 
 def row_texts(value: dict[str, Any]) -> Iterator[str]:
@@ -107,9 +132,7 @@ def row_texts(value: dict[str, Any]) -> Iterator[str]:
                 yield content
 
 
-def _draft(stage: StageName, row: Row | Reject, tokenizer: Tokenizer) -> _Draft | Reject:
-    if isinstance(row, Reject):
-        return row
+def _draft(stage: StageName, row: Row, tokenizer: Tokenizer) -> tuple[Row, _Draft] | Reject:
     try:
         if stage == "pretrain":
             draft = _Draft([_text(row.value, "text", "text")])
@@ -127,7 +150,7 @@ def _draft(stage: StageName, row: Row | Reject, tokenizer: Tokenizer) -> _Draft 
         return Reject(row.file, row.line, "objects are nested too deeply")
     except (_BadRowError, UserError) as error:
         return Reject(row.file, row.line, str(error))
-    return draft
+    return row, draft
 
 
 def _draft_conversation(value: dict[str, Any], key: str, tokenizer: Tokenizer) -> _Draft:
@@ -156,56 +179,39 @@ def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
     )
 
 
-def _groups(
-    stage: StageName,
-    row: Row | Reject,
-    draft: _Draft,
-    ids: list[list[int]],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    tally: Tally,
-) -> list[Group] | Reject:
-    if stage == "pretrain":
-        return [(d,) for d in _text_documents([tokenizer.bos_id, *ids[0], tokenizer.eos_id], config, tally)]
-    longest = config.max_seq_len if len(ids) == 1 else min(config.max_seq_len, config.pack_tokens // 2)
-    documents: list[Document] = []
-    for tokens, answers in zip(ids, draft.answers, strict=True):
-        spans = tokenizer.answer_spans(tokens)
-        if len(spans) != answers:
-            return Reject(row.file, row.line, f"the chat template writes {len(spans)} of its {answers} assistant turns")
-        weights = np.zeros(len(tokens), np.uint8)
-        for start, end in spans[draft.shared :]:
-            weights[start:end] = 1
-        weights = weights[:longest]
-        if not weights.any():
-            first = spans[draft.shared][0]
-            return Reject(row.file, row.line, f"the answer begins at token {first}, beyond the {longest} that are kept")
-        documents.append(Document(np.array(tokens[:longest], np.int32), weights))
-    cut = [len(tokens) - longest for tokens in ids if len(tokens) > longest]
-    tally.cut += len(cut)
-    tally.cut_tokens += sum(cut)
-    return [tuple(documents)]
+def _finish(row: Row, draft: _Draft, ids: Iterator[list[int]], tokenizer: Tokenizer) -> tuple[Row, Group] | Reject:
+    own = [next(ids) for _ in draft.texts]
+    if not draft.answers:
+        return row, (_text_document(own[0], tokenizer),)
+    try:
+        return row, tuple(_chat_document(i, n, draft.shared, tokenizer) for i, n in zip(own, draft.answers))
+    except _BadRowError as error:
+        return Reject(row.file, row.line, str(error))
 
 
-def _text_documents(ids: list[int], config: DataConfig, tally: Tally) -> list[Document]:
-    longest = config.max_seq_len
-    tokens = np.array(ids, np.int32)
-    if len(tokens) <= longest:
-        parts = [tokens]
-    elif config.long_documents == "split":
-        # A part's first token is the last of the part before, where it was predicted.
-        parts = [tokens[start : start + longest] for start in range(0, len(tokens) - 1, longest - 1)]
-        tally.split += 1
-    else:
-        parts = [tokens[:longest]]
-        tally.cut += 1
-        tally.cut_tokens += len(tokens) - longest
-    documents: list[Document] = []
-    for part in parts:
-        weights = np.ones(len(part), np.uint8)
+def _text_document(ids: list[int], tokenizer: Tokenizer) -> Document:
+    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+    weights = np.ones(len(tokens), np.uint8)
+    weights[0] = 0
+    return Document(tokens, weights)
+
+
+def _chat_document(ids: list[int], answers: int, shared: int, tokenizer: Tokenizer) -> Document:
+    spans = tokenizer.answer_spans(ids)
+    if len(spans) != answers:
+        raise _BadRowError(f"the chat template writes {len(spans)} of its {answers} assistant turns")
+    weights = np.zeros(len(ids), np.uint8)
+    for start, end in spans[shared:]:
+        weights[start:end] = 1
+    return Document(np.array(ids, np.int32), weights)
+
+
+def _split(document: Document, longest: int) -> Iterator[Document]:
+    """A part's first token is the last of the part before, where it was predicted."""
+    for start in range(0, len(document.tokens) - 1, longest - 1):
+        weights = document.weights[start : start + longest].copy()
         weights[0] = 0
-        documents.append(Document(part, weights))
-    return documents
+        yield Document(document.tokens[start : start + longest], weights)
 
 
 # Checks of what a row holds
