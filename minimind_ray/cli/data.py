@@ -1,0 +1,104 @@
+"""`minimind-ray data inspect` and `data prepare`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minimind_ray.cli.flags import config_from_flags
+
+if TYPE_CHECKING:
+    from minimind_ray.config.schema import DataConfig
+    from minimind_ray.data.inspect import Inspection
+    from minimind_ray.data.tokenizer import Tokenizer
+
+app = typer.Typer(help="Look at data and prepare it.", no_args_is_help=True)
+
+
+@app.command()
+def inspect(
+    files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
+    tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
+    stage: Annotated[str | None, typer.Option(help="pretrain, sft, lora or dpo; default: by the first row")] = None,
+    max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
+    pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="read no more rows than this", show_default=False)] = None,
+    samples: Annotated[int, typer.Option(min=0, help="documents to show")] = 3,
+) -> None:
+    """Show what training would get: counts, lengths, what is cut, how full packs are, samples with loss coloured."""
+    from itertools import chain, islice
+
+    from minimind_ray.data.inspect import guess_stage, inspect_rows
+    from minimind_ray.data.records import discover, read_rows
+    from minimind_ray.data.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(tokenizer)
+    source_rows = islice(chain.from_iterable(map(read_rows, discover(files))), rows)
+    if stage is None:
+        stage, source_rows = guess_stage(source_rows)
+    config = config_from_flags(stage, [], [], {"max_seq_len": max_seq_len, "pack_tokens": pack_tokens})
+    inspection = inspect_rows(config.stage, source_rows, loaded, config.data, samples)
+    _print_inspection(inspection, config.stage, loaded, config.data)
+
+
+def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, config: DataConfig) -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from minimind_ray.data.inspect import histogram, runs
+
+    console = Console(highlight=False)
+    tally, lengths = inspection.tally, inspection.lengths
+    console.print(
+        f"[bold]{stage}[/]: {inspection.rows:,} rows read = {tally.kept:,} kept + {tally.rejected:,} rejected"
+    )
+    for reason in inspection.reasons[:5]:
+        first = reason.first
+        console.print(
+            f"  {reason.count:,} rejected, the first at {first.file}:{first.line}: {first.reason}", markup=False
+        )
+    if not inspection.documents:
+        return
+
+    console.print(
+        f"{len(lengths):,} documents, {int(lengths.sum()):,} tokens; tokens in a document: "
+        + ", ".join(f"{q} % {int(v):,}" for q, v in zip((50, 90, 95, 99), np.percentile(lengths, (50, 90, 95, 99))))
+        + f", longest {lengths.max():,}, mean {lengths.mean():.1f}"
+    )
+    bins = histogram(lengths)
+    most = max(count for _, _, count in bins)
+    table = Table("tokens", "documents", "", box=None, header_style="dim")
+    table.columns[0].justify = table.columns[1].justify = "right"
+    for first, last, count in bins:
+        label = f"{first:,}" if first == last else f"{first:,}–{last:,}"
+        table.add_row(label, f"{count:,}", "█" * round(40 * count / most))
+    console.print(table)
+
+    over = int((lengths > config.max_seq_len).sum())
+    console.print(
+        f"data.max_seq_len {config.max_seq_len:,}: {over:,} documents are longer; {tally.split:,} split, "
+        f"{tally.cut:,} cut, losing {tally.cut_tokens:,} tokens ({tally.cut_tokens / int(lengths.sum()):.2%})"
+    )
+    console.print(
+        f"data.pack_tokens {config.pack_tokens:,}: {inspection.packs:,} packs, "
+        f"{inspection.fill(config.pack_tokens):.1%} full; {inspection.tokens:,} tokens, of which "
+        f"{inspection.counted:,} ({inspection.counted / inspection.tokens:.1%}) carry loss"
+    )
+    for group in inspection.samples:
+        for document in group:
+            console.rule(style="dim")
+            text = Text()
+            for piece, counts in runs(document, tokenizer):
+                text.append(piece, style="green" if counts else "dim")
+            console.print(text, soft_wrap=True)
+    if inspection.samples:
+        console.rule(style="dim")
+        console.print("[green]green[/]: these tokens carry loss")
+
+
+@app.callback()
+def group() -> None:
+    """Look at data and prepare it."""

@@ -1,0 +1,145 @@
+"""What `minimind-ray data inspect` tells: how long the documents are, what is cut or rejected, how full packs get."""
+
+from __future__ import annotations
+
+import random
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from operator import itemgetter
+
+import numpy as np
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.data.encode import Tally, fit, whole_documents
+from minimind_ray.data.pack import Document, Group, pack_groups
+from minimind_ray.data.records import Reject, Row
+from minimind_ray.data.tokenizer import Tokenizer
+
+LOOK_AHEAD = 1000  # rows in which one must tell the stage
+
+
+@dataclass(frozen=True, slots=True)
+class RejectReason:
+    """Rejects alike but for numbers: how many, and the first."""
+
+    count: int
+    first: Reject
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """`lengths` int32 [documents]: tokens of each before anything is split or cut; the rest is as it will be trained.
+
+    `counted` are the tokens that carry loss; `samples` some groups drawn from all.
+    """
+
+    tally: Tally
+    reasons: list[RejectReason]
+    lengths: np.ndarray
+    documents: int
+    tokens: int
+    counted: int
+    packs: int
+    samples: list[Group]
+
+    @property
+    def rows(self) -> int:
+        """Rows read."""
+        return self.tally.kept + self.tally.rejected
+
+    def fill(self, pack_tokens: int) -> float:
+        """Part of the packs' room that is taken."""
+        return self.tokens / (self.packs * pack_tokens) if self.packs else 0.0
+
+
+def guess_stage(rows: Iterable[Row | Reject]) -> tuple[StageName, Iterator[Row | Reject]]:
+    """The stage whose fields the first good row has, and the rows once more from the start.
+
+    Raises:
+        UserError: no row among the first has any.
+    """
+    remaining = iter(rows)
+    seen: list[Row | Reject] = []
+    fields: dict[str, StageName] = {"chosen": "dpo", "conversations": "sft", "messages": "sft", "text": "pretrain"}
+    for row in remaining:
+        seen.append(row)
+        stages: list[StageName] = [
+            stage for field, stage in fields.items() if isinstance(row, Row) and field in row.value
+        ]
+        if stages:
+            return stages[0], chain(seen, remaining)
+        if len(seen) == LOOK_AHEAD:
+            break
+    raise UserError(
+        f"none of the first {len(seen)} rows has one of the fields {', '.join(fields)}; say what they are with --stage"
+    )
+
+
+def inspect_rows(
+    stage: StageName, rows: Iterable[Row | Reject], tokenizer: Tokenizer, config: DataConfig, samples: int = 3
+) -> Inspection:
+    """Encode and pack all rows as training does, and keep the numbers.
+
+    Raises:
+        UserError: see `encode_rows`.
+    """
+    tally = Tally()
+    lengths = array("i")
+    reasons: dict[str, RejectReason] = {}
+    drawn: list[Group] = []
+    draw = random.Random(0)
+    documents = tokens = counted = 0
+
+    def groups() -> Iterator[Group]:
+        nonlocal documents, tokens, counted
+        for whole in whole_documents(stage, rows, tokenizer):
+            if not isinstance(whole, Reject):
+                lengths.extend(len(d.tokens) for d in whole[1])
+            outcome = whole if isinstance(whole, Reject) else fit(stage, *whole, config, tally)
+            if isinstance(outcome, Reject):
+                tally.rejected += 1
+                alike = re.sub(r"\d+", "N", outcome.reason)
+                before = reasons.get(alike, RejectReason(0, outcome))
+                reasons[alike] = RejectReason(before.count + 1, before.first)
+                continue
+            tally.kept += 1
+            # Reservoir sampling (Vitter 1985): every row is as likely to be shown.
+            place = len(drawn) if len(drawn) < samples else draw.randrange(tally.kept)
+            if place < samples:
+                drawn[place : place + 1] = [outcome[0]]
+            for group in outcome:
+                documents += len(group)
+                tokens += sum(len(d.tokens) for d in group)
+                counted += sum(int(d.weights.sum()) for d in group)
+                yield group
+
+    packs = sum(1 for _ in pack_groups(groups(), config.pack_tokens))
+    return Inspection(
+        tally=tally,
+        reasons=sorted(reasons.values(), key=lambda reason: -reason.count),
+        lengths=np.array(lengths, np.int32),
+        documents=documents,
+        tokens=tokens,
+        counted=counted,
+        packs=packs,
+        samples=drawn,
+    )
+
+
+def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:
+    """(from, to, documents) in bins whose bounds grow by a factor, for lengths spread over several orders."""
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).round().astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    return [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], counts)]
+
+
+def runs(document: Document, tokenizer: Tokenizer) -> Sequence[tuple[str, bool]]:
+    """The document's text in pieces, with whether loss counts there."""
+    pairs = zip(document.tokens.tolist(), document.weights.tolist())
+    return [
+        (tokenizer.decode([token for token, _ in run]), bool(weight)) for weight, run in groupby(pairs, itemgetter(1))
+    ]
