@@ -50,16 +50,14 @@ def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, 
 
     from minimind_ray.data.inspect import histogram, runs
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     tally, lengths = inspection.tally, inspection.lengths
     console.print(
         f"[bold]{stage}[/]: {inspection.rows:,} rows read = {tally.kept:,} kept + {tally.rejected:,} rejected"
     )
     for reason in inspection.reasons[:5]:
-        first = reason.first
-        console.print(
-            f"  {reason.count:,} rejected, the first at {first.file}:{first.line}: {first.reason}", markup=False
-        )
+        where = f"{reason.first.file}:{reason.first.line}"
+        console.print(f"  {reason.count:,} rejected, the first at {where}: {reason.first.reason}", markup=False)
     if not inspection.documents:
         return
 
@@ -93,7 +91,7 @@ def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, 
             text = Text()
             for piece, counts in runs(document, tokenizer):
                 text.append(piece, style="green" if counts else "dim")
-            console.print(text, soft_wrap=True)
+            console.print(text)
     if inspection.samples:
         console.rule(style="dim")
         console.print("[green]green[/]: these tokens carry loss")

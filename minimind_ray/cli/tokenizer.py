@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+HELD_OUT_EVERY, MOST_HELD_OUT = 50, 10_000
+
 app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
 
 
@@ -21,36 +23,42 @@ def train(
     """Train a byte-level BPE tokenizer with MiniMind's control tokens; report how it does on rows held out."""
     from minimind_ray.config.errors import UserError
     from minimind_ray.data.encode import row_texts
-    from minimind_ray.data.records import Row, discover, read_rows
+    from minimind_ray.data.records import Reject, discover, read_rows
     from minimind_ray.data.tokenizer import train_tokenizer
 
     held_out: list[str] = []
-    used = 0
+    used = bad = 0
 
     def texts() -> Iterator[str]:
-        nonlocal used
-        rows = (row for source in discover(files) for row in read_rows(source) if isinstance(row, Row))
-        for i, row in enumerate(rows):
-            for text in row_texts(row.value):
-                if i % 50 == 49:
-                    held_out.append(text)
-                elif max_bytes is None or used < max_bytes:
+        nonlocal used, bad
+        rows = (row for source in discover(files) for row in read_rows(source))
+        for i, row in enumerate(rows, 1):
+            if isinstance(row, Reject):
+                bad += 1
+            elif i % HELD_OUT_EVERY == 0 and len(held_out) < MOST_HELD_OUT:
+                held_out.extend(row_texts(row.value))
+            else:
+                for text in row_texts(row.value):
                     used += len(text.encode())
                     yield text
-                else:
-                    return
+            if max_bytes is not None and used >= max_bytes:
+                return
 
     tokenizer = train_tokenizer(texts(), vocab_size)
     if not used:
         raise UserError(f"{', '.join(files)}: no text to train on; rows need text, conversations, messages or chosen")
     tokenizer.save(out)
     print(f"{out}: {tokenizer.vocab_size:,} tokens, trained on {used / 1e6:.1f} MB")
+    if bad:
+        print(f"{bad:,} rows could not be read and were left out; `minimind-ray data inspect` says why")
     if tokenizer.vocab_size < vocab_size:
         print(f"fewer than the {vocab_size:,} asked for: there was too little text to merge more")
+    if not held_out:
+        print(f"nothing held out to measure it on: fewer than {HELD_OUT_EVERY} rows")
+        return
     tokens = sum(map(len, tokenizer.encode(held_out)))
-    if tokens:
-        chars, size = sum(map(len, held_out)), sum(len(text.encode()) for text in held_out)
-        print(f"on {len(held_out):,} texts held out: {chars / tokens:.2f} chars, {size / tokens:.2f} bytes per token")
+    chars, size = sum(map(len, held_out)), sum(len(text.encode()) for text in held_out)
+    print(f"on {len(held_out):,} texts held out: {chars / tokens:.2f} chars, {size / tokens:.2f} bytes per token")
 
 
 @app.callback()
