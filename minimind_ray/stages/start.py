@@ -75,3 +75,16 @@ class WholeModel:
     def load(self, directory: Path) -> None:
         """The weights of a checkpoint of the same model."""
         load_weights(self.model, directory)
+
+
+def require_base(config: Config) -> None:
+    """Check that there is something to start from.
+
+    Raises:
+        UserError: `init_from` is not set.
+    """
+    if not config.init_from:
+        raise UserError(
+            f"init_from is not set: {config.stage} starts from a trained model; "
+            "give a run or a model directory, such as --init-from runs/pretrain"
+        )

@@ -1,0 +1,151 @@
+"""Real Ray Train workers: the same gradient however the batch is split, and runs that end, stop and fail well."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.train.run import RunDirectory, read_jsonl
+from tests.jobs import make_job, start
+
+pytestmark = pytest.mark.ray
+
+
+def one_step(job, out: str) -> None:
+    """In a worker: one plain gradient step on the first step's packs, so that the weights' change is the gradient."""
+    import ray.train
+
+    from minimind_ray.data.plan import read_steps
+    from minimind_ray.data.store import PackStore
+    from minimind_ray.objectives.causal_lm import CausalLM
+    from minimind_ray.on_ray.trainer import RayTrainContext
+    from minimind_ray.stages.start import initial_model, load_tokenizer
+    from minimind_ray.train.optim import FlatGradients
+    from minimind_ray.train.step import training_step
+
+    context = RayTrainContext(job.config.out)
+    model = initial_model(job.config, load_tokenizer(job.config), context)
+    gradients = FlatGradients(model)
+    packs = next(read_steps(PackStore(job.train), job.plan, 0, context.rank, context.world_size))
+    training_step(
+        model, CausalLM(), packs, torch.optim.SGD(model.parameters(), lr=1.0), gradients,
+        step=0, lr=1.0, clip=0.0, device=context.device, dtype=torch.float32,
+    )  # fmt: skip
+    if context.rank == 0:
+        torch.save(gradients.buffer, out)
+    ray.train.report({})
+
+
+def test_gradient_is_the_same_for_any_split(tmp_path: Path, ray_session: None) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    # Six packs of 128 tokens, or three of 256, are one step; on 1, 2 and 3 workers (and 4, which get unequal shares).
+    gradients = {}
+    for workers in (1, 2, 3, 4):
+        job = make_job(tmp_path, batch__tokens=256 * 6, scale__workers=workers, out=str(tmp_path / f"run{workers}"))
+        out = tmp_path / f"gradient{workers}.pt"
+        TorchTrainer(
+            partial(one_step, job, str(out)),
+            scaling_config=ray.train.ScalingConfig(num_workers=workers),
+            run_config=ray.train.RunConfig(name=f"w{workers}", storage_path=str(tmp_path / "ray")),
+        ).fit()
+        gradients[workers] = torch.load(out, weights_only=True)
+    norm = gradients[1].norm()
+    assert norm > 0
+    for workers in (2, 3, 4):
+        assert (gradients[workers] - gradients[1]).norm() / norm < 1e-5
+
+
+def finished(job) -> list[dict]:
+    info = RunDirectory(job.config.out).info()
+    assert info["state"] == "finished"
+    assert (Path(job.config.out) / info["result"] / "model.safetensors").exists()
+    return list(read_jsonl(Path(job.config.out) / "metrics.jsonl"))
+
+
+def without_timing(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "timing"} for line in lines]
+
+
+def test_a_run_learns_and_equals_the_plain_process(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.on_ray.trainer import train_on_ray
+    from minimind_ray.stages.run import run_here
+
+    settings = {"train__epochs": 3, "eval__every": 10}
+    job = make_job(tmp_path, scale__workers=2, out=str(tmp_path / "ray"), **settings)
+    start(job)
+    train_on_ray(job)
+    lines = finished(job)
+    assert [line["step"] for line in lines] == list(range(1, job.plan.steps + 1))
+    values = [line["val/bits_per_byte"] for line in lines if "val/bits_per_byte" in line]
+    assert len(values) >= 3 and values == sorted(values, reverse=True) and values[-1] < 0.7 * values[0]
+
+    plain = make_job(tmp_path, out=str(tmp_path / "plain"), **settings)
+    start(plain)
+    run_here(plain)
+    for ours, theirs in zip(finished(plain), lines, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+
+
+def test_stop_and_resume_give_the_same_end_as_no_stop(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.on_ray.trainer import STOP_FILE, train_on_ray
+    from minimind_ray.train.run import file_sha256
+
+    settings = {"scale__workers": 2, "train__epochs": 2, "model__dropout": 0.1, "eval__every": 7}
+    whole = make_job(tmp_path, out=str(tmp_path / "whole"), **settings)
+    start(whole)
+    train_on_ray(whole)
+
+    parted = make_job(tmp_path, out=str(tmp_path / "parted"), **settings)
+    run = start(parted)
+
+    def stop_early() -> None:
+        while len(list(read_jsonl(run / "metrics.jsonl"))) < 3:
+            time.sleep(0.01)
+        (run / STOP_FILE).touch()
+
+    stopper = threading.Thread(target=stop_early)
+    stopper.start()
+    train_on_ray(parted)
+    stopper.join()
+    info = RunDirectory(run).info()
+    assert info["state"] == "stopped" and 3 <= info["steps"] < parted.plan.steps
+
+    start(parted, resume=True)
+    train_on_ray(parted)
+    expected, got = finished(whole), finished(parted)
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    last = RunDirectory(tmp_path / "whole").checkpoints()[-1].name
+    sums = [file_sha256(tmp_path / name / "checkpoints" / last / "model.safetensors") for name in ("whole", "parted")]
+    assert sums[0] == sums[1]
+    assert without_timing(got)[-1] == without_timing(expected)[-1]
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_documents(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.on_ray.trainer import train_on_ray
+
+    job = make_job(tmp_path, scale__workers=2, optim__lr=1e30, optim__clip=0.0, eval__every=1)
+    run = start(job)
+    with pytest.raises(UserError, match=r"step \d+: the loss is .*nonfinite.*optim.lr"):
+        train_on_ray(job)
+    documents = [json.loads(line) for f in run.glob("nonfinite-rank*.jsonl") for line in f.open()]
+    assert documents and all(d["text"] for d in documents)
+    assert RunDirectory(run).checkpoints()
+
+
+def test_too_many_workers_are_refused_before_anything_starts(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.on_ray.trainer import train_on_ray
+
+    job = make_job(tmp_path, batch__tokens=256 * 64, scale__workers=64)
+    start(job)
+    with pytest.raises(UserError, match=r"needs 65 CPUs and the cluster has 8"):
+        train_on_ray(job)
