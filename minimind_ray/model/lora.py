@@ -2,9 +2,9 @@
 
     N tokens   I, O a projection's inputs and outputs   R rank   W [O, I]   A [R, I]   B [O, R]
 
-`add_lora` replaces projections of a model in place, `load_adapter` does the same with an adapter from disk, `merge_lora`
-and `remove_lora` put plain projections back. For generation merge first: adapters cost two more products a projection,
-and DoRA a norm of every weight on each pass.
+`add_lora` replaces projections of a model in place, `load_adapter` does the same with an adapter from disk;
+`merge_lora` and `remove_lora` put plain projections back. To generate, merge first: adapters cost two more products a
+projection, and DoRA a norm of every weight on each pass.
 
 A directory holds what `peft` reads:
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import LoraConfig
+
+M = TypeVar("M", bound=nn.Module)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INIT_STD = 0.02
@@ -69,7 +71,7 @@ class LoraLinear(nn.Module):
             return y_NO
         return y_NO * (self.magnitude / self.row_norms()).to(y_NO.dtype)
 
-    def sum_OI(self) -> Tensor:
+    def summed_weight(self) -> Tensor:
         """W + s B A, whatever autocast says."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scale)
@@ -77,14 +79,14 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """‖W + s B A‖ of each row, [O]."""
-        return torch.linalg.vector_norm(self.sum_OI(), dim=1)
+        return torch.linalg.vector_norm(self.summed_weight(), dim=1)
 
     @torch.no_grad()
-    def merged_OI(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """The weight of the plain projection that computes the same."""
         if self.magnitude is None:
-            return self.sum_OI()
-        return self.sum_OI() * (self.magnitude / self.row_norms()).unsqueeze(1)
+            return self.summed_weight()
+        return self.summed_weight() * (self.magnitude / self.row_norms()).unsqueeze(1)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
@@ -126,12 +128,12 @@ def adapters(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def merge_lora[M: nn.Module](model: M) -> M:
+def merge_lora(model: M) -> M:
     """Fold the adapters into the weights: the same model, plain again and all of it trainable."""
-    return _unwrap(model, LoraLinear.merged_OI)
+    return _unwrap(model, LoraLinear.merged_weight)
 
 
-def remove_lora[M: nn.Module](model: M) -> M:
+def remove_lora(model: M) -> M:
     """Drop the adapters: the same model as before `add_lora`."""
     return _unwrap(model, lambda layer: layer.weight.detach())
 
@@ -143,18 +145,19 @@ def save_adapter(model: nn.Module, directory: str | Path, base_path: str | Path,
     layers = adapters(model)
     config = next(iter(layers.values())).config
     leaves = sorted({_leaf(name) for name in layers})
-    # On experts PEFT takes dropout to be an error and, as it fuses gate and up at twice the rank, would scale rsLoRA by
-    # another root: there the scale is written as plain LoRA's.
-    plain = not config.rslora or _on_experts(layers)
+    # On experts PEFT refuses dropout, and as it fuses gate and up at twice the rank it would scale rsLoRA by another
+    # root: there the scale is written as plain LoRA's.
+    experts = _on_experts(layers)
+    alpha = config.rank if config.alpha is None else config.alpha
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_path),
         "inference_mode": True,
         "r": config.rank,
-        "lora_alpha": config.scale * config.rank if plain else config.scale * config.rank**0.5,
-        "lora_dropout": 0.0 if _on_experts(layers) else config.dropout,
-        "use_rslora": not plain,
+        "lora_alpha": config.scale * config.rank if experts else alpha,
+        "lora_dropout": 0.0 if experts else config.dropout,
+        "use_rslora": config.rslora and not experts,
         "use_dora": config.dora,
         "target_modules": leaves if list(layers) == target_names(model, leaves) else list(layers),
         "bias": "none",
@@ -196,10 +199,10 @@ def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str)
     trained_on = adapter_base(folder)
     if trained_on.fingerprint not in (None, base_fingerprint):
         raise UserError(
-            f"{folder}: the adapter was trained on other weights ({trained_on.path}, hash {trained_on.fingerprint:.12}) "
-            f"than the model it is put on (hash {base_fingerprint:.12}); name its own base"
+            f"{folder}: trained on {trained_on.path} with weights of hash {trained_on.fingerprint:.12}, "
+            f"not on this model (hash {base_fingerprint:.12}); put it on its own base"
         )
-    sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118: no mapping
+    sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     names = _adapted_names(model, folder, config, sizes)
     if layers := adapters(model):
         shapes = {(layer.config.rank, layer.scale, layer.config.dora) for layer in layers.values()}
@@ -252,7 +255,7 @@ def _wrap(model: nn.Module, names: list[str], config: LoraConfig) -> None:
         _replace(model, name, LoraLinear(base, config))
 
 
-def _unwrap[M: nn.Module](model: M, weight_of: Callable[[LoraLinear], Tensor]) -> M:
+def _unwrap(model: M, weight_of: Callable[[LoraLinear], Tensor]) -> M:
     for name, layer in adapters(model).items():
         rows, columns = layer.weight.shape
         plain = nn.Linear(columns, rows, bias=False, device="meta")
@@ -307,6 +310,8 @@ def _lora_config(folder: Path) -> LoraConfig:
         if content.get(key):
             raise UserError(f"{folder / CONFIG}: {key} is set to {content[key]!r}, which is not supported")
     fields = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
+    if missing := [key for key in ("r", "lora_alpha") if key not in content]:
+        raise UserError(f"{folder / CONFIG}: {missing[0]} is missing")
     try:
         return LoraConfig.model_validate({own: content[key] for own, key in fields.items() if key in content})
     except ValidationError as error:

@@ -5,20 +5,35 @@ N tokens   M of them with weight > 0   C channels   V vocabulary
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from minimind_ray.data.batch import Batch
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
+
+MOST_LOGITS = 2**26
+"""Logits held at once, 256 MB in float32; more are computed piece by piece, and again in the backward pass."""
 
 
 def token_log_probs(model: Transformer, batch: Batch) -> Tensor:
     """log p(target | what precedes it in its document), in nats, of the tokens with weight > 0: float32 [M]."""
     hidden_NC = model(batch.tokens_N, batch.bounds_D1)
     counted_M = batch.weights_N.nonzero().squeeze(-1)
-    logits_MV = model.project(hidden_NC[counted_M]).float()
-    return -F.cross_entropy(logits_MV, batch.targets_N[counted_M], reduction="none")
+    hidden_MC, targets_M = hidden_NC[counted_M], batch.targets_N[counted_M]
+    step = max(1, MOST_LOGITS // model.shape.vocab_size)
+    if len(counted_M) <= step:
+        return _log_probs(model, hidden_MC, targets_M)
+    pieces = zip(hidden_MC.split(step), targets_M.split(step))
+    return torch.cat([cast(Tensor, checkpoint(_log_probs, model, *piece, use_reentrant=False)) for piece in pieces])
+
+
+def _log_probs(model: Transformer, hidden_MC: Tensor, targets_M: Tensor) -> Tensor:
+    return -F.cross_entropy(model.project(hidden_MC).float(), targets_M, reduction="none")
 
 
 class CausalLM:

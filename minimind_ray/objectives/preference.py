@@ -1,0 +1,157 @@
+"""Preference optimisation: a chosen and a rejected answer to one prompt, DPO and its kin.
+
+    N tokens, M of them with weight, D documents, P = D / 2 pairs: documents 2i and 2i + 1 are chosen and rejected
+
+A loss compares the two answers' scores, in nats:
+
+    sigmoid, hinge    log pi(y|x) - log pi_ref(y|x), summed over the answer's tokens
+    ipo               the same, per token
+    simpo, orpo       log pi(y|x), per token; no reference model
+
+The prompt that the two answers share is computed twice, once in each document: see `Preference`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import DpoConfig
+from minimind_ray.data.batch import Batch
+from minimind_ray.data.pack import Pack
+from minimind_ray.model.transformer import Transformer
+from minimind_ray.objectives.causal_lm import token_log_probs
+
+PER_TOKEN = ("ipo", "simpo", "orpo")
+WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+def sequence_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
+    logp_M = token_log_probs(model, batch)
+    counted_N1 = F.pad((batch.weights_N > 0).cumsum(0), (1, 0))
+    counts_D = counted_N1[batch.bounds_D1.to(counted_N1.device).long()].diff()
+    return torch.segment_reduce(logp_M, "sum", lengths=counts_D), counts_D
+
+
+def sigmoid_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO: -log sigmoid(beta (chosen - rejected)) (Rafailov et al. 2023, eq. 7), on summed log-ratios.
+
+    With `label_smoothing` e the conservative form: (1 - e) times this plus e times the loss of the swapped pair
+    (Mitchell 2023, "A note on DPO with noisy preferences").
+    """
+    logit_P = beta * (chosen_P - rejected_P)
+    return -(1 - label_smoothing) * F.logsigmoid(logit_P) - label_smoothing * F.logsigmoid(-logit_P)
+
+
+def hinge_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
+    """max(0, 1 - beta (chosen - rejected)) (SLiC, Zhao et al. 2023; on log-ratios as RSO, Liu et al. 2023)."""
+    return F.relu(1 - beta * (chosen_P - rejected_P))
+
+
+def ipo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
+    """(chosen - rejected - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17, beta for tau), on log-ratios per token.
+
+    Per token as trl does, on the authors' word: summed ones would ask of a long answer the same gap as of a short.
+    """
+    return (chosen_P - rejected_P - 1 / (2 * beta)).square()
+
+
+def simpo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float, gamma: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected) - gamma) (Meng et al. 2024, eq. 6), on log-probabilities per token."""
+    return sigmoid_loss(chosen_P - gamma / beta, rejected_P, beta, label_smoothing)
+
+
+def orpo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
+    """-chosen - beta log sigmoid(log odds ratio) (Hong et al. 2024, eq. 6 and 7, beta for lambda).
+
+    On log-probabilities per token; odds(y|x) = p / (1 - p) with log p the mean over the answer's tokens. The
+    likelihood term is that of the chosen answer alone (trl's also holds the prompt, and is a mean over tokens).
+    """
+    log_odds_ratio_P = (chosen_P - rejected_P) - (_log1m_exp(chosen_P) - _log1m_exp(rejected_P))
+    return -chosen_P - beta * F.logsigmoid(log_odds_ratio_P)
+
+
+def _log1m_exp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, without cancellation near 0."""
+    near = x > -0.6931471805599453
+    # Each branch sees only values it can take, or its infinite derivative would make the other's gradient NaN.
+    return torch.where(
+        near, torch.log(-torch.expm1(x.masked_fill(~near, -0.5))), torch.log1p(-torch.exp(x.masked_fill(near, -1.0)))
+    )
+
+
+class Preference:
+    """The mean over pairs of a preference loss; `batch.reference_D` holds log pi_ref where the loss needs one.
+
+    Metrics, as means over pairs: `reward_chosen` and `reward_rejected`, beta times the score; `margin`, their
+    difference; `accuracy`, the part of pairs with a positive margin (half of those with none); `logp_chosen` and
+    `logp_rejected`, summed; `aux`, the routers' load-balancing loss, which is added in training to models with experts;
+    and with a reference `kl`, log pi(y|x) - log pi_ref(y|x) as a mean over the two answers,
+    in nats per answer. It estimates KL(pi || pi_ref) as far as the answers are such as the policy would give;
+    below 0 the policy has moved away from the data.
+
+    Raises:
+        UserError: label smoothing with a loss that has none.
+    """
+
+    unit = "pair"
+
+    def __init__(self, config: DpoConfig) -> None:
+        if config.label_smoothing and config.loss not in ("sigmoid", "simpo"):
+            raise UserError(
+                f"dpo.label_smoothing is {config.label_smoothing}, but dpo.loss {config.loss} has no such form; "
+                "leave it out, or use sigmoid or simpo"
+            )
+        self.config = config
+        self.needs_reference = config.loss not in WITHOUT_REFERENCE
+        self.metrics = ("reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected", "aux")
+        if self.needs_reference:
+            self.metrics += ("kl",)
+
+    def count(self, pack: Pack) -> float:
+        """Pairs of `pack`."""
+        return len(pack.lengths) // 2
+
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over pairs, and the sums of the metrics."""
+        logp_D, counts_D = sequence_log_probs(model, batch)
+        score_D = logp_D
+        if self.needs_reference:
+            assert batch.reference_D is not None
+            score_D = logp_D - batch.reference_D
+        sums = {}
+        if self.needs_reference:
+            sums["kl"] = score_D.sum() / 2
+        if self.config.loss in PER_TOKEN:
+            score_D = score_D / counts_D
+        chosen_P, rejected_P = score_D.view(-1, 2).unbind(1)
+        loss_P = self.losses(chosen_P, rejected_P)
+        margin_P = self.config.beta * (chosen_P - rejected_P)
+        sums |= {
+            "reward_chosen": self.config.beta * chosen_P.sum(),
+            "reward_rejected": self.config.beta * rejected_P.sum(),
+            "margin": margin_P.sum(),
+            "accuracy": (margin_P.sign() + 1).sum() / 2,
+            "logp_chosen": logp_D[0::2].sum(),
+            "logp_rejected": logp_D[1::2].sum(),
+        }
+        loss, sums["aux"] = loss_P.sum(), model.aux_loss() * len(loss_P)
+        return loss + sums["aux"] if model.training else loss, {name: value.detach() for name, value in sums.items()}
+
+    def losses(self, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+        """The configured loss of each pair, from the scores that the module's legend lists."""
+        c = self.config
+        match c.loss:
+            case "sigmoid":
+                return sigmoid_loss(chosen_P, rejected_P, c.beta, c.label_smoothing)
+            case "hinge":
+                return hinge_loss(chosen_P, rejected_P, c.beta)
+            case "ipo":
+                return ipo_loss(chosen_P, rejected_P, c.beta)
+            case "simpo":
+                return simpo_loss(chosen_P, rejected_P, c.beta, c.simpo_gamma, c.label_smoothing)
+            case "orpo":
+                return orpo_loss(chosen_P, rejected_P, c.beta)
