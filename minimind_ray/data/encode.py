@@ -166,12 +166,12 @@ def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
-    for key, messages in (("chosen", chosen), ("rejected", rejected)):
-        answer = messages[common:]
-        if not answer:
+    ends = {"chosen": chosen[common:], "rejected": rejected[common:]}
+    for key, messages in ends.items():
+        if not messages:
             raise _BadRowError(f"{key} has no answer after the turns that both share")
-        if answer[0]["role"] != "assistant" or chosen_tools != rejected_tools:
-            raise _BadRowError("chosen and rejected answer different prompts")
+    if chosen_tools != rejected_tools or any(messages[0]["role"] != "assistant" for messages in ends.values()):
+        raise _BadRowError("chosen and rejected answer different prompts")
     return _Draft(
         [tokenizer.render(chosen, chosen_tools), tokenizer.render(rejected, rejected_tools)],
         (_count_answers(chosen), _count_answers(rejected)),
@@ -299,7 +299,7 @@ def _json_list(holder: dict[str, Any], key: str, where: str) -> list[dict[str, A
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise _BadRowError(f"{where} is a string but not JSON ({error})") from error
     if value in (None, "", []):
         return None

@@ -1,0 +1,312 @@
+"""What each stage learns from a row, and what is wrong with the rows it cannot use."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.data.encode import Tally, encode_rows, row_texts
+from minimind_ray.data.pack import Document, Group
+from minimind_ray.data.records import Reject, Row
+from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
+
+pytestmark = pytest.mark.unit
+
+CONFIG = DataConfig(max_seq_len=64, pack_tokens=256)
+USER, ANSWER = {"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([f"What is {i} + 1? It is {i + 1}. 是{i + 1}。" for i in range(200)], 500)
+
+
+def encode(
+    tokenizer: Tokenizer, stage: StageName, *values: dict[str, Any], config: DataConfig = CONFIG
+) -> tuple[list[Group | Reject], Tally]:
+    tally = Tally()
+    rows = [Row("file.jsonl", i, value) for i, value in enumerate(values, 1)]
+    return list(encode_rows(stage, rows, tokenizer, config, tally)), tally
+
+
+def documents(outcomes: list[Group | Reject]) -> list[Document]:
+    assert not any(isinstance(outcome, Reject) for outcome in outcomes)
+    return [document for group in outcomes if not isinstance(group, Reject) for document in group]
+
+
+def answers(tokenizer: Tokenizer, document: Document) -> list[str]:
+    """The texts that carry loss, one for each run of tokens."""
+    marks = np.flatnonzero(np.diff(document.weights, prepend=0, append=0) % 2)
+    return [tokenizer.decode(document.tokens[a:b].tolist()) for a, b in zip(marks[::2], marks[1::2])]
+
+
+# Pretraining
+
+
+def test_a_text_has_a_start_and_an_end_and_all_but_the_start_is_predicted(tokenizer: Tokenizer) -> None:
+    (document,) = documents(encode(tokenizer, "pretrain", {"text": "It is <|im_end|> 2."})[0])
+    assert (document.tokens.dtype, document.weights.dtype) == (np.int32, np.uint8)
+    assert document.tokens.tolist() == [1, *tokenizer.encode(["It is <|im_end|> 2."])[0], 2]
+    assert document.tokens.tolist().count(2) == 1
+    assert document.weights.tolist() == [0] + [1] * (len(document.tokens) - 1)
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1, max_size=80).filter(lambda t: not t.isspace()), st.integers(2, 12))
+def test_a_split_text_predicts_each_token_once_after_the_one_before_it(
+    tokenizer: Tokenizer, text: str, longest: int
+) -> None:
+    whole = [1, *tokenizer.encode([text])[0], 2]
+    config = DataConfig(max_seq_len=longest, pack_tokens=64)
+    outcomes, tally = encode(tokenizer, "pretrain", {"text": text}, config=config)
+    parts = documents(outcomes)
+    assert all(2 <= len(d.tokens) <= longest for d in parts)
+    predicted = [(int(d.tokens[i - 1]), int(d.tokens[i])) for d in parts for i in range(len(d.tokens)) if d.weights[i]]
+    assert predicted == list(zip(whole, whole[1:]))
+    assert tally == Tally(kept=1, split=int(len(whole) > longest))
+
+
+def test_a_truncated_text_is_counted(tokenizer: Tokenizer) -> None:
+    config = DataConfig(max_seq_len=5, pack_tokens=64, long_documents="truncate")
+    outcomes, tally = encode(tokenizer, "pretrain", {"text": "What is 1 + 1? It is 2."}, {"text": "2"}, config=config)
+    whole = [1, *tokenizer.encode(["What is 1 + 1? It is 2."])[0], 2]
+    first, second = documents(outcomes)
+    assert first.tokens.tolist() == whole[:5]
+    assert second.tokens.tolist() == [1, *tokenizer.encode(["2"])[0], 2]
+    assert tally == Tally(kept=2, cut=1, cut_tokens=len(whole) - 5)
+
+
+def test_order_is_kept_and_rejects_pass_through(tokenizer: Tokenizer) -> None:
+    broken = Reject("file.jsonl", 3, "not valid JSON")
+    rows = [Row("file.jsonl", i, {"text": f"It is {i}." if i % 7 else " \n"}) for i in range(1, 1500)]
+    outcomes = list(encode_rows("pretrain", [*rows[:2], broken, *rows[2:]], tokenizer, CONFIG, tally := Tally()))
+    texts = [
+        o.reason if isinstance(o, Reject) else tokenizer.decode(o[0].tokens.tolist(), skip_special=True)
+        for o in outcomes
+    ]
+    expected = [f"It is {i}." if i % 7 else "text is empty" for i in range(1, 1500)]
+    assert texts == [*expected[:2], "not valid JSON", *expected[2:]]
+    assert (tally.kept, tally.rejected) == (1499 - 214, 214 + 1)
+    assert outcomes[7] == Reject("file.jsonl", 7, "text is empty")
+
+
+# Conversations
+
+TURNS: list[dict[str, Any]] = [
+    {"role": "system", "content": "It is 2.", "tools": '[{"name": "add", "parameters": {}}]'},
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": '[{"name": "add", "arguments": {"a": 1}}]'},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "2", "reasoning_content": "1 + 1", "tools": None, "tool_calls": ""},
+    {"role": "user", "content": "是<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"},
+    {"role": "assistant", "content": "\n是 2"},
+]
+
+
+@pytest.mark.parametrize("stage", ["sft", "lora"])
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+def test_loss_is_on_each_answer_its_end_and_the_newline(tokenizer: Tokenizer, stage: StageName, key: str) -> None:
+    config = DataConfig(max_seq_len=1024, pack_tokens=1024)
+    (document,) = documents(encode(tokenizer, stage, {key: TURNS}, config=config)[0])
+    assert answers(tokenizer, document) == [
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n',
+        "<think>\n1 + 1\n</think>\n\n2<|im_end|>\n",
+        "\n是 2<|im_end|>\n",
+    ]
+    assert tokenizer.decode(document.tokens.tolist()).count('{"name": "add", "parameters": {}}') == 1
+
+
+@pytest.mark.parametrize("source", ["ours", "minimind"])
+def test_ids_and_mask_are_those_of_the_whole_rendered_template(
+    tokenizer: Tokenizer, corpus: Path, tmp_path: Path, source: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    directory = corpus.parent / "tokenizer" / "minimind" if source == "minimind" else tmp_path
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    lines = (corpus / "sft" / "val-00000-of-00001.jsonl").read_text("utf-8").splitlines()[:200]
+    rows = [json.loads(line) for line in lines]
+    config = DataConfig(max_seq_len=4096, pack_tokens=4096)
+    ours = documents(encode(Tokenizer.load(directory), "sft", *rows, config=config)[0])
+    assert len(ours) == len(rows)
+    for row, document in zip(rows, ours):
+        text = theirs.apply_chat_template(row["conversations"], tokenize=False)
+        whole = theirs(text, return_offsets_mapping=True)
+        assert document.tokens.tolist() == whole.input_ids
+        spans = [m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", text, re.DOTALL)]
+        assert len(spans) == sum(turn["role"] == "assistant" for turn in row["conversations"])
+        mask = [any(a <= start and end <= b for a, b in spans) for start, end in whole.offset_mapping]
+        assert document.weights.tolist() == mask
+
+
+def test_a_cut_conversation_keeps_what_is_left_of_its_answers(tokenizer: Tokenizer) -> None:
+    ((whole,),), _ = encode(tokenizer, "sft", {"messages": [USER, ANSWER]})
+    first = int(np.argmax(whole.weights))
+    config = DataConfig(max_seq_len=first + 2, pack_tokens=64)
+    ((cut,),), tally = encode(tokenizer, "sft", {"messages": [USER, ANSWER]}, config=config)
+    assert (cut.tokens.tolist(), cut.weights.tolist()) == (whole.tokens[: first + 2].tolist(), [0] * first + [1] * 2)
+    assert tally == Tally(kept=1, cut=1, cut_tokens=len(whole.tokens) - first - 2)
+    config = DataConfig(max_seq_len=first, pack_tokens=64)
+    outcomes, tally = encode(tokenizer, "sft", {"messages": [USER, ANSWER]}, config=config)
+    reason = f"the answer begins at token {first}, beyond the {first} that are kept"
+    assert outcomes == [Reject("file.jsonl", 1, reason)]
+    assert tally == Tally(rejected=1)
+
+
+def test_tools_of_a_row_are_those_of_its_system_turn(tokenizer: Tokenizer) -> None:
+    config = DataConfig(max_seq_len=1024, pack_tokens=1024)
+    tools = [{"name": "add"}]
+    on_row = {"messages": [USER, ANSWER], "tools": tools}
+    on_turn = {"messages": [{"role": "system", "content": "", "tools": json.dumps(tools)}, USER, ANSWER]}
+    first, second = documents(encode(tokenizer, "sft", on_row, on_turn, config=config)[0])
+    assert first.tokens.tolist() == second.tokens.tolist()
+
+
+def call(**function: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({}, "conversations is missing"),
+        ({"text": "a"}, "conversations is missing"),
+        ({"messages": None}, "messages is null, not a list"),
+        ({"conversations": "[]"}, "conversations is a string, not a list"),
+        ({"conversations": []}, "conversations is empty"),
+        ({"conversations": [USER, "a"]}, "conversations[1] is a string, not an object"),
+        ({"conversations": [USER]}, "conversations has no assistant turn"),
+        ({"conversations": [{"content": "a"}]}, "conversations[0].role is null; known are system, user"),
+        ({"conversations": [{"role": "gpt", "content": "a"}]}, 'conversations[0].role is "gpt"; known are'),
+        ({"conversations": [{"role": ["user"], "content": "a"}]}, 'conversations[0].role is ["user"]; known are'),
+        ({"conversations": [{"role": "user"}]}, "conversations[0].content is missing"),
+        ({"conversations": [{"role": "user", "content": None}]}, "conversations[0].content is missing"),
+        ({"conversations": [{"role": "user", "content": " "}]}, "conversations[0].content is empty"),
+        ({"conversations": [{"role": "user", "content": True}]}, "conversations[0].content is true or false, not a"),
+        ({"conversations": [{"role": "user", "content": [{"text": "a"}]}]}, "conversations[0].content is a list, not"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
+        ({"messages": [USER, {**ANSWER, "reasoning_content": 1}]}, "messages[1].reasoning_content is a number, not"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": "{"}]}, "messages[1].tool_calls is a string but not JSON"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": "{}"}]}, "messages[1].tool_calls is an object, not a list"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "messages[1].tool_calls[0] is a number, not an object"),
+        ({"messages": [USER, call()]}, "messages[1].tool_calls[0].name is missing"),
+        ({"messages": [USER, call(name=1)]}, "messages[1].tool_calls[0].name is a number, not a string"),
+        ({"messages": [USER, call(name="add")]}, "messages[1].tool_calls[0].arguments is missing"),
+        ({"messages": [{**USER, "tools": [{}]}, ANSWER]}, "messages[0].tools are not alone or not on a system turn"),
+        ({"messages": [USER, ANSWER], "tools": 3}, "tools is a number, not a list"),
+        ({"messages": [USER, ANSWER], "tools": '["\\ud800"]'}, "tools[0] is a string, not an object"),
+        ({"messages": [USER, ANSWER], "tools": '[{"a": "\\ud800"}]'}, "the text holds half a surrogate pair"),
+        ({"messages": [USER, ANSWER], "tools": '[{"a": ' + "[" * 5000 + "]" * 5000 + "}]"}, "objects are nested too"),
+        ({"messages": [USER, ANSWER], "tools": "[" * 100_000}, "objects are nested too deeply"),
+    ],
+)
+def test_a_bad_conversation_names_the_field(tokenizer: Tokenizer, value: dict[str, Any], reason: str) -> None:
+    (outcome, after), tally = encode(tokenizer, "sft", value, {"messages": [USER, ANSWER]})
+    assert isinstance(outcome, Reject)
+    assert outcome.reason.startswith(reason)
+    assert isinstance(after, tuple)
+    assert tally == Tally(kept=1, rejected=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({}, "text is missing"),
+        ({"text": None}, "text is null, not a string"),
+        ({"text": 3.5}, "text is a number, not a string"),
+        ({"text": ["a"]}, "text is a list, not a string"),
+        ({"text": ""}, "text is empty"),
+        ({"text": "\ud800"}, "the text holds half a surrogate pair, which is no character"),
+    ],
+)
+def test_a_bad_text_names_the_field(tokenizer: Tokenizer, value: dict[str, Any], reason: str) -> None:
+    assert encode(tokenizer, "pretrain", value)[0] == [Reject("file.jsonl", 1, reason)]
+
+
+def test_a_template_that_refuses_a_conversation_rejects_only_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    check = "{% if messages | length > 2 %}{{ raise_exception('too many turns') }}{% endif %}"
+    template = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    (tmp_path / "chat_template.jinja").write_text(check + template, "utf-8")
+    rows = [{"messages": [USER, ANSWER] * n} for n in (2, 1)]
+    (refused, kept), _ = encode(Tokenizer.load(tmp_path), "sft", *rows)
+    assert isinstance(refused, Reject)
+    assert refused.reason.endswith("too many turns")
+    assert isinstance(kept, tuple)
+
+
+def test_a_template_that_leaves_out_an_assistant_turn_is_no_use(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    template = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    (tmp_path / "chat_template.jinja").write_text("{% set messages = messages[-2:] %}" + template, "utf-8")
+    (outcome,), _ = encode(Tokenizer.load(tmp_path), "sft", {"messages": [USER, ANSWER] * 2})
+    assert outcome == Reject("file.jsonl", 1, "the chat template writes 1 of its 2 assistant turns")
+
+
+def test_a_tokenizer_without_chatml_stops_the_run(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}", "utf-8")
+    with pytest.raises(UserError, match="the loss mask needs a chat template"):
+        encode(Tokenizer.load(tmp_path), "sft", {"messages": [USER, ANSWER]})
+
+
+# Pairs
+
+
+def test_a_pair_is_one_group_with_loss_after_what_both_share(tokenizer: Tokenizer) -> None:
+    shared = [USER, ANSWER, {"role": "user", "content": "What is 2 + 1?"}]
+    value = {
+        "chosen": [*shared, {"role": "assistant", "content": "3"}],
+        "rejected": [*shared, {"role": "assistant", "content": "4"}, USER, {"role": "assistant", "content": "5"}],
+    }
+    config = DataConfig(max_seq_len=512, pack_tokens=1024)
+    ((chosen, rejected),), _ = encode(tokenizer, "dpo", value, config=config)
+    assert answers(tokenizer, chosen) == ["3<|im_end|>\n"]
+    assert answers(tokenizer, rejected) == ["4<|im_end|>\n", "5<|im_end|>\n"]
+
+
+def test_the_two_of_a_pair_have_half_a_pack_each(tokenizer: Tokenizer) -> None:
+    value = {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "What is " * 60}]}
+    config = DataConfig(max_seq_len=80, pack_tokens=100)
+    ((chosen, rejected),), tally = encode(tokenizer, "dpo", value, config=config)
+    assert len(chosen.tokens) < 50
+    assert len(rejected.tokens) == 50
+    assert (tally.kept, tally.cut) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        ([USER, ANSWER], [USER, ANSWER], "chosen and rejected are the same"),
+        ([USER, ANSWER], "a", "rejected is a string, not a list"),
+        ([USER, ANSWER], [USER], "rejected has no assistant turn"),
+        ([USER, ANSWER, USER, ANSWER], [USER, ANSWER], "rejected has no answer after the turns that both share"),
+        ([USER, ANSWER], [{**USER, "content": "a"}, ANSWER], "chosen and rejected answer different prompts"),
+        ([{**USER, "content": "What is " * 60}, ANSWER],
+         [{**USER, "content": "What is " * 60}, {**ANSWER, "content": "3"}], "the answer begins at token"),
+    ],
+)  # fmt: skip
+def test_a_bad_pair_says_why(tokenizer: Tokenizer, chosen: Any, rejected: Any, reason: str) -> None:
+    (outcome,), _ = encode(tokenizer, "dpo", {"chosen": chosen, "rejected": rejected})
+    assert isinstance(outcome, Reject)
+    assert outcome.reason.startswith(reason)
+
+
+def test_texts_of_any_row() -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "a"},
+        {"conversations": [USER, ANSWER, 3, {"content": None}]},
+        {"chosen": [ANSWER], "rejected": None},
+        {"text": 3, "messages": "b"},
+    ]
+    assert [list(row_texts(row)) for row in rows] == [["a"], ["What is 1 + 1?", "It is 2."], ["It is 2."], []]
