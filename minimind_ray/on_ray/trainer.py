@@ -39,12 +39,8 @@ class RayTrainContext:
         self.stop_file = Path(run_dir) / STOP_FILE
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
-        """To Ray Train's controller; the checkpoint is already where it belongs and is not copied."""
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint(checkpoint) if checkpoint else None,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-        )
+        """Metrics to Ray Train's controller. The checkpoint is in the run directory, which alone is resumed from."""
+        ray.train.report(metrics)
 
     def should_stop(self) -> bool:
         """Rank 0 looks for the driver's file; the step tells the other workers."""
