@@ -181,8 +181,8 @@ def adapter_base(directory: str | Path) -> AdapterBase:
         UserError: it cannot be read.
     """
     folder = Path(directory)
-    path = _read_config(folder).get("base_model_name_or_path")
-    return AdapterBase(None if path is None else str(path), _open(folder).metadata().get("base_fingerprint"))
+    path, metadata = _read_config(folder).get("base_model_name_or_path"), _open(folder).metadata() or {}
+    return AdapterBase(None if path is None else str(path), metadata.get("base_fingerprint"))
 
 
 def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str) -> None:
@@ -252,7 +252,7 @@ def _wrap(model: nn.Module, names: list[str], config: LoraConfig) -> None:
     for name in names:
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
-        _replace(model, name, LoraLinear(base, config))
+        _replace(model, name, LoraLinear(base, config).train(base.training))
 
 
 def _unwrap(model: M, weight_of: Callable[[LoraLinear], Tensor]) -> M:
