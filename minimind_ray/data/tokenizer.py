@@ -103,27 +103,16 @@ class Tokenizer:
             UserError: a file is missing or broken.
         """
         folder = Path(directory)
-        texts: list[str] = []
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            try:
-                texts.append((folder / file).read_text("utf-8"))
-            except OSError as error:
-                raise UserError(
-                    f"{folder} is no tokenizer directory: {file} cannot be read ({error.strerror}); "
-                    "name one that holds tokenizer.json and tokenizer_config.json"
-                ) from error
-            except UnicodeDecodeError as error:
-                raise UserError(f"{folder / file} is not UTF-8 text; give another tokenizer directory") from error
+        definition = _read(folder / "tokenizer.json")
         try:
-            settings = json.loads(texts[1])
+            settings = json.loads(_read(folder / "tokenizer_config.json"))
         except ValueError as error:
             raise UserError(f"{folder / 'tokenizer_config.json'} is not JSON ({error}); mend it") from error
         if not isinstance(settings, dict):
             raise UserError(f"{folder / 'tokenizer_config.json'} is not a JSON object; mend it")
-        template_file = folder / "chat_template.jinja"
-        if template_file.exists():
-            settings["chat_template"] = template_file.read_text("utf-8")
-        return cls(texts[0], cast("dict[str, Any]", settings), str(folder))
+        if (folder / "chat_template.jinja").exists():
+            settings["chat_template"] = _read(folder / "chat_template.jinja")
+        return cls(definition, cast("dict[str, Any]", settings), str(folder))
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `load` and transformers' AutoTokenizer read."""
@@ -158,7 +147,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: bytes of text that each id stands for, 0 for control tokens. For bits per byte."""
-        by_bytes = '"ByteLevel"' in json.dumps(json.loads(self._definition)["decoder"])
+        by_bytes = '"ByteLevel"' in json.dumps(json.loads(self._definition).get("decoder"))
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, id in self._full.get_vocab(with_added_tokens=False).items():
             if by_bytes:  # each byte is written as one character
@@ -240,11 +229,14 @@ class Tokenizer:
 
     @property
     def _template_source(self) -> str | None:
-        given = self._settings.get("chat_template")
-        if isinstance(given, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", given)}
-            return named.get("default")
-        return given
+        source = self._settings.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            entries = cast("list[Any]", source)
+            named = [cast("dict[str, Any]", entry) for entry in entries if isinstance(entry, dict)]
+            source = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+        if source is not None and not isinstance(source, str):
+            raise UserError(f"{self.name}: chat_template in tokenizer_config.json is no string; mend it")
+        return source
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -256,7 +248,11 @@ class Tokenizer:
 
     def _token(self, key: str) -> str | None:
         token = self._settings.get(key)
-        return cast("dict[str, str]", token)["content"] if isinstance(token, dict) else token
+        if isinstance(token, dict):
+            token = cast("dict[str, Any]", token).get("content")
+        if token is not None and not isinstance(token, str):
+            raise UserError(f"{self.name}: {key} in tokenizer_config.json is no string; mend it")
+        return token
 
     def _special_id(self, key: str) -> int | None:
         token = self._token(key)
@@ -281,13 +277,26 @@ class Tokenizer:
         return self._any_stand_in.sub(lambda match: self._spelled_out[match[0]], text) if MARK in text else text
 
 
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{file.parent} is no tokenizer directory: {file.name} cannot be read ({error.strerror}); "
+            "name one that holds tokenizer.json and tokenizer_config.json"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text; give another tokenizer directory") from error
+
+
 def _any_of(contents: Iterable[str], swallowed: dict[str, tuple[bool, bool]] | None = None) -> re.Pattern[str]:
     """A pattern, as one group, for any of these, the longest first, with the white space that some swallow."""
     space = r"\s*"
     sides = swallowed or {}
     longest_first = sorted(contents, key=len, reverse=True)
     wanted = [(re.escape(c), *sides.get(c, (False, False))) for c in longest_first]
-    return re.compile("(" + "|".join(f"{space * left}{c}{space * right}" for c, left, right in wanted) + ")")
+    alternatives = "|".join(f"{space * left}{c}{space * right}" for c, left, right in wanted)
+    return re.compile(f"({alternatives or '(?!)'})")
 
 
 def _find(ids: list[int], id: int, start: int) -> int:

@@ -236,6 +236,7 @@ def test_padding_and_truncation_in_the_file_are_not_applied(tokenizer: Tokenizer
         ("tokenizer_config.json", b"[]", "is not a JSON object"),
         ("tokenizer_config.json", b"{}", "names no eos_token"),
         ("tokenizer_config.json", b'{"eos_token": "<eos>"}', "eos_token is '<eos>'"),
+        ("tokenizer_config.json", b'{"eos_token": {"content": 3}}', "eos_token in tokenizer_config.json is no string"),
     ],
 )
 def test_a_broken_directory_is_one_sentence(
@@ -255,6 +256,23 @@ def test_a_directory_without_a_chat_template_serves_plain_text(tokenizer: Tokeni
     loaded = Tokenizer.load(rewrite(tmp_path, tokenizer, chat_template=None))
     assert loaded.encode(["7"]) == tokenizer.encode(["7"])
     with pytest.raises(UserError, match="has no chat template"):
+        loaded.require_chatml()
+
+
+@pytest.mark.parametrize("template", [3, [{"name": "default", "template": {}}]])
+def test_a_template_that_is_no_text_is_refused(tokenizer: Tokenizer, tmp_path: Path, template: Any) -> None:
+    loaded = Tokenizer.load(rewrite(tmp_path, tokenizer, chat_template=template))
+    with pytest.raises(UserError, match="chat_template in tokenizer_config.json is no string"):
+        loaded.require_chatml()
+
+
+def test_a_tokenizer_without_added_tokens_serves_plain_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    layout = json.loads(tokenizer._definition)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**layout, "added_tokens": []}), "utf-8")
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode_rendered(["7 <|im_end|>"]) == loaded.encode(["7 <|im_end|>"])
+    with pytest.raises(UserError, match="the loss mask needs a chat template"):
         loaded.require_chatml()
 
 
