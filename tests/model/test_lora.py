@@ -63,9 +63,10 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize(
-    "config", [LoraConfig(), LoraConfig(targets="all-linear", dora=True, rslora=True, dropout=0.3)]
-)
+EVERYTHING = LoraConfig(targets="all-linear", dora=True, rslora=True, dropout=0.3)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), EVERYTHING])
 @pytest.mark.parametrize("training", [True, False])
 def test_before_the_first_step_nothing_has_changed_to_the_bit(config: LoraConfig, training: bool) -> None:
     for fields in (DENSE, {**EXPERTS, "num_key_value_heads": 4}) if config is not EVERYTHING else (DENSE,):
