@@ -1,0 +1,260 @@
+"""MiniMind's .pth files to our directories and back: MiniMind-2 (Llama's shape) and 3 (Qwen3's), dense, MoE and LoRA.
+
+A .pth file is a dict of tensors by name, as torch.save writes it, mostly in half precision; it says nothing of the
+model's shape, which is read off the tensors. Files are mapped, never unpickled beyond tensors.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import MINIMIND_2, MINIMIND_3, LoraConfig, ModelShape
+from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.checkpoint import expected_tensors, load_model, save_model, weights_fingerprint
+from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter, target_names
+from minimind_ray.model.transformer import Transformer
+
+DTYPES = {"half": torch.float16, "float32": torch.float32}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LORA_KEY = re.compile(r"(.+)\.lora\.([AB])\.weight")
+
+
+def import_pth(
+    path: str | Path,
+    tokenizer_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    heads: int | None = None,
+    experts_per_token: int = 1,
+    rope_theta: float = 1e6,
+    rms_norm_eps: float | None = None,
+) -> ModelShape:
+    """Write a MiniMind model file as a Hugging Face model directory, and return its shape.
+
+    What tensors do not show is MiniMind's default unless given: `experts_per_token` and `rope_theta`, `rms_norm_eps`
+    (1e-5 for MiniMind-2, 1e-6 for 3), and `heads` for MiniMind-2 (8; MiniMind-3's follow from its q_norm).
+
+    Raises:
+        UserError: the file cannot be read, holds other things than tensors, or is no MiniMind model; or the tokenizer
+            has more tokens than the model.
+    """
+    path = Path(path)
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    tensors = read_pth(path)
+    shape = _shape_of(tensors, path, heads, experts_per_token, rope_theta, rms_norm_eps)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(
+            f"{path}: the model has {shape.vocab_size} tokens, fewer than the {tokenizer.vocab_size} of "
+            f"{tokenizer_dir}; name the tokenizer it was trained with"
+        )
+    if shape.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    with torch.device("meta"):
+        model = Transformer(shape)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    save_model(model, tokenizer, out_dir)
+    return shape
+
+
+def export_pth(directory: str | Path, path: str | Path, dtype: Literal["half", "float32"] = "half") -> None:
+    """Write a model directory as a file that MiniMind loads, which holds tied embeddings under both their names.
+
+    MiniMind takes the number of heads and the like from its command line, not from the file.
+
+    Raises:
+        UserError: the directory cannot be read, or a weight is too large for half precision.
+    """
+    model = load_model(directory)
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    tensors.setdefault(HEAD, tensors[EMBEDDING])
+    _write(tensors, Path(path), dtype)
+
+
+def import_lora_pth(path: str | Path, base_dir: str | Path, out_dir: str | Path) -> None:
+    """Write a MiniMind LoRA file as a PEFT adapter of the model in `base_dir`; MiniMind's scale is 1, so alpha = rank.
+
+    Raises:
+        UserError: the file or the base cannot be read, or do not fit each other.
+    """
+    path, model = Path(path), load_model(base_dir)
+    tensors = read_pth(path)
+    parts = [LORA_KEY.fullmatch(key) for key in tensors]
+    if not parts or None in parts:
+        raise UserError(f"{path}: no MiniMind LoRA file, it holds {_some(tensors)}; expected names like …lora.A.weight")
+    adapted = {part[1] for part in parts if part}
+    leaves = sorted({name.rpartition(".")[2] for name in adapted})
+    known = {name: model.get_submodule(name) for name in target_names(model, "all-linear")}
+    if foreign := sorted(adapted - known.keys()):
+        raise UserError(f"{path}: {foreign[0]} is no projection of the model in {base_dir}; name its own base")
+    names = target_names(model, leaves)
+    sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    rank = max(1, min(next(iter(sizes.values())), default=1))
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        rows, columns = cast(torch.nn.Linear, known[name]).weight.shape
+        expected |= {f"{name}.lora.A.weight": (rank, columns), f"{name}.lora.B.weight": (rows, rank)}
+    _require_fit(path, sizes, expected)
+    add_lora(model, LoraConfig.model_validate({"rank": rank, "targets": leaves}), seed=0)
+    for name, layer in adapters(model).items():
+        layer.lora_A.data.copy_(tensors[f"{name}.lora.A.weight"])
+        layer.lora_B.data.copy_(tensors[f"{name}.lora.B.weight"])
+    save_adapter(model, out_dir, base_dir, weights_fingerprint(base_dir))
+
+
+def export_lora_pth(
+    adapter_dir: str | Path, base_dir: str | Path, path: str | Path, dtype: Literal["half", "float32"] = "half"
+) -> None:
+    """Write a PEFT adapter of the model in `base_dir` as a MiniMind LoRA file, with the adapter's scale folded into B.
+
+    Raises:
+        UserError: either cannot be read or they do not belong together, or MiniMind has no such adapters: it adapts the
+            square projections, all of them, and knows no DoRA.
+    """
+    model = load_model(base_dir)
+    square = target_names(model, "square")
+    load_adapter(model, adapter_dir, weights_fingerprint(base_dir))
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapters(model).items():
+        if layer.magnitude is not None:
+            raise UserError(f"{adapter_dir}: MiniMind has no DoRA; merge the adapter into its base and export that")
+        tensors |= {f"{name}.lora.A.weight": layer.lora_A, f"{name}.lora.B.weight": layer.lora_B * layer.scale}
+    if list(adapters(model)) != square:
+        raise UserError(
+            f"{adapter_dir}: MiniMind adapts every layer's {', '.join(sorted({n.rpartition('.')[2] for n in square}))} "
+            "and nothing else; merge the adapter into its base and export that"
+        )
+    _write({name: tensor.detach() for name, tensor in tensors.items()}, Path(path), dtype)
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .pth file by name, mapped from disk.
+
+    Raises:
+        UserError: it cannot be read, or holds anything but dense tensors of floating-point numbers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        # Nothing in it may unpack to more than lies on disk.
+        if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
+            raise UserError(f"{path}: a packed archive, not a file that torch.save wrote")
+        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors; such pickles can run code and are not read") from None
+    except Exception as error:  # A damaged file can make the unpickler raise anything.
+        raise UserError(f"{path}: not a file that torch.save wrote ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    content = cast("dict[Any, Any]", content)
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            resume = isinstance(content.get("optimizer"), dict)
+            hint = "; it is a resume file, give the weights file that lies with it" if resume else ""
+            raise UserError(f"{path}: entry {name!r:.60} is no tensor but a {type(value).__name__}{hint}")
+        dense = value.layout is torch.strided and value.device.type == "cpu" and value.is_contiguous()
+        if not (dense and value.is_floating_point()):
+            raise UserError(f"{path}: {name} is no dense tensor of floating-point numbers")
+    return cast("dict[str, Tensor]", content)
+
+
+def _shape_of(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    heads: int | None,
+    experts_per_token: int,
+    rope_theta: float,
+    rms_norm_eps: float | None,
+) -> ModelShape:
+    """The shape that the tensors have, once every one of them was found to fit it."""
+    if any(LORA_KEY.fullmatch(key) for key in tensors):
+        raise UserError(f"{path}: a LoRA file, not a model; import it as an adapter, with its base")
+    if shared := [key for key in tensors if ".shared_experts." in key]:
+        raise UserError(f"{path}: {shared[0]}: MiniMind-2's shared experts have no Hugging Face form and are not read")
+
+    def size(name: str, dimensions: int = 2) -> list[int]:
+        if name not in tensors:
+            raise UserError(f"{path}: no MiniMind model, {name} is missing; it holds {_some(tensors)}")
+        if tensors[name].ndim != dimensions or 0 in tensors[name].shape:
+            raise UserError(f"{path}: {name} is {list(tensors[name].shape)}, not of {dimensions} dimensions")
+        return list(tensors[name].shape)
+
+    vocab_size, hidden_size = size(EMBEDDING)
+    attention = "model.layers.0.self_attn"
+    query, key = size(f"{attention}.q_proj.weight")[0], size(f"{attention}.k_proj.weight")[0]
+    qk_norm = f"{attention}.q_norm.weight" in tensors
+    if qk_norm:
+        head_dim = size(f"{attention}.q_norm.weight", 1)[0]
+        if heads and heads * head_dim != query:
+            raise UserError(f"{path}: has {query // head_dim} heads of {head_dim}, not {heads}; leave heads out")
+    else:
+        head_dim = max(1, query // (heads or MINIMIND_2["num_attention_heads"]))
+    experts = {int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.0\.mlp\.experts\.(\d{1,4})\.", name))}
+    layers = [int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,4})\.", name))]
+    network = "model.layers.0.mlp.experts.0" if experts else "model.layers.0.mlp"
+    width = size(f"{network}.gate_proj.weight")[0]
+    try:
+        shape = ModelShape(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=max(layers) + 1,
+            num_attention_heads=query // head_dim,
+            num_key_value_heads=key // head_dim,
+            head_dim=head_dim,
+            intermediate_size=width,
+            rope_theta=rope_theta,
+            rms_norm_eps=rms_norm_eps or (MINIMIND_3 if qk_norm else MINIMIND_2)["rms_norm_eps"],
+            tie_word_embeddings=HEAD not in tensors or torch.equal(tensors[HEAD].float(), tensors[EMBEDDING].float()),
+            qk_norm=qk_norm,
+            num_experts=len(experts),
+            num_experts_per_tok=experts_per_token,
+            moe_intermediate_size=width if experts else None,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path}: {f'{where}: ' if where else ''}{first['msg']}; give the number of heads, if it is another"
+        ) from None
+    sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shape.tie_word_embeddings:
+        sizes.pop(HEAD, None)
+    _require_fit(path, sizes, dict(expected_tensors(shape)))
+    return shape
+
+
+def _require_fit(path: Path, sizes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError with the first three tensors that are missing, of another size, or too many."""
+    problems = [f"{name} is missing" for name in expected if name not in sizes]
+    problems += [f"{k} is {list(sizes[k])}, not {list(v)}" for k, v in expected.items() if sizes.get(k, v) != v]
+    problems += [f"{name} is unknown" for name in sizes if name not in expected]
+    if problems:
+        raise UserError(f"{path}: does not fit: {'; '.join(problems[:3])}")
+
+
+def _some(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(islice(tensors, 3)) or "nothing"
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path, dtype: str) -> None:
+    """torch.save in `dtype`; a tensor under two names is stored once."""
+    stored = {id(tensor): tensor.to(DTYPES[dtype]).contiguous() for tensor in tensors.values()}
+    for name, tensor in tensors.items():
+        if not stored[id(tensor)].isfinite().all():
+            raise UserError(f"{path}: {name} has values that {dtype} cannot hold; export as float32")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: stored[id(tensor)] for name, tensor in tensors.items()}, path)

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import LoraConfig, ModelConfig
+from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
+from minimind_ray.model.checkpoint import load_model, load_shape, save_model, weights_fingerprint
+from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter
+from minimind_ray.model.minimind_pth import export_lora_pth, export_pth, import_lora_pth, import_pth, read_pth
+from minimind_ray.model.transformer import Transformer
+
+pytestmark = pytest.mark.unit
+
+TOKENS = torch.tensor([1, 5, 3, 200, 17, 2, 9])
+MINIMIND_3 = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
+SHAPES: dict[str, dict[str, Any]] = {
+    "3": {**MINIMIND_3, "intermediate_size": 192},
+    "3-moe": {**MINIMIND_3, "intermediate_size": 192, "moe_intermediate_size": 80, "num_experts": 3},
+    "3-untied": {**MINIMIND_3, "intermediate_size": 192, "tie_word_embeddings": False},
+    "2": {**MINIMIND_3, "intermediate_size": 192, "num_key_value_heads": 2, "qk_norm": False, "rms_norm_eps": 1e-5},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["a small text", "another"], vocab_size=320).save(directory)
+    return directory
+
+
+def make_model(fields: dict[str, Any]) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(preset="tiny", **fields).shape(400))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)  # norms are not all 1
+    return model.eval()
+
+
+def make_directory(fields: dict[str, Any], tokenizer: Path, directory: Path) -> Path:
+    save_model(make_model(fields), Tokenizer.load(tokenizer), directory)
+    return directory
+
+
+def logits(model: Transformer) -> Tensor:
+    with torch.no_grad():
+        return model.project(model(TOKENS, torch.tensor([0, len(TOKENS)], dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_round_trip_is_exact(name: str, tokenizer: Path, tmp_path: Path) -> None:
+    directory = make_directory(SHAPES[name], tokenizer, tmp_path / "model")
+    export_pth(directory, tmp_path / "whole.pth", "float32")
+    shape = import_pth(tmp_path / "whole.pth", tokenizer, tmp_path / "again")
+    assert weights_fingerprint(tmp_path / "again") == weights_fingerprint(directory)
+    assert shape == load_shape(tmp_path / "again")
+    kept = {"intermediate_size"} if "moe" in name else set[str]()  # nothing of a MoE model has that size
+    assert shape.model_dump(exclude=kept) == load_shape(directory).model_dump(exclude=kept)
+    assert Tokenizer.load(tmp_path / "again").fingerprint == Tokenizer.load(tokenizer).fingerprint
+
+    export_pth(tmp_path / "again", tmp_path / "a.pth")
+    import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "halved")
+    export_pth(tmp_path / "halved", tmp_path / "b.pth", "half")
+    a, b = read_pth(tmp_path / "a.pth"), read_pth(tmp_path / "b.pth")
+    assert list(a) == list(b)
+    assert all(v.dtype == torch.float16 and torch.equal(v, b[k]) for k, v in a.items())
+    assert weights_fingerprint(tmp_path / "halved") != weights_fingerprint(directory)
+
+
+@pytest.mark.parametrize("dtype", ["half", "float32"])
+def test_a_lora_round_trip_is_exact(dtype: Any, tokenizer: Path, tmp_path: Path) -> None:
+    base = make_directory(SHAPES["3"], tokenizer, tmp_path / "base")
+    model = load_model(base)
+    add_lora(model, LoraConfig(rank=5), seed=0)
+    for layer in adapters(model).values():
+        layer.lora_B.data.normal_()
+    save_adapter(model, tmp_path / "adapter", base, weights_fingerprint(base))
+    export_lora_pth(tmp_path / "adapter", base, tmp_path / "a.pth", dtype)
+    import_lora_pth(tmp_path / "a.pth", base, tmp_path / "again")
+    export_lora_pth(tmp_path / "again", base, tmp_path / "b.pth", dtype)
+    a, b = read_pth(tmp_path / "a.pth"), read_pth(tmp_path / "b.pth")
+    assert set(a) == {
+        f"model.layers.{i}.self_attn.{p}_proj.lora.{m}.weight" for i in (0, 1) for p in "qo" for m in "AB"
+    }
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    if dtype == "float32":
+        again = load_model(base)
+        load_adapter(again, tmp_path / "again", weights_fingerprint(base))
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_an_adapters_scale_is_folded_in(tokenizer: Path, tmp_path: Path) -> None:
+    base = make_directory(SHAPES["3"], tokenizer, tmp_path / "base")
+    model = load_model(base)
+    add_lora(model, LoraConfig(rank=5, alpha=12), seed=0)
+    for layer in adapters(model).values():
+        layer.lora_B.data.normal_()
+    save_adapter(model, tmp_path / "adapter", base, weights_fingerprint(base))
+    export_lora_pth(tmp_path / "adapter", base, tmp_path / "a.pth", "float32")
+    import_lora_pth(tmp_path / "a.pth", base, tmp_path / "again")
+    again = load_model(base)
+    load_adapter(again, tmp_path / "again", weights_fingerprint(base))
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(targets="all-linear"), "MiniMind adapts every layer's o_proj, q_proj and nothing else"),
+        (LoraConfig(targets="q_proj"), "MiniMind adapts every layer's o_proj, q_proj and nothing else"),
+        (LoraConfig(dora=True), "MiniMind has no DoRA"),
+    ],
+)
+def test_adapters_that_minimind_cannot_hold(config: LoraConfig, message: str, tokenizer: Path, tmp_path: Path) -> None:
+    base = make_directory(SHAPES["3"], tokenizer, tmp_path / "base")
+    model = load_model(base)
+    add_lora(model, config, seed=0)
+    save_adapter(model, tmp_path / "adapter", base, weights_fingerprint(base))
+    with pytest.raises(UserError, match=message):
+        export_lora_pth(tmp_path / "adapter", base, tmp_path / "a.pth")
+    assert not (tmp_path / "a.pth").exists()
+
+
+def test_heads_of_minimind_2_are_8_unless_given(tokenizer: Path, tmp_path: Path) -> None:
+    fields = {**SHAPES["2"], "num_attention_heads": 4}
+    directory = make_directory(fields, tokenizer, tmp_path / "model")
+    export_pth(directory, tmp_path / "a.pth", "float32")
+    assert import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "8").num_attention_heads == 8
+    assert import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "4", heads=4) == load_shape(directory)
+    with pytest.raises(UserError, match=r"q_proj.weight is \[64, 64\], not \[60, 64\]|heads 5 is not a multiple"):
+        import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "5", heads=5)
+    other = import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "o", heads=4, rope_theta=1e4, rms_norm_eps=1e-6)
+    assert (other.rope_theta, other.rms_norm_eps) == (1e4, 1e-6)
+
+
+def test_wrong_files_get_one_sentence(tokenizer: Path, tmp_path: Path) -> None:
+    directory = make_directory(SHAPES["3"], tokenizer, tmp_path / "model")
+    export_pth(directory, tmp_path / "good.pth")
+    good = torch.load(tmp_path / "good.pth", weights_only=True)
+    path = tmp_path / "bad.pth"
+
+    def refused(content: Any, message: str) -> None:
+        if not isinstance(content, bytes):
+            torch.save(content, path)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            import_pth(path, tokenizer, tmp_path / "out")
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+    norm, q_proj = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
+    refused({k: v for k, v in good.items() if k != norm}, "does not fit: model.norm.weight is missing$")
+    refused({**good, q_proj: torch.zeros(64, 32)}, r"does not fit: model.layers.1.*q_proj.weight is \[64, 32\], not")
+    refused({**good, "model.extra": torch.zeros(1)}, "does not fit: model.extra is unknown$")
+    refused({**good, "model.layers.123456789.x": torch.zeros(1)}, "model.layers.123456789.x is unknown$")
+    refused(
+        {k: v for k, v in good.items() if ".layers.1." not in k or k == q_proj},
+        "is missing; .* is missing; .* is missing$",
+    )
+    refused(
+        {"transformer.wte.weight": torch.zeros(3, 3)}, "no MiniMind model, model.embed_tokens.weight is missing; it "
+    )
+    refused({**good, "model.embed_tokens.weight": torch.zeros(0, 64)}, r"is \[0, 64\], not of 2 dimensions")
+    refused({"model": good, "optimizer": {"state": {}}}, "entry 'model' is no tensor but a dict; it is a resume file")
+    refused({**good, norm: torch.zeros(64, dtype=torch.int8)}, "model.norm.weight is no dense tensor of floating")
+    refused({**good, norm: torch.zeros(1).expand(2**40)}, "model.norm.weight is no dense tensor of floating")
+    refused(
+        {**good, "a.mlp.shared_experts.0.up_proj.weight": torch.zeros(1)}, "shared experts have no Hugging Face form"
+    )
+    refused({f"{q_proj[:-7]}.lora.A.weight": torch.zeros(1)}, "a LoRA file, not a model")
+    refused([1, 2], "holds a list, not a dict of tensors")
+    refused(b"", "not a file that torch.save wrote")
+    refused(b"not a zip file", "not a file that torch.save wrote")
+    refused((tmp_path / "good.pth").read_bytes()[:-5000], "not a file that torch.save wrote")
+    with pytest.raises(UserError, match="none.pth: cannot be read: No such file"):
+        import_pth(tmp_path / "none.pth", tokenizer, tmp_path / "out")
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch was-run",)
+
+
+def test_pickled_code_does_not_run(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model.norm.weight": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="such pickles can run code and are not read"):
+        import_pth(tmp_path / "evil.pth", tokenizer, tmp_path / "out")
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_file_that_unpacks_to_more_than_it_is_is_not_opened(tokenizer: Path, tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.namelist():
+            packed.writestr(entry, plain.read(entry))
+    with pytest.raises(UserError, match=r"bomb.pth: a packed archive, not a file that torch.save wrote"):
+        import_pth(tmp_path / "bomb.pth", tokenizer, tmp_path / "out")
+
+
+def test_what_half_cannot_hold_is_not_written(tokenizer: Path, tmp_path: Path) -> None:
+    model = make_model(SHAPES["3"])
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e6
+    save_model(model, Tokenizer.load(tokenizer), tmp_path / "model")
+    with pytest.raises(UserError, match="model.norm.weight has values that half cannot hold; export as float32"):
+        export_pth(tmp_path / "model", tmp_path / "a.pth")
+    assert not (tmp_path / "a.pth").exists()
+    export_pth(tmp_path / "model", tmp_path / "a.pth", "float32")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    model = Transformer(ModelConfig(preset="tiny", **SHAPES["3"]).shape(100))
+    save_model(model, None, tmp_path / "model")
+    export_pth(tmp_path / "model", tmp_path / "a.pth")
+    with pytest.raises(UserError, match="the model has 100 tokens, fewer than the 320"):
+        import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "out")
+
+
+def test_wrong_lora_files_get_one_sentence(tokenizer: Path, tmp_path: Path) -> None:
+    base = make_directory(SHAPES["3"], tokenizer, tmp_path / "base")
+    good = {
+        f"model.layers.{i}.self_attn.{p}_proj.lora.{m}.weight": torch.zeros((4, 64) if m == "A" else (64, 4))
+        for i in (0, 1)
+        for p in "qo"
+        for m in "AB"
+    }
+    first, last = next(iter(good)), list(good)[-1]
+
+    def refused(content: Any, message: str) -> None:
+        torch.save(content, tmp_path / "bad.pth")
+        with pytest.raises(UserError, match=message):
+            import_lora_pth(tmp_path / "bad.pth", base, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused({k: v for k, v in good.items() if k != last}, f"does not fit: {last} is missing$")
+    refused({**good, first: torch.zeros(4, 32)}, rf"{first} is \[4, 32\], not \[4, 64\]$")
+    refused(
+        {**good, "model.layers.7.self_attn.q_proj.lora.A.weight": torch.zeros(4, 64)}, "layers.7.* is no projection of"
+    )
+    refused({**good, "model.norm.weight": torch.zeros(4)}, "no MiniMind LoRA file, it holds model.layers.0")
+    refused({}, "no MiniMind LoRA file, it holds nothing")
+    refused({first: torch.zeros(4)}, "does not fit")
+
+
+# Against MiniMind itself
+
+
+@pytest.fixture(scope="module")
+def minimind() -> ModuleType:
+    return load_minimind("model_minimind")
+
+
+def load_minimind(name: str) -> ModuleType:
+    repository = os.environ.get("MINIMIND_REPO")
+    if not repository:
+        pytest.skip("needs MiniMind's own code: set MINIMIND_REPO to a checkout")
+    spec = importlib.util.spec_from_file_location(f"minimind_{name}", Path(repository) / "model" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def minimind_model(minimind: ModuleType, fields: dict[str, Any]) -> Any:
+    config = {k: v for k, v in fields.items() if k != "qk_norm"}
+    torch.manual_seed(1)
+    model = minimind.MiniMindForCausalLM(
+        minimind.MiniMindConfig(vocab_size=400, use_moe="num_experts" in fields, **config)
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    if not fields.get("qk_norm", True):  # MiniMind-2 is MiniMind-3 without these
+        for layer in model.model.layers:
+            layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+    return model.eval()
+
+
+def minimind_logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS[None]).logits[0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_minimind_loads_ours(name: str, minimind: ModuleType, tokenizer: Path, tmp_path: Path) -> None:
+    directory = make_directory(SHAPES[name], tokenizer, tmp_path / "model")
+    export_pth(directory, tmp_path / "a.pth", "float32")
+    theirs = minimind_model(minimind, SHAPES[name])
+    theirs.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True), strict=True)
+    torch.testing.assert_close(minimind_logits(theirs), logits(load_model(directory).eval()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_we_load_minimind(name: str, minimind: ModuleType, tokenizer: Path, tmp_path: Path) -> None:
+    theirs = minimind_model(minimind, SHAPES[name])
+    torch.save({k: v.half().cpu() for k, v in theirs.state_dict().items()}, tmp_path / "a.pth")  # as its trainers do
+    shape = import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "model")
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(p.half())
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "model").eval()), minimind_logits(theirs), rtol=1e-4, atol=1e-4
+    )
+    export_pth(tmp_path / "model", tmp_path / "b.pth")
+    again = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert set(again) == set(theirs.state_dict())
+    assert all(torch.equal(again[k], v.half()) for k, v in theirs.state_dict().items())
+    assert shape.num_attention_heads == 8
+
+
+def test_adapters_go_both_ways(minimind: ModuleType, tokenizer: Path, tmp_path: Path) -> None:
+    minimind_lora = load_minimind("model_lora")
+    base = make_directory(SHAPES["3"], tokenizer, tmp_path / "base")
+    export_pth(base, tmp_path / "base.pth", "float32")
+    theirs = minimind_model(minimind, SHAPES["3"])
+    theirs.load_state_dict(torch.load(tmp_path / "base.pth", weights_only=True), strict=True)
+    minimind_lora.apply_lora(theirs, rank=6)
+    for name, p in theirs.named_parameters():
+        if ".lora." in name:
+            p.data.normal_(std=0.2).copy_(p.data.half())
+    minimind_lora.save_lora(theirs, tmp_path / "lora.pth")
+
+    import_lora_pth(tmp_path / "lora.pth", base, tmp_path / "adapter")
+    ours = load_model(base).eval()
+    plain = logits(ours)
+    load_adapter(ours, tmp_path / "adapter", weights_fingerprint(base))
+    assert (logits(ours) - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(ours), minimind_logits(theirs), rtol=1e-4, atol=1e-4)
+
+    for name, p in theirs.named_parameters():
+        if ".lora." in name:
+            p.data.zero_()
+    export_lora_pth(tmp_path / "adapter", base, tmp_path / "back.pth")
+    minimind_lora.load_lora(theirs, tmp_path / "back.pth")
+    torch.testing.assert_close(minimind_logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
