@@ -59,11 +59,13 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file to read: absolute path or URL, size in bytes, and a mark that changes when the file does."""
+    """One file to read: absolute path or URL, size in bytes, a mark that changes when the file does, and when it last
+    did (seconds since 1970; 0 where that is not known)."""
 
     path: str
     size: int
     version: str
+    modified: float
 
     @property
     def suffix(self) -> str:
@@ -116,7 +118,7 @@ def _expand(path: str) -> list[Source]:
         raise UserError(f"{path}: no such file or folder")
     prefix = path.partition("://")[0] + "://" if "://" in path else ""
     matches = [
-        Source(prefix + info.path, info.size, _version(filesystem, info))
+        Source(prefix + info.path, info.size, _version(filesystem, info), (info.mtime_ns or 0) / 1e9)
         for info in infos
         if info.type == fs.FileType.File
         and info.path.endswith(SUFFIXES)

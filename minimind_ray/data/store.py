@@ -36,7 +36,7 @@ Key = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
 class UnitStats(Section):
-    """What one unit became. `row_groups` counts the packs in each row group of its shard; empty: there is no shard.
+    """What one unit became. `row_groups` counts the packs in each row group of its shard.
 
     Every row that was read is kept, rejected, or held out for the other side of the validation split.
     """
@@ -48,7 +48,10 @@ class UnitStats(Section):
     held_out: Count
     documents: Count
     tokens: Count
-    counted_tokens: Count
+    counted_tokens: Count = Field(description="tokens that carry loss")
+    split: Count = Field(description="texts split at max_seq_len")
+    cut: Count = Field(description="documents cut at max_seq_len")
+    cut_tokens: Count = Field(description="tokens that were cut off")
     row_groups: tuple[Annotated[int, Field(gt=0, le=ROW_GROUP)], ...]
     bytes: Count = Field(description="size of the shard")
 
@@ -64,9 +67,14 @@ class Manifest(Section):
     sources: dict[str, int] = Field(description="path or URL, and its size")
     units: tuple[UnitStats, ...]
 
-    def total(self, field: str) -> int:
-        """The sum of a count over all units."""
-        return sum(getattr(unit, field) for unit in self.units)
+    def total(self, count: str) -> int:
+        """The sum of one of the counts over all units."""
+        return sum(getattr(unit, count) for unit in self.units)
+
+    @property
+    def n_packs(self) -> int:
+        """Packs in all units."""
+        return sum(sum(unit.row_groups) for unit in self.units)
 
 
 class PackStore:
@@ -85,9 +93,8 @@ class PackStore:
         self.manifest = read_manifest(path)
         self._filesystem, root = locate(path)
         cache = root.rstrip("/").rsplit("/", 2)[0]
-        units = [unit for unit in self.manifest.units if unit.row_groups]
+        units = self._units = self.manifest.units
         self._shards = [join(cache, "units", f"{unit.key}.parquet") for unit in units]
-        self._units = units
         self._check_sizes()
         self._groups = [(shard, group) for shard, unit in enumerate(units) for group in range(len(unit.row_groups))]
         self.row_groups = tuple(packs for unit in units for packs in unit.row_groups)
@@ -119,7 +126,7 @@ class PackStore:
             yield from self._group(group)
 
     def _check_sizes(self) -> None:
-        infos = self._filesystem.get_file_info(self._shards) if self._shards else []
+        infos = self._filesystem.get_file_info(self._shards)
         for info, unit, shard in zip(infos, self._units, self._shards, strict=True):
             if info.type != fs.FileType.File:
                 raise UserError(f"{shard}: this shard of {self.path} is missing; delete {self.path} and prepare again")

@@ -41,6 +41,7 @@ def make_store(cache: Path, shards: list[list[int]], vocab_size: int = 6400) -> 
         units.append(
             {
                 "key": key, "rows": 5, "kept": 3, "rejected": 1, "held_out": 1,
+                "split": 0, "cut": 0, "cut_tokens": 0,
                 "documents": len(documents), "tokens": sum(len(d.tokens) for d in documents),
                 "counted_tokens": sum(int(d.weights.sum()) for d in documents),
                 "row_groups": groups, "bytes": shard.stat().st_size,

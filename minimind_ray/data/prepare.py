@@ -1,0 +1,480 @@
+"""Source files to a prepared dataset, and every piece of work done once.
+
+A source is cut into units: .jsonl at line ends after every 8 MB, Parquet at row groups, a compressed file not at all.
+A unit's result is kept in the cache under a hash of all that decides it: its bytes, the tokenizer, the settings and
+this program's own code. So a second run finds everything, a changed file redoes the units that changed, a killed run
+goes on where it was, and two runs at once can only write the same.
+
+    <cache>/units/<key>.parquet, .rejects.jsonl, .json    packs, rejected rows and counts of a unit; .json is last
+    <cache>/sources/<key>.json                            how a file was cut, so that it is not hashed again
+    <cache>/datasets/<key>/                               see store.py
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pydantic import ValidationError
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import DataConfig, Section, StageName
+from minimind_ray.data.encode import Tally, encode_rows
+from minimind_ray.data.files import TEMPORARY, atomic_output, join, locate, one_line
+from minimind_ray.data.pack import Group, pack_groups, pack_schema, packs_table
+from minimind_ray.data.records import CHUNK, Part, Reject, Row, Source, current_version, discover, parse_row, read_raw
+from minimind_ray.data.store import FORMAT, ROW_GROUP, Manifest, UnitStats, read_manifest
+from minimind_ray.data.tokenizer import Tokenizer
+
+UNIT_BYTES = 8 << 20
+STALE_SECONDS = 24 * 3600
+FRESH_SECONDS = 2
+CODE = ("records.py", "chat_template.py", "tokenizer.py", "encode.py", "pack.py", "prepare.py")
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of work: a part of a source, the key of its result, and its size in bytes."""
+
+    source: Source
+    part: Part
+    key: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """All that is the same for every unit of a dataset. `split` None: every row belongs to it."""
+
+    stage: StageName
+    config: DataConfig
+    tokenizer: Tokenizer
+    split: Split | None
+
+    def key(self, *content: object) -> str:
+        """What the result of a unit with this content is kept under."""
+        options = (self.config.max_seq_len, self.config.pack_tokens, self.config.long_documents)
+        split = (self.split, self.config.val_fraction) if self.split else None
+        return _hash([_code(), self.stage, self.tokenizer.fingerprint, options, split, content])
+
+    def holds_out(self, content: bytes) -> bool:
+        """The row with this content is on the other side of the validation split, as all its duplicates are."""
+        if self.split is None:
+            return False
+        place = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
+        return (place < self.config.val_fraction) != (self.split == "val")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far preparing is: rows read, and bytes of source, of all that has to be read."""
+
+    rows: int
+    done: int
+    total: int
+
+
+RunUnits = Callable[[Sequence[Unit], Encoding], Iterable[UnitStats]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prepared dataset, and what it took: units made now, and units that were there. `path` is for a PackStore."""
+
+    path: str
+    manifest: Manifest
+    made: int
+    reused: int
+    seconds: float
+
+    @property
+    def rejects(self) -> str:
+        """The file that lists the rejected rows: file, line, reason."""
+        return join(self.path, "rejects.jsonl")
+
+    @property
+    def fullness(self) -> float:
+        """The part of the packs' room that is taken."""
+        return self.manifest.total("tokens") / max(1, self.manifest.n_packs * self.manifest.pack_tokens)
+
+    def summary(self) -> str:
+        """All of it in a line or two."""
+        total = self.manifest.total
+        cut = f", {total('cut'):,} cut by {total('cut_tokens'):,} tokens" if total("cut") else ""
+        rejects = f"; see {self.rejects}" if total("rejected") else ""
+        work = f"made {self.made} units" if self.made else "nothing to do"
+        return (
+            f"{self.manifest.split}: {total('rows'):,} rows = {total('kept'):,} kept + {total('rejected'):,} rejected "
+            f"+ {total('held_out'):,} held out{rejects}\n"
+            f"  {total('documents'):,} documents{cut}, {total('tokens'):,} tokens, {self.manifest.n_packs:,} packs "
+            f"{self.fullness:.0%} full ({work}, {self.reused} in the cache, {self.seconds:.1f} s)"
+        )
+
+
+def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
+    """Encode units one after another in this process."""
+    for unit in units:
+        yield encode_unit(unit, encoding)
+
+
+def prepare(
+    stage: StageName,
+    config: DataConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    run_units: RunUnits = run_units_here,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Prepared:
+    """Make the packs of one split of the data, as far as the cache does not have them.
+
+    With `data.val`, each split has its own files. Without, rows of `data.train` are held out for validation by a hash
+    of their content, `data.val_fraction` of them. `run_units` encodes the units that are missing, in any order.
+
+    Raises:
+        UserError: sources that match nothing or hold no rows, more bad rows than `data.max_reject_fraction`, a source
+            that changes meanwhile, a cache that cannot be written.
+    """
+    started = time.perf_counter()
+    try:
+        encoding, sources = _split(stage, config, split, tokenizer)
+        cache = _Cache(config.cache_dir)
+        units = plan_units(sources, encoding)
+        by_key = {unit.key: unit for unit in units}
+        found = cache.find(by_key)
+        missing = [unit for key, unit in by_key.items() if key not in found]
+        if missing:
+            rows = done = 0
+            total = sum(unit.size for unit in missing)
+            report(Progress(rows, done, total))
+            for stats in run_units(missing, encoding):
+                rows, done = rows + stats.rows, done + by_key[stats.key].size
+                report(Progress(rows, done, total))
+            found = cache.find(by_key)
+            if len(found) < len(by_key):
+                raise UserError(
+                    f"data.cache_dir {config.cache_dir}: what other processes wrote there cannot be seen from here; "
+                    "name a directory that all nodes share, or an object store"
+                )
+        manifest = Manifest(
+            format=FORMAT,
+            stage=stage,
+            split=split,
+            tokenizer=tokenizer.fingerprint,
+            pack_tokens=config.pack_tokens,
+            sources={source.path: source.size for source in sources},
+            units=tuple(found[unit.key] for unit in units),
+        )
+        path = cache.publish(manifest, units)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"data.cache_dir {config.cache_dir}: cannot be used: {one_line(error)}") from error
+    prepared = Prepared(path, manifest, len(missing), len(by_key) - len(missing), time.perf_counter() - started)
+    _check(prepared, config)
+    return prepared
+
+
+def _split(stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer) -> tuple[Encoding, list[Source]]:
+    files = config.train if config.val is None or split == "train" else config.val
+    if files is None:
+        raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
+    held_out = config.val is None and (split == "val" or config.val_fraction > 0)
+    return Encoding(stage, config, tokenizer, split if held_out else None), discover(files)
+
+
+def _check(prepared: Prepared, config: DataConfig) -> None:
+    total = prepared.manifest.total
+    rows, rejected = total("rows"), total("rejected")
+    split = f"data.{prepared.manifest.split}"
+    if rows == 0:
+        raise UserError(f"{split}: no rows, only empty files, in {', '.join(list(prepared.manifest.sources)[:3])}")
+    assert rows == total("kept") + rejected + total("held_out"), "a row was lost"
+    if rejected > config.max_reject_fraction * rows:
+        why, example, count = _commonest(prepared.rejects)
+        raise UserError(
+            f"{split}: {rejected:,} of {rows:,} rows cannot be used, more than data.max_reject_fraction "
+            f"{config.max_reject_fraction:g} allows; {count:,} times: {why} (as in {example}); "
+            f"mend the rows that {prepared.rejects} lists, or raise the limit"
+        )
+
+
+def _commonest(path: str) -> tuple[str, str, int]:
+    """The commonest reason, an example's file:line, and how often; reasons that differ in numbers only are one."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, dict[str, Any]] = {}
+    filesystem, inner = locate(path)
+    with filesystem.open_input_stream(inner) as stream:
+        for reject in _json_lines(stream):
+            kind = re.sub(r"\d+", "#", reject["reason"])
+            counts[kind] += 1
+            examples.setdefault(kind, reject)
+    kind, count = counts.most_common(1)[0]
+    example = examples[kind]
+    return example["reason"], f"{example['file']}:{example['line']}", count
+
+
+# Cutting sources into units
+
+
+class _Cut(Section):
+    start: int
+    stop: int | None
+    first_line: int
+    size: int
+    content: str
+
+
+class _Scan(Section):
+    """How a file of this version was cut."""
+
+    version: str
+    cuts: tuple[_Cut, ...]
+
+
+def plan_units(sources: Sequence[Source], encoding: Encoding) -> list[Unit]:
+    """Cut sources into units. Reads each file once, unless the cache knows it by its size and time.
+
+    Raises:
+        UserError: a file cannot be read, or is no Parquet file in spite of its name.
+    """
+    cache = _Cache(encoding.config.cache_dir)
+    with ThreadPoolExecutor(8) as threads:
+        scans = list(threads.map(cache.scan, sources))
+    return [
+        Unit(
+            source,
+            Part(cut.start, cut.stop, cut.first_line),
+            # At a file's start a byte order mark is allowed, so the same bytes may mean other rows elsewhere.
+            encoding.key(source.suffix, cut.content, cut.start == 0),
+            cut.size,
+        )
+        for source, scan in zip(sources, scans, strict=True)
+        for cut in scan.cuts
+    ]
+
+
+def _scan(source: Source) -> _Scan:
+    filesystem, path = locate(source.path)
+    try:
+        with filesystem.open_input_file(path) as file:
+            if source.suffix == ".jsonl":
+                cuts = tuple(_cut_lines(file))
+            elif source.suffix == ".parquet":
+                cuts = tuple(_cut_row_groups(file))
+            else:
+                digest = _digest(file)
+                cuts = (_Cut(start=0, stop=None, first_line=1, size=source.size, content=digest),) * (source.size > 0)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{source.path}: cannot be read: {one_line(error)}; mend or remove it") from None
+    return _Scan(version=source.version, cuts=cuts)
+
+
+def _cut_lines(file: pa.NativeFile) -> Iterator[_Cut]:
+    """Pieces that end with the first line end after UNIT_BYTES, so what is appended leaves the pieces before alone."""
+    start, line = 0, 1
+    length, lines, digest = 0, 0, _blake2b()
+    while chunk := file.read(CHUNK):
+        while chunk:
+            newline = chunk.find(b"\n", max(0, UNIT_BYTES - length - 1))
+            piece, chunk = (chunk, b"") if newline < 0 else (chunk[: newline + 1], chunk[newline + 1 :])
+            digest.update(piece)
+            length, lines = length + len(piece), lines + piece.count(b"\n")
+            if newline >= 0:
+                yield _Cut(start=start, stop=start + length, first_line=line, size=length, content=digest.hexdigest())
+                start, line = start + length, line + lines
+                length, lines, digest = 0, 0, _blake2b()
+    if length:
+        yield _Cut(start=start, stop=start + length, first_line=line, size=length, content=digest.hexdigest())
+
+
+def _cut_row_groups(file: pa.NativeFile) -> Iterator[_Cut]:
+    content = _digest(file)
+    metadata = pq.ParquetFile(file).metadata
+    start, line, size, rows = 0, 1, 0, 0
+    for group in range(metadata.num_row_groups):
+        info = metadata.row_group(group)
+        size, rows = size + info.total_byte_size, rows + info.num_rows
+        if size >= UNIT_BYTES or group == metadata.num_row_groups - 1:
+            stop = group + 1
+            yield _Cut(start=start, stop=stop, first_line=line, size=size, content=f"{content}:{start}:{stop}")
+            start, line, size, rows = stop, line + rows, 0, 0
+
+
+def _digest(file: pa.NativeFile) -> str:
+    digest = _blake2b()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+# Encoding a unit
+
+
+def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
+    """Rows to packs, into the cache; memory does not grow with the unit.
+
+    Raises:
+        UserError: the source cannot be read, or is not what it was when it was cut.
+    """
+    cache = _Cache(encoding.config.cache_dir)
+    tally = Tally()
+    rows = held_out = documents = tokens = counted = 0
+    row_groups: list[int] = []
+    vocab_size = encoding.tokenizer.vocab_size
+
+    def read() -> Iterator[Row | Reject]:
+        nonlocal rows, held_out
+        for raw in read_raw(unit.source, unit.part):
+            rows += 1
+            if isinstance(raw, Reject):
+                yield raw
+            elif encoding.holds_out(raw.content):
+                held_out += 1
+            else:
+                yield parse_row(unit.source.path, raw)
+
+    def groups(rejects: pa.NativeFile) -> Iterator[Group]:
+        nonlocal documents
+        for item in encode_rows(encoding.stage, read(), encoding.tokenizer, encoding.config, tally):
+            if isinstance(item, Reject):
+                # Without the file's name, and lines from the unit's first: other files may have the same unit.
+                line = item.line - unit.part.first_line
+                rejects.write(_json_line({"line": line, "reason": item.reason}))
+            else:
+                documents += len(item)
+                yield item
+
+    with cache.output(unit.key, "rejects.jsonl") as rejects, cache.output(unit.key, "parquet") as shard:
+        packs = pack_groups(groups(rejects), encoding.config.pack_tokens)
+        with pq.ParquetWriter(shard, pack_schema(vocab_size), compression="zstd", write_statistics=False) as writer:
+            while batch := list(islice(packs, ROW_GROUP)):
+                table = packs_table(batch, vocab_size)
+                writer.write_table(table, row_group_size=ROW_GROUP)
+                row_groups.append(len(batch))
+                tokens += len(table["tokens"].combine_chunks().values)
+                counted += int(table["weights"].combine_chunks().values.to_numpy().sum())
+        size = shard.tell()
+        if current_version(unit.source) != unit.source.version:
+            raise UserError(f"{unit.source.path}: it has changed while it was read; run again when it is complete")
+    stats = UnitStats(
+        key=unit.key,
+        rows=rows,
+        held_out=held_out,
+        **asdict(tally),
+        documents=documents,
+        tokens=tokens,
+        counted_tokens=counted,
+        row_groups=tuple(row_groups),
+        bytes=size,
+    )
+    with cache.output(unit.key, "json") as stream:
+        stream.write(stats.model_dump_json().encode())
+    return stats
+
+
+# The cache
+
+
+class _Cache:
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._filesystem, self._root = locate(url)
+
+    def output(self, key: str, suffix: str) -> Any:
+        """An atomic output for a file of this unit."""
+        return atomic_output(self._filesystem, join(self._root, "units", f"{key}.{suffix}"))
+
+    def find(self, keys: Iterable[str]) -> dict[str, UnitStats]:
+        """The units that are there, whole. Files that a killed process left unnamed are removed after a day."""
+        folder = join(self._root, "units")
+        listing = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        for info in listing:
+            if info.base_name.endswith(TEMPORARY) and info.mtime_ns < (time.time() - STALE_SECONDS) * 1e9:
+                self._filesystem.delete_file(info.path)
+        sizes = {info.base_name: info.size for info in listing}
+        candidates = [key for key in keys if f"{key}.json" in sizes and f"{key}.rejects.jsonl" in sizes]
+        with ThreadPoolExecutor(8) as threads:
+            stats = threads.map(lambda key: self._load(UnitStats, "units", key), candidates)
+        return {unit.key: unit for unit in stats if unit and sizes.get(f"{unit.key}.parquet") == unit.bytes}
+
+    def scan(self, source: Source) -> _Scan:
+        """How to cut a source: as before, if it has not changed."""
+        key = _hash([_code(), UNIT_BYTES, source.path])
+        scan = self._load(_Scan, "sources", key)
+        if scan is None or scan.version != source.version:
+            scan = _scan(source)
+            # A file written this moment could change again within the same tick of its clock.
+            if time.time() - source.modified > FRESH_SECONDS:
+                with atomic_output(self._filesystem, join(self._root, "sources", f"{key}.json")) as stream:
+                    stream.write(scan.model_dump_json().encode())
+        return scan
+
+    def publish(self, manifest: Manifest, units: Sequence[Unit]) -> str:
+        """Write the manifest and the rejects of a dataset, if they are not there; its path."""
+        content = manifest.model_dump_json().encode()
+        name = _hash(content.decode())
+        path = join(self.url, "datasets", name)
+        folder = join(self._root, "datasets", name)
+        there = self._filesystem.get_file_info(join(folder, "manifest.json")).type == fs.FileType.File
+        if there and read_manifest(path) == manifest:
+            return path
+        with atomic_output(self._filesystem, join(folder, "rejects.jsonl")) as stream:
+            for unit, stats in zip(units, manifest.units, strict=True):
+                if stats.rejected:
+                    self._copy_rejects(unit, stream)
+        with atomic_output(self._filesystem, join(folder, "manifest.json")) as stream:
+            stream.write(content)
+        return path
+
+    def _copy_rejects(self, unit: Unit, to: pa.NativeFile) -> None:
+        path = join(self._root, "units", f"{unit.key}.rejects.jsonl")
+        with self._filesystem.open_input_stream(path) as stream:
+            for reject in _json_lines(stream):
+                line = reject["line"] + unit.part.first_line
+                to.write(_json_line({"file": unit.source.path, "line": line, "reason": reject["reason"]}))
+
+    def _load(self, kind: Any, folder: str, key: str) -> Any:
+        try:
+            with self._filesystem.open_input_stream(join(self._root, folder, f"{key}.json")) as stream:
+                return kind.model_validate_json(stream.read())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+
+def _json_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def _json_lines(stream: pa.NativeFile) -> Iterator[dict[str, Any]]:
+    for line in io.TextIOWrapper(stream, "utf-8"):
+        yield json.loads(line)
+
+
+def _blake2b() -> Any:
+    return hashlib.blake2b(digest_size=20)
+
+
+def _hash(value: object) -> str:
+    digest = _blake2b()
+    digest.update(json.dumps(value).encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the code that turns rows into packs: with other code, nothing in the cache is taken for its result."""
+    return _hash([(Path(__file__).parent / name).read_text("utf-8") for name in CODE])

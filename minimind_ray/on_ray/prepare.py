@@ -1,0 +1,54 @@
+"""Units of source files encoded by Ray Data, on all CPUs of the cluster."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import ray
+from ray.exceptions import RayTaskError
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.data.prepare import Encoding, Unit, encode_unit
+from minimind_ray.data.store import UnitStats
+from minimind_ray.on_ray.session import require_cpus
+
+
+def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
+    """Encode units in parallel, as `data.prepare.RunUnits`: their counts, as they get done.
+
+    Raises:
+        UserError: as `encode_unit`; or the cluster has no CPU to do it on.
+    """
+    require_cpus(1, 0, "preparing data")
+    # Items that lie here, not a range, which tasks of its own would have to make. And tasks, not actors: they run in
+    # processes that are there already, and Ray repeats them when one dies.
+    items = ray.data.from_items([{"unit": i} for i in range(len(units))], override_num_blocks=len(units))
+    done = items.map_batches(
+        _encode,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fn_args.
+        batch_size=1,
+        num_cpus=1,
+        fn_args=([ray.put((units, encoding))],),
+    )
+    done.context.execution_options.preserve_order = False
+    try:
+        for row in done.iter_rows():
+            yield UnitStats.model_validate_json(row["stats"])
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
+def _encode(batch: dict[str, np.ndarray], work: list[ray.ObjectRef]) -> dict[str, list[str]]:
+    units, encoding = _fetch(work[0])
+    return {"stats": [encode_unit(units[i], encoding).model_dump_json() for i in batch["unit"]]}
+
+
+@functools.lru_cache(maxsize=1)
+def _fetch(work: ray.ObjectRef) -> tuple[Sequence[Unit], Encoding]:
+    """A process keeps its tokenizer from unit to unit. The one CPU of a task is not shared out to threads."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return ray.get(work)
