@@ -65,8 +65,7 @@ def make_job(directory: Path, stage: str = "pretrain", rows: int = 400, **overri
         "eval.samples": 1, "eval.sample_tokens": 8, "out": str(directory / f"run-{stage}"),
     }  # fmt: skip
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-    job, _ = prepare_job(resolve_paths(load_config(stage, overrides=settings)))
-    return job
+    return prepare_job(resolve_paths(load_config(stage, overrides=settings)))
 
 
 def start(job: Job, *, resume: bool = False) -> Path:

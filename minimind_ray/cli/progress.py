@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from minimind_ray.data.prepare import Prepared
 from minimind_ray.stages.run import Job
 from minimind_ray.train.run import RunDirectory, read_jsonl
 
 
 @contextmanager
-def watching(job: Job, prepared: Sequence[Prepared], console: Console) -> Iterator[None]:
+def watching(job: Job, console: Console) -> Iterator[None]:
     """While inside, a thread follows metrics.jsonl: one moving line on a terminal, a line per validation elsewhere."""
-    for p in prepared:
-        console.print(p.summary(), highlight=False)
     config, plan = job.config, job.plan
     console.print(
         f"{config.stage}: {plan.steps} steps of {config.batch.tokens:,} tokens, {config.scale.workers} worker(s) "

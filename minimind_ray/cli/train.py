@@ -63,6 +63,8 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> Path:
 
     A run that was interrupted leaves a checkpoint and raises KeyboardInterrupt after saying how to go on.
     """
+    from functools import partial
+
     from rich.console import Console
 
     from minimind_ray.cli.progress import print_result, watching
@@ -70,25 +72,25 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> Path:
     from minimind_ray.train.run import RunDirectory
 
     console = Console()
+    say = partial(console.print, highlight=False, soft_wrap=True)
     config = resolve_paths(config)
     RunDirectory(config.out).check(config, resume=resume)
     if ray:
-        from minimind_ray.on_ray.prepare import run_units_on_ray
-        from minimind_ray.on_ray.session import start_ray, stop_ray
-        from minimind_ray.on_ray.trainer import local_cpus, train_on_ray
+        from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
+        from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
 
         start_ray(local_cpus(config.scale))
         try:
-            job, prepared = prepare_job(config, run_units_on_ray)
+            job = prepare_job(config, RAY_HOST, say)
             begin(job, resume=resume)
-            with watching(job, prepared, console):
+            with watching(job, console):
                 train_on_ray(job)
         finally:
             stop_ray()
     else:
-        job, prepared = prepare_job(config)
+        job = prepare_job(config, say=say)
         begin(job, resume=resume)
-        with watching(job, prepared, console):
+        with watching(job, console):
             run_here(job)
     print_result(Path(config.out), console)
     return Path(config.out)

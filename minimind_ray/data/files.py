@@ -21,9 +21,9 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
     Raises:
         UserError: another kind of URL, or an object store that cannot be reached.
     """
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, rest = absolute(url).partition("://")
     if not separator:
-        return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+        return fs.LocalFileSystem(), scheme
     if scheme == "file":
         return fs.LocalFileSystem(), rest
     if scheme == "hf":
@@ -36,6 +36,11 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{url}: the object store cannot be used: {one_line(error)}") from None
     raise UserError(f"{url}: no file system for {scheme}://; use a local path, s3://, gs:// or hf://datasets/…")
+
+
+def absolute(url: str) -> str:
+    """The path made absolute, since workers run in other directories; a URL as it is."""
+    return url if "://" in url else str(Path(url).expanduser().absolute())
 
 
 def join(base: str, *parts: str) -> str:
@@ -64,3 +69,9 @@ TEMPORARY = ".tmp"
 def one_line(error: BaseException) -> str:
     """What a library says of an error, short enough to stand in a sentence of ours."""
     return " ".join(str(error).split())[:300]
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file or folder at a path or URL."""
+    filesystem, path = locate(url)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.batch import Batch
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
@@ -36,11 +37,22 @@ def _log_probs(model: Transformer, hidden_MC: Tensor, targets_M: Tensor) -> Tens
     return -F.cross_entropy(model.project(hidden_MC).float(), targets_M, reduction="none")
 
 
+def sequence_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
+    counted_N = batch.weights_N > 0
+    logp_M = token_log_probs(model, batch)
+    ends_D1 = F.pad(counted_N.cumsum(0), (1, 0))[batch.bounds_D1.long().to(counted_N.device)]
+    counts_D = ends_D1.diff()
+    return torch.segment_reduce(logp_M, "sum", lengths=counts_D), counts_D
+
+
 class CausalLM:
     """Summed cross-entropy; with experts, in training, plus the routers' load-balancing loss per counted token."""
 
     unit = "token"
-    metrics = ("aux",)
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.metrics = ("aux",) if shape.num_experts else ()
 
     def count(self, pack: Pack) -> float:
         """Tokens of `pack` that carry loss."""
@@ -49,5 +61,12 @@ class CausalLM:
     def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over the batch's counted tokens; `aux` is the part of it that balances experts."""
         loss = -token_log_probs(model, batch).sum()
+        if not self.metrics:
+            return loss, {}
         aux = model.aux_loss() * (batch.weights_N > 0).sum()
-        return loss + aux if model.training else loss, {"aux": aux.detach()}
+        return loss + aux, {"aux": aux.detach()}
+
+    def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
+        """Each document's `loss`, summed over its counted tokens without `aux`, and their `count`: float32 [D]."""
+        logp_D, counts_D = sequence_log_probs(model, batch)
+        return {"loss": -logp_D, "count": counts_D.float()}

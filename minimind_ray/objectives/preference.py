@@ -18,22 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DpoConfig
+from minimind_ray.config.schema import DpoConfig, ModelShape
 from minimind_ray.data.batch import Batch
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.objectives.causal_lm import token_log_probs
+from minimind_ray.objectives.causal_lm import sequence_log_probs
 
 PER_TOKEN = ("ipo", "simpo", "orpo")
 WITHOUT_REFERENCE = ("simpo", "orpo")
-
-
-def sequence_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
-    logp_M = token_log_probs(model, batch)
-    counted_N1 = F.pad((batch.weights_N > 0).cumsum(0), (1, 0))
-    counts_D = counted_N1[batch.bounds_D1.to(counted_N1.device).long()].diff()
-    return torch.segment_reduce(logp_M, "sum", lengths=counts_D), counts_D
 
 
 def sigmoid_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -99,7 +91,7 @@ class Preference:
 
     unit = "pair"
 
-    def __init__(self, config: DpoConfig) -> None:
+    def __init__(self, config: DpoConfig, shape: ModelShape) -> None:
         if config.label_smoothing and config.loss not in ("sigmoid", "simpo"):
             raise UserError(
                 f"dpo.label_smoothing is {config.label_smoothing}, but dpo.loss {config.loss} has no such form; "
@@ -107,39 +99,47 @@ class Preference:
             )
         self.config = config
         self.needs_reference = config.loss not in WITHOUT_REFERENCE
-        self.metrics = ("reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected", "aux")
+        self.balances_experts = shape.num_experts > 0
+        self.per_pair = ("reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected")
         if self.needs_reference:
-            self.metrics += ("kl",)
+            self.per_pair += ("kl",)
+        self.metrics = (*self.per_pair, "aux") if self.balances_experts else self.per_pair
 
     def count(self, pack: Pack) -> float:
         """Pairs of `pack`."""
         return len(pack.lengths) // 2
 
     def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over pairs, and the sums of the metrics."""
+        """The loss summed over pairs, and the sums of the metrics; `aux` is the part of it that balances experts."""
+        pairs = self.examples(model, batch)
+        loss, sums = pairs["loss"].sum(), {name: pairs[name].detach().sum() for name in self.per_pair}
+        if self.balances_experts:
+            aux = model.aux_loss() * len(pairs["loss"])
+            loss, sums["aux"] = loss + aux, aux.detach()
+        return loss, sums
+
+    def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
+        """Each pair's `loss` without `aux`, `count` (1), and the metrics: float32 [P]."""
         logp_D, counts_D = sequence_log_probs(model, batch)
-        score_D = logp_D
+        score_D, values = logp_D, {}
         if self.needs_reference:
             assert batch.reference_D is not None
             score_D = logp_D - batch.reference_D
-        sums = {}
-        if self.needs_reference:
-            sums["kl"] = score_D.sum() / 2
+            values["kl"] = score_D.view(-1, 2).mean(1)
         if self.config.loss in PER_TOKEN:
             score_D = score_D / counts_D
         chosen_P, rejected_P = score_D.view(-1, 2).unbind(1)
-        loss_P = self.losses(chosen_P, rejected_P)
         margin_P = self.config.beta * (chosen_P - rejected_P)
-        sums |= {
-            "reward_chosen": self.config.beta * chosen_P.sum(),
-            "reward_rejected": self.config.beta * rejected_P.sum(),
-            "margin": margin_P.sum(),
-            "accuracy": (margin_P.sign() + 1).sum() / 2,
-            "logp_chosen": logp_D[0::2].sum(),
-            "logp_rejected": logp_D[1::2].sum(),
+        return values | {
+            "loss": self.losses(chosen_P, rejected_P),
+            "count": torch.ones_like(margin_P),
+            "reward_chosen": self.config.beta * chosen_P,
+            "reward_rejected": self.config.beta * rejected_P,
+            "margin": margin_P,
+            "accuracy": (margin_P.sign() + 1) / 2,
+            "logp_chosen": logp_D[0::2],
+            "logp_rejected": logp_D[1::2],
         }
-        loss, sums["aux"] = loss_P.sum(), model.aux_loss() * len(loss_P)
-        return loss + sums["aux"] if model.training else loss, {name: value.detach() for name, value in sums.items()}
 
     def losses(self, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
         """The configured loss of each pair, from the scores that the module's legend lists."""

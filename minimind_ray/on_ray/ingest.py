@@ -15,12 +15,12 @@ import pyarrow as pa
 import ray
 
 from minimind_ray.data.pack import Pack, pack_from_row
-from minimind_ray.data.plan import StepPlan
-from minimind_ray.data.store import PackStore
+from minimind_ray.stages.run import Job
 
 
-def step_dataset(store_path: str, plan: StepPlan, start: int, workers: int) -> ray.data.Dataset:
+def step_dataset(job: Job, start: int) -> ray.data.Dataset:
     """All workers' shares of the steps from `start` on; see the module's text for the order of rows."""
+    plan, workers = job.plan, job.config.scale.workers
     rows = (plan.steps - start) * workers
     # A task reads the shares of some steps; enough tasks to stream, each long enough to pay for its start.
     per_task = max(workers, min(64, -(-rows // 8)))
@@ -29,16 +29,14 @@ def step_dataset(store_path: str, plan: StepPlan, start: int, workers: int) -> r
         .map_batches(
             _read_shares,
             batch_size=per_task,
-            fn_kwargs={"store_path": store_path, "plan": plan, "start": start, "workers": workers},
+            fn_kwargs={"job": job, "start": start},
         )
         .repartition(target_num_rows_per_block=1)
     )
 
 
-def _read_shares(
-    batch: dict[str, np.ndarray], store_path: str, plan: StepPlan, start: int, workers: int
-) -> Iterator[pa.Table]:
-    store = PackStore(store_path)
+def _read_shares(batch: dict[str, np.ndarray], job: Job, start: int) -> Iterator[pa.Table]:
+    plan, workers, store = job.plan, job.config.scale.workers, job.train_store()
     for row in batch["id"].tolist():
         step, rank = start + row // workers, row % workers
         yield share_table(step, rank, store.read(plan.ids(step, rank, workers).tolist()))

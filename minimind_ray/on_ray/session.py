@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ScaleConfig
 
 # Found out by measuring Ray 2.60: the reasons stand beside each.
 SETTINGS = {
@@ -45,6 +49,11 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
+def local_cpus(scale: ScaleConfig) -> int:
+    """Logical CPUs for a Ray in this machine's processes: at least what a run needs, however few there are."""
+    return max(os.cpu_count() or 1, math.ceil(scale.workers * scale.cpus_per_worker) + 2)
+
+
 def require_cpus(cpus: float, gpus: float, what: str) -> None:
     """Check before starting what would otherwise wait for ever.
 
@@ -52,8 +61,6 @@ def require_cpus(cpus: float, gpus: float, what: str) -> None:
         UserError: the cluster has fewer CPUs or GPUs than `what` needs, and no way to more.
     """
     import ray
-
-    from minimind_ray.config.errors import UserError
 
     have = ray.cluster_resources()
     for resource, need in (("CPU", cpus), ("GPU", gpus)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,11 +15,12 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.pack import Pack
 from minimind_ray.on_ray.ingest import read_shares, step_dataset
+from minimind_ray.on_ray.prepare import run_units_on_ray
+from minimind_ray.on_ray.reference import compute_on_ray
 from minimind_ray.on_ray.session import require_cpus
-from minimind_ray.stages.run import Job
+from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
 from minimind_ray.train.run import RunDirectory
@@ -47,9 +46,7 @@ class RayTrainContext:
         return self.rank == 0 and self.stop_file.exists()
 
 
-def local_cpus(scale: ScaleConfig) -> int:
-    """Logical CPUs for a Ray in this machine's processes: at least what a run needs, however few there are."""
-    return max(os.cpu_count() or 1, math.ceil(scale.workers * scale.cpus_per_worker) + 2)
+RAY_HOST = Host(run_units_on_ray, compute_on_ray)
 
 
 def train_on_ray(job: Job) -> None:
@@ -90,7 +87,7 @@ def _steps_done(run: RunDirectory) -> int:
 
 def _dataset(job: Job) -> ray.data.Dataset:
     """Evaluated anew at each start of the worker group: from the run's last checkpoint on."""
-    return step_dataset(job.train, job.plan, _steps_done(RunDirectory(job.config.out)), job.config.scale.workers)
+    return step_dataset(job, _steps_done(RunDirectory(job.config.out)))
 
 
 def _worker(job: Job) -> None:

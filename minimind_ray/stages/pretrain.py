@@ -13,4 +13,4 @@ def pretrain(config: Config, context: Context, data: TrainingData) -> None:
     """Train all weights on every token of every document."""
     tokenizer = load_tokenizer(config)
     model = initial_model(config, tokenizer, context)
-    fit(model, CausalLM(), WholeModel(model, tokenizer), config, context, data, tokenizer)
+    fit(model, CausalLM(model.shape), WholeModel(model, tokenizer), config, context, data, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.data.plan import StepPlan, read_steps
-from minimind_ray.data.prepare import Prepared, RunUnits, prepare, run_units_here
+from minimind_ray.data.prepare import RunUnits, Split, prepare, run_units_here
 from minimind_ray.data.store import PackStore
+from minimind_ray.objectives.preference import WITHOUT_REFERENCE
+from minimind_ray.stages.reference import ComputeReference, Reference, compute_here, ensure_reference
 from minimind_ray.stages.registry import STAGES
-from minimind_ray.stages.start import load_tokenizer
+from minimind_ray.stages.start import load_tokenizer, model_shape, require_base
 from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import TrainingData
-from minimind_ray.train.run import RunDirectory
+from minimind_ray.train.run import RunDirectory, resolve_model
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,26 @@ class Job:
     """All that a worker needs: the resolved config, the prepared sets and the plan over the first."""
 
     config: Config
+    plan: StepPlan
     train: str
     val: str | None
-    plan: StepPlan
+    train_reference: str | None = None
+    val_reference: str | None = None
 
     def data(self, context: Context) -> TrainingData:
         """Packs read straight from the prepared data, for hosts without Ray Data."""
-        read = partial(read_steps, PackStore(self.train), self.plan, rank=context.rank, world_size=context.world_size)
+        read = partial(
+            read_steps, self.train_store(), self.plan, rank=context.rank, world_size=context.world_size
+        )
         return TrainingData(self.plan, read, self.val_store())
+
+    def train_store(self) -> PackStore:
+        """The training packs."""
+        return PackStore(self.train, self.train_reference)
 
     def val_store(self) -> PackStore | None:
         """The validation packs, if there are any."""
-        return PackStore(self.val) if self.val else None
+        return PackStore(self.val, self.val_reference) if self.val else None
 
     def run(self, context: Context, data: TrainingData) -> None:
         """The stage's train-loop function."""
@@ -63,8 +74,16 @@ def resolve_paths(config: Config) -> Config:
     return config.model_copy(update={"data": data, "out": out, "init_from": absolute(config.init_from)})
 
 
-def prepare_job(config: Config, run_units: RunUnits = run_units_here) -> tuple[Job, list[Prepared]]:
-    """Prepare what `config` (with resolved paths) names, and plan the steps.
+@dataclass(frozen=True)
+class Host:
+    """How the work before training is done: units encoded, reference log-probabilities computed."""
+
+    run_units: RunUnits = run_units_here
+    compute_reference: ComputeReference = compute_here
+
+
+def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] = lambda line: None) -> Job:
+    """Prepare what `config` (with resolved paths) names, and plan the steps; `say` is told what was done.
 
     Raises:
         UserError: bad sources, too many bad rows, nothing to train on, or a budget that does not divide.
@@ -73,18 +92,30 @@ def prepare_job(config: Config, run_units: RunUnits = run_units_here) -> tuple[J
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
     packs_per_step = config.packs_per_step()
     tokenizer = load_tokenizer(config)
-    train = prepare(config.stage, config.data, "train", tokenizer, run_units)
-    prepared = [train]
-    if config.data.val is not None or config.data.val_fraction > 0:
-        prepared.append(prepare(config.stage, config.data, "val", tokenizer, run_units))
-    store = PackStore(train.path)
-    if store.n_packs == 0:
-        raise UserError(f"data.train: no row of {config.data.train} is left to train on; see {train.rejects}")
-    val = prepared[1].path if len(prepared) == 2 and PackStore(prepared[1].path).n_packs else None
+    model_shape(config, tokenizer)
+    splits: tuple[Split, ...] = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
+    stores: dict[str, str] = {}
+    for split in splits:
+        prepared = prepare(config.stage, config.data, split, tokenizer, host.run_units)
+        say(prepared.summary())
+        if prepared.manifest.n_packs:
+            stores[split] = prepared.path
+        elif split == "train":
+            raise UserError(f"data.train: no row of {config.data.train} is left to train on; see {prepared.rejects}")
+    references = {}
+    if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
+        require_base(config)
+        base = str(resolve_model(config.init_from or ""))
+        for split, store in stores.items():
+            reference = Reference(store, base, config.train.precision, config.scale.gpus_per_worker)
+            made = ensure_reference(reference, host.compute_reference)
+            say(f"reference log-probabilities of {split}: {'computed' if made else 'in the cache'}")
+            references[split] = reference.path
+    train = config.train
     plan = StepPlan(
-        tuple(store.row_groups), packs_per_step, config.train.epochs, config.train.seed, config.train.max_steps
+        PackStore(stores["train"]).row_groups, packs_per_step, train.epochs, train.seed, train.max_steps
     )
-    return Job(config, train.path, val, plan), prepared
+    return Job(config, plan, stores["train"], stores.get("val"), references.get("train"), references.get("val"))
 
 
 def begin(job: Job, *, resume: bool, facts: dict[str, Any] | None = None) -> RunDirectory:

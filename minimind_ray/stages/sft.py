@@ -14,4 +14,4 @@ def sft(config: Config, context: Context, data: TrainingData) -> None:
     require_base(config)
     tokenizer = load_tokenizer(config)
     model = initial_model(config, tokenizer, context)
-    fit(model, CausalLM(), WholeModel(model, tokenizer), config, context, data, tokenizer)
+    fit(model, CausalLM(model.shape), WholeModel(model, tokenizer), config, context, data, tokenizer)

@@ -1,47 +1,86 @@
-"""Validation: the objective's means over a validation set, and bits per byte."""
+"""Validation: the objective for every example, the means over all of them, and bits per byte."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from minimind_ray.data.batch import batch_from_packs
 from minimind_ray.data.pack import Pack
-from minimind_ray.train.step import Objective, all_reduce_sums, autocast
+from minimind_ray.model.transformer import Transformer
+from minimind_ray.train.step import Objective, autocast
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means, and one row per example (document or pair), sorted by `example`.
+
+    `examples` are float64 arrays: `loss` and `count` (summed over the example's counted items), the objective's
+    metrics, for losses per token `bytes` of text; and `example`, int64, an id that is the same for the same
+    validation set, so that two models can be compared example by example.
+    """
+
+    means: dict[str, float]
+    examples: dict[str, np.ndarray]
+
+    def write(self, path: Path) -> None:
+        """The examples as Parquet."""
+        pq.write_table(pa.table(self.examples), path)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Transformer,
     objective: Objective,
     packs: Iterable[Pack],
     *,
     token_bytes_V: Tensor,
     device: torch.device,
     dtype: torch.dtype,
-) -> dict[str, float]:
-    """Means over all workers' packs, dropout off.
+) -> Evaluation:
+    """Evaluate this worker's packs, dropout off; the result holds all workers' examples, on every worker.
 
     For losses per token also `perplexity` = exp(loss) and `bits_per_byte`, the loss in bits over the bytes of text
     that the counted tokens stand for (`token_bytes_V` int32, 0 for control tokens), which compares tokenizers.
     """
     was_training = model.training
     model.eval()
-    sums: dict[str, Tensor | float] = dict.fromkeys(("count", "bytes", "loss", *objective.metrics), 0.0)
+    columns: dict[str, list[np.ndarray]] = {}
     for pack in packs:
         batch = batch_from_packs([pack]).to(device)
         with autocast(device, dtype):
-            loss, metrics = objective(model, batch)
-        text_bytes = (token_bytes_V[batch.targets_N] * batch.weights_N).sum()
-        for name, value in {"count": objective.count(pack), "bytes": text_bytes, "loss": loss, **metrics}.items():
-            sums[name] = sums[name] + value
+            values = objective.examples(model, batch)
+        if objective.unit == "token":
+            bytes_N = token_bytes_V[batch.targets_N] * batch.weights_N
+            values["bytes"] = torch.segment_reduce(bytes_N, "sum", lengths=batch.bounds_D1.diff().long().to(device))
+        ids = (pack.id << 20) + np.arange(len(values["loss"]))
+        for name, value in {"example": ids, **values}.items():
+            columns.setdefault(name, []).append(value.double().cpu().numpy() if name != "example" else ids)
     model.train(was_training)
-    count, text_bytes, *rest = all_reduce_sums(list(sums.values()), device)
-    means = {name: value / count for name, value in zip(list(sums)[2:], rest)}
-    if objective.unit == "token":
+    return _evaluation({name: np.concatenate(parts) for name, parts in columns.items()}, objective.unit)
+
+
+def _evaluation(examples: dict[str, np.ndarray], unit: str) -> Evaluation:
+    if dist.is_initialized():
+        gathered: list[dict[str, np.ndarray]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, examples)
+        # A worker with no packs has no columns.
+        gathered = [g for g in gathered if g]
+        examples = {name: np.concatenate([g[name] for g in gathered]) for name in gathered[0]}
+    order = np.argsort(examples["example"])
+    examples = {name: values[order] for name, values in examples.items()}
+    count = examples["count"].sum()
+    means = {n: float(v.sum() / count) for n, v in examples.items() if n not in ("example", "count", "bytes")}
+    if unit == "token":
         means["perplexity"] = math.exp(min(means["loss"], 700.0))
-        means["bits_per_byte"] = means["loss"] * count / math.log(2) / text_bytes
-    return means
+        means["bits_per_byte"] = means["loss"] * float(count) / math.log(2) / float(examples["bytes"].sum())
+    return Evaluation(means, examples)

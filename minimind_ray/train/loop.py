@@ -195,21 +195,24 @@ class Validation:
     ) -> None:
         self.model, self.objective, self.context, self.dtype = model, objective, context, dtype
         self.store, self.tokenizer, self.config = store, tokenizer, config.eval
+        self.path = Path(config.out) / "validation.parquet"
         self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(context.device)
 
     def __call__(self) -> dict[str, float]:
-        """val/… metrics, the same on all workers."""
+        """val/… metrics, the same on all workers; each example's go to validation.parquet."""
         assert self.store
         limit = self.store.n_packs
         if self.config.max_tokens:
             limit = max(1, limit * self.config.max_tokens // self.store.n_tokens)
         ids = range(min(limit, self.store.n_packs))[self.context.rank :: self.context.world_size]
         packs = (self.store.read([i])[0] for i in ids)
-        means = evaluate(
+        result = evaluate(
             self.model, self.objective, packs,
             token_bytes_V=self.token_bytes_V, device=self.context.device, dtype=self.dtype,
         )  # fmt: skip
-        return {f"val/{name}": value for name, value in means.items()}
+        if self.context.rank == 0:
+            result.write(self.path)
+        return {f"val/{name}": value for name, value in result.means.items()}
 
     def samples(self, step: int) -> list[str]:
         """Texts that begin with the configured prompts, or with nothing, as the model goes on with them."""

@@ -9,10 +9,11 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimind_ray.data.batch import Batch, batch_from_packs
 from minimind_ray.data.pack import Pack
+from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.optim import FlatGradients
 
 
@@ -28,8 +29,12 @@ class Objective(Protocol):
         """Items of `pack` that carry loss."""
         ...
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over the batch's items, and each of `metrics` summed likewise."""
+        ...
+
+    def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
+        """For each document or pair its `loss` and `count` of items, summed, and its metrics: float32 [examples]."""
         ...
 
 
@@ -69,7 +74,7 @@ def all_reduce_sums(values: Sequence[float | Tensor], device: torch.device) -> l
 
 
 def training_step(
-    model: nn.Module,
+    model: Transformer,
     objective: Objective,
     packs: Sequence[Pack],
     optimizer: torch.optim.Optimizer,

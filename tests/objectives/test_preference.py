@@ -18,11 +18,13 @@ from minimind_ray.data.batch import Batch, batch_from_packs
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives import causal_lm, preference
-from minimind_ray.objectives.preference import Preference, sequence_log_probs
+from minimind_ray.objectives.causal_lm import sequence_log_probs
+from minimind_ray.objectives.preference import Preference
 
 pytestmark = pytest.mark.unit
 
 V = 97
+SHAPE = ModelConfig(preset="tiny").shape(V)
 LENGTHS = [7, 9, 5, 6, 12, 4]  # three pairs
 PROMPTS = [4, 4, 2, 2, 3, 3]  # tokens without weight at the start
 
@@ -107,7 +109,7 @@ def test_sigmoid_loss_is_ln_2_before_the_first_step() -> None:
     model, pack = make_model(), make_pack()
     with torch.no_grad():
         reference_D, _ = sequence_log_probs(model, batch_from_packs([pack]))
-    objective = Preference(DpoConfig())
+    objective = Preference(DpoConfig(), SHAPE)
     loss, sums = objective(model, batch_from_packs([make_pack(reference_D.numpy())]))
     count = objective.count(pack)
     assert count == 3
@@ -123,7 +125,7 @@ def test_metrics_are_what_they_say() -> None:
     batch = batch_from_packs([make_pack()])
     reference_D = torch.stack(one_by_one(reference_model, make_pack())).float().detach()
     logp_D = torch.stack(one_by_one(model, make_pack())).detach().float()
-    _, sums = Preference(DpoConfig(beta=0.3))(model, with_reference(batch, reference_D))
+    _, sums = Preference(DpoConfig(beta=0.3), SHAPE)(model, with_reference(batch, reference_D))
     ratio_D = logp_D - reference_D
     expected = {
         "reward_chosen": 0.3 * ratio_D[0::2].sum(),
@@ -133,7 +135,6 @@ def test_metrics_are_what_they_say() -> None:
         "logp_chosen": logp_D[0::2].sum(),
         "logp_rejected": logp_D[1::2].sum(),
         "kl": ratio_D.sum() / 2,
-        "aux": torch.tensor(0.0),
     }
     assert set(sums) == set(expected)
     assert 0 < sums["accuracy"] < 3  # the pairs are not all alike
@@ -147,7 +148,7 @@ def test_gradients_reach_every_weight_and_a_step_raises_the_margin(loss: Any) ->
     model, batch = make_model(), batch_from_packs([make_pack()])
     with torch.no_grad():
         reference_D, _ = sequence_log_probs(model, batch)
-    objective = Preference(DpoConfig(loss=loss))
+    objective = Preference(DpoConfig(loss=loss), SHAPE)
     assert ("kl" in objective.metrics) == objective.needs_reference == (loss not in ("simpo", "orpo"))
     batch = with_reference(batch, reference_D) if objective.needs_reference else batch
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
@@ -159,20 +160,18 @@ def test_gradients_reach_every_weight_and_a_step_raises_the_margin(loss: Any) ->
     assert after["margin"] > before["margin"]
 
 
-def test_experts_are_balanced_in_training_only() -> None:
+def test_experts_are_balanced_and_examples_leave_that_out() -> None:
     model, batch = make_model(num_experts=4), batch_from_packs([make_pack()])
-    objective = Preference(DpoConfig(loss="simpo"))
-    training, sums = objective(model, batch)
-    model.eval()
-    evaluating, _ = objective(model, batch)
+    objective = Preference(DpoConfig(loss="simpo"), model.shape)
+    loss, sums = objective(model, batch)
     assert sums["aux"] > 0
-    torch.testing.assert_close(training, evaluating + sums["aux"])
+    torch.testing.assert_close(loss, objective.examples(model, batch)["loss"].sum() + sums["aux"])
 
 
 @pytest.mark.parametrize("loss", ["hinge", "ipo", "orpo"])
 def test_label_smoothing_is_refused_where_a_loss_has_none(loss: Any) -> None:
     with pytest.raises(UserError, match=f"dpo.label_smoothing is 0.1, but dpo.loss {loss}"):
-        Preference(DpoConfig(loss=loss, label_smoothing=0.1))
+        Preference(DpoConfig(loss=loss, label_smoothing=0.1), SHAPE)
 
 
 # Losses and their gradients against trl. Scores are drawn wide and narrow, and one pair is equal.
@@ -237,7 +236,7 @@ def trl_dpo(loss: str, beta: float, counts_D: Tensor) -> Callable[[Tensor, Tenso
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
 def test_losses_with_a_reference_equal_trl(loss: Any, beta: float) -> None:
     counts_D = torch.tensor([3, 2, 5, 5, 1, 4, 9, 6, 2, 3])
-    objective = Preference(DpoConfig(loss=loss, beta=beta))
+    objective = Preference(DpoConfig(loss=loss, beta=beta), SHAPE)
 
     def ours(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
         ratio_D = torch.stack([chosen_P, rejected_P], 1).flatten() - REFERENCE_D
@@ -258,7 +257,7 @@ def test_simpo_equals_trl(label_smoothing: float) -> None:
         label_smoothing=label_smoothing,
     )  # fmt: skip
     theirs = values_and_gradients(lambda c, r: CPOTrainer.cpo_loss(trainer, c, r)[0], divide_by=5)
-    assert_same(values_and_gradients(Preference(config).losses, divide_by=5), theirs)
+    assert_same(values_and_gradients(Preference(config, SHAPE).losses, divide_by=5), theirs)
 
 
 def test_orpo_equals_trl() -> None:
@@ -269,7 +268,7 @@ def test_orpo_equals_trl() -> None:
     def theirs(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
         return -chosen_P - ORPOTrainer.odds_ratio_loss(trainer, chosen_P, rejected_P)[0]
 
-    objective = Preference(DpoConfig(loss="orpo", beta=0.4))
+    objective = Preference(DpoConfig(loss="orpo", beta=0.4), SHAPE)
     for divide_by in (1, 40):  # answers far from certain, and near
         assert_same(values_and_gradients(objective.losses, divide_by), values_and_gradients(theirs, divide_by))
 
@@ -292,4 +291,4 @@ def test_conservative_dpo_equals_the_formula() -> None:
         p_P = 1 / (1 + torch.exp(-0.25 * (chosen_P - rejected_P)))
         return -0.85 * torch.log(p_P) - 0.15 * torch.log(1 - p_P)
 
-    assert_same(values_and_gradients(Preference(config).losses), values_and_gradients(formula))
+    assert_same(values_and_gradients(Preference(config, SHAPE).losses), values_and_gradients(formula))

@@ -35,7 +35,7 @@ def one_step(job, out: str) -> None:
     gradients = FlatGradients(model)
     packs = next(read_steps(PackStore(job.train), job.plan, 0, context.rank, context.world_size))
     training_step(
-        model, CausalLM(), packs, torch.optim.SGD(model.parameters(), lr=1.0), gradients,
+        model, CausalLM(model.shape), packs, torch.optim.SGD(model.parameters(), lr=1.0), gradients,
         step=0, lr=1.0, clip=0.0, device=context.device, dtype=torch.float32,
     )  # fmt: skip
     if context.rank == 0:

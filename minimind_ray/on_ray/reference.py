@@ -1,0 +1,44 @@
+"""Reference log-probabilities by Ray Data: each process holds the base model and takes row groups as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray
+
+from minimind_ray.data.store import PackStore
+from minimind_ray.on_ray.session import require_cpus
+from minimind_ray.stages.reference import Reference, ReferenceModel
+
+
+class _Scorer:
+    def __init__(self, reference: Reference) -> None:
+        self.score = ReferenceModel(reference)
+        self.store = PackStore(reference.store)
+        sizes = self.store.row_groups
+        self.starts = np.cumsum([0, *sizes])
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        groups = [range(self.starts[g], self.starts[g + 1]) for g in batch["id"]]
+        return {"values": [[self.score(pack).tolist() for pack in self.store.read(group)] for group in groups]}
+
+
+def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
+    """Each pack's log-probabilities in the order of the packs, as `stages.reference.ComputeReference`."""
+    require_cpus(1, reference.gpus, "computing reference log-probabilities")
+    groups = len(PackStore(reference.store).row_groups)
+    have = ray.cluster_resources()
+    processes = int(have["GPU"] / reference.gpus) if reference.gpus else int(have["CPU"]) - 1
+    scored = ray.data.range(groups, override_num_blocks=groups).map_batches(
+        _Scorer,
+        batch_size=1,
+        num_cpus=1,
+        num_gpus=reference.gpus or None,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(groups, processes))),
+        fn_constructor_args=(reference,),
+    )
+    for row in scored.iter_rows():
+        for values in row["values"]:
+            yield np.asarray(values, np.float32)

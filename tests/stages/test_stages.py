@@ -1,0 +1,146 @@
+"""Each stage in a plain process, on what the stage before it left."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.data.store import PackStore
+from minimind_ray.stages import run as stages_run
+from minimind_ray.stages.run import run_here
+from minimind_ray.train.context import PlainContext
+from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model, sound
+from tests.jobs import make_job, start
+
+pytestmark = pytest.mark.unit
+
+
+def train(job) -> list[dict]:
+    run = start(job)
+    run_here(job)
+    assert RunDirectory(run).info()["state"] == "finished"
+    return list(read_jsonl(run / "metrics.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    train(make_job(directory, rows=200))
+    return directory
+
+
+def test_sft_learns_and_its_loss_is_on_answers_only(base: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "sft", 200, init_from=str(base / "run-pretrain"), train__epochs=2)
+    lines = train(job)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    store = PackStore(job.train)
+    assert 0 < store.counted_tokens < 0.7 * store.n_tokens
+
+
+def test_lora_starts_as_the_base_and_leaves_it_alone(base: Path, tmp_path: Path) -> None:
+    from_base = {"init_from": str(base / "run-pretrain"), "data__tokenizer": None}
+    whole = train(make_job(tmp_path, "sft", 100, out=str(tmp_path / "whole"), **from_base))
+    job = make_job(tmp_path, "lora", 100, lora__targets="all-linear", lora__rank=4, **from_base)
+    before = resolve_model(base / "run-pretrain")
+    weights = load_file(before / "model.safetensors")
+    lines = train(job)
+    # The first loss is measured before the first update: that of the base.
+    assert lines[0]["loss"] == whole[0]["loss"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    adapter = resolve_model(tmp_path / "run-lora")
+    assert {p.name for p in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "resume"}
+    kept = load_file(adapter / "resume" / "optimizer.safetensors")
+    assert all("lora_" in name for name in kept)
+    assert all(torch.equal(weights[k], v) for k, v in load_file(before / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_dpo_starts_at_ln_2_and_prefers_the_chosen(base: Path, tmp_path: Path, adapters: bool) -> None:
+    settings = {"init_from": str(base / "run-pretrain"), "dpo__lora": adapters, "dpo__beta": 0.5, "train__epochs": 3}
+    lines = train(make_job(tmp_path, "dpo", 80, **settings))
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert lines[-1]["val/accuracy"] > 0.8 and lines[-1]["val/margin"] > 0
+    for name in ("reward_chosen", "reward_rejected", "margin", "accuracy", "kl"):
+        assert name in lines[-1] and f"val/{name}" in lines[-1]
+
+
+def test_reference_is_computed_once_per_data_and_base(base: Path, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+
+    def counting(reference):
+        calls.append(reference.path)
+        return stages_run.compute_here(reference)
+
+    host = stages_run.Host(compute_reference=counting)
+    monkeypatch.setattr(stages_run, "Host", lambda: host)
+    monkeypatch.setattr(stages_run.prepare_job, "__defaults__", (host, lambda line: None))
+    base_model = str(base / "run-pretrain")
+    make_job(tmp_path, "dpo", 40, init_from=base_model, dpo__beta=0.1)
+    assert len(calls) == len(set(calls)) == 2  # train and val
+    make_job(tmp_path, "dpo", 40, init_from=base_model, dpo__beta=0.3, optim__lr=1e-5)
+    assert len(calls) == 2
+    make_job(tmp_path, "dpo", 40, init_from=base_model, dpo__loss="simpo")
+    assert len(calls) == 2
+    train(make_job(tmp_path, "sft", 100, init_from=base_model))
+    make_job(tmp_path, "dpo", 40, init_from=str(tmp_path / "run-sft"))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("stage", ["sft", "lora", "dpo"])
+def test_stages_that_need_a_base_say_so(tmp_path: Path, stage: str) -> None:
+    with pytest.raises(UserError, match=f"init_from is not set: {stage}"):
+        job = make_job(tmp_path, stage, 60)
+        start(job)
+        run_here(job)
+
+
+def test_base_and_model_section_must_agree(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model.hidden_size is 128, but init_from"):
+        make_job(tmp_path, "sft", 50, init_from=str(base / "run-pretrain"), model__hidden_size=128)
+
+
+def test_resume_is_exact_and_passes_over_a_damaged_checkpoint(tmp_path: Path, capsys) -> None:
+    settings = {"rows": 150, "model__dropout": 0.1, "checkpoint__every": 1, "checkpoint__keep": 9, "eval__every": 2}
+    whole = make_job(tmp_path, out=str(tmp_path / "whole"), **settings)
+    expected = train(whole)
+
+    parted = make_job(tmp_path, out=str(tmp_path / "parted"), **settings)
+    run = start(parted)
+    context = PlainContext()
+    context.should_stop = lambda: len(list(read_jsonl(run / "metrics.jsonl"))) == 2
+    parted.run(context, parted.data(context))
+    assert RunDirectory(run).info()["state"] == "stopped"
+    assert len(RunDirectory(run).checkpoints()) == 3
+    with pytest.raises(UserError, match="already holds a run"):
+        start(parted)
+    with pytest.raises(UserError, match="optim.lr"):
+        start(make_job(tmp_path, out=str(run), optim__lr=0.5, **settings), resume=True)
+    weights = RunDirectory(run).checkpoints()[-1] / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    start(parted, resume=True)
+    run_here(parted)
+    assert "step-00000003 is damaged" in capsys.readouterr().err
+    got = list(read_jsonl(run / "metrics.jsonl"))
+    assert [{**line, "timing": 0} for line in got] == [{**line, "timing": 0} for line in expected]
+    for name in ("model.safetensors", "resume/optimizer.safetensors"):
+        files = [resolve_model(tmp_path / run) / name for run in ("whole", "parted")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert all(sound(c) for c in RunDirectory(run).checkpoints())
+
+
+def test_run_directory_explains_itself(base: Path) -> None:
+    run = RunDirectory(base / "run-pretrain")
+    info = run.info()
+    assert info["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
+    assert Path(info["data"]["train"]).is_dir()
+    assert json.loads((run.path / "samples.jsonl").read_text().splitlines()[0])["samples"]
+    assert len(run.checkpoints()) <= 3
