@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_ray.cli.flags import config_from_flags
-from minimind_ray.config.schema import Config
+from minimind_ray.config.schema import Config, ScaleConfig
+
+if TYPE_CHECKING:
+    from minimind_ray.stages.run import Host, Job
 
 
 def flag(key: str) -> Any:
@@ -58,39 +63,40 @@ def train(
         run_stage(resolved, resume=resume, ray=ray)
 
 
-def run_stage(config: Config, *, resume: bool, ray: bool) -> Path:
-    """Prepare, train, show progress, and say where the result is; the run directory.
-
-    A run that was interrupted leaves a checkpoint and raises KeyboardInterrupt after saying how to go on.
-    """
+def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
+    """Prepare, train, show progress, and say where the result is. Ctrl-C leaves a checkpoint and says how to go on."""
     from functools import partial
 
     from rich.console import Console
 
     from minimind_ray.cli.progress import print_result, watching
-    from minimind_ray.stages.run import begin, prepare_job, resolve_paths, run_here
+    from minimind_ray.stages.run import begin, prepare_job, resolve_paths
     from minimind_ray.train.run import RunDirectory
 
     console = Console()
-    say = partial(console.print, highlight=False, soft_wrap=True)
     config = resolve_paths(config)
     RunDirectory(config.out).check(config, resume=resume)
-    if ray:
-        from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
-        from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
-
-        start_ray(local_cpus(config.scale))
-        try:
-            job = prepare_job(config, RAY_HOST, say)
-            begin(job, resume=resume)
-            with watching(job, console):
-                train_on_ray(job)
-        finally:
-            stop_ray()
-    else:
-        job = prepare_job(config, say=say)
+    with host(config.scale, ray=ray) as (work, run_job):
+        job = prepare_job(config, work, partial(console.print, highlight=False, soft_wrap=True))
         begin(job, resume=resume)
         with watching(job, console):
-            run_here(job)
+            run_job(job)
     print_result(Path(config.out), console)
-    return Path(config.out)
+
+
+@contextmanager
+def host(scale: ScaleConfig, *, ray: bool) -> Iterator[tuple[Host, Callable[[Job], None]]]:
+    """How to prepare and how to run a job: on Ray, started for as long as the block lasts, or in this process."""
+    if not ray:
+        from minimind_ray.stages.run import Host, run_here
+
+        yield Host(), run_here
+        return
+    from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
+    from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
+
+    start_ray(local_cpus(scale))
+    try:
+        yield RAY_HOST, train_on_ray
+    finally:
+        stop_ray()

@@ -66,9 +66,12 @@ def parse_value(text: str) -> Any:
 
 
 def load_config(
-    stage: str, files: Sequence[str | Path] = (), overrides: Mapping[str, Any] | None = None
+    stage: str,
+    files: Sequence[str | Path] = (),
+    overrides: Mapping[str, Any] | None = None,
+    trees: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-    """The config of one stage: defaults, then the stage's own, then each file, then dotted overrides.
+    """The config of one stage: defaults, then the stage's own, each file, each tree by name, then dotted overrides.
 
     Raises:
         UserError: an unknown key, a wrong type or an impossible value, with the key and what is allowed.
@@ -76,11 +79,10 @@ def load_config(
     tree: dict[str, Any] = {"stage": stage}
     origins: dict[str, str] = {}
     _merge(tree, STAGE_DEFAULTS.get(stage, {}), origins, f"the defaults of {stage}")
-    for path in files:
-        content = read_yaml(path)
+    for name, content in {**{str(path): read_yaml(path) for path in files}, **(trees or {})}.items():
         if content.get("stage", stage) != stage:
-            raise UserError(f"{path}: stage is {content['stage']}, but the command trains {stage}")
-        _merge(tree, content, origins, str(path))
+            raise UserError(f"{name}: stage is {content['stage']}, but the command trains {stage}")
+        _merge(tree, content, origins, name)
     for key, value in (overrides or {}).items():
         node = tree
         *parents, last = key.split(".")
@@ -111,6 +113,14 @@ def _merge(tree: dict[str, Any], update: Mapping[str, Any], origins: dict[str, s
         else:
             tree[key] = value
             origins[f"{at}{key}"] = origin
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one, the second's values winning."""
+    tree: dict[str, Any] = {}
+    for content in (first, second):
+        _merge(tree, content, {}, "")
+    return tree
 
 
 def config_keys(model: type[BaseModel] = Config, at: str = "") -> Iterator[str]:

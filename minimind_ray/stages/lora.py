@@ -12,7 +12,6 @@ from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.stages.start import initial_model, load_tokenizer, require_base
 from minimind_ray.train.context import Context
 from minimind_ray.train.loop import TrainingData, fit
-from minimind_ray.train.run import resolve_model
 
 
 def lora(config: Config, context: Context, data: TrainingData) -> None:
@@ -28,8 +27,7 @@ class Adapter:
     """Checkpoints of the adapters alone, as a PEFT directory that names its base by path and hash."""
 
     def __init__(self, model: Transformer, config: Config) -> None:
-        assert config.init_from
-        self.model, self.base = model, resolve_model(config.init_from)
+        self.model, self.base = model, require_base(config)
         self.fingerprint = weights_fingerprint(self.base)
         add_lora(model, config.lora, seed=config.train.seed)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.data.plan import StepPlan, read_steps
 from minimind_ray.data.prepare import RunUnits, Split, prepare, run_units_here
 from minimind_ray.data.store import PackStore
+from minimind_ray.model.checkpoint import weights_fingerprint
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import ComputeReference, Reference, compute_here, ensure_reference
 from minimind_ray.stages.registry import STAGES
@@ -32,6 +32,12 @@ class Job:
     val: str | None
     train_reference: str | None = None
     val_reference: str | None = None
+    base_fingerprint: str | None = None
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """What the run depends on beside its config, by content: prepared sets are named by their hash."""
+        return {"data.train": self.train, "data.val": self.val, "init_from": self.base_fingerprint}
 
     def data(self, context: Context) -> TrainingData:
         """Packs read straight from the prepared data, for hosts without Ray Data."""
@@ -102,10 +108,10 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
             stores[split] = prepared.path
         elif split == "train":
             raise UserError(f"data.train: no row of {config.data.train} is left to train on; see {prepared.rejects}")
+    base = str(resolve_model(config.init_from)) if config.init_from else None
     references = {}
     if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
-        require_base(config)
-        base = str(resolve_model(config.init_from or ""))
+        base = require_base(config)
         for split, store in stores.items():
             reference = Reference(store, base, config.train.precision, config.scale.gpus_per_worker)
             made = ensure_reference(reference, host.compute_reference)
@@ -115,13 +121,16 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
     plan = StepPlan(
         PackStore(stores["train"]).row_groups, packs_per_step, train.epochs, train.seed, train.max_steps
     )
-    return Job(config, plan, stores["train"], stores.get("val"), references.get("train"), references.get("val"))
+    return Job(
+        config, plan, stores["train"], stores.get("val"), references.get("train"), references.get("val"),
+        weights_fingerprint(base) if base else None,
+    )  # fmt: skip
 
 
-def begin(job: Job, *, resume: bool, facts: dict[str, Any] | None = None) -> RunDirectory:
+def begin(job: Job, *, resume: bool) -> RunDirectory:
     """Make or reopen the run directory; see `RunDirectory.create` for what is refused."""
     run = RunDirectory(job.config.out)
-    run.create(job.config, {"data": {"train": job.train, "val": job.val}, **(facts or {})}, resume=resume)
+    run.create(job.config, {"inputs": job.inputs}, resume=resume)
     return run
 
 

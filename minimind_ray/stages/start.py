@@ -77,14 +77,15 @@ class WholeModel:
         load_weights(self.model, directory)
 
 
-def require_base(config: Config) -> None:
-    """Check that there is something to start from.
+def require_base(config: Config) -> str:
+    """The model directory that the stage starts from.
 
     Raises:
-        UserError: `init_from` is not set.
+        UserError: `init_from` is not set, or is no model.
     """
     if not config.init_from:
         raise UserError(
             f"init_from is not set: {config.stage} starts from a trained model; "
             "give a run or a model directory, such as --init-from runs/pretrain"
         )
+    return str(resolve_model(config.init_from))

@@ -28,6 +28,8 @@ from minimind_ray.config.load import read_yaml, to_yaml
 from minimind_ray.config.schema import Config
 
 CHECKPOINT_SUMS = "resume/sums.json"
+# What may change between stop and resume without making it another run.
+FREE_KEYS = ("scale.", "eval.", "checkpoint.", "track.", "out", "data.cache_dir")
 
 
 class RunDirectory:
@@ -55,15 +57,16 @@ class RunDirectory:
             raise UserError(f"{self.path} already holds a run: add --resume to go on with it, or choose another --out")
         if resume and not holds_run:
             raise UserError(f"{self.path} holds no run to resume: leave --resume out to start one")
-        if resume:
-            changed = sorted(_changed_keys(read_yaml(self.path / "config.yaml"), config.model_dump(mode="json")))
-            # What may change between stop and resume without making it another run.
-            free = ("scale.", "eval.", "checkpoint.", "track.", "out", "data.cache_dir")
-            if changed := [key for key in changed if not key.startswith(free)]:
-                raise UserError(
-                    f"{self.path} cannot be resumed with another {', '.join(changed)}; "
-                    "use the values in its config.yaml, or choose another --out"
-                )
+        if resume and (changed := self.changes(config)):
+            raise UserError(
+                f"{self.path} cannot be resumed with another {', '.join(changed)}; "
+                "use the values in its config.yaml, or choose another --out"
+            )
+
+    def changes(self, config: Config) -> list[str]:
+        """Keys whose values make `config` another run than the one in the directory."""
+        changed = sorted(_changed_keys(read_yaml(self.path / "config.yaml"), config.model_dump(mode="json")))
+        return [key for key in changed if not key.startswith(FREE_KEYS)]
 
     def info(self) -> dict[str, Any]:
         """What run.json says; empty without one."""

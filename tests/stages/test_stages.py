@@ -141,6 +141,6 @@ def test_run_directory_explains_itself(base: Path) -> None:
     run = RunDirectory(base / "run-pretrain")
     info = run.info()
     assert info["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
-    assert Path(info["data"]["train"]).is_dir()
+    assert Path(info["inputs"]["data.train"]).is_dir()
     assert json.loads((run.path / "samples.jsonl").read_text().splitlines()[0])["samples"]
     assert len(run.checkpoints()) <= 3

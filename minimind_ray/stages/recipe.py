@@ -1,0 +1,148 @@
+"""Recipes: stages in a row, each from what the one before left; what is done and unchanged is not done again.
+
+    name: zero
+    data_dir: dataset            # relative data paths are looked for here
+    tokenizer: {train: …, vocab_size: 6400}   # optional: make one first; or a directory
+    settings: {…}                # for every stage
+    stages:
+      - name: pretrain           # its run directory is <out>/pretrain
+        stage: pretrain          # default: the name
+        settings: {…}            # as in a config file
+      - name: sft
+        init_from: pretrain      # an earlier name or a path; default: the last stage that left a whole model
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import load_config, merged, read_yaml
+from minimind_ray.config.schema import Config, Section, StageName
+from minimind_ray.stages.run import Job
+from minimind_ray.train.run import RunDirectory
+
+
+class TokenizerStep(Section):
+    """A tokenizer to train before the first stage."""
+
+    train: str | list[str]
+    vocab_size: int = 6400
+    max_bytes: int = Field(200_000_000, description="train on no more text than this")
+
+
+class StageStep(Section):
+    """One stage of a recipe."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    stage: StageName | None = None
+    init_from: str | None = None
+    settings: dict[str, Any] = {}
+
+
+class Recipe(Section):
+    """A recipe file; see the module's text."""
+
+    name: str
+    data_dir: str = "dataset"
+    out: str | None = None
+    tokenizer: TokenizerStep | str | None = None
+    settings: dict[str, Any] = {}
+    stages: list[StageStep] = Field(min_length=1)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A recipe file.
+
+    Raises:
+        UserError: it cannot be read, or a key is wrong.
+    """
+    try:
+        recipe = Recipe.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    names = [step.name for step in recipe.stages]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{path}: two stages are named {twice}; give each a name of its own")
+    return recipe
+
+
+def stage_config(
+    recipe: Recipe, index: int, out: Path, tokenizer: str | None, data_dir: Path, overrides: Mapping[str, Any]
+) -> Config:
+    """The config of the recipe's stage number `index`; overrides are dotted keys, or `name.key` for one stage alone.
+
+    Raises:
+        UserError: as `load_config`, or an `init_from` that names nothing earlier.
+    """
+    step = recipe.stages[index]
+    names = [s.name for s in recipe.stages]
+    own = {k.removeprefix(f"{step.name}."): v for k, v in overrides.items() if k.startswith(f"{step.name}.")}
+    common = {k: v for k, v in overrides.items() if k.split(".")[0] not in names}
+    stage = step.stage or step.name
+    config = load_config(stage, trees={f"{recipe.name}, {step.name}": merged(recipe.settings, step.settings)},
+                         overrides=common | own)  # fmt: skip
+    init_from = _base(recipe, index, out) if config.init_from is None else config.init_from
+    data = config.data.model_copy(
+        update={
+            "train": _under(data_dir, config.data.train),
+            "val": _under(data_dir, config.data.val),
+            # A stage with a base takes the base's tokenizer.
+            "tokenizer": config.data.tokenizer or (None if init_from else tokenizer),
+        }
+    )
+    return config.model_copy(update={"data": data, "init_from": init_from, "out": str(out / step.name)})
+
+
+def _base(recipe: Recipe, index: int, out: Path) -> str | None:
+    step, earlier = recipe.stages[index], recipe.stages[:index]
+    if step.init_from is not None:
+        return str(out / step.init_from) if step.init_from in [s.name for s in earlier] else step.init_from
+    whole = [s.name for s in earlier if (s.stage or s.name) != "lora"]
+    return str(out / whole[-1]) if whole else None
+
+
+def _under(directory: Path, paths: str | list[str] | None) -> str | list[str] | None:
+    if isinstance(paths, list):
+        return [str(_under(directory, path)) for path in paths]
+    return paths if paths is None or "://" in paths else os.path.join(directory, paths)  # noqa: PTH118 (keeps globs)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with a stage, and why."""
+
+    action: Literal["start", "skip", "resume", "redo"]
+    why: str
+
+
+def decide(job: Job) -> Decision:
+    """Compare a job with what its run directory holds."""
+    run = RunDirectory(job.config.out)
+    info = run.info()
+    if not info:
+        return Decision("start", "not run yet")
+    changed = run.changes(job.config)
+    before = info.get("inputs", {})
+    changed += [f"{key} (other content)" for key, value in job.inputs.items() if before.get(key) != value]
+    if changed:
+        return Decision("redo", f"changed: {', '.join(changed)}")
+    if info["state"] == "finished":
+        return Decision("skip", f"finished, {info['steps']} steps, nothing changed")
+    return Decision("resume", f"it was {info['state']} before its end")
+
+
+def set_aside(run: RunDirectory) -> Path:
+    """Rename a run directory that is done anew, so that nothing is lost; its new path."""
+    number = 1
+    while (aside := run.path.with_name(f"{run.path.name}.before-{number}")).exists():
+        number += 1
+    return run.path.rename(aside)
