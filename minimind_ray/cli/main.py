@@ -8,6 +8,7 @@ import sys
 import typer
 
 from minimind_ray.cli import config, data, tokenizer, train
+from minimind_ray.cli import run as run_recipe
 from minimind_ray.config.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train.train)
+app.command("run")(run_recipe.run)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(config.app, name="config")

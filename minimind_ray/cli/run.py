@@ -1,0 +1,108 @@
+"""`minimind-ray run RECIPE`: stages in a row."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind_ray.config.load import parse_override
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from minimind_ray.config.schema import Config
+    from minimind_ray.stages.recipe import TokenizerStep
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as experiments/zero.yaml")],
+    data_dir: Annotated[Path | None, typer.Option(help="where the recipe's data lies; default: what it says")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory for all stages; default: runs/<recipe's name>")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="[STAGE.]KEY=VALUE", help="any config key, for all stages or the one named"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="scale.workers", show_default=False)] = None,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
+) -> None:
+    """Run a recipe's stages; what is finished and unchanged is skipped, what was interrupted goes on."""
+    overrides: dict[str, Any] = dict(parse_override(text) for text in set_ or [])
+    if workers is not None:
+        overrides["scale.workers"] = workers
+    run_recipe(recipe, data_dir, out, overrides, ray=ray)
+
+
+def run_recipe(
+    path: Path, data_dir: Path | None, out: Path | None, overrides: dict[str, Any], *, ray: bool
+) -> Path:
+    """Run a recipe file, telling of each stage what is done and why; the directory of its runs.
+
+    Stops after a stage that was interrupted.
+    """
+    from rich.console import Console
+
+    from minimind_ray.cli.train import host
+    from minimind_ray.stages.recipe import read_recipe, stage_config
+    from minimind_ray.stages.run import resolve_paths
+
+    console = Console(highlight=False, soft_wrap=True)
+    recipe = read_recipe(path)
+    out = (out or Path(recipe.out or f"runs/{recipe.name}")).absolute()
+    data_dir = (data_dir or Path(recipe.data_dir)).absolute()
+    tokenizer = recipe.tokenizer
+    config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
+    directory = tokenizer if isinstance(tokenizer, str) else str(out / "tokenizer") if tokenizer else None
+    # All configs are read before anything starts, so that a wrong key in the last stage is found now.
+    configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
+    if not isinstance(tokenizer, str) and tokenizer:
+        _make_tokenizer(tokenizer, out / "tokenizer", data_dir, console)
+    largest = max((c.scale for c in configs), key=lambda scale: scale.workers * scale.cpus_per_worker)
+    with host(largest, ray=ray) as (work, run_job):
+        for step, config in zip(recipe.stages, configs):
+            console.rule(f"{recipe.name}: {step.name}", align="left")
+            if not _run_stage(config, work, run_job, console):
+                console.print(f"stopped; the same command goes on with {step.name}")
+                raise typer.Exit(130)
+    return out
+
+
+def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> bool:
+    """Run one stage as far as it needs it; whether it is finished."""
+    from minimind_ray.cli.progress import print_result, watching
+    from minimind_ray.stages.recipe import decide, set_aside
+    from minimind_ray.stages.run import begin, prepare_job
+    from minimind_ray.train.run import RunDirectory
+
+    job = prepare_job(config, work, console.print)
+    run = RunDirectory(config.out)
+    decision = decide(job)
+    console.print(f"{decision.action}: {decision.why}")
+    if decision.action == "skip":
+        return True
+    if decision.action == "redo":
+        console.print(f"the run before is kept in {set_aside(run)}")
+    begin(job, resume=decision.action == "resume")
+    with watching(job, console):
+        run_job(job)
+    print_result(run.path, console)
+    return run.info()["state"] == "finished"
+
+
+def _make_tokenizer(step: TokenizerStep, directory: Path, data_dir: Path, console: Console) -> None:
+    from minimind_ray.cli import tokenizer
+    from minimind_ray.data.records import discover
+
+    paths = [step.train] if isinstance(step.train, str) else step.train
+    files = [path if "://" in path else f"{data_dir}/{path}" for path in paths]
+    sources = [[source.path, source.size, source.version] for source in discover(files)]
+    made_from = {"sources": sources, "vocab_size": step.vocab_size, "max_bytes": step.max_bytes}
+    record = directory / "made_from.json"
+    if record.exists() and json.loads(record.read_text()) == made_from:
+        console.print(f"tokenizer: {directory} is there and its sources are unchanged")
+        return
+    tokenizer.train(files, directory, step.vocab_size, step.max_bytes)
+    record.write_text(json.dumps(made_from, indent=2))
