@@ -1,0 +1,234 @@
+"""What a sweep varies: axes from text, points from axes, and one trial for each point and seed.
+
+0.05,0.1,0.3      a grid: every value, in every combination with the other grids
+log(1e-6,1e-4)    drawn, uniform in the logarithm
+uniform(0,0.1)    drawn, uniform
+int(1,64)         drawn, a whole number, both ends included
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import load_config, parse_value
+from minimind_ray.config.schema import Config
+from minimind_ray.sweep.text import number_text, value_text
+
+FORMS = "0.05,0.1 (a grid), log(1e-6,1e-4), uniform(0,0.1) or int(1,64)"
+RESERVED = {
+    "stage": "a sweep has one stage: start one sweep for each",
+    "out": "every trial has its own directory under the sweep's",
+    "train.seed": "repeat every point with --seeds instead",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Each of some values."""
+
+    key: str
+    values: tuple[Any, ...]
+
+    def to_json(self) -> list[Any]:
+        """As sweep.json has it."""
+        return list(self.values)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A number drawn between two bounds."""
+
+    key: str
+    kind: Literal["log", "uniform", "int"]
+    low: float
+    high: float
+
+    def to_json(self) -> str:
+        """As sweep.json has it, which `parse_axis` reads back."""
+        return f"{self.kind}({number_text(self.low)},{number_text(self.high)})"
+
+    def draw(self, rng: np.random.Generator) -> float | int:
+        """One value; of 4 significant digits, so that what is shown is what was used."""
+        if self.kind == "int":
+            return int(rng.integers(int(self.low), int(self.high), endpoint=True))
+        if self.kind == "log":
+            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = rng.uniform(self.low, self.high)
+        return min(max(float(f"{value:.4g}"), self.low), self.high)
+
+
+Axis = Grid | Drawn
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One run to make: the point on the axes, the seed, and the whole config that they give."""
+
+    id: str
+    point: dict[str, Any]
+    seed: int
+    config: Config
+
+
+def parse_axis(key: str, spec: Any) -> Axis:
+    """The axis of a dotted config key from its text (a flag's, --axis', or a YAML file's), list or single value.
+
+    Raises:
+        UserError: a text of none of the forms above, or bounds that hold nothing.
+    """
+    if key in RESERVED:
+        raise UserError(f"{key} cannot be an axis: {RESERVED[key]}")
+    if not isinstance(spec, str):
+        return _grid(key, spec if isinstance(spec, list) else [spec])
+    if match := re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", spec):
+        return _drawn(key, spec, match[1], match[2].split(","))
+    try:
+        # As a YAML list, so that a value may itself be a list: [q_proj, v_proj],all-linear
+        values = yaml.safe_load(f"[{spec}]")
+    except yaml.YAMLError:
+        raise UserError(f"{key}={spec}: not an axis; expected {FORMS}") from None
+    return _grid(key, [parse_value(v) if isinstance(v, str) else v for v in values])
+
+
+def parse_assignment(text: str) -> Axis:
+    """The axis of `--axis optim.weight_decay=0,0.1`."""
+    key, separator, spec = text.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--axis {text}: expected key=values, such as --axis optim.weight_decay=0,0.1")
+    return parse_axis(key.strip(), spec)
+
+
+def _grid(key: str, values: list[Any]) -> Grid:
+    if not values or any(v is None or v == "" for v in values):
+        raise UserError(f"{key}: an axis needs values; expected {FORMS}")
+    return Grid(key, tuple(values))
+
+
+def _drawn(key: str, spec: str, kind: str, bounds: list[str]) -> Drawn:
+    try:
+        low, high = (float(b) for b in bounds)
+    except ValueError:
+        raise UserError(f"{key}={spec}: expected two numbers, such as {kind}(1,2)") from None
+    if kind == "log" or kind == "uniform" or kind == "int":
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise UserError(f"{key}={spec}: the first bound must be less than the second, and both finite")
+        if kind == "log" and low <= 0:
+            raise UserError(f"{key}={spec}: the bounds of log must be above 0; use uniform for a range with 0 in it")
+        if kind == "int" and not (low.is_integer() and high.is_integer()):
+            raise UserError(f"{key}={spec}: the bounds of int must be whole numbers")
+        return Drawn(key, kind, low, high)
+    raise UserError(f"{key}={spec}: no such kind of axis as {kind}; expected {FORMS}")
+
+
+def plan_trials(
+    base: Config, axes: Sequence[Axis], *, draws: int | None = None, seeds: int = 1, sweep_seed: int = 0
+) -> list[PlannedTrial]:
+    """Every trial of a sweep, checked, in a fixed order: all points with the first seed, then with the next.
+
+    Drawn axes are drawn from together `draws` times, and every combination of the grids meets every draw. Draws
+    depend on `sweep_seed` and the axis's key alone, so another axis or more draws leave the first ones as they are.
+    The seeds are `base.train.seed` and those that follow.
+
+    Raises:
+        UserError: an unknown key or a value that the config refuses (its own sentence); the same key or value twice;
+            drawn axes without `draws`, or `draws` without them.
+    """
+    keys = [axis.key for axis in axes]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise UserError(f"{', '.join(sorted(twice))}: given as an axis twice; leave one out")
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: at least 1 seed is needed")
+    drawn = [axis for axis in axes if isinstance(axis, Drawn)]
+    if drawn and (draws is None or draws < 1):
+        raise UserError(f"{drawn[0].key}={drawn[0].to_json()} is drawn from: say how many times with --trials")
+    if draws is not None and not drawn:
+        raise UserError("--trials needs an axis to draw from, such as --lr 'log(1e-6,1e-4)'; a grid counts itself")
+    for axis in drawn:
+        for bound in (axis.low, axis.high):
+            trial_config(base, {axis.key: int(bound) if axis.kind == "int" else bound}, base.train.seed)
+
+    grids = [[(axis.key, value) for value in axis.values] for axis in axes if isinstance(axis, Grid)]
+    rows = draw_points(drawn, draws or 0, sweep_seed) if drawn else [{}]
+    combinations = [{**dict(grid), **row} for grid in itertools.product(*grids) for row in rows]
+    labels = short_names(keys)
+    trials: dict[str, PlannedTrial] = {}
+    for seed in range(base.train.seed, base.train.seed + seeds):
+        for values in combinations:
+            config = trial_config(base, values, seed)
+            point = {key: setting(config, key) for key in keys}
+            name = trial_id({labels[key]: value for key, value in point.items()}, seed)
+            if name in trials:
+                raise UserError(f"the axes give the trial {name} twice: leave the repeated value out")
+            trials[name] = PlannedTrial(name, point, seed, config)
+    return list(trials.values())
+
+
+def draw_points(axes: Sequence[Drawn], count: int, sweep_seed: int) -> list[dict[str, Any]]:
+    """`count` different points, each coordinate drawn for itself (random search, Bergstra & Bengio 2012).
+
+    Raises:
+        UserError: the axes do not hold so many points.
+    """
+    streams = [_draws(axis, sweep_seed) for axis in axes]
+    points: dict[tuple[Any, ...], None] = {}
+    for values in itertools.islice(zip(*streams), 1000 * count):
+        points[values] = None
+        if len(points) == count:
+            return [dict(zip((axis.key for axis in axes), values)) for values in points]
+    raise UserError(f"--trials {count}: the axes hold only {len(points)} different points; ask for fewer, or a grid")
+
+
+def _draws(axis: Drawn, sweep_seed: int) -> Iterator[float | int]:
+    digest = hashlib.blake2b(f"{sweep_seed}/{axis.key}".encode(), digest_size=8).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "big"))
+    while True:
+        yield axis.draw(rng)
+
+
+def trial_config(base: Config, point: Mapping[str, Any], seed: int) -> Config:
+    """The whole config of a point, checked as every config is.
+
+    Raises:
+        UserError: see `load_config` and `Config.packs_per_step`.
+    """
+    config = load_config(base.stage, overrides={**base.model_dump(), **point, "train.seed": seed})
+    config.packs_per_step()
+    return config
+
+
+def setting(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """What to call each dotted key: its last part (its section for `schedule.name`), or all of it to stay distinct."""
+    short = {key: key.split(".")[-2 if key.endswith(".name") else -1] for key in keys}
+    names = list(short.values())
+    return {key: name if names.count(name) == 1 and name != "seed" else key for key, name in short.items()}
+
+
+def trial_id(values: Mapping[str, Any], seed: int) -> str:
+    """A file name that reads as the point does: beta=0.05,lr=1e-5,seed=0."""
+    name = ",".join(f"{label}={_file_safe(value_text(value), 40)}" for label, value in values.items())
+    return _file_safe(f"{name},seed={seed}".lstrip(","), 200, also=",=")
+
+
+def _file_safe(text: str, longest: int, also: str = "") -> str:
+    safe = re.sub(f"[^A-Za-z0-9.+_{also}-]", "-", text)[:longest]
+    # Two texts must not become one name.
+    return safe if safe == text else f"{safe}-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"

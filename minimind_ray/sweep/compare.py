@@ -1,0 +1,507 @@
+"""Which points of a sweep are better, and what cannot be told apart.
+
+Two things make a measured difference uncertain, and both count here: which examples the validation set happens to hold,
+and which seed a run happened to have. All trials answer the same examples, so the design is crossed, and differences
+are paired: the same examples, the same seeds.
+
+    P points, S seeds, T trials (a point with a seed), E validation examples, B bootstrap draws
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.sweep.axes import short_names
+from minimind_ray.sweep.text import value_text
+from minimind_ray.sweep.trials import Sweep, Trial, Validation
+
+Verdict = Literal["best", "better", "worse", "not distinguishable"]
+METRICS = ("val/loss", "val/accuracy", "val/margin", "val/bits_per_byte")
+DRAWS = 4000
+OUTLIER = 16.0
+"""A point whose seeds vary this many times more (in variance) than is typical keeps its own spread."""
+
+METHOD = (
+    "Intervals cover 95 % and allow for both the validation examples (bootstrap, the same examples for every trial) "
+    "and the seeds (Student's t). A point differs from the best when the 95 % interval of their paired difference "
+    "leaves out zero; these intervals hold for all pairs of points at once, because the best was picked from the same "
+    "data."
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % interval; the bounds are None where nothing is known of the uncertainty."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def text(self, digits: int) -> str:
+        """The bounds: 2.31 to 2.38; empty where they are not known."""
+        return "" if self.low is None else f"{self.low:.{digits}f} to {self.high:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point over its seeds.
+
+    `metric` is the mean over seeds; `difference` is to the best point, positive where the metric is higher. `trials`
+    are all, `compared` those whose validation counts. `cost` is None without a price.
+    """
+
+    sweep: str
+    point: dict[str, Any]
+    label: str
+    trials: tuple[Trial, ...]
+    compared: tuple[Trial, ...]
+    metric: Interval | None
+    difference: Interval | None
+    verdict: Verdict | None
+    tokens: int
+    seconds: float
+    cost: float | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Points, best first. `difference_PP[i, j]` is row i less row j, for the first rows, those with a verdict."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    keys: list[str]
+    rows: list[Row]
+    examples: int
+    notes: list[str]
+    difference_PP: np.ndarray
+    low_PP: np.ndarray
+    high_PP: np.ndarray
+
+    @property
+    def digits(self) -> int:
+        """Decimals that show two digits of the narrowest interval."""
+        widths = [
+            (row.metric.high - row.metric.low) / 2
+            for row in self.rows
+            if row.metric and row.metric.low is not None and row.metric.high is not None
+        ]
+        narrowest = min((w for w in widths if w > 0), default=1e-3)
+        return min(max(1 - math.floor(math.log10(narrowest)), 2), 6)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Means with 95 % intervals, and all differences (row less column) with simultaneous 95 % intervals."""
+
+    mean_P: np.ndarray
+    low_P: np.ndarray
+    high_P: np.ndarray
+    difference_PP: np.ndarray
+    low_PP: np.ndarray
+    high_PP: np.ndarray
+
+
+def statistics(
+    numerator_TE: np.ndarray,
+    denominator_TE: np.ndarray,
+    point_T: np.ndarray,
+    seed_T: np.ndarray,
+    *,
+    draws: int = DRAWS,
+    random_seed: int = 0,
+) -> Statistics:
+    """Bootstrap of points measured with several seeds on the same examples.
+
+    A trial's metric is the ratio of its sums over the examples; a point's is the mean over its seeds.
+
+    *Examples* are resampled with replacement, one resample for all trials at once (the crossed bootstrap of Owen 2007,
+    "The pigeonhole bootstrap", which errs a little on the safe side). *Seeds* are two or three, too few to resample:
+    with two a bootstrap interval holds the truth in 60 % of cases. Their part of a draw comes from Student's t
+    instead, on the variances of `split_seeds`. With one seed everywhere that part is unknown and left out.
+
+    *Differences* are free of what a seed does to all points alike (paired seeds), and use the same resamples (paired
+    examples). Their intervals are simultaneous over all pairs: each is widened by the same factor, so that in 95 % of
+    draws the largest deviation of any pair lies inside its own (single-step max-T, Westfall & Young 1993; for
+    independent means it is Tukey's range test). Without that, picking the best of eight equal points and testing the
+    others against it would find a difference in half of all sweeps; Holm's method over the comparisons with the best
+    would not allow for the picking.
+
+    Args:
+        numerator_TE: what is summed, per trial and example.
+        denominator_TE: what it is divided by: tokens counted, or 1.
+        point_T: each trial's point, 0 to P - 1.
+        seed_T: each trial's seed, any whole numbers.
+        draws: B.
+        random_seed: of the draws; the same input gives the same numbers.
+    """
+    rng = np.random.default_rng(random_seed)
+    points, (seeds, at_seed_T) = int(point_T.max()) + 1, np.unique(seed_T, return_inverse=True)
+    value_T = numerator_TE.sum(1) / denominator_TE.sum(1)
+    value_PS = np.full((points, len(seeds)), np.nan)
+    value_PS[point_T, at_seed_T] = value_T
+    seeds_P = np.isfinite(value_PS).sum(1)
+    mean_P = np.nanmean(value_PS, 1)
+    spread = split_seeds(value_PS - mean_P[:, None])
+
+    averaging_TP = (point_T[:, None] == np.arange(points)) / seeds_P
+    examples_BP = (_resampled_examples(numerator_TE, denominator_TE, draws, rng) - value_T) @ averaging_TP
+    paired_BP = examples_BP + _drawn_t(spread.own_P / seeds_P, spread.own_free_P, spread.pooled_P, draws, rng)
+    single_BP = paired_BP + _drawn_t(spread.common / seeds_P, spread.common_free, np.ones(points, bool), draws, rng)
+    low_P, high_P = mean_P + np.quantile(single_BP, (0.025, 0.975), axis=0)
+    adjusted_P = np.nanmean(value_PS - spread.effect_S, 1)
+    difference_PP = adjusted_P[:, None] - adjusted_P
+    reach_PP = _simultaneous_reach(paired_BP)
+    return Statistics(mean_P, low_P, high_P, difference_PP, difference_PP - reach_PP, difference_PP + reach_PP)
+
+
+def _resampled_examples(
+    numerator_TE: np.ndarray, denominator_TE: np.ndarray, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Every trial's metric on each resample of the examples, [B, T]."""
+    examples = numerator_TE.shape[1]
+    blocks: list[np.ndarray] = []
+    step = max(1, 4_000_000 // examples)  # Weights of a block stay within 32 MB.
+    for start in range(0, draws, step):
+        rows = min(step, draws - start)
+        drawn = rng.integers(examples, size=(rows, examples)) + examples * np.arange(rows)[:, None]
+        weight_BE = np.bincount(drawn.ravel(), minlength=rows * examples).reshape(rows, examples).astype(float)
+        blocks.append((weight_BE @ numerator_TE.T) / (weight_BE @ denominator_TE.T))
+    return np.concatenate(blocks)
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """How much the seed moves a trial's metric: variances of a single seed, with their degrees of freedom.
+
+    `effect_S` is what each seed does to all points, `common` the variance of that; `own_P` is the variance of what is
+    left at each point, `pooled_P` where it is the one estimate that points share. Zero degrees: not known.
+    """
+
+    effect_S: np.ndarray
+    common: float
+    common_free: np.ndarray
+    own_P: np.ndarray
+    own_free_P: np.ndarray
+    pooled_P: np.ndarray
+
+
+def split_seeds(deviation_PS: np.ndarray) -> SeedSpread:
+    """Take the seeds' deviations from their points' means apart, as in a randomised block design with seeds as blocks.
+
+    Two seeds alone say little (a t interval on 1 degree of freedom is 13 standard errors wide), so what is left after
+    the common effects is pooled over the points into one residual mean square (Montgomery, Design and Analysis of
+    Experiments, ch. 4). Points that vary far more than is typical (a learning rate at the edge of what is stable)
+    would spoil it for all: they keep their own variance and their own few degrees of freedom. Common effects are
+    medians over the points, so that one point gone astray does not look like a seed's doing.
+
+    `deviation_PS` holds NaN where a point lacks a seed; a point with one seed borrows the pooled variance.
+    """
+    points, seeds = deviation_PS.shape
+    free_P = np.isfinite(deviation_PS).sum(1) - 1
+    known_P = free_P > 0
+    effect_S, common_free, fitted = np.zeros(seeds), 0, 1.0
+    if not known_P.any():
+        return SeedSpread(effect_S, 0.0, np.zeros(points), np.zeros(points), free_P, np.ones(points, bool))
+    if known_P.sum() > 1:
+        seen_S = np.isfinite(deviation_PS[known_P]).any(0)
+        effect_S[seen_S] = np.nanmedian(deviation_PS[known_P][:, seen_S], axis=0)
+        common_free = int(seen_S.sum()) - 1
+        # Fitting the effects to the same numbers took one part in P of the variance, and their degrees of freedom.
+        fitted = known_P.sum() / (known_P.sum() - 1)
+
+    sum_P = np.where(known_P, fitted * np.nansum((deviation_PS - effect_S) ** 2, 1), 0.0)
+    variance_P = sum_P / np.maximum(free_P, 1)
+    # The median of chi-squared over its degrees of freedom (Wilson & Hilferty 1931).
+    typical = np.median(variance_P[known_P] / (1 - 2 / (9 * free_P[known_P])) ** 3)
+    pooled_P = ~known_P | (variance_P <= OUTLIER * typical)
+    pooled = sum_P[pooled_P].sum() / free_P[pooled_P].sum()
+    pooled_free = max(1, free_P[pooled_P].sum() - common_free)
+    # The effects vary a little by chance alone, as the mean of P residuals does.
+    common = max(0.0, (effect_S**2).sum() / common_free - pooled / known_P.sum()) if common_free else 0.0
+    return SeedSpread(
+        effect_S,
+        common,
+        np.full(points, common_free),
+        np.where(pooled_P, pooled, variance_P),
+        np.where(pooled_P, pooled_free, free_P),
+        pooled_P,
+    )
+
+
+def _drawn_t(
+    variance_P: np.ndarray, free_P: np.ndarray, pooled_P: np.ndarray, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Student's t on `free_P` degrees of freedom times the standard deviation, [B, P]; zero where nothing is known."""
+    free_BP = np.broadcast_to(np.maximum(free_P, 1), (draws, len(free_P)))
+    chi_BP = rng.chisquare(free_BP) / free_BP
+    # Points that share an estimate of the variance share its error.
+    chi_BP[:, pooled_P] = chi_BP[:, pooled_P][:, :1]
+    return rng.standard_normal(chi_BP.shape) * np.sqrt(variance_P / chi_BP)
+
+
+def _simultaneous_reach(draws_BP: np.ndarray) -> np.ndarray:
+    """Half-widths of intervals around all pairwise differences that hold together in 95 % of draws, [P, P]."""
+    points = draws_BP.shape[1]
+    single_PP = np.zeros((points, points))
+    largest_B = np.zeros(len(draws_BP))
+    for i in range(points):
+        deviation_BP = np.abs(draws_BP - draws_BP[:, i : i + 1])
+        single_PP[i] = np.quantile(deviation_BP, 0.95, axis=0)
+        with np.errstate(invalid="ignore"):  # Two points that always agree deviate by 0 of 0.
+            largest_B = np.fmax(largest_B, np.nan_to_num(deviation_BP / single_PP[i], nan=0.0).max(1))
+    return single_PP * np.quantile(largest_B, 0.95)
+
+
+def compare(sweeps: Sequence[Sweep]) -> Comparison:
+    """One table of all points of all `sweeps`.
+
+    A point's finished trials count; where it has none, those that were stopped early, as they stood. Points whose
+    trials have no per-example results show the last metric of their training and get no verdict. The best is the
+    best among the points with a finished trial, if there are any.
+
+    Raises:
+        UserError: sweeps of different metrics, trials validated on different examples, or a metric of which there
+            are no per-example results.
+    """
+    metric, mode = _common_metric(sweeps)
+    sign = 1.0 if mode == "min" else -1.0
+    keys = list(dict.fromkeys(key for sweep in sweeps for key in sweep.info.axes))
+    groups = [(sweep, trials) for sweep in sweeps for trials in _by_point(sweep)]
+    counted = [trials for _, all_trials in groups if (trials := _countable(all_trials))]
+    if not counted:
+        rows = [_row(sweep, trials, keys, metric) for sweep, trials in groups]
+        nothing = np.zeros((0, 0))
+        return Comparison(metric, mode, keys, _by_metric(rows, sign), 0, _notes(rows), nothing, nothing, nothing)
+
+    trials_T = [trial for trials in counted for trial in trials]
+    check_same_examples(trials_T)
+    terms = [_terms(trial, metric) for trial in trials_T]
+    found = statistics(
+        np.stack([numerator_E for numerator_E, _ in terms]),
+        np.stack([denominator_E for _, denominator_E in terms]),
+        np.array([p for p, trials in enumerate(counted) for _ in trials]),
+        np.array([trial.seed for trial in trials_T]),
+    )
+    unfinished = [all(t.state != "finished" for t in trials) for trials in counted]
+    order = sorted(range(len(counted)), key=lambda p: (unfinished[p], sign * found.mean_P[p]))
+    best, measured, others = order[0], dict[int, Row](), list[Row]()
+    for sweep, trials in groups:
+        row = _row(sweep, trials, keys, metric)
+        if not (compared := _countable(trials)):
+            others.append(row)
+            continue
+        p = len(measured)
+        value = Interval(float(found.mean_P[p]), float(found.low_P[p]), float(found.high_P[p]))
+        measured[p] = row = replace(row, compared=tuple(compared), metric=value, verdict="best")
+        if p != best:
+            low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
+            difference = Interval(float(found.difference_PP[p, best]), low, high)
+            verdict = _verdict(*sorted((sign * low, sign * high)))
+            measured[p] = replace(row, difference=difference, verdict=verdict)
+    rows = [measured[p] for p in order] + _by_metric(others, sign)
+    pick = np.ix_(order, order)
+    return Comparison(
+        metric, mode, keys, rows, len(terms[0][0]), _notes(rows),
+        found.difference_PP[pick], found.low_PP[pick], found.high_PP[pick],
+    )  # fmt: skip
+
+
+def _common_metric(sweeps: Sequence[Sweep]) -> tuple[str, Literal["min", "max"]]:
+    first = sweeps[0].info
+    for sweep in sweeps[1:]:
+        if (sweep.info.metric, sweep.info.mode) != (first.metric, first.mode):
+            raise UserError(
+                f"{sweeps[0].path} is judged by {first.metric} ({first.mode}), {sweep.path} by {sweep.info.metric} "
+                f"({sweep.info.mode}); only sweeps with the same metric fit in one table"
+            )
+    if first.metric not in METRICS:
+        raise UserError(
+            f"{sweeps[0].path}/sweep.json: metric: {first.metric} has no results per example to compare; "
+            f"those that have: {', '.join(METRICS)}"
+        )
+    return first.metric, first.mode
+
+
+def _by_point(sweep: Sweep) -> list[list[Trial]]:
+    groups: dict[str, list[Trial]] = {}
+    for trial in sweep.trials:
+        groups.setdefault(repr([trial.point[key] for key in sweep.info.axes]), []).append(trial)
+    return list(groups.values())
+
+
+def _row(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], metric: str) -> Row:
+    """What is known of a point without the statistics."""
+    point = {key: trials[0].point.get(key, _config_value(sweep, key)) for key in keys}
+    names = short_names(keys)
+    values = [v for t in trials if (v := t.last(metric)) is not None and math.isfinite(v)]
+    seconds, price = sum(t.seconds for t in trials), sweep.info.price_per_hour
+    return Row(
+        sweep=sweep.name,
+        point=point,
+        label=", ".join(f"{names[key]} {value_text(value)}" for key, value in point.items()) or sweep.name,
+        trials=tuple(trials),
+        compared=(),
+        metric=Interval(sum(values) / len(values)) if values else None,
+        difference=None,
+        verdict=None,
+        tokens=sum(t.tokens for t in trials),
+        seconds=seconds,
+        cost=None if price is None else seconds / 3600 * price,
+        status=_status(trials, sweep.info.seeds),
+    )
+
+
+def _by_metric(rows: Sequence[Row], sign: float) -> list[Row]:
+    return sorted(rows, key=lambda row: sign * row.metric.value if row.metric else math.inf)
+
+
+def _countable(trials: list[Trial]) -> list[Trial]:
+    measured = [t for t in trials if t.validation and np.isfinite(t.validation.loss_E).all()]
+    finished = [t for t in measured if t.state == "finished"]
+    return finished or [t for t in measured if t.state == "stopped"]
+
+
+def _validation(trial: Trial) -> Validation:
+    assert trial.validation
+    return trial.validation
+
+
+def check_same_examples(trials: Sequence[Trial]) -> None:
+    """Whether all trials answered the same validation examples.
+
+    Raises:
+        UserError: two that did not, and how they differ.
+    """
+    first, a = trials[0], _validation(trials[0])
+    for trial in trials[1:]:
+        b = _validation(trial)
+        if len(a.example_E) != len(b.example_E):
+            difference = f"{len(a.example_E)} and {len(b.example_E)} examples"
+        elif not np.array_equal(a.example_E, b.example_E):
+            difference = "examples of different numbers"
+        elif not np.array_equal(a.count_E, b.count_E):
+            difference = "examples of different lengths"
+        elif first.validated_on and trial.validated_on and first.validated_on != trial.validated_on:
+            difference = "different prepared data"
+        else:
+            continue
+        raise UserError(
+            f"{first.path} and {trial.path} were validated on {difference}; trials can be compared only on the same "
+            "validation set, tokenizer and data.max_seq_len"
+        )
+
+
+def _terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numerator and denominator of the metric per example."""
+    v = _validation(trial)
+    if metric == "val/loss":
+        return v.loss_E, v.count_E
+    if metric == "val/bits_per_byte":
+        # The bytes are the same for all trials on the same examples, so it is the loss times a constant.
+        loss, bits = trial.last("val/loss"), trial.last("val/bits_per_byte")
+        if loss is None or bits is None:
+            raise UserError(f"{trial.path}/metrics.jsonl has no val/bits_per_byte, which the sweep is judged by")
+        return v.loss_E * (bits / loss), v.count_E
+    column = v.correct_E if metric == "val/accuracy" else v.margin_E
+    if column is None:
+        raise UserError(f"{v.path}: no column for {metric}, which the sweep is judged by; it is for preference data")
+    return column, np.ones_like(column)
+
+
+def _verdict(low: float, high: float) -> Verdict:
+    """Of a difference in the direction of worse."""
+    return "worse" if low > 0 else "better" if high < 0 else "not distinguishable"
+
+
+def _config_value(sweep: Sweep, key: str) -> Any:
+    value: Any = sweep.info.config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _status(trials: Sequence[Trial], seeds: int) -> str:
+    states = Counter[str](t.state for t in trials)
+    states["waiting"] += max(0, seeds - len(trials))
+    states = +states
+    if len(states) == 1:
+        return next(iter(states))
+    return ", ".join(f"{count} {state}" for state, count in states.most_common())
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    notes: list[str] = []
+    compared = [row for row in rows if row.compared]
+    if compared and all(len(row.compared) == 1 for row in compared):
+        notes.append("One seed: intervals cover the validation examples only; --seeds 2 or more covers the runs too.")
+    elif compared and all(len(row.compared) <= 2 for row in compared):
+        notes.append("Two seeds say little of what a seed does to all points alike: a third narrows the intervals.")
+    if any(t.state == "stopped" for row in compared for t in row.compared):
+        notes.append("Points that were stopped early are compared as they stood.")
+    unmeasured = [
+        t.id for row in rows for t in row.trials if t.validation and not np.isfinite(t.validation.loss_E).all()
+    ]
+    if unmeasured:
+        notes.append(f"Not compared, because a validation loss is not finite: {', '.join(unmeasured)}.")
+    return notes
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything the table says, for machines."""
+    return {
+        "metric": comparison.metric,
+        "mode": comparison.mode,
+        "examples": comparison.examples,
+        "notes": comparison.notes,
+        "points": [
+            {
+                "sweep": row.sweep,
+                "point": row.point,
+                "verdict": row.verdict,
+                "metric": vars(row.metric) if row.metric else None,
+                "difference_to_best": vars(row.difference) if row.difference else None,
+                "status": row.status,
+                "tokens": row.tokens,
+                "seconds": row.seconds,
+                "cost": row.cost,
+                "trials": [
+                    {"id": t.id, "seed": t.seed, "state": t.state, "error": t.error,
+                     "path": str(t.path), "result": str(t.result) if t.result else None}
+                    for t in row.trials
+                ],
+            }
+            for row in comparison.rows
+        ],
+    }  # fmt: skip
+
+
+def to_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """The table as flat records with the same columns in each, for CSV."""
+
+    def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
+        known = interval or Interval(math.nan)
+        value = interval.value if interval else None
+        return {name: value, f"{name} low": known.low, f"{name} high": known.high}
+
+    return [
+        {
+            "sweep": row.sweep,
+            **{key: value_text(value) for key, value in row.point.items()},
+            **bounds(comparison.metric, row.metric),
+            **bounds("difference", row.difference),
+            "verdict": row.verdict,
+            "status": row.status,
+            "tokens": row.tokens,
+            "seconds": row.seconds,
+            "cost": row.cost,
+        }
+        for row in comparison.rows
+    ]

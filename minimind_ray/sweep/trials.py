@@ -1,0 +1,209 @@
+"""A sweep on disk, and what came out of its trials.
+
+sweep.json          SweepInfo: what was varied, by which metric it is judged, what was shared
+trials/<id>/        a run directory (train/run.py) for each trial, and in it
+    trial.json          TrialInfo: the point on the axes and the seed
+    validation.parquet  the results of its last validation, one row per example
+report.html, report.png
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.train.run import read_jsonl
+
+State = Literal["waiting", "running", "finished", "stopped", "failed"]
+
+
+class SweepInfo(BaseModel):
+    """sweep.json. `axes` are lists, or the text of a drawn axis; `config` is the resolved config before the axes."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    stage: str
+    metric: str
+    mode: Literal["min", "max"]
+    axes: dict[str, list[Any] | str]
+    seeds: int
+    shared: dict[str, Any] = Field(default_factory=dict)
+    created: str
+    config: dict[str, Any]
+    price_per_hour: float | None = Field(None, ge=0, strict=False, description="of what one trial occupies")
+
+
+class TrialInfo(BaseModel):
+    """trial.json."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    id: str
+    point: dict[str, Any]
+    seed: int
+
+
+class RunInfo(BaseModel):
+    """The part of run.json that is looked at here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    state: State = "waiting"
+    error: str | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    result: str | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Per-example results, sorted by example: sums of `loss` (nats) over `count` tokens, or over one pair."""
+
+    path: Path
+    example_E: np.ndarray
+    loss_E: np.ndarray
+    count_E: np.ndarray
+    margin_E: np.ndarray | None
+    correct_E: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep, finished or not. `result` is its checkpoint; `validated_on` names its validation data."""
+
+    id: str
+    path: Path
+    point: dict[str, Any]
+    seed: int
+    state: State
+    error: str | None
+    steps: int
+    tokens: int
+    seconds: float
+    result: Path | None
+    validated_on: str | None
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    validation: Validation | None
+
+    def last(self, metric: str) -> float | None:
+        """The metric's last value while training."""
+        return next((float(m[metric]) for m in reversed(self.metrics) if m.get(metric) is not None), None)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep and its trials, in the order of their ids."""
+
+    path: Path
+    info: SweepInfo
+    trials: list[Trial]
+
+    @property
+    def name(self) -> str:
+        """The directory's."""
+        return self.path.name
+
+
+def read_sweep(path: str | Path) -> Sweep:
+    """Read a sweep that is finished, stopped or still running.
+
+    Raises:
+        UserError: no sweep there, no trials yet, or a file that is damaged, by name.
+    """
+    path = Path(path).absolute()
+    if not (path / "sweep.json").exists():
+        raise UserError(f"{path} holds no sweep.json: give a directory that minimind-ray tune has made")
+    info = _read(path / "sweep.json", SweepInfo)
+    trials = [read_trial(directory) for directory in sorted((path / "trials").glob("*/"))]
+    if not trials:
+        raise UserError(f"{path}/trials holds no trial: none has been started yet")
+    for trial in trials:
+        if trial.point.keys() != info.axes.keys():
+            raise UserError(
+                f"{trial.path}/trial.json: its point is on {', '.join(trial.point) or 'no axis'}, but the axes of "
+                f"sweep.json are {', '.join(info.axes) or 'none'}; it belongs to another sweep"
+            )
+    return Sweep(path, info, trials)
+
+
+def read_trial(path: Path) -> Trial:
+    """One trial; what it has not written yet is empty or None. Raises as `read_sweep`."""
+    trial = _read(path / "trial.json", TrialInfo)
+    run = _read(path / "run.json", RunInfo) if (path / "run.json").exists() else RunInfo()
+    metrics = _read_lines(path / "metrics.jsonl", ("step", "tokens"))
+    last = metrics[-1] if metrics else {"step": 0, "tokens": 0}
+    timed = [m["timing"]["seconds"] for m in metrics if "timing" in m]
+    return Trial(
+        id=trial.id,
+        path=path,
+        point=trial.point,
+        seed=trial.seed,
+        state=run.state,
+        error=run.error,
+        # A run that is still going has not summed up yet.
+        steps=last["step"] if run.steps is None else run.steps,
+        tokens=last["tokens"] if run.tokens is None else run.tokens,
+        seconds=sum(timed) if run.seconds is None else run.seconds,
+        result=path / run.result if run.result else None,
+        validated_on=Path(run.data["val"]).name if run.data.get("val") else None,
+        metrics=metrics,
+        samples=_read_lines(path / "samples.jsonl", ("step", "samples")),
+        validation=read_validation(path / "validation.parquet"),
+    )
+
+
+def read_validation(path: Path) -> Validation | None:
+    """Per-example results; None where there are none. Raises as `read_sweep`."""
+    if not path.exists():
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path).sort_by("example")
+        columns: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
+        example_E, loss_E, count_E = (columns[name] for name in ("example", "loss", "count"))
+    except (OSError, pa.ArrowException, KeyError) as error:
+        detail = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read: {detail}; delete it and resume the sweep to have it again") from None
+    if len(np.unique(example_E)) != len(example_E):
+        raise UserError(f"{path}: an example is there twice; delete it and resume the sweep to have it again")
+    return Validation(path, example_E, loss_E, count_E, columns.get("margin"), columns.get("correct"))
+
+
+Info = TypeVar("Info", bound=BaseModel)
+
+
+def _read(path: Path, kind: type[Info]) -> Info:
+    try:
+        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; the directory is no trial of a sweep") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    lines: list[Any] = []
+    try:
+        for line in read_jsonl(path):
+            lines.append(line)
+    except ValueError as error:
+        raise UserError(f"{path}:{len(lines) + 1}: not valid JSON: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or any(key not in line for key in keys):
+            raise UserError(f"{path}:{number}: expected an object with {' and '.join(keys)}")
+    return lines

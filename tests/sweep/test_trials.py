@@ -1,0 +1,104 @@
+"""Sweep directories in every state, and damaged files by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.sweep.trials import read_sweep
+from tests.sweep.synthetic import make_sweep
+
+pytestmark = pytest.mark.unit
+
+
+def small(tmp_path: Path, **options: object) -> Path:
+    return make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.2"}, examples=6, steps=10, **options)  # type: ignore[arg-type]
+
+
+def test_every_state(tmp_path: Path) -> None:
+    path = small(tmp_path, quality=lambda point: point["dpo.beta"], failed=1, stopped=2, running=3)
+    waiting = path / "trials" / "beta=0.2,seed=9"
+    waiting.mkdir()
+    (waiting / "trial.json").write_text(json.dumps({"id": waiting.name, "point": {"dpo.beta": 0.2}, "seed": 9}))
+    trials = {t.id: t for t in read_sweep(path).trials}
+    assert {t.id: t.state for t in trials.values()} == {
+        "beta=0.1,seed=0": "finished", "beta=0.2,seed=0": "failed", "beta=0.1,seed=1": "stopped",
+        "beta=0.2,seed=1": "running", "beta=0.2,seed=9": "waiting",
+    }  # fmt: skip
+    failed, running = trials["beta=0.2,seed=0"], trials["beta=0.2,seed=1"]
+    assert failed.error and "nan" in failed.error
+    assert failed.validation is None and failed.result is None
+    assert (running.steps, running.tokens) == (4, 4 * 32768)
+    assert 6 <= running.seconds <= 8
+    finished = trials["beta=0.1,seed=0"]
+    assert finished.result == finished.path / "checkpoints/step-00000010"
+    assert finished.validation and finished.validation.margin_E is not None
+    assert finished.last("val/loss") == pytest.approx(finished.validation.loss_E.mean())
+
+
+def test_examples_are_sorted(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    file = next(path.glob("trials/*/validation.parquet"))
+    table = pq.read_table(file)
+    pq.write_table(table.take(pa.array(np.arange(6)[::-1])), file)
+    validation = next(t.validation for t in read_sweep(path).trials if t.path == file.parent)
+    assert validation and validation.example_E.tolist() == list(range(6))
+    assert validation.loss_E.tolist() == table["loss"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("sweep.json", "{", "not valid JSON"),
+        ("sweep.json", "{}", "stage"),
+        ("trials/beta=0.1,seed=0/trial.json", "[1]", "valid dictionary"),
+        ("trials/beta=0.1,seed=0/trial.json", '{"id": "a", "point": {"x": 1}, "seed": 0}', "another sweep"),
+        ("trials/beta=0.1,seed=0/run.json", '{"state": "odd"}', "state"),
+        ("trials/beta=0.1,seed=0/metrics.jsonl", '{"step": 1, "tokens": 2}\n{oops}\n', "jsonl:2: not valid JSON"),
+        ("trials/beta=0.1,seed=0/metrics.jsonl", '{"step": 1}\n', "jsonl:1: expected an object with step and tokens"),
+        ("trials/beta=0.1,seed=0/samples.jsonl", "3\n", "jsonl:1: expected an object"),
+        ("trials/beta=0.1,seed=0/validation.parquet", "PAR1", "cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, file: str, content: str, words: str) -> None:
+    path = small(tmp_path)
+    (path / file).write_text(content)
+    with pytest.raises(UserError, match=words) as raised:
+        read_sweep(path)
+    assert str(path / file).rsplit(":", 1)[0] in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_line_that_is_still_being_written(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    with (path / "trials/beta=0.1,seed=0/metrics.jsonl").open("a") as f:
+        f.write('{"step": 11, "tok')
+    assert read_sweep(path).trials[0].metrics[-1]["step"] == 10
+
+
+def test_no_sweep(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="minimind-ray tune"):
+        read_sweep(tmp_path)
+    path = small(tmp_path)
+    (path / "trials" / "stray").mkdir()
+    with pytest.raises(UserError, match=r"stray/trial.json cannot be read"):
+        read_sweep(path)
+    (path / "trials").rename(path / "elsewhere")
+    with pytest.raises(UserError, match="no trial"):
+        read_sweep(path)
+
+
+def test_validation_of_other_columns(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    file = path / "trials/beta=0.1,seed=0/validation.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.drop_columns(["loss"]), file)
+    with pytest.raises(UserError, match="no column 'loss'"):
+        read_sweep(path)
+    pq.write_table(pa.concat_tables([table, table]), file)
+    with pytest.raises(UserError, match="twice"):
+        read_sweep(path)
