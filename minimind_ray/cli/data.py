@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,8 +11,12 @@ import typer
 from minimind_ray.cli.flags import config_from_flags
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from minimind_ray.config.schema import DataConfig
     from minimind_ray.data.inspect import Inspection
+    from minimind_ray.data.prepare import Encoding, Prepared, Progress, Unit
+    from minimind_ray.data.store import UnitStats
     from minimind_ray.data.tokenizer import Tokenizer
 
 app = typer.Typer(help="Look at data and prepare it.", no_args_is_help=True)
@@ -40,6 +46,98 @@ def inspect(
     config = config_from_flags(stage, [], [], {"max_seq_len": max_seq_len, "pack_tokens": pack_tokens})
     inspection = inspect_rows(config.stage, source_rows, loaded, config.data, samples)
     _print_inspection(inspection, config.stage, loaded, config.data)
+
+
+@app.command()
+def prepare(
+    files: Annotated[list[str], typer.Argument(help="training files: paths, globs, folders or URLs")],
+    stage: Annotated[str, typer.Option(help="pretrain, sft, lora or dpo")],
+    tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
+    val: Annotated[list[str] | None, typer.Option(help="validation files; default: hold out rows")] = None,
+    max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
+    pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="data.cache_dir", show_default=False)] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key")] = None,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Data on all CPUs, or this process alone")] = True,
+) -> None:
+    """Make the packs that training reads, and keep them: `train` with the same settings finds them done."""
+    from rich.console import Console
+
+    from minimind_ray.data.prepare import prepare, run_units_here
+    from minimind_ray.data.tokenizer import Tokenizer
+
+    flags = {"train": files, "val": val, "tokenizer": tokenizer, "max_seq_len": max_seq_len}
+    flags |= {"pack_tokens": pack_tokens, "cache_dir": cache_dir}
+    config = config_from_flags(stage, [], set_ or [], flags)
+    loaded = Tokenizer.load(tokenizer)
+    splits = ("train", "val") if val or config.data.val_fraction else ("train",)
+    console = Console(highlight=False, soft_wrap=True)
+    prepared: list[Prepared] = []
+    with ExitStack() as stack:
+
+        def on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterable[UnitStats]:
+            # Not before there is work: starting Ray takes seconds.
+            from minimind_ray.on_ray.prepare import run_units_on_ray
+            from minimind_ray.on_ray.session import start_ray, stop_ray
+
+            start_ray()
+            stack.callback(stop_ray)
+            return run_units_on_ray(units, encoding)
+
+        for split in splits:
+            with _progress(split, console) as report:
+                run_units = on_ray if ray else run_units_here
+                prepared.append(prepare(config.stage, config.data, split, loaded, run_units, report))
+    _print_prepared(prepared, console)
+
+
+@contextmanager
+def _progress(split: str, console: Console) -> Generator[Callable[[Progress], None]]:
+    """A bar over the bytes of source, with the rows read so far, as long as preparing goes on."""
+    from rich import progress
+
+    columns = (
+        *progress.Progress.get_default_columns(),
+        progress.DownloadColumn(),
+        progress.TextColumn("{task.fields[rows]:,} rows"),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"preparing {split}", total=None, rows=0)
+        yield lambda now: bar.update(task, completed=now.done, total=now.total, rows=now.rows)
+
+
+def _print_prepared(prepared: list[Prepared], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("", *(p.manifest.split for p in prepared), box=None, header_style="dim")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    counts = {
+        "rows": "rows read",
+        "kept": "= kept",
+        "rejected": "+ rejected",
+        "held_out": "+ held out",
+        "documents": "documents",
+        "split": "texts split at max_seq_len",
+        "cut": "documents cut at max_seq_len",
+        "cut_tokens": "tokens cut off",
+        "tokens": "tokens",
+        "counted_tokens": "tokens that carry loss",
+    }
+    for count, label in counts.items():
+        table.add_row(label, *(f"{p.manifest.total(count):,}" for p in prepared))
+    table.add_row("packs", *(f"{p.manifest.n_packs:,}" for p in prepared))
+    table.add_row("packs' fullness", *(f"{p.fullness:.1%}" for p in prepared))
+    table.add_row("units made now", *(f"{p.made:,}" for p in prepared))
+    table.add_row("units found in the cache", *(f"{p.reused:,}" for p in prepared))
+    table.add_row("seconds", *(f"{p.seconds:.1f}" for p in prepared))
+    console.print(table)
+    if not any(p.made for p in prepared):
+        console.print("nothing to do: all of it was in the cache")
+    for p in prepared:
+        console.print(f"{p.manifest.split}: {p.path}")
+        if p.manifest.total("rejected"):
+            console.print(f"  rejected rows: {p.rejects}")
 
 
 def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, config: DataConfig) -> None:

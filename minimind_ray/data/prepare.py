@@ -34,7 +34,7 @@ from pydantic import ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig, Section, StageName
 from minimind_ray.data.encode import Tally, encode_rows
-from minimind_ray.data.files import TEMPORARY, atomic_output, join, locate, one_line
+from minimind_ray.data.files import TEMPORARY, absolute, atomic_output, join, locate, one_line
 from minimind_ray.data.pack import Group, pack_groups, pack_schema, packs_table
 from minimind_ray.data.records import CHUNK, Part, Reject, Row, Source, current_version, discover, parse_row, read_raw
 from minimind_ray.data.store import FORMAT, ROW_GROUP, Manifest, UnitStats, read_manifest
@@ -151,6 +151,7 @@ def prepare(
             that changes meanwhile, a cache that cannot be written.
     """
     started = time.perf_counter()
+    config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
     try:
         encoding, sources = _split(stage, config, split, tokenizer)
         cache = _Cache(config.cache_dir)
