@@ -162,17 +162,18 @@ def _read_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": rope}
 
 
-def load_model(directory: str | Path, device: torch.device | str = "cpu") -> Transformer:
-    """The model of a directory, float32, on `device`.
+def load_model(
+    directory: str | Path, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None
+) -> Transformer:
+    """The model of a directory, float32, on `device`; of its own `weights` where they are in memory already.
 
     Raises:
         UserError: config.json or the weights cannot be read, or do not fit each other.
     """
     shape = load_shape(directory)
-    weights = _read_weights(Path(directory), shape)
     with torch.device("meta"):
         model = Transformer(shape)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(read_weights(directory) if weights is None else weights, assign=True)
     return model.to(device)
 
 
@@ -183,6 +184,11 @@ def load_weights(model: Transformer, directory: str | Path) -> None:
         UserError: the weights cannot be read or do not fit the model.
     """
     model.load_state_dict(_read_weights(Path(directory), model.shape))
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """A directory's weights by name, float32. Raises as `load_model`."""
+    return _read_weights(Path(directory), load_shape(directory))
 
 
 def weights_fingerprint(directory: str | Path) -> str:

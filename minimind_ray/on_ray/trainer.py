@@ -37,13 +37,17 @@ class RayTrainContext:
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
         self.stop_file = Path(run_dir) / STOP_FILE
 
-    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
         """Metrics to Ray Train's controller. The checkpoint is in the run directory, which alone is resumed from."""
         ray.train.report(metrics)
+        return True
 
     def should_stop(self) -> bool:
         """Rank 0 looks for the driver's file; the step tells the other workers."""
         return self.rank == 0 and self.stop_file.exists()
+
+    def base_weights(self, directory: Path) -> None:
+        """Holds none."""
 
 
 RAY_HOST = Host(run_units_on_ray, compute_on_ray)

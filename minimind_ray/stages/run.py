@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,9 +41,7 @@ class Job:
 
     def data(self, context: Context) -> TrainingData:
         """Packs read straight from the prepared data, for hosts without Ray Data."""
-        read = partial(
-            read_steps, self.train_store(), self.plan, rank=context.rank, world_size=context.world_size
-        )
+        read = partial(read_steps, self.train_store(), self.plan, rank=context.rank, world_size=context.world_size)
         return TrainingData(self.plan, read, self.val_store())
 
     def train_store(self) -> PackStore:
@@ -53,6 +51,10 @@ class Job:
     def val_store(self) -> PackStore | None:
         """The validation packs, if there are any."""
         return PackStore(self.val, self.val_reference) if self.val else None
+
+    def with_config(self, config: Config) -> Job:
+        """The same data under a config with other steps: optimisation, length, seed."""
+        return replace(self, config=config, plan=step_plan(config, self.plan.row_groups))
 
     def run(self, context: Context, data: TrainingData) -> None:
         """The stage's train-loop function."""
@@ -96,7 +98,7 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
     """
     if config.data.train is None:
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
-    packs_per_step = config.packs_per_step()
+    config.packs_per_step()
     tokenizer = load_tokenizer(config)
     model_shape(config, tokenizer)
     splits: tuple[Split, ...] = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
@@ -117,14 +119,17 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
             made = ensure_reference(reference, host.compute_reference)
             say(f"reference log-probabilities of {split}: {'computed' if made else 'in the cache'}")
             references[split] = reference.path
-    train = config.train
-    plan = StepPlan(
-        PackStore(stores["train"]).row_groups, packs_per_step, train.epochs, train.seed, train.max_steps
-    )
+    plan = step_plan(config, PackStore(stores["train"]).row_groups)
     return Job(
         config, plan, stores["train"], stores.get("val"), references.get("train"), references.get("val"),
         weights_fingerprint(base) if base else None,
     )  # fmt: skip
+
+
+def step_plan(config: Config, row_groups: tuple[int, ...]) -> StepPlan:
+    """The steps of a run over the packs of `row_groups`; see `Config.packs_per_step` for what is raised."""
+    train = config.train
+    return StepPlan(row_groups, config.packs_per_step(), train.epochs, train.seed, train.max_steps)
 
 
 def begin(job: Job, *, resume: bool) -> RunDirectory:

@@ -57,7 +57,8 @@ def initial_model(config: Config, tokenizer: Tokenizer, context: Context) -> Tra
     """The model before the first step, on the context's device; the same on every worker."""
     if config.init_from:
         model_shape(config, tokenizer)
-        return load_model(resolve_model(config.init_from), context.device)
+        base = resolve_model(config.init_from)
+        return load_model(base, context.device, context.base_weights(base))
     torch.manual_seed(config.train.seed)
     return Transformer(model_shape(config, tokenizer)).to(context.device)
 

@@ -6,12 +6,14 @@ Three hosts answer: a plain process (here), a Ray Train worker and a Ray Tune tr
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 
 class Context(Protocol):
@@ -21,12 +23,19 @@ class Context(Protocol):
     world_size: int
     device: torch.device
 
-    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
-        """Tell the host of a validation, and of the checkpoint directory written with it, if any. On every rank."""
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
+        """Tell the host of a validation, and of the checkpoint directory written with it, if any. On every rank.
+
+        Whether to go on: False, on every rank, where the host finds the run not worth its cost (early stopping).
+        """
         ...
 
     def should_stop(self) -> bool:
         """Whether the host wants the run to end after this step with a checkpoint (Ctrl-C, a spot notice)."""
+        ...
+
+    def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
+        """The weights of a model directory where the host holds them already; None: read them from the directory."""
         ...
 
 
@@ -40,12 +49,16 @@ class PlainContext:
         self.device = device or default_device()
         self.stopping = False
 
-    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
         """Nothing waits for it here: metrics.jsonl and the run directory have it all."""
+        return True
 
     def should_stop(self) -> bool:
         """True after the first Ctrl-C."""
         return self.stopping
+
+    def base_weights(self, directory: Path) -> None:
+        """Holds none."""
 
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
