@@ -19,8 +19,9 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -152,7 +153,7 @@ def prepare(
     """
     started = time.perf_counter()
     config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
-    try:
+    with _cache_errors(config):
         encoding, sources = _split(stage, config, split, tokenizer)
         cache = _Cache(config.cache_dir)
         units = plan_units(sources, encoding)
@@ -182,8 +183,6 @@ def prepare(
             units=tuple(found[unit.key] for unit in units),
         )
         path = cache.publish(manifest, units)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"data.cache_dir {config.cache_dir}: cannot be used: {one_line(error)}") from error
     prepared = Prepared(path, manifest, len(missing), len(by_key) - len(missing), time.perf_counter() - started)
     _check(prepared, config)
     return prepared
@@ -329,7 +328,7 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
     """Rows to packs, into the cache; memory does not grow with the unit.
 
     Raises:
-        UserError: the source cannot be read, or is not what it was when it was cut.
+        UserError: the source cannot be read, or is not what it was when it was cut; the cache cannot be written.
     """
     cache = _Cache(encoding.config.cache_dir)
     tally = Tally()
@@ -359,7 +358,11 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
                 documents += len(item)
                 yield item
 
-    with cache.output(unit.key, "rejects.jsonl") as rejects, cache.output(unit.key, "parquet") as shard:
+    with (
+        _cache_errors(encoding.config),
+        cache.output(unit.key, "rejects.jsonl") as rejects,
+        cache.output(unit.key, "parquet") as shard,
+    ):
         packs = pack_groups(groups(rejects), encoding.config.pack_tokens)
         with pq.ParquetWriter(shard, pack_schema(vocab_size), compression="zstd", write_statistics=False) as writer:
             while batch := list(islice(packs, ROW_GROUP)):
@@ -382,7 +385,7 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
         row_groups=tuple(row_groups),
         bytes=size,
     )
-    with cache.output(unit.key, "json") as stream:
+    with _cache_errors(encoding.config), cache.output(unit.key, "json") as stream:
         stream.write(stats.model_dump_json().encode())
     return stats
 
@@ -454,6 +457,15 @@ class _Cache:
                 return kind.model_validate_json(stream.read())
         except (FileNotFoundError, ValidationError):
             return None
+
+
+@contextmanager
+def _cache_errors(config: DataConfig) -> Generator[None]:
+    """Errors of files become the user's; those of sources have become so before."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"data.cache_dir {config.cache_dir}: cannot be used: {one_line(error)}") from error
 
 
 def _json_line(value: dict[str, Any]) -> bytes:

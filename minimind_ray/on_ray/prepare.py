@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.prepare import Encoding, Unit, encode_unit
@@ -33,18 +32,19 @@ def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[Unit
         fn_args=([ray.put((units, encoding))],),
     )
     done.context.execution_options.preserve_order = False
-    try:
-        for row in done.iter_rows():
-            yield UnitStats.model_validate_json(row["stats"])
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
+    for row in done.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield UnitStats.model_validate_json(row["stats"])
 
 
 def _encode(batch: dict[str, np.ndarray], work: list[ray.ObjectRef]) -> dict[str, list[str]]:
     units, encoding = _fetch(work[0])
-    return {"stats": [encode_unit(units[i], encoding).model_dump_json() for i in batch["unit"]]}
+    (unit,) = batch["unit"]
+    try:
+        return {"stats": [encode_unit(units[unit], encoding).model_dump_json()], "error": [""]}
+    except UserError as error:  # As a value: raised, it would arrive wrapped in Ray's own errors and logs.
+        return {"stats": [""], "error": [str(error)]}
 
 
 @functools.lru_cache(maxsize=1)
