@@ -15,7 +15,7 @@ SETTINGS = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # The new Parquet reader costs seconds per epoch.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks for one poll, 2 s by default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Workers without GPUs keep CUDA_VISIBLE_DEVICES as it is.
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # Its own log file has the rest; the terminal is for our progress.
 }
 
 
