@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from minimind_ray.cli import config, data, tokenizer, train
+from minimind_ray.cli import chat, config, data, evaluate, generate, lora, tokenizer, train, transfer
 from minimind_ray.cli import run as run_recipe
 from minimind_ray.config.errors import UserError
 
@@ -19,6 +19,12 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("run")(run_recipe.run)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("eval")(evaluate.evaluate_)
+app.command("import")(transfer.import_)
+app.command("export")(transfer.export)
+app.add_typer(lora.app, name="lora")
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(config.app, name="config")

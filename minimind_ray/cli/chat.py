@@ -1,0 +1,138 @@
+"""`minimind-ray chat MODEL`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minimind_ray.cli import options
+from minimind_ray.config.errors import UserError
+
+if TYPE_CHECKING:
+    from minimind_ray.stages.conversation import Conversation
+    from minimind_ray.stages.use import Trained
+
+COMMANDS = "/reset  forget what was said     /adapter DIR  put an adapter on MODEL     /adapter off     /quit"
+
+
+def chat(
+    model: options.Model,
+    adapter: options.Adapter = None,
+    system: Annotated[str | None, typer.Option(help="what the system turn says", show_default=False)] = None,
+    compare: Annotated[str | None, typer.Option(metavar="MODEL", help="a second model that answers beside")] = None,
+    temperature: options.Temperature = 0.8,
+    top_p: options.TopP = 0.95,
+    top_k: options.TopK = 0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    max_new_tokens: options.MaxNewTokens = 512,
+    seed: options.Seed = 0,
+    precision: options.Precision = "auto",
+) -> None:
+    """Talk with a model, or with two at once. Reads a terminal, or a line a turn from a pipe.
+
+    Commands: /reset, /adapter DIR, /adapter off, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
+    """
+    from minimind_ray.stages.conversation import Conversation
+    from minimind_ray.stages.use import Sampling, open_trained
+
+    def open_first(adapter: str | None) -> Trained:
+        return open_trained(model, adapter=adapter, precision=precision)
+
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    talks = {model: Conversation(open_first(adapter), sampling, system)}
+    if compare is not None:
+        if compare == model:
+            raise UserError(f"--compare {compare} is the same model: name another")
+        talks[compare] = Conversation(open_trained(compare, precision=precision), sampling, system)
+    for name, talk in talks.items():
+        if talk.trained.stage == "pretrain":
+            print(f"{name} was pretrained only and knows no conversations; see generate", file=sys.stderr)
+    if sys.stdin.isatty():
+        print(f"{COMMANDS}\nCtrl-C stops an answer, Ctrl-D leaves")
+    for line in turns():
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                for talk in talks.values():
+                    talk.reset()
+            elif command == "/adapter" and argument.strip():
+                talks[model].trained = open_first(None if argument.strip() == "off" else argument.strip())
+            elif command.startswith("/"):
+                print(COMMANDS)
+            else:
+                line.encode()
+                answer(talks, line)
+        except KeyboardInterrupt:
+            print()
+        except UnicodeEncodeError:
+            print("error: this is no UTF-8 text", file=sys.stderr)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def turns() -> Iterator[str]:
+    """What is typed, a line at a time, without blank lines, up to the end of input."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]  # input() edits lines with it
+
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except KeyboardInterrupt:
+            print("  (Ctrl-D or /quit leaves)")
+            continue
+        except UnicodeDecodeError:
+            print("error: this is no UTF-8 text", file=sys.stderr)
+            continue
+        except EOFError:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def answer(talks: dict[str, Conversation], text: str) -> None:
+    """Print the answers to a user's turn as they come: one as it is, two in columns."""
+    if len(talks) == 1:
+        (talk,) = talks.values()
+        with closing(talk.answer(text)) as pieces:
+            for piece in pieces:
+                print(options.printable(piece), end="", flush=True)
+        print()
+    else:
+        side_by_side(talks, text)
+
+
+def side_by_side(talks: dict[str, Conversation], text: str) -> None:
+    """Both answers, a piece of each in turn, in a table that grows."""
+    from contextlib import ExitStack
+
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    texts = {name: "" for name in talks}
+
+    def table() -> Table:
+        grid = Table(expand=True)
+        for name in texts:
+            grid.add_column(Text(name), ratio=1, overflow="fold")
+        grid.add_row(*(Text(options.printable(t)) for t in texts.values()))
+        return grid
+
+    with ExitStack() as stack:
+        # Each answer enters and leaves this too, but not in the order of nested blocks.
+        stack.enter_context(next(iter(talks.values())).trained.autocast())
+        streams = [stack.enter_context(closing(talk.answer(text))) for talk in talks.values()]
+        live = stack.enter_context(Live(table(), console=Console(), refresh_per_second=8, vertical_overflow="visible"))
+        for pieces in zip_longest(*streams, fillvalue=""):
+            for name, piece in zip(texts, pieces):
+                texts[name] += piece
+            live.update(table())

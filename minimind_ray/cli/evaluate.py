@@ -1,0 +1,145 @@
+"""`minimind-ray eval MODEL FILES --stage STAGE`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind_ray.cli import options
+from minimind_ray.cli.flags import config_from_flags
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from minimind_ray.config.schema import Config
+    from minimind_ray.data.pack import Pack
+    from minimind_ray.train.evaluate import Evaluation
+
+
+def evaluate_(
+    model: options.Model,
+    files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
+    stage: Annotated[str, typer.Option(help="what the rows are: pretrain, sft, lora or dpo")],
+    adapter: options.Adapter = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="dpo: the model that rewards are measured against; without it, the reference's log-probabilities "
+            "count as 0 and answers are compared by their plain log-probability",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="write each example's result", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="the result as a JSON object")] = False,
+    precision: options.Precision = "auto",
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file, such as a run's config.yaml")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="data.…, or dpo.beta and dpo.loss")
+    ] = None,
+    max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
+    pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
+) -> None:
+    """Loss, perplexity and bits per byte on files; for preference data the part of pairs ranked right.
+
+    Everything is prepared and measured as validation during training is, so the numbers are the same.
+    """
+    flags = {"val": files, "max_seq_len": max_seq_len, "pack_tokens": pack_tokens, "precision": precision}
+    resolved = config_from_flags(stage, config or [], set_ or [], flags)
+    evaluation, facts = measure(resolved, model, adapter, reference, say=(lambda line: None) if json else print)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        evaluation.write(out)
+    if json:
+        from json import dumps
+
+        print(dumps(facts, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        shown = f"{value[0]:.4f} to {value[1]:.4f}" if isinstance(value, list) else value
+        print(f"{name.replace('_', ' ')}: {f'{shown:.6g}' if isinstance(shown, float) else shown}")
+    if out is not None:
+        print(f"examples: {out}")
+
+
+def measure(
+    config: Config, model: str, adapter: str | None, reference: str | None, say: Any
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Evaluate on `data.val`; the examples, and what to tell, in order."""
+    import torch
+
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.data.prepare import prepare
+    from minimind_ray.objectives.causal_lm import CausalLM
+    from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
+    from minimind_ray.stages.run import resolve_paths
+    from minimind_ray.stages.use import open_trained
+    from minimind_ray.train.evaluate import evaluate
+
+    preference = config.stage == "dpo"
+    if reference is not None and not preference:
+        raise UserError(f"--reference is for preference data, but --stage is {config.stage}: leave it out")
+    trained = open_trained(model, adapter=adapter, precision=config.train.precision)
+    config = resolve_paths(config)
+    prepared = prepare(config.stage, config.data, "val", trained.tokenizer)
+    say(prepared.summary())
+    if not prepared.manifest.n_packs:
+        raise UserError(f"{config.data.val}: no row is left to measure on; see {prepared.rejects}")
+    objective = Preference(config.dpo, trained.model.shape) if preference else CausalLM(trained.model.shape)
+    evaluation = evaluate(
+        trained.model, objective, _packs(config, prepared.path, reference),
+        token_bytes_V=torch.from_numpy(trained.tokenizer.token_bytes()).to(trained.device),
+        device=trained.device, dtype=trained.dtype,
+    )  # fmt: skip
+    means, examples = evaluation.means, evaluation.examples
+    facts: dict[str, Any] = {"model": model, "examples": len(examples["example"])}
+    if not preference:
+        return evaluation, {**facts, "tokens": int(examples["count"].sum()), **means}
+
+    reward = reference is not None or config.dpo.loss in WITHOUT_REFERENCE
+    name = "reward_accuracy" if reward else "log_probability_accuracy"
+    facts |= {name: means["accuracy"], f"{name}_95_wilson": wilson_interval(means["accuracy"], facts["examples"])}
+    if reward:
+        facts |= {"dpo_loss": config.dpo.loss, "beta": config.dpo.beta}
+        told = ("loss", "margin", "reward_chosen", "reward_rejected", "kl", "logp_chosen", "logp_rejected")
+    else:  # The others would be relative to a reference.
+        told = ("logp_chosen", "logp_rejected")
+    return evaluation, facts | {name: means[name] for name in told if name in means}
+
+
+def wilson_interval(part: float, count: int, z: float = 1.959964) -> list[float]:
+    """Wilson's score interval for a part of `count` independent examples, 95 % unless told (Wilson 1927)."""
+    centre, spread = part + z * z / (2 * count), z * math.sqrt(part * (1 - part) / count + (z / (2 * count)) ** 2)
+    return [max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))]
+
+
+def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
+    """The prepared packs; for preference data with the reference's log-probabilities, 0 without one."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.data.store import PackStore
+    from minimind_ray.objectives.preference import WITHOUT_REFERENCE
+    from minimind_ray.stages.reference import Reference, compute_here, ensure_reference
+    from minimind_ray.stages.use import is_adapter
+    from minimind_ray.train.run import resolve_model
+
+    if config.stage != "dpo":
+        return PackStore(path)
+    if reference is None:
+        return (replace(pack, reference=np.zeros(len(pack.lengths), np.float32)) for pack in PackStore(path))
+    if config.dpo.loss in WITHOUT_REFERENCE:
+        raise UserError(f"dpo.loss {config.dpo.loss} has no reference model: leave --reference out")
+    base = resolve_model(reference)
+    if is_adapter(base):
+        raise UserError(f"--reference {reference} is an adapter: merge it first (minimind-ray lora merge)")
+    values = Reference(path, str(base), config.train.precision)
+    ensure_reference(values, compute_here)
+    return PackStore(path, values.path)

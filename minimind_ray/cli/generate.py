@@ -1,0 +1,173 @@
+"""`minimind-ray generate MODEL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from minimind_ray.cli import options
+
+if TYPE_CHECKING:
+    from minimind_ray.data.chat_template import Message
+    from minimind_ray.data.tokenizer import Tokenizer
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[list[str] | None, typer.Option(help="may be given again", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="prompts: a text file with one a line, or .jsonl (also .gz, .zst, Parquet) with prompt, or with "
+            "conversations or messages, whose last question is answered",
+            show_default=False,
+        ),
+    ] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="go on with the prompt as with a text, or answer it as a user's turn; default: --raw for a run of "
+            "train pretrain, which has seen no conversation yet, else --chat",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="what the system turn says", show_default=False)] = None,
+    temperature: options.Temperature = 0.8,
+    top_p: options.TopP = 0.95,
+    top_k: options.TopK = 0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    max_new_tokens: options.MaxNewTokens = 256,
+    seed: options.Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts at once")] = 32,
+    adapter: options.Adapter = None,
+    precision: options.Precision = "auto",
+    json: Annotated[bool, typer.Option("--json", help="a JSON object a line: prompt, answer, tokens, end")] = False,
+) -> None:
+    """Answer prompts, or go on with them, many at a time."""
+    from json import dumps
+
+    from minimind_ray.stages.use import Sampling, complete, open_trained
+
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    prompts = read_prompts(prompt or [], file)
+    trained = open_trained(model, adapter=adapter, precision=precision)
+    if raw is None:
+        raw = trained.stage == "pretrain"
+    ids = [text_ids(p, trained.tokenizer) if raw else chat_ids(p, system, trained.tokenizer) for p in prompts]
+    for asked, answer in zip(prompts, complete(trained, ids, sampling, batch_size), strict=True):
+        text = trained.tokenizer.decode(answer, skip_special=True)
+        if json:
+            end = "stop" if len(answer) < max_new_tokens else "length"
+            print(dumps({"prompt": asked, "answer": text, "tokens": len(answer), "end": end}, ensure_ascii=False))
+            continue
+        shown = asked if isinstance(asked, str) else asked[-1]["content"]
+        if raw:
+            print(options.printable(shown + text))
+        else:
+            print(options.printable(f"> {shown}\n{text}" if len(prompts) > 1 else text))
+        if len(prompts) > 1:
+            print()
+
+
+def read_prompts(given: list[str], file: Path | None) -> list[str | list[Message]]:
+    """Prompts of the command line and the file: texts, or conversations up to a question.
+
+    Raises:
+        UserError: there is none, or the file cannot be read.
+    """
+    from minimind_ray.config.errors import UserError
+
+    prompts: list[str | list[Message]] = []
+    for text in given:
+        _require_text(text, "--prompt")
+        prompts.append(text)
+    if file is not None:
+        from minimind_ray.data.records import SUFFIXES
+
+        prompts += _row_prompts(str(file)) if file.name.endswith(SUFFIXES) else _line_prompts(file)
+    if not prompts:
+        raise UserError("no prompts: give --prompt TEXT or --file FILE" if file is None else f"{file}: no prompts")
+    return prompts
+
+
+def _line_prompts(file: Path) -> list[str]:
+    from minimind_ray.config.errors import UserError
+
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return [line for line in lines if line.strip()]
+
+
+def _row_prompts(path: str) -> list[str | list[Message]]:
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.data.records import Reject, discover, read_rows
+
+    prompts: list[str | list[Message]] = []
+    for source in discover(path):
+        for row in read_rows(source):
+            where = f"{row.file}:{row.line}"
+            if isinstance(row, Reject):
+                raise UserError(f"{where}: {row.reason}")
+            prompts.append(_row_prompt(row.value, where))
+    return prompts
+
+
+def _row_prompt(row: dict[str, Any], where: str) -> str | list[Message]:
+    """The row's prompt, or its turns up to the last that is no answer."""
+    from minimind_ray.config.errors import UserError
+
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        _require_text(prompt, f"{where}: prompt")
+        return prompt
+    key = next((key for key in ("conversations", "messages") if key in row), None)
+    if key is None:
+        raise UserError(f"{where}: needs prompt (a text), or conversations or messages (a list of turns)")
+    turns = row[key]
+    if not isinstance(turns, list):
+        raise UserError(f"{where}: {key} is no list of turns")
+    messages: list[Message] = []
+    for turn in cast("list[Any]", turns):
+        message = cast("Message", turn) if isinstance(turn, dict) else {}
+        if not all(isinstance(message.get(field), str) for field in ("role", "content")) or message.get("tools"):
+            raise UserError(f"{where}: {key} needs turns with a role and a content, both texts, and without tools")
+        _require_text(message["content"], f"{where}: {key}")
+        messages.append(message)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError(f"{where}: {key} has no turn to answer")
+    return messages
+
+
+def _require_text(text: str, where: str) -> None:
+    from minimind_ray.config.errors import UserError
+
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is no UTF-8 text") from None
+
+
+def text_ids(prompt: str | list[Message], tokenizer: Tokenizer) -> list[int]:
+    """As pretraining documents begin."""
+    from minimind_ray.config.errors import UserError
+
+    if not isinstance(prompt, str):
+        raise UserError("--raw goes on with texts, but the file has conversations; leave --raw out")
+    return [tokenizer.bos_id, *tokenizer.encode([prompt])[0]]
+
+
+def chat_ids(prompt: str | list[Message], system: str | None, tokenizer: Tokenizer) -> list[int]:
+    """By the chat template, up to where the answer begins."""
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+    return tokenizer.prompt_ids(messages)

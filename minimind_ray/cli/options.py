@@ -1,0 +1,41 @@
+"""Options that several commands which use a model share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="run directory, model directory, or adapter directory")]
+Adapter = Annotated[str | None, typer.Option(metavar="DIR", help="LoRA adapter, or its run, to put on MODEL")]
+Precision = Annotated[
+    Literal["auto", "bfloat16", "float32"], typer.Option(help="of matrix products; auto: bfloat16 where there is any")
+]
+
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="keep the likeliest tokens that reach this probability")]
+TopK = Annotated[int, typer.Option(min=0, help="keep so many tokens; 0: all")]
+RepetitionPenalty = Annotated[float, typer.Option(min=0.01, help="over 1: tokens already there become less likely")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
+Seed = Annotated[int, typer.Option(min=0, help="the same seed draws the same answers")]
+
+
+def require_new(path: Path) -> None:
+    """Check that a command may write there.
+
+    Raises:
+        UserError: something is there already, other than an empty directory.
+    """
+    from minimind_ray.config.errors import UserError
+
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already: remove it, or write to another place")
+
+
+def printable(text: str) -> str:
+    """A model's text for a terminal: control characters, which could steer it, made visible."""
+    return text.translate(_CONTROL)
+
+
+_CONTROL = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\n\t"} | dict.fromkeys(range(0x7F, 0xA0), "\ufffd")

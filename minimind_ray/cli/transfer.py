@@ -1,0 +1,112 @@
+"""`minimind-ray import` and `export`: MiniMind's .pth files, and model directories from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minimind_ray.cli.options import require_new
+
+if TYPE_CHECKING:
+    from minimind_ray.config.schema import ModelShape
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="MiniMind's .pth file, or a Hugging Face model directory")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="directory to write")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="tokenizer of a .pth model, which holds none", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR", help="the model that a .pth LoRA file is for", show_default=False)
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="attention heads of a MiniMind-2 model; default: 8", show_default=False)
+    ] = None,
+    experts_per_token: Annotated[int, typer.Option(min=1, help="of a .pth model with experts")] = 1,
+    rope_theta: Annotated[float, typer.Option(min=1, help="of a .pth model")] = 1e6,
+    rms_norm_eps: Annotated[
+        float | None,
+        typer.Option(help="of a .pth model; default: 1e-5 for MiniMind-2, 1e-6 for 3", show_default=False),
+    ] = None,
+) -> None:
+    """Make a model directory (or with --base an adapter directory) of ours; what does not fit is named."""
+    require_new(out)
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.model.minimind_pth import import_lora_pth, import_pth
+    from minimind_ray.train.run import resolve_model
+
+    if source.is_dir():
+        shape = _import_directory(source, out, tokenizer)
+    elif not source.exists():
+        raise UserError(f"{source}: no such file or directory")
+    elif base is not None:
+        import_lora_pth(source, resolve_model(base), out)
+        print(f"{out}: adapter for {base}")
+        return
+    elif tokenizer is None:
+        raise UserError(
+            f"{source}: a .pth file holds no tokenizer: give a model's with --tokenizer DIR, "
+            "or for a LoRA file its model with --base DIR"
+        )
+    else:
+        shape = import_pth(
+            source, tokenizer, out,
+            heads=heads, experts_per_token=experts_per_token, rope_theta=rope_theta, rms_norm_eps=rms_norm_eps,
+        )  # fmt: skip
+    _describe(out, shape)
+
+
+def _import_directory(source: Path, out: Path, tokenizer: str | None) -> ModelShape:
+    """Read all of it, so that it is known to be whole, and write it as ours."""
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.data.tokenizer import Tokenizer
+    from minimind_ray.model.checkpoint import load_model, save_model
+    from minimind_ray.stages.use import is_adapter
+    from minimind_ray.train.run import resolve_model
+
+    directory = resolve_model(source)
+    if is_adapter(directory):
+        raise UserError(f"{source} is an adapter, which is used as it is: give it as --adapter, or see lora merge")
+    model = load_model(directory)
+    save_model(model, Tokenizer.load(tokenizer or directory), out)
+    return model.shape
+
+
+def _describe(out: Path, shape: ModelShape) -> None:
+    from minimind_ray.model.checkpoint import config_of
+    from minimind_ray.train.throughput import parameter_counts
+
+    total, active = parameter_counts(shape)
+    experts = f", {active:,} active for a token" if shape.num_experts else ""
+    print(
+        f"{out}: {config_of(shape)['architectures'][0]}, {total:,} parameters{experts}; hidden {shape.hidden_size}, "
+        f"{shape.num_hidden_layers} layers, {shape.num_attention_heads} heads, {shape.num_key_value_heads} key heads, "
+        f"{shape.vocab_size:,} tokens"
+    )
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="run, model directory or adapter directory")],
+    file: Annotated[Path, typer.Argument(help="the .pth file to write")],
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR", help="an adapter's base; default: where it says", show_default=False)
+    ] = None,
+    float32: Annotated[bool, typer.Option("--float32", help="exact, where MiniMind's own files hold half")] = False,
+) -> None:
+    """Write a model or an adapter as a file that MiniMind's scripts load."""
+    require_new(file)
+    from minimind_ray.model.minimind_pth import export_lora_pth, export_pth
+    from minimind_ray.stages.use import base_of, is_adapter
+    from minimind_ray.train.run import resolve_model
+
+    directory = resolve_model(source)
+    dtype = "float32" if float32 else "half"
+    if is_adapter(directory):
+        export_lora_pth(directory, base_of(directory, base), file, dtype)
+    else:
+        export_pth(directory, file, dtype)
+    print(f"{file}: {directory}, {dtype}")

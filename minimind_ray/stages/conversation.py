@@ -1,0 +1,73 @@
+"""A conversation with a model, whose answers come piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import asdict
+
+from minimind_ray.data.chat_template import Message
+from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.generate import stream
+from minimind_ray.stages.use import Sampling, Trained
+
+REPLACEMENT = "\ufffd"
+
+
+class Conversation:
+    """Turns so far, and the model that answers, which may be replaced between turns."""
+
+    def __init__(self, trained: Trained, sampling: Sampling, system: str | None = None) -> None:
+        self.trained, self.sampling = trained, sampling
+        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns but the system's."""
+        self.messages = list(self._opening)
+
+    def answer(self, text: str) -> Generator[str]:
+        """The answer to a user's turn, in pieces of whole characters.
+
+        Both turns are remembered when the iterator ends or is closed, with as much of the answer as was given out.
+
+        Raises:
+            UserError: the conversation leaves no room for an answer, or the chat template refuses it.
+        """
+        turn: Message = {"role": "user", "content": text}
+        tokenizer = self.trained.tokenizer
+        prompt = tokenizer.prompt_ids([*self.messages, turn])
+        settings = asdict(self.sampling)
+        settings["max_new_tokens"] = self.trained.room(prompt, self.sampling.max_new_tokens)
+        settings["seed"] += len(self.messages)  # Each turn draws anew, and the same in every run.
+        given = ""
+        try:
+            with self.trained.autocast():
+                ids = stream(self.trained.model, prompt, eos_id=tokenizer.eos_id, **settings)
+                for piece in whole_characters(tokenizer, ids):
+                    given += piece
+                    yield piece
+        finally:
+            self.messages += [turn, {"role": "assistant", "content": given}]
+
+
+def whole_characters(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come; a character whose bytes are spread over several ids comes with the last of them.
+
+    The pieces together are what `decode` gives for all ids at once.
+    """
+    window: list[int] = []  # The last ids; the first is there because what follows may be spaced differently after it.
+    shown = 0  # Characters of the window's text that were given out.
+    text = ""
+    for id in ids:
+        window.append(id)
+        text = tokenizer.decode(window, skip_special=True)
+        whole = text.rstrip(REPLACEMENT)  # How a text ends that breaks off inside a character.
+        if len(whole) > shown:
+            yield whole[shown:]
+            shown = len(whole)
+        if whole == text:
+            window = [id]
+            text = tokenizer.decode(window, skip_special=True)
+            shown = len(text)
+    if text[shown:]:
+        yield text[shown:]

@@ -1,0 +1,157 @@
+"""A trained model ready for use: from a run, a model directory, or an adapter together with its base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import read_yaml
+from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.checkpoint import load_model, weights_fingerprint
+from minimind_ray.model.generate import generate
+from minimind_ray.model.lora import adapter_base, load_adapter, merge_lora
+from minimind_ray.model.transformer import Transformer
+from minimind_ray.train.context import default_device, resolve_precision
+from minimind_ray.train.run import resolve_model
+from minimind_ray.train.step import autocast
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in eval mode, its adapter merged, with its tokenizer. `directory` holds the weights, the base's with an
+    adapter; `stage` is the one that made it, as far as a run directory around it says so."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    directory: Path
+    stage: str | None
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in the precision it was opened with."""
+        return autocast(self.device, self.dtype)
+
+    def room(self, prompt: Sequence[int], wanted: int) -> int:
+        """How many tokens can follow a prompt, at most `wanted`.
+
+        Raises:
+            UserError: none, the prompt is as long as the model's positions go.
+        """
+        longest = self.model.shape.max_position_embeddings
+        if len(prompt) >= longest:
+            raise UserError(f"{len(prompt):,} tokens leave no room for an answer: the model's limit is {longest:,}")
+        return min(wanted, longest - len(prompt))
+
+
+def open_trained(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    precision: str = "auto",
+) -> Trained:
+    """Load what `path` means (see `resolve_model`), with `adapter` merged into it where one is given.
+
+    If `path` is itself an adapter, its base is the one it names, or `base`.
+
+    Raises:
+        UserError: no model there, a broken one, an adapter that is not of this base, or a base that is gone.
+    """
+    directory = resolve_model(path)
+    if adapter is not None:
+        adapter_dir = resolve_model(adapter)
+        if is_adapter(directory):
+            raise UserError(f"{path} is an adapter itself; give the base as the model to use another adapter on it")
+        if not is_adapter(adapter_dir):
+            raise UserError(f"{adapter} is a whole model, not an adapter; leave the base out and use it by itself")
+    else:
+        adapter_dir = directory if is_adapter(directory) else None
+        if adapter_dir:
+            directory = base_of(adapter_dir, base)
+    tokenizer = Tokenizer.load(directory)
+    device = default_device()
+    model = load_model(directory, device)
+    if tokenizer.vocab_size > model.shape.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens and the model only "
+            f"{model.shape.vocab_size:,}; put the tokenizer there that it was trained with"
+        )
+    if adapter_dir:
+        load_adapter(model, adapter_dir, weights_fingerprint(directory))
+        merge_lora(model)
+    stage = _stage_of(adapter_dir or directory)
+    return Trained(model.eval(), tokenizer, directory, stage, device, resolve_precision(precision, device))
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, not a whole model."""
+    return (directory / "adapter_config.json").exists() and not (directory / "config.json").exists()
+
+
+def base_of(adapter: Path, base: str | Path | None = None) -> Path:
+    """The directory of an adapter's base: `base`, or the one the adapter names.
+
+    Raises:
+        UserError: it names none, or there is none.
+    """
+    named = base if base is not None else adapter_base(adapter).path
+    where = "say where with --base, or give the base as the model and the adapter as --adapter"
+    if named is None:
+        raise UserError(f"{adapter} does not say which model it was trained on; {where}")
+    try:
+        directory = resolve_model(named)
+    except UserError:
+        raise UserError(f"{adapter}: its base {named} is not there, or no model; {where}") from None
+    if is_adapter(directory):
+        raise UserError(f"{adapter}: its base {named} is an adapter, not a whole model; {where}")
+    return directory
+
+
+def _stage_of(directory: Path) -> str | None:
+    checkpoints = directory.absolute().parent
+    config = checkpoints.parent / "config.yaml"
+    return read_yaml(config).get("stage") if checkpoints.name == "checkpoints" and config.exists() else None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; see `generate`.
+
+    Raises:
+        UserError: a value that is no finite number.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    max_new_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} is {value}: give a finite number")
+
+
+def complete(
+    trained: Trained, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int
+) -> Iterator[list[int]]:
+    """The ids that follow each prompt, `batch_size` prompts at a time.
+
+    Raises:
+        UserError: a prompt that leaves no room for an answer.
+    """
+    settings = asdict(sampling)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        settings["max_new_tokens"] = min(trained.room(prompt, sampling.max_new_tokens) for prompt in batch)
+        settings["seed"] = sampling.seed + start
+        with trained.autocast():
+            yield from generate(trained.model, batch, eos_id=trained.tokenizer.eos_id, **settings)
