@@ -284,11 +284,12 @@ class TrackConfig(Section):
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "off", description="auto: online with a key, else offline"
     )
-    project: str = "minimind-ray"
+    project: str = Field("minimind-ray", pattern=r"^[^/\\#?%:,]+$", max_length=128)
     entity: str | None = None
-    group: str | None = None
-    name: str | None = None
-    tags: list[str] = Field(default_factory=list)
+    group: str | None = Field(None, max_length=128, description="a sweep's name: runs that belong together")
+    name: str | None = Field(None, max_length=128, description="default: the last part of out")
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)
+    artifacts: bool = Field(False, description="log data and models as artifacts, by reference: their lineage")
 
 
 class Config(Section):

@@ -1,70 +1,311 @@
-"""Weights & Biases: one run per training run, the same run after a resume, no step twice."""
+"""Weights & Biases: one W&B run for each run directory, with every step in it once however often it is resumed.
+
+What W&B keeps lies in wandb/ of the run directory, a folder for each time the run was started. The W&B run holds the
+same steps as metrics.jsonl: when a run goes on, steps that W&B has are passed over, and steps that it lacks (it died
+before they were on disk, or was turned on only now) are logged from the run directory. Nothing but the run itself is
+sent: no machine or system data, no code, no console, no crash reports.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
-from collections.abc import Mapping
+import re
+import secrets
+import shlex
+import struct
+import sys
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
+
+if TYPE_CHECKING:
+    from wandb import Artifact, Run, Settings
+
+CONNECT_SECONDS = 20
+FINISH_SECONDS = 60
+FOLDER = "wandb"
+MODES = {"disabled": "off", "offline": "offline", "dryrun": "offline"}  # What values of WANDB_MODE mean.
+FULL, LAST = 1, 4
 
 
 class WandbTracker:
-    """Logs metrics against tokens and steps. Made by `open_tracker`, on rank 0 only."""
+    """Logs metrics against tokens and steps, and samples as tables. Made by `open_tracker`, on rank 0 only.
 
-    def __init__(self, config: Config, mode: str, info: Mapping[str, Any], resumed_at: int) -> None:
+    `stop_requested` is set when somebody presses stop in W&B.
+    """
+
+    def __init__(
+        self, config: Config, info: Mapping[str, Any], mode: Literal["online", "offline"], base: Path | None
+    ) -> None:
         import wandb
 
+        self.directory, self.artifacts = Path(config.out), config.track.artifacts
+        self.stop_requested = False
+        self.best: Mapping[str, Any] | None = None
         track = config.track
-        self.logged = resumed_at
         self.run = wandb.init(
-            # The id follows from where the run lies, so a resumed run goes on in the same W&B run.
-            id=hashlib.blake2b(f"{info.get('created')}/{config.out}".encode(), digest_size=8).hexdigest(),
+            id=info.get("wandb", {}).get("id") or secrets.token_hex(8),
             resume="allow",
-            mode="online" if mode == "online" else "offline",
+            mode=mode,
             project=track.project,
             entity=track.entity,
             group=track.group,
-            name=track.name or Path(config.out).name,
+            name=track.name or self.directory.name,
             job_type=config.stage,
             tags=track.tags,
-            config=flatten(config.model_dump(mode="json")),
+            # W&B's filters and columns fail on names with dots, and its search does not find nested ones.
+            config=flatten(
+                {**config.model_dump(mode="json"), **{k: info.get(k) for k in ("inputs", "commit", "versions")}}, "_"
+            ),
             dir=config.out,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True),
+            settings=self._settings(),
         )
+        # The steps that this run has already. W&B itself drops a step again only online.
+        folders = "offline-run-*" if mode == "online" else "*run-*"
+        files = (self.directory / FOLDER).glob(f"{folders}/run-{self.run.id}.wandb")
+        self.logged = max((last_step(file) for file in files), default=0)
+        if mode == "online":
+            self.logged = max(self.logged, self.run.starting_step - 1)
         self.run.define_metric("step")
         self.run.define_metric("tokens")
-        self.run.define_metric("*", step_metric="step")
+        self.run.define_metric("*", step_metric="tokens")
+        self.run.summary["state"] = "running"
+        if self.artifacts:
+            self._use_inputs(info, base)
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
-        self.run.log(flatten(metrics), step=metrics["step"])
+    def _settings(self) -> Settings:
+        import wandb
 
-    def finish(self, state: str) -> None:
-        """Close the run; `state` is how it ended."""
+        def stop() -> None:
+            self.stop_requested = True
+
+        return wandb.Settings(
+            silent=True,
+            console="off",
+            symlink=False,
+            init_timeout=CONNECT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
+            stop_fn=stop,
+            host="",
+            program="",
+            disable_code=True,
+            disable_git=True,
+            label_disable=True,
+            save_code=False,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What the run directory remembers: the run's id, without which a resume would begin a new one, and where."""
+        run = self.run
+        where = {"mode": "offline"} if run.offline else {"mode": "online", "entity": run.entity, "url": run.url}
+        return {"id": run.id, "project": run.project, **where}
+
+    def log(self, metrics: Mapping[str, Any], samples: Sequence[str] = ()) -> None:
+        """One line of metrics.jsonl, and the texts that the model wrote after the same step."""
+        import wandb
+
+        step: int = metrics["step"]
+        if "val/loss" in metrics and (self.best is None or metrics["val/loss"] <= self.best["val/loss"]):
+            self.best = metrics
+        if step <= self.logged:
+            return
+        row = flatten(metrics, "/")
+        if samples:
+            row["samples"] = table = wandb.Table(columns=["step", "sample", "text"])
+            for number, text in enumerate(samples, start=1):
+                table.add_data(step, number, text)
+        with _staging_in(self.directory / FOLDER):
+            self.run.log(row, step=step, commit=True)
+        self.logged = step
+
+    def finish(self, state: str, result: Path | None = None) -> None:
+        """Close the run. `state` is how it ended; `result` is the checkpoint to take from it."""
         self.run.summary["state"] = state
-        self.run.finish()
+        if self.best:
+            validation = {key.replace("val/", "best/"): value for key, value in self.best.items() if "val/" in key}
+            self.run.summary.update({**validation, "best/step": self.best["step"], "best/tokens": self.best["tokens"]})
+        with _staging_in(self.directory / FOLDER):
+            if result and self.artifacts:
+                self.run.log_artifact(model_artifact(result), aliases=["latest", state])
+            _close(self.run, exit_code=0)
+
+    def _use_inputs(self, info: Mapping[str, Any], base: Path | None) -> None:
+        data = [url for key, url in info["inputs"].items() if key.startswith("data.") and url]
+        with _staging_in(self.directory / FOLDER):
+            for artifact in [*map(data_artifact, data), *([model_artifact(base)] if base else [])]:
+                # `use_artifact` refuses to work offline, and online waits without limit; this is what it does first.
+                self.run._log_artifact(artifact, use_after_commit=True)  # pyright: ignore[reportPrivateUsage]
 
 
-def open_tracker(config: Config, info: Mapping[str, Any], *, resumed_at: int) -> WandbTracker | None:
-    """The tracker that `track.wandb` asks for, None when it is off; `info` is the run's run.json."""
+def open_tracker(
+    config: Config,
+    info: Mapping[str, Any],
+    *,
+    metrics: Iterable[Mapping[str, Any]] = (),
+    samples: Iterable[Mapping[str, Any]] = (),
+    base: Path | None = None,
+) -> WandbTracker | None:
+    """The tracker that `track.wandb` asks for, None when it is off.
+
+    `info` is the run's run.json, `metrics` and `samples` are the lines of metrics.jsonl and samples.jsonl that the run
+    goes on from, `base` is the model directory it started from. With `auto`, WANDB_MODE decides where it is set; else
+    W&B is online with a key, offline without one, and offline, with a word on stderr, when it cannot be reached.
+
+    Raises:
+        UserError: `track.wandb` is online, and there is no key, or W&B refuses it or cannot be reached.
+    """
     mode = config.track.wandb
     if mode == "auto":
-        mode = "online" if has_key() else "offline"
-    return None if mode == "off" else WandbTracker(config, mode, info, resumed_at)
+        mode = MODES.get(os.environ.get("WANDB_MODE", ""), "auto")
+    if mode == "off":
+        return None
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    tracker = None if mode == "offline" else _open_online(config, info, base)
+    tracker = tracker or WandbTracker(config, info, "offline", base)
+    texts = {line["step"]: line["samples"] for line in samples}
+    for line in metrics:
+        tracker.log(line, texts.get(line["step"], ()))
+    return tracker
 
 
-def has_key() -> bool:
-    """Whether W&B has a key on this machine."""
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
+def _open_online(config: Config, info: Mapping[str, Any], base: Path | None) -> WandbTracker | None:
+    """None when `track.wandb` is auto and W&B has no key or cannot be used."""
+    import wandb
+
+    asked_for = config.track.wandb == "online"
+    try:
+        wandb.setup(wandb.Settings(silent=True, mode="online"))
+        if wandb.login(prompt=False, verify=False):
+            return WandbTracker(config, info, "online", base)
+    except wandb.Error as error:
+        problem = f"W&B cannot be used: {' '.join(str(error).split())}"
+        if not asked_for:
+            print(f"{problem}; logging offline", file=sys.stderr)
+    else:
+        problem = "there is no key: run `wandb login` or set WANDB_API_KEY"
+    if asked_for:
+        raise UserError(f"track.wandb is online, but {problem}; or set track.wandb to offline and send the run later")
+    return None
 
 
-def flatten(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys, which W&B's parallel coordinates can show."""
+@contextmanager
+def mark_failure() -> Generator[None]:
+    """Close the W&B run that an exception leaves open, as failed."""
+    try:
+        yield
+    except BaseException:
+        if (wandb := sys.modules.get("wandb")) and wandb.run:
+            wandb.run.summary["state"] = "failed"
+            _close(wandb.run, exit_code=1)
+        raise
+
+
+def _close(run: Run, exit_code: int) -> None:
+    try:
+        run.finish(exit_code)
+    except TimeoutError:
+        folder = Path(run.settings.sync_dir)
+        print(f"W&B did not take all of the run in {FINISH_SECONDS} s; `wandb sync {folder}` sends it", file=sys.stderr)
+
+
+def sync_command(directory: str | Path) -> str | None:
+    """The command that sends what was logged offline in a run, or in all runs of a sweep; None when nothing waits."""
+    files = Path(directory).glob(f"**/{FOLDER}/offline-run-*/run-*.wandb")
+    folders = {file.parents[1] for file in files if not file.with_suffix(".wandb.synced").exists()}
+    if len(folders) <= 1:
+        return f"wandb sync {shlex.quote(str(folders.pop()))}" if folders else None
+    top = Path(os.path.commonpath(folders))
+    patterns = {"/".join("*" * len(folder.relative_to(top).parent.parts)) for folder in folders}
+    return " ".join(["wandb sync", *(f"{shlex.quote(str(top))}/{p}/{FOLDER}" for p in sorted(patterns))])
+
+
+def flatten(tree: Mapping[str, Any], separator: str, at: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with joined keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{at}{key}.") if isinstance(value, Mapping) else {f"{at}{key}": value}
+        name = at + key.replace(".", separator)
+        flat |= flatten(value, separator, name + separator) if isinstance(value, Mapping) else {name: value}
     return flat
+
+
+def last_step(path: Path) -> int:
+    """The last step in a .wandb file, which may end in the middle of a record; 0 when it has none."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] generated
+
+    last = 0
+    for data in log_records(path.read_bytes()):
+        record = Record.FromString(data)
+        if record.HasField("history"):
+            last = max(last, record.history.step.num)
+    return last
+
+
+def log_records(log: bytes) -> Iterator[bytes]:
+    """The whole records of a .wandb file: LevelDB's log format after a header of 7 bytes.
+
+    The file is blocks of 32 KiB, header included. A block is chunks, and a record is one chunk, or a first, middle
+    ones and a last. A chunk is its check sum (4 bytes), length (2), kind (1) and data; a chunk's 7 bytes never cross
+    a block's end.
+    """
+    place, record = 7, b""
+    while place + 7 <= len(log):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, place)
+        place += 7 + length
+        if kind == 0 or place > len(log):
+            return
+        record += log[place - length : place]
+        if kind in (FULL, LAST):
+            yield record
+            record = b""
+
+
+def data_artifact(url: str) -> Artifact:
+    """A prepared dataset, by reference; its name is its content's hash."""
+    import wandb
+
+    folder = url.rstrip("/")
+    artifact = wandb.Artifact(f"data-{Path(folder).name[:16]}", type="dataset", metadata={"path": url})
+    manifest = f"{folder}/manifest.json"
+    artifact.add_reference(manifest if "://" in url else Path(manifest).as_uri(), checksum=False)
+    return artifact
+
+
+def model_artifact(directory: Path) -> Artifact:
+    """A model directory, by reference. A checkpoint has its run's id as its name, so that W&B links run to run."""
+    import wandb
+
+    run = directory.parents[1] / "run.json"
+    identity = json.loads(run.read_text(encoding="utf-8")).get("wandb") if run.exists() else None
+    name = identity["id"] if identity else re.sub(r"[^\w.-]", "-", directory.name)
+    artifact = wandb.Artifact(f"model-{name}", type="model", metadata={"path": str(directory)})
+    for file in sorted(directory.iterdir()):
+        if file.is_file():
+            artifact.add_reference(file.as_uri(), name=file.name)
+    return artifact
+
+
+@contextmanager
+def _staging_in(folder: Path) -> Generator[None]:
+    """Let W&B keep the files of tables and artifacts with the run, where a later `wandb sync` finds them."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]

@@ -22,12 +22,12 @@ from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.generate import generate
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.track.wandb import open_tracker
+from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, save_resume
 from minimind_ray.train.context import Context, resolve_precision
 from minimind_ray.train.evaluate import evaluate
 from minimind_ray.train.optim import FlatGradients, build_adamw
-from minimind_ray.train.run import RunDirectory, sound
+from minimind_ray.train.run import RunDirectory, resolve_model, sound
 from minimind_ray.train.schedule import lr_factor
 from minimind_ray.train.step import NonFiniteError, Objective, autocast, training_step
 from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
@@ -75,6 +75,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+@mark_failure()
 def fit(
     model: Transformer,
     objective: Objective,
@@ -107,8 +108,12 @@ def fit(
     tracker = None
     if main:
         run.forget_after(progress.step)
-        tracker = open_tracker(config, run.info(), resumed_at=progress.step)
+        base = resolve_model(config.init_from) if config.init_from else None
+        tracker = open_tracker(config, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)
+        if tracker:
+            run.update(wandb=tracker.identity)
     meter = Meter(model.shape, context, dtype)
+    state = "finished"
     model.train()
 
     for packs in data.steps(progress.step):
@@ -118,7 +123,7 @@ def fit(
             result = training_step(
                 model, objective, packs, optimizer, gradients,
                 step=progress.step, lr=lr, clip=config.optim.clip, device=context.device, dtype=dtype,
-                stop=context.should_stop(),
+                stop=context.should_stop() or (tracker is not None and tracker.stop_requested),
             )  # fmt: skip
         except NonFiniteError as error:
             _keep_documents(run, error.step, context.rank, packs, tokenizer)
@@ -141,10 +146,12 @@ def fit(
         if main:
             # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
             run.append("metrics.jsonl", metrics)
-            if tracker:
-                tracker.log(metrics)
+            samples: list[str] = []
             if validating and config.eval.samples:
-                run.append("samples.jsonl", {"step": progress.step, "samples": validate.samples(progress.step)})
+                samples = validate.samples(progress.step)
+                run.append("samples.jsonl", {"step": progress.step, "samples": samples})
+            if tracker:
+                tracker.log(metrics, samples)
         if saving:
             value = metrics.get("val/loss", -float(progress.step))  # Without validation the last is the best.
             if value <= progress.best_value:
@@ -153,15 +160,20 @@ def fit(
                 run.save_checkpoint(progress.checkpoint, lambda path: _write(path, model, optimizer, weights, progress))
                 run.prune(config.checkpoint.keep, progress.best)
         if validating or saving:
-            context.report(metrics, str(run.checkpoint_path(progress.checkpoint)) if saving else None)
+            worth_it = context.report(metrics, str(run.checkpoint_path(progress.checkpoint)) if saving else None)
             meter.restart()
-        if ending:
+            if not (ending or worth_it):
+                state = "early-stopped"
+                break
+        if result.stop and progress.step < plan.steps:
+            state = "stopped"
             break
     if main:
-        state = "finished" if progress.step == plan.steps else "stopped"
-        run.update(state=state, steps=progress.step, tokens=progress.tokens, result=f"checkpoints/{progress.best}")
+        best = run.checkpoint_path(progress.best) if progress.best else None
+        result = best and str(best.relative_to(run.path))
+        run.update(state=state, steps=progress.step, tokens=progress.tokens, result=result)
         if tracker:
-            tracker.finish(state)
+            tracker.finish(state, best)
 
 
 def _write(

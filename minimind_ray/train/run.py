@@ -87,6 +87,10 @@ class RunDirectory:
         """The lines of metrics.jsonl; a last line that is not whole yet is left out."""
         return read_jsonl(self.path / "metrics.jsonl")
 
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """The whole lines of samples.jsonl."""
+        return read_jsonl(self.path / "samples.jsonl")
+
     def forget_after(self, step: int) -> None:
         """Drop what was logged after `step` steps were done, so that a resumed run logs no step twice."""
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -206,4 +210,3 @@ def _changed_keys(before: Any, after: Any, at: str = "") -> Iterator[str]:
             yield from _changed_keys(before.get(key), after.get(key), f"{at}.{key}" if at else key)
     elif before != after:
         yield at
-
