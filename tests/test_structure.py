@@ -1,0 +1,91 @@
+"""The house keeps its order: who may import whom, and every shipped YAML loads."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from minimind_ray.config.load import load_config
+from minimind_ray.stages.recipe import read_recipe, stage_config
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minimind_ray"
+LAYERS = ["config", "track", "data", "model", "objectives", "train", "stages", "on_ray", "sweep", "cli"]
+ONLY_IN = {"ray": "on_ray", "wandb": "track", "typer": "cli"}
+TESTS_ONLY = {"transformers", "peft", "trl", "datasets"}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
+def test_files_import_only_from_layers_above(path: Path) -> None:
+    relative = path.relative_to(PACKAGE).parts
+    if len(relative) == 1:
+        return
+    layer = LAYERS.index(relative[0])
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "minimind_ray" and rest and rest[0] in LAYERS:
+            assert LAYERS.index(rest[0]) <= layer, f"{name} stands below"
+        if top in ONLY_IN:
+            assert relative[0] == ONLY_IN[top], f"{top} is imported outside {ONLY_IN[top]}/"
+        assert top not in TESTS_ONLY
+
+
+def test_help_needs_neither_ray_nor_torch() -> None:
+    """What the command line imports at its start, followed through our own modules."""
+    seen, waiting = set(), [PACKAGE / "cli" / "main.py"]
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        for name in top_level_imports(path):
+            assert name.split(".")[0] not in ("ray", "torch", "pyarrow", "numpy", "wandb", "matplotlib", "tokenizers"), (
+                f"{path.relative_to(ROOT)} imports {name} at its start"
+            )
+            file = ROOT / (name.replace(".", "/") + ".py")
+            if file.exists() and file not in seen:
+                waiting.append(file)
+
+
+def top_level_imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_shipped_experiment_loads() -> None:
+    stages, recipes = [], []
+    for path in sorted((ROOT / "experiments").glob("*.yaml")):
+        if "stages:" in path.read_text(encoding="utf-8"):
+            recipe = read_recipe(path)
+            for i in range(len(recipe.stages)):
+                base = {} if i or recipe.stages[0].name == "pretrain" else {"init_from": "runs/base"}
+                stage_config(recipe, i, Path("runs"), "tokenizer", Path("data"), base).packs_per_step()
+            recipes.append(path.name)
+        else:
+            stage = path.stem
+            load_config(stage, [path]).packs_per_step()
+            stages.append(path.name)
+    assert stages == ["dpo.yaml", "pretrain.yaml", "sft.yaml"]
+    assert recipes == ["corpus.yaml", "full.yaml", "lora.yaml", "zero.yaml"]
