@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -154,7 +154,7 @@ def prepare(
     started = time.perf_counter()
     config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
     with _cache_errors(config):
-        encoding, sources = _split(stage, config, split, tokenizer)
+        encoding, sources = encoding_of(stage, config, split, tokenizer)
         cache = _Cache(config.cache_dir)
         units = plan_units(sources, encoding)
         by_key = {unit.key: unit for unit in units}
@@ -188,7 +188,14 @@ def prepare(
     return prepared
 
 
-def _split(stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer) -> tuple[Encoding, list[Source]]:
+def encoding_of(
+    stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer
+) -> tuple[Encoding, list[Source]]:
+    """How a split's rows are encoded, and the source files they come from.
+
+    Raises:
+        UserError: `data.train` is not set, or matches nothing.
+    """
     files = config.train if config.val is None or split == "train" else config.val
     if files is None:
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
@@ -408,7 +415,8 @@ class _Cache:
         listing = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         for info in listing:
             if info.base_name.endswith(TEMPORARY) and info.mtime_ns < (time.time() - STALE_SECONDS) * 1e9:
-                self._filesystem.delete_file(info.path)
+                with suppress(FileNotFoundError):  # Another process does the same.
+                    self._filesystem.delete_file(info.path)
         sizes = {info.base_name: info.size for info in listing}
         candidates = [key for key in keys if f"{key}.json" in sizes and f"{key}.rejects.jsonl" in sizes]
         with ThreadPoolExecutor(8) as threads:

@@ -84,7 +84,8 @@ class PackStore:
     in each. Hand `path` to other processes, not the store.
 
     Raises:
-        UserError: the manifest or a shard is missing or broken; the sentence names the file and what to do.
+        UserError: the manifest is missing or broken, or, when it is first read, a shard; the sentence names the file
+            and what to do.
     """
 
     def __init__(self, path: str, reference: str | None = None) -> None:
@@ -95,7 +96,6 @@ class PackStore:
         cache = root.rstrip("/").rsplit("/", 2)[0]
         units = self._units = self.manifest.units
         self._shards = [join(cache, "units", f"{unit.key}.parquet") for unit in units]
-        self._check_sizes()
         self._groups = [(shard, group) for shard, unit in enumerate(units) for group in range(len(unit.row_groups))]
         self.row_groups = tuple(packs for unit in units for packs in unit.row_groups)
         self._starts = [0, *accumulate(self.row_groups)]
@@ -125,18 +125,15 @@ class PackStore:
         for group in range(len(self._groups)):
             yield from self._group(group)
 
-    def _check_sizes(self) -> None:
-        infos = self._filesystem.get_file_info(self._shards)
-        for info, unit, shard in zip(infos, self._units, self._shards, strict=True):
-            if info.type != fs.FileType.File:
-                raise UserError(f"{shard}: this shard of {self.path} is missing; delete {self.path} and prepare again")
-            if info.size != unit.bytes:
-                raise _broken(shard, f"it has {info.size} bytes where the manifest says {unit.bytes}")
-
     def _open_shard(self, shard: int) -> pq.ParquetFile:
-        path = self._shards[shard]
+        path, unit = self._shards[shard], self._units[shard]
+        info = self._filesystem.get_file_info(path)
+        if info.type != fs.FileType.File:
+            raise UserError(f"{path}: this shard of {self.path} is missing; prepare again")
+        if info.size != unit.bytes:
+            raise _broken(path, f"it has {info.size} bytes where the manifest says {unit.bytes}")
         file = _open_parquet(self._filesystem, path)
-        if _row_groups(file) != self._units[shard].row_groups:
+        if _row_groups(file) != unit.row_groups:
             raise _broken(path, "its row groups are not those of the manifest")
         return file
 
