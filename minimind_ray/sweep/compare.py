@@ -19,7 +19,7 @@ import numpy as np
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.text import value_text
+from minimind_ray.sweep.text import shorten, value_text
 from minimind_ray.sweep.trials import Sweep, Trial, Validation
 
 Verdict = Literal["best", "better", "worse", "not distinguishable"]
@@ -88,11 +88,8 @@ class Comparison:
     @property
     def digits(self) -> int:
         """Decimals that show two digits of the narrowest interval."""
-        widths = [
-            (row.metric.high - row.metric.low) / 2
-            for row in self.rows
-            if row.metric and row.metric.low is not None and row.metric.high is not None
-        ]
+        intervals = [i for row in self.rows for i in (row.metric, row.difference) if i]
+        widths = [(i.high - i.low) / 2 for i in intervals if i.low is not None and i.high is not None]
         narrowest = min((w for w in widths if w > 0), default=1e-3)
         return min(max(1 - math.floor(math.log10(narrowest)), 2), 6)
 
@@ -213,6 +210,7 @@ def split_seeds(deviation_PS: np.ndarray) -> SeedSpread:
     if known_P.sum() > 1:
         seen_S = np.isfinite(deviation_PS[known_P]).any(0)
         effect_S[seen_S] = np.nanmedian(deviation_PS[known_P][:, seen_S], axis=0)
+        effect_S[seen_S] -= effect_S[seen_S].mean()
         common_free = int(seen_S.sum()) - 1
         # Fitting the effects to the same numbers took one part in P of the variance, and their degrees of freedom.
         fitted = known_P.sum() / (known_P.sum() - 1)
@@ -346,7 +344,7 @@ def _row(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], metric: str
     return Row(
         sweep=sweep.name,
         point=point,
-        label=", ".join(f"{names[key]} {value_text(value)}" for key, value in point.items()) or sweep.name,
+        label=", ".join(f"{names[key]} {shorten(value_text(value), 27)}" for key, value in point.items()) or sweep.name,
         trials=tuple(trials),
         compared=(),
         metric=Interval(sum(values) / len(values)) if values else None,
@@ -444,6 +442,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append("One seed: intervals cover the validation examples only; --seeds 2 or more covers the runs too.")
     elif compared and all(len(row.compared) <= 2 for row in compared):
         notes.append("Two seeds say little of what a seed does to all points alike: a third narrows the intervals.")
+    if len({len(row.compared) for row in compared}) > 1:
+        notes.append("Points that lack a seed are compared without what that seed did to the others.")
     if any(t.state == "stopped" for row in compared for t in row.compared):
         notes.append("Points that were stopped early are compared as they stood.")
     unmeasured = [

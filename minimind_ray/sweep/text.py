@@ -26,6 +26,12 @@ def number_text(x: float) -> str:
     return np.format_float_scientific(x, trim="-", exp_digits=1).replace("e+", "e")
 
 
+def shorten(text: str, longest: int) -> str:
+    """Cut in the middle, since paths differ at their ends."""
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
+
+
 def count_text(count: float) -> str:
     """Three digits and a unit: 950, 12.5k, 1.2M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -1,0 +1,201 @@
+"""report.html: whole, self-contained, and fit to be looked at in a browser; report.png."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind_ray.sweep.chart import Scale, axis_dimension, dodge, linear_ticks, log_ticks, robust_range
+from minimind_ray.sweep.report import write_report
+from minimind_ray.sweep.text import count_text, duration_text, number_text, shorten, value_text
+from tests.sweep.synthetic import make_full_sweep, make_sweep
+
+pytestmark = pytest.mark.unit
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+ATTACK = '</p><script>throw new Error("ran")</script><img src=x onerror=alert(1)>{{ 7 * 7 }}'
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(make_full_sweep(tmp_path_factory.mktemp("report") / "betas"))
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 points, drawn axes, long values, one far outside the others, and samples that attack."""
+
+    def quality(point: dict[str, Any]) -> float:
+        return 3 + 0.3 * (math.log10(point["optim.lr"]) + 3.2) ** 2 + (9 if point["optim.lr"] < 3e-5 else 0)
+
+    directory = make_sweep(
+        tmp_path_factory.mktemp("report") / "crowded", stage="pretrain", draws=5, quality=quality, steps=30,
+        failed=2, stopped=5, running=7, samples=[ATTACK, "长" * 400, "word" * 200],
+        axes={
+            "optim.lr": "log(1e-5,1e-2)", "optim.weight_decay": "uniform(0,0.2)", "schedule.name": "cosine,wsd",
+            "data.train": "corpus/of/everything/part-1.jsonl,corpus/of/everything/part-2.jsonl",
+        },
+    )  # fmt: skip
+    run = directory / "trials" / sorted(p.name for p in (directory / "trials").iterdir())[0] / "run.json"
+    run.write_text(json.dumps({**json.loads(run.read_text()), "state": "failed", "error": ATTACK}))
+    return write_report(directory)
+
+
+def test_everything_is_on_the_page(full: Path) -> None:
+    page = full.read_text(encoding="utf-8")
+    for heading in (
+        "Points, best first", "Differences to the best", "All pairs", "What each axis does", "All axes at once",
+        "Learning curves", "What the best and the worst write", "Failed trials", "Done once for all trials", "Config",
+    ):  # fmt: skip
+        assert f">{heading}<" in page, heading
+    assert re.search(r"<b>Best:</b> beta 0.1, lr 1e-5", page)
+    assert "reference log-probabilities</dt><dd>1,200<" in page
+    assert "春风又绿江南岸" in page
+    assert "weight_decay: 0.01" in page
+    assert full.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    # 2 axes, parallel coordinates, 2 kinds of curves, the scale, and a bar for each point and each difference.
+    assert page.count("<svg") == 2 + 1 + 2 + 1 + 8 + 7
+
+
+def test_nothing_comes_from_elsewhere_and_nothing_runs(full: Path, crowded: Path) -> None:
+    for path in (full, crowded):
+        page = path.read_text(encoding="utf-8")
+        assert "default-src 'none'" in page
+        assert not re.search(r"https?://|<script|<link|<img|<[^>]*\s(src|href|on\w+)=|@import|url\(", page)
+    assert html.escape("<script>throw") in crowded.read_text(encoding="utf-8")
+    assert "{{ 7 * 7 }}" in crowded.read_text(encoding="utf-8")
+
+
+def test_same_sweep_same_page(full: Path) -> None:
+    before = full.read_bytes()
+    assert write_report(full.parent).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"axes": {}, "seeds": 3, "quality": lambda point: 0.5},
+        {"axes": {"dpo.beta": "0.1,0.3"}, "seeds": 1, "running": 0, "failed": 1, "quality": lambda point: 0.5},
+        {"axes": {"dpo.beta": "0.1,0.3"}, "metric": "val/accuracy", "mode": "max"},
+        {"axes": {"lora.targets": "[q_proj, v_proj],all-linear", "dpo.lora": "true"}, "quality": lambda point: 0.5},
+        {"axes": {"dpo.beta": "0.1,0.3"}, "samples": [], "price_per_hour": 0.0},
+    ],
+    ids=["no-axes", "nothing-finished", "higher-is-better", "lists", "no-samples"],
+)
+def test_small_and_unfinished_sweeps(tmp_path: Path, options: dict[str, Any]) -> None:
+    page = write_report(make_sweep(tmp_path / "s", steps=10, examples=40, **options)).read_text(encoding="utf-8")
+    assert ("No trial has been validated" in page) == ("running" in options)
+    assert "nan" not in re.sub(r"<p class=.text.>.*?</p>", "", page)
+
+
+def in_chromium(page: Path, tmp_path: Path, *, width: int, dark: bool = False) -> dict[str, Any]:
+    """What a browser makes of the page in a frame of this width; fails on any message on its console."""
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(
+        f"""<!doctype html><meta charset=utf-8><body><iframe style="width:{width}px;height:800px;border:0"
+        srcdoc="{html.escape(page.read_text(encoding="utf-8"))}"></iframe><pre></pre><script>
+        document.querySelector("iframe").onload = ({{target}}) => {{
+          const page = target.contentDocument, root = page.documentElement;
+          const inScroller = e => e.closest(".scroll, pre") !== null;
+          const wide = [...page.querySelectorAll("body *")].filter(e => !inScroller(e)
+            && e.getBoundingClientRect().right > root.clientWidth + 1);
+          const texts = [...page.querySelectorAll("svg text")].filter(e => !inScroller(e));
+          document.querySelector("pre").textContent = JSON.stringify({{
+            width: root.clientWidth, needed: root.scrollWidth, scripts: page.scripts.length,
+            wide: wide.map(e => e.outerHTML.slice(0, 200)), images: page.images.length,
+            smallest: Math.min(...texts.map(e => e.getBoundingClientRect().height)),
+            background: target.contentWindow.getComputedStyle(page.body).backgroundColor,
+            ink: target.contentWindow.getComputedStyle(page.body).color,
+          }});
+        }};
+        </script>""",
+        encoding="utf-8",
+    )
+    assert CHROMIUM
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--window-size=1400,1000", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--dump-dom", wrapper.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = re.search(r"<pre>(\{.*?\})</pre>", done.stdout, re.DOTALL)
+    assert found, done.stdout[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.parametrize(("name", "width", "dark"), [("full", 390, True), ("crowded", 390, False)])
+def test_in_a_browser(name: str, width: int, dark: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    seen = in_chromium(request.getfixturevalue(name), tmp_path, width=width, dark=dark)
+    assert seen["wide"] == []
+    assert seen["needed"] <= seen["width"] <= width
+    assert seen["wide"] == []
+    assert seen["scripts"] == seen["images"] == 0
+    assert seen["smallest"] >= 9
+    luminance = {key: sum(map(int, re.findall(r"\d+", seen[key])[:3])) / 3 for key in ("background", "ink")}
+    assert (luminance["background"] < 60 and luminance["ink"] > 200) == dark
+    assert (luminance["background"] > 200 and luminance["ink"] < 60) != dark
+
+
+def test_ticks() -> None:
+    assert linear_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert linear_ticks(-0.3, 0.3) == pytest.approx([-0.2, 0, 0.2])
+    assert linear_ticks(3.21, 3.29) == pytest.approx([3.22, 3.24, 3.26, 3.28])
+    assert log_ticks(1e-6, 1e-3) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3])
+    assert log_ticks(0.02, 0.3) == pytest.approx([0.02, 0.05, 0.1, 0.2])
+
+
+def test_scales() -> None:
+    log = Scale(1e-4, 1, 0, 100, log=True)
+    assert [log(x) for x in (1e-4, 1e-2, 1, 5)] == pytest.approx([0, 50, 100, 100])
+    assert log.holds(0.5)
+    assert not log.holds(5)
+    upside_down = Scale(0, 10, 200, 0)
+    assert upside_down(2.5) == 150
+    # One far value does not flatten the others, and equal ones still have a range.
+    assert robust_range([1, 2, 3, 2, 1, 1000])[1] < 10
+    low, high = robust_range([2.0, 2.0])
+    assert low < 2 < high
+
+
+def test_dimensions() -> None:
+    assert axis_dimension("beta", [0.02, 0.3], [0.02, 0.3]).log
+    assert not axis_dimension("beta", [0.1, 0.3], [0.1, 0.3]).log
+    assert not axis_dimension("decay", [0, 0.1, 1], [0, 0.1, 1]).log
+    assert axis_dimension("lr", "log(1e-5,2e-5)", [1.2e-5, 1.7e-5]).log
+    names = axis_dimension("train", None, ["a/b/x.jsonl", "a/b/y.jsonl"])
+    assert names.marks == [(0.0, "x.jsonl"), (1.0, "y.jsonl")]
+    assert names.number("a/b/y.jsonl") == 1.0
+    crowded = axis_dimension("rank", list(range(1, 60)), list(range(1, 60)))
+    scale = crowded.scale(0, 300)
+    at = [scale(v) for v, _ in crowded.ticks(scale, 30)]
+    assert len(at) >= 3
+    assert all(b - a >= 30 for a, b in zip(at, at[1:]))
+    assert dodge([5, 9, 5], 20) == pytest.approx([0, 9, 10])
+
+
+def test_texts() -> None:
+    assert [number_text(x) for x in (8, 0.05, 1.0, 1e-5, 2.5e-4, 1e6, 0, -0.5)] == [
+        "8", "0.05", "1", "1e-5", "2.5e-4", "1e6", "0", "-0.5",
+    ]  # fmt: skip
+    assert [value_text(v) for v in (True, None, ["a", 1e-5], "x", {"a": 1})] == [
+        "true",
+        "null",
+        "a+1e-5",
+        "x",
+        '{"a": 1}',
+    ]
+    assert [count_text(x) for x in (950, 12_500, 1_234_567, 2e9)] == ["950", "12.5k", "1.23M", "2B"]
+    assert [duration_text(x) for x in (59.6, 3723)] == ["1:00", "1:02:03"]
+    assert shorten("abcdefghij", 7) == "abc…hij"
+    assert shorten("abc", 7) == "abc"
