@@ -173,19 +173,45 @@ def prepare(
                     f"data.cache_dir {config.cache_dir}: what other processes wrote there cannot be seen from here; "
                     "name a directory that all nodes share, or an object store"
                 )
-        manifest = Manifest(
-            format=FORMAT,
-            stage=stage,
-            split=split,
-            tokenizer=tokenizer.fingerprint,
-            pack_tokens=config.pack_tokens,
-            sources={source.path: source.size for source in sources},
-            units=tuple(found[unit.key] for unit in units),
-        )
+        manifest = _manifest(encoding, split, sources, units, found)
         path = cache.publish(manifest, units)
     prepared = Prepared(path, manifest, len(missing), len(by_key) - len(missing), time.perf_counter() - started)
     _check(prepared, config)
     return prepared
+
+
+def find_prepared(stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer) -> Manifest | None:
+    """What `prepare` would give, if there is nothing left for it to do; reads no source and writes nothing.
+
+    Raises:
+        UserError: sources that match nothing, a cache that cannot be read.
+    """
+    config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
+    with _cache_errors(config):
+        encoding, sources = encoding_of(stage, config, split, tokenizer)
+        cache = _Cache(config.cache_dir)
+        scans = [scan for source in sources if (scan := cache.known_scan(source))]
+        if len(scans) < len(sources):
+            return None
+        units = _units(sources, scans, encoding)
+        found = cache.find(unit.key for unit in units)
+        if any(unit.key not in found for unit in units):
+            return None
+        return _manifest(encoding, split, sources, units, found)
+
+
+def _manifest(
+    encoding: Encoding, split: Split, sources: Sequence[Source], units: Sequence[Unit], found: dict[str, UnitStats]
+) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        stage=encoding.stage,
+        split=split,
+        tokenizer=encoding.tokenizer.fingerprint,
+        pack_tokens=encoding.config.pack_tokens,
+        sources={source.path: source.size for source in sources},
+        units=tuple(found[unit.key] for unit in units),
+    )
 
 
 def encoding_of(
@@ -261,6 +287,10 @@ def plan_units(sources: Sequence[Source], encoding: Encoding) -> list[Unit]:
     cache = _Cache(encoding.config.cache_dir)
     with ThreadPoolExecutor(8) as threads:
         scans = list(threads.map(cache.scan, sources))
+    return _units(sources, scans, encoding)
+
+
+def _units(sources: Sequence[Source], scans: Sequence[_Scan], encoding: Encoding) -> list[Unit]:
     return [
         Unit(
             source,
@@ -425,15 +455,23 @@ class _Cache:
 
     def scan(self, source: Source) -> _Scan:
         """How to cut a source: as before, if it has not changed."""
-        key = _hash([_code(), UNIT_BYTES, source.path])
-        scan = self._load(_Scan, "sources", key)
-        if scan is None or scan.version != source.version:
+        scan = self.known_scan(source)
+        if scan is None:
             scan = _scan(source)
             # A file written this moment could change again within the same tick of its clock.
             if time.time() - source.modified > FRESH_SECONDS:
-                with atomic_output(self._filesystem, join(self._root, "sources", f"{key}.json")) as stream:
+                path = join(self._root, "sources", f"{self._scan_key(source)}.json")
+                with atomic_output(self._filesystem, path) as stream:
                     stream.write(scan.model_dump_json().encode())
         return scan
+
+    def known_scan(self, source: Source) -> _Scan | None:
+        """How a source was cut before, if it has not changed since."""
+        scan = self._load(_Scan, "sources", self._scan_key(source))
+        return scan if scan and scan.version == source.version else None
+
+    def _scan_key(self, source: Source) -> str:
+        return _hash([_code(), UNIT_BYTES, source.path])
 
     def publish(self, manifest: Manifest, units: Sequence[Unit]) -> str:
         """Write the manifest and the rejects of a dataset, if they are not there; its path."""

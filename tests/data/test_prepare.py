@@ -22,7 +22,16 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig
 from minimind_ray.data import prepare as module
 from minimind_ray.data.pack import Pack
-from minimind_ray.data.prepare import Encoding, Prepared, Progress, Unit, plan_units, prepare, run_units_here
+from minimind_ray.data.prepare import (
+    Encoding,
+    Prepared,
+    Progress,
+    Unit,
+    find_prepared,
+    plan_units,
+    prepare,
+    run_units_here,
+)
 from minimind_ray.data.records import Row, discover, read_rows
 from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
@@ -107,6 +116,23 @@ def test_every_document_is_in_the_packs_once(tmp_path: Path, tokenizer: Tokenize
     assert max(len(pack.tokens) for pack in store) <= 64
     assert 0.8 < prepared.fullness <= 1
     assert prepared.made == {".jsonl": 11, ".parquet": 5}.get(suffix, 1)
+
+
+def test_what_is_prepared_is_found_without_a_write(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "x.jsonl", jsonl(TEXTS))
+    settings = config(tmp_path, path)
+
+    def find() -> Any:
+        before = sorted(tmp_path.rglob("*"))
+        found = find_prepared("pretrain", settings, "train", tokenizer)
+        assert sorted(tmp_path.rglob("*")) == before
+        return found
+
+    assert find() is None
+    prepared = prepare("pretrain", settings, "train", tokenizer)
+    assert find() == prepared.manifest
+    write(path, jsonl(TEXTS[1:]))
+    assert find() is None
 
 
 def test_rejects_have_their_true_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
