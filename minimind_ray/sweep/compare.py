@@ -23,7 +23,6 @@ from minimind_ray.sweep.text import shorten, value_text
 from minimind_ray.sweep.trials import Sweep, Trial, Validation
 
 Verdict = Literal["best", "better", "worse", "not distinguishable"]
-METRICS = ("val/loss", "val/accuracy", "val/margin", "val/bits_per_byte")
 DRAWS = 4000
 OUTLIER = 16.0
 """A point whose seeds vary this many times more (in variance) than is typical keeps its own spread."""
@@ -266,8 +265,8 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
     best among the points with a finished trial, if there are any.
 
     Raises:
-        UserError: sweeps of different metrics, trials validated on different examples, or a metric of which there
-            are no per-example results.
+        UserError: sweeps of different metrics, trials validated on different examples, or a metric for which the
+            per-example results lack a column.
     """
     metric, mode = _common_metric(sweeps)
     sign = 1.0 if mode == "min" else -1.0
@@ -320,11 +319,6 @@ def _common_metric(sweeps: Sequence[Sweep]) -> tuple[str, Literal["min", "max"]]
                 f"{sweeps[0].path} is judged by {first.metric} ({first.mode}), {sweep.path} by {sweep.info.metric} "
                 f"({sweep.info.mode}); only sweeps with the same metric fit in one table"
             )
-    if first.metric not in METRICS:
-        raise UserError(
-            f"{sweeps[0].path}/sweep.json: metric: {first.metric} has no results per example to compare; "
-            f"those that have: {', '.join(METRICS)}"
-        )
     return first.metric, first.mode
 
 
@@ -362,9 +356,9 @@ def _by_metric(rows: Sequence[Row], sign: float) -> list[Row]:
 
 
 def _countable(trials: list[Trial]) -> list[Trial]:
-    measured = [t for t in trials if t.validation and np.isfinite(t.validation.loss_E).all()]
+    measured = [t for t in trials if t.validation and t.validation.finite]
     finished = [t for t in measured if t.state == "finished"]
-    return finished or [t for t in measured if t.state == "stopped"]
+    return finished or [t for t in measured if t.state in ("early-stopped", "stopped")]
 
 
 def _validation(trial: Trial) -> Validation:
@@ -385,7 +379,7 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
             difference = f"{len(a.example_E)} and {len(b.example_E)} examples"
         elif not np.array_equal(a.example_E, b.example_E):
             difference = "examples of different numbers"
-        elif not np.array_equal(a.count_E, b.count_E):
+        elif not np.array_equal(a.columns["count"], b.columns["count"]):
             difference = "examples of different lengths"
         elif first.validated_on and trial.validated_on and first.validated_on != trial.validated_on:
             difference = "different prepared data"
@@ -398,20 +392,17 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
 
 
 def _terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Numerator and denominator of the metric per example."""
-    v = _validation(trial)
-    if metric == "val/loss":
-        return v.loss_E, v.count_E
-    if metric == "val/bits_per_byte":
-        # The bytes are the same for all trials on the same examples, so it is the loss times a constant.
-        loss, bits = trial.last("val/loss"), trial.last("val/bits_per_byte")
-        if loss is None or bits is None:
-            raise UserError(f"{trial.path}/metrics.jsonl has no val/bits_per_byte, which the sweep is judged by")
-        return v.loss_E * (bits / loss), v.count_E
-    column = v.correct_E if metric == "val/accuracy" else v.margin_E
-    if column is None:
-        raise UserError(f"{v.path}: no column for {metric}, which the sweep is judged by; it is for preference data")
-    return column, np.ones_like(column)
+    """Numerator and denominator of the metric per example: it is the ratio of their sums."""
+    validation = _validation(trial)
+    name = metric.removeprefix("val/")
+    numerator, denominator = ("loss", "bytes") if name == "bits_per_byte" else (name, "count")
+    if missing := {numerator, denominator} - validation.columns.keys():
+        raise UserError(
+            f"{validation.path} has no {' and '.join(missing)} for each example, which {metric} needs; judge the sweep "
+            f"by another metric: val/loss, or one of {', '.join(sorted(validation.columns))}"
+        )
+    scale = 1 / math.log(2) if name == "bits_per_byte" else 1.0
+    return validation.columns[numerator] * scale, validation.columns[denominator]
 
 
 def _verdict(low: float, high: float) -> Verdict:
@@ -444,13 +435,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append("Two seeds say little of what a seed does to all points alike: a third narrows the intervals.")
     if len({len(row.compared) for row in compared}) > 1:
         notes.append("Points that lack a seed are compared without what that seed did to the others.")
-    if any(t.state == "stopped" for row in compared for t in row.compared):
-        notes.append("Points that were stopped early are compared as they stood.")
-    unmeasured = [
-        t.id for row in rows for t in row.trials if t.validation and not np.isfinite(t.validation.loss_E).all()
-    ]
+    if any(t.state != "finished" for row in compared for t in row.compared):
+        notes.append("Points that were stopped are compared as they stood.")
+    unmeasured = [t.id for row in rows for t in row.trials if t.validation and not t.validation.finite]
     if unmeasured:
-        notes.append(f"Not compared, because a validation loss is not finite: {', '.join(unmeasured)}.")
+        notes.append(f"Not compared, because a value in their validation is not finite: {', '.join(unmeasured)}.")
     return notes
 
 

@@ -160,6 +160,7 @@ def write_png(comparison: Comparison, path: Path) -> None:
     curves.set_ylim(*chart.robust_range([value for *_, curve in drawn for _, value in curve]))
     curves.set_xlabel("tokens")
     curves.xaxis.set_major_formatter(lambda tokens, _: count_text(tokens))
+    curves.locator_params(axis="x", nbins=5)
     curves.set_ylabel(comparison.metric)
     curves.grid(alpha=0.3)
     for axes in (points, curves):

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.train.run import read_jsonl
 
-State = Literal["waiting", "running", "finished", "stopped", "failed"]
+State = Literal["waiting", "running", "finished", "early-stopped", "stopped", "failed"]
+"""`early-stopped` by the sweep's scheduler, for good; `stopped` by hand or a budget, to be gone on with."""
 
 
 class SweepInfo(BaseModel):
@@ -60,24 +61,30 @@ class RunInfo(BaseModel):
     tokens: int | None = None
     seconds: float | None = None
     result: str | None = None
-    data: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, str | None] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Per-example results, sorted by example: sums of `loss` (nats) over `count` tokens, or over one pair."""
+    """Per-example results, sorted by example (see `Evaluation` in train/evaluate.py).
+
+    `columns` are float64: `loss` (nats) and the objective's metrics, summed over the example's `count` of tokens or
+    pairs (1), and for tokens the `bytes` of text they stand for.
+    """
 
     path: Path
     example_E: np.ndarray
-    loss_E: np.ndarray
-    count_E: np.ndarray
-    margin_E: np.ndarray | None
-    correct_E: np.ndarray | None
+    columns: dict[str, np.ndarray]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number is one."""
+        return all(bool(np.isfinite(values).all()) for values in self.columns.values())
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep, finished or not. `result` is its checkpoint; `validated_on` names its validation data."""
+    """One run of a sweep, finished or not. `result` is its best checkpoint; `validated_on` names its validation set."""
 
     id: str
     path: Path
@@ -154,7 +161,7 @@ def read_trial(path: Path) -> Trial:
         tokens=last["tokens"] if run.tokens is None else run.tokens,
         seconds=sum(timed) if run.seconds is None else run.seconds,
         result=path / run.result if run.result else None,
-        validated_on=Path(run.data["val"]).name if run.data.get("val") else None,
+        validated_on=Path(val).name if (val := run.inputs.get("data.val")) else None,
         metrics=metrics,
         samples=_read_lines(path / "samples.jsonl", ("step", "samples")),
         validation=read_validation(path / "validation.parquet"),
@@ -171,13 +178,13 @@ def read_validation(path: Path) -> Validation | None:
     try:
         table = pq.read_table(path).sort_by("example")
         columns: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
-        example_E, loss_E, count_E = (columns[name] for name in ("example", "loss", "count"))
+        example_E, _, _ = columns.pop("example"), columns["loss"], columns["count"]
     except (OSError, pa.ArrowException, KeyError) as error:
         detail = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read: {detail}; delete it and resume the sweep to have it again") from None
     if len(np.unique(example_E)) != len(example_E):
         raise UserError(f"{path}: an example is there twice; delete it and resume the sweep to have it again")
-    return Validation(path, example_E, loss_E, count_E, columns.get("margin"), columns.get("correct"))
+    return Validation(path, example_E, columns)
 
 
 Info = TypeVar("Info", bound=BaseModel)

@@ -75,7 +75,7 @@ def make_sweep(
         rng = np.random.default_rng([example_seed, i])
         seed_effect = 0.02 * trial.seed + rng.normal(0, seed_noise)
         level = quality(trial.point) + seed_effect
-        state = {failed: "failed", stopped: "stopped", running: "running"}.get(i, "finished")
+        state = {failed: "failed", stopped: "early-stopped", running: "running"}.get(i, "finished")
         done = steps if state == "finished" else steps * 2 // 5
         progress = done / steps
         if stage == "dpo":
@@ -83,12 +83,12 @@ def make_sweep(
             margin_E = level + 0.9 * ease_E + rng.normal(0, 0.25, examples)
             columns = {
                 "loss": np.logaddexp(0, -margin_E), "count": np.ones(examples),
-                "margin": margin_E, "correct": (margin_E > 0).astype(float),
+                "margin": margin_E, "accuracy": (margin_E > 0).astype(float),
             }  # fmt: skip
         else:
             level += 4 * (1 - progress)
             loss_E = length_E * (level + 0.4 * ease_E) + rng.normal(0, 0.3, examples) * np.sqrt(length_E)
-            columns = {"loss": loss_E, "count": length_E.astype(float)}
+            columns = {"loss": loss_E, "count": length_E.astype(float), "bytes": 3.0 * length_E}
         final = columns["loss"].sum() / columns["count"].sum()
 
         (path / "trial.json").write_text(json.dumps({"id": trial.id, "point": trial.point, "seed": trial.seed}))
@@ -103,17 +103,17 @@ def make_sweep(
                 if step % (steps // 10) == 0 or step == done:
                     line["val/loss"] = loss if step < done else final
                     if stage == "dpo":
-                        line["val/accuracy"] = float(columns["correct"].mean()) * (0.9 + 0.1 * step / done)
+                        line["val/accuracy"] = float(columns["accuracy"].mean()) * (0.9 + 0.1 * step / done)
                         line["val/margin"] = float(columns["margin"].mean()) * step / done
                     else:
-                        line["val/bits_per_byte"] = 0.4 * line["val/loss"]
+                        line["val/bits_per_byte"] = line["val/loss"] / math.log(2) / 3
                 f.write(json.dumps(line) + "\n")
-        run = {"state": state, "data": {"train": "cache/aaaa", "val": f"cache/{stage}-{example_seed}"}}
+        run = {"state": state, "inputs": {"data.val": f"cache/{stage}-{example_seed}", "init_from": None}}
         if state == "failed":
             run["error"] = f"step {done}: the loss is nan and the gradient norm inf; training stopped"
         if state != "running":
             run |= {"steps": done, "tokens": done * 32768, "seconds": done * 1.6}
-        if state in ("finished", "stopped"):
+        if state in ("finished", "early-stopped"):
             run["result"] = f"checkpoints/step-{done:08d}"
             pq.write_table(pa.table({"example": np.arange(examples), **columns}), path / "validation.parquet")
         (path / "run.json").write_text(json.dumps(run))

@@ -26,7 +26,7 @@ def test_every_state(tmp_path: Path) -> None:
     (waiting / "trial.json").write_text(json.dumps({"id": waiting.name, "point": {"dpo.beta": 0.2}, "seed": 9}))
     trials = {t.id: t for t in read_sweep(path).trials}
     assert {t.id: t.state for t in trials.values()} == {
-        "beta=0.1,seed=0": "finished", "beta=0.2,seed=0": "failed", "beta=0.1,seed=1": "stopped",
+        "beta=0.1,seed=0": "finished", "beta=0.2,seed=0": "failed", "beta=0.1,seed=1": "early-stopped",
         "beta=0.2,seed=1": "running", "beta=0.2,seed=9": "waiting",
     }  # fmt: skip
     failed, running = trials["beta=0.2,seed=0"], trials["beta=0.2,seed=1"]
@@ -36,8 +36,8 @@ def test_every_state(tmp_path: Path) -> None:
     assert 6 <= running.seconds <= 8
     finished = trials["beta=0.1,seed=0"]
     assert finished.result == finished.path / "checkpoints/step-00000010"
-    assert finished.validation and finished.validation.margin_E is not None
-    assert finished.last("val/loss") == pytest.approx(finished.validation.loss_E.mean())
+    assert finished.validation and "margin" in finished.validation.columns
+    assert finished.last("val/loss") == pytest.approx(finished.validation.columns["loss"].mean())
 
 
 def test_examples_are_sorted(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_examples_are_sorted(tmp_path: Path) -> None:
     pq.write_table(table.take(pa.array(np.arange(6)[::-1])), file)
     validation = next(t.validation for t in read_sweep(path).trials if t.path == file.parent)
     assert validation and validation.example_E.tolist() == list(range(6))
-    assert validation.loss_E.tolist() == table["loss"].to_pylist()
+    assert validation.columns["loss"].tolist() == table["loss"].to_pylist()
 
 
 @pytest.mark.parametrize(
