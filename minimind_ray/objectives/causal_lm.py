@@ -21,9 +21,11 @@ MOST_LOGITS = 2**26
 """Logits held at once, 256 MB in float32; more are computed piece by piece, and again in the backward pass."""
 
 
-def token_log_probs(model: Transformer, batch: Batch) -> Tensor:
-    """log p(target | what precedes it in its document), in nats, of the tokens with weight > 0: float32 [M]."""
-    hidden_NC = model(batch.tokens_N, batch.bounds_D1)
+def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tensor:
+    """log p(target | what precedes it in its document), in nats, of the tokens with weight > 0: float32 [M].
+
+    `hidden_NC` is what the model made of the batch's tokens.
+    """
     counted_M = batch.weights_N.nonzero().squeeze(-1)
     hidden_MC, targets_M = hidden_NC[counted_M], batch.targets_N[counted_M]
     step = max(1, MOST_LOGITS // model.shape.vocab_size)
@@ -37,10 +39,10 @@ def _log_probs(model: Transformer, hidden_MC: Tensor, targets_M: Tensor) -> Tens
     return -F.cross_entropy(model.project(hidden_MC).float(), targets_M, reduction="none")
 
 
-def sequence_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+def sequence_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
     counted_N = batch.weights_N > 0
-    logp_M = token_log_probs(model, batch)
+    logp_M = token_log_probs(model, hidden_NC, batch)
     ends_D1 = F.pad(counted_N.cumsum(0), (1, 0))[batch.bounds_D1.long().to(counted_N.device)]
     counts_D = ends_D1.diff()
     return torch.segment_reduce(logp_M, "sum", lengths=counts_D), counts_D
@@ -60,7 +62,7 @@ class CausalLM:
 
     def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over the batch's counted tokens; `aux` is the part of it that balances experts."""
-        loss = -token_log_probs(model, batch).sum()
+        loss = -token_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch).sum()
         if not self.metrics:
             return loss, {}
         aux = model.aux_loss() * (batch.weights_N > 0).sum()
@@ -68,5 +70,5 @@ class CausalLM:
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
         """Each document's `loss`, summed over its counted tokens without `aux`, and their `count`: float32 [D]."""
-        logp_D, counts_D = sequence_log_probs(model, batch)
+        logp_D, counts_D = sequence_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch)
         return {"loss": -logp_D, "count": counts_D.float()}

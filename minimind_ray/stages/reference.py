@@ -19,7 +19,7 @@ from minimind_ray.data.files import exists, join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.store import PackStore, write_reference
 from minimind_ray.model.checkpoint import load_model, weights_fingerprint
-from minimind_ray.objectives.causal_lm import sequence_log_probs
+from minimind_ray.objectives.preference import pair_log_probs
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.step import autocast
 
@@ -54,7 +54,7 @@ class ReferenceModel:
     def __call__(self, pack: Pack) -> np.ndarray:
         """Summed over the document's answer tokens, in nats."""
         with autocast(self.device, self.dtype):
-            logp_D, _ = sequence_log_probs(self.model, batch_from_packs([pack]).to(self.device))
+            logp_D, _ = pair_log_probs(self.model, batch_from_packs([pack]).to(self.device))
         return logp_D.float().cpu().numpy()
 
 

@@ -18,8 +18,7 @@ from minimind_ray.data.batch import Batch, batch_from_packs
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives import causal_lm, preference
-from minimind_ray.objectives.causal_lm import sequence_log_probs
-from minimind_ray.objectives.preference import Preference
+from minimind_ray.objectives.preference import Preference, pair_hidden, pair_log_probs
 
 pytestmark = pytest.mark.unit
 
@@ -30,11 +29,16 @@ PROMPTS = [4, 4, 2, 2, 3, 3]  # tokens without weight at the start
 
 
 def make_pack(reference: np.ndarray | None = None) -> Pack:
+    """Pairs whose prompts are alike; in the last, so is the answer's first token."""
     rng = np.random.default_rng(0)
+    documents = [rng.integers(0, V, length) for length in LENGTHS]
+    for chosen, rejected, prompt in zip(documents[0::2], documents[1::2], PROMPTS[0::2]):
+        rejected[:prompt] = chosen[:prompt]
+    documents[5][3] = documents[4][3]
     weights = [np.arange(length) >= prompt for length, prompt in zip(LENGTHS, PROMPTS)]
     return Pack(
         id=0,
-        tokens=rng.integers(0, V, sum(LENGTHS)).astype(np.uint16),
+        tokens=np.concatenate(documents).astype(np.uint16),
         weights=np.concatenate(weights).astype(np.uint8),
         lengths=np.array(LENGTHS, np.int32),
         reference=reference,
@@ -65,25 +69,61 @@ def one_by_one(model: Transformer, pack: Pack) -> list[Tensor]:
     return logps
 
 
-def test_sequence_log_probs_equal_each_document_alone() -> None:
+def test_log_probs_equal_each_document_alone() -> None:
     model, pack = make_model(), make_pack()
-    logp_D, counts_D = sequence_log_probs(model, batch_from_packs([pack]))
+    logp_D, counts_D = pair_log_probs(model, batch_from_packs([pack]))
     assert logp_D.dtype == torch.float32
     assert counts_D.tolist() == [length - prompt for length, prompt in zip(LENGTHS, PROMPTS)]
     torch.testing.assert_close(logp_D.double(), torch.stack(one_by_one(model, pack)), rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_pair_begins_with_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Tensor] = []
+    decode = Transformer.decode
+
+    def watched(self: Transformer, tokens_N: Tensor, *rest: Any) -> Tensor:
+        computed.append(tokens_N)
+        return decode(self, tokens_N, *rest)
+
+    def run(hidden: Callable[[Transformer, Batch], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        model = make_model()
+        hidden_NC = hidden(model, batch)
+        (hidden_NC * torch.linspace(-1, 1, hidden_NC.numel()).view_as(hidden_NC)).sum().backward()
+        return hidden_NC, [p.grad for p in model.parameters() if p.grad is not None]
+
+    batch = batch_from_packs([make_pack()])
+    monkeypatch.setattr(Transformer, "decode", watched)
+    twice, twice_grads = run(lambda model, batch: model(batch.tokens_N, batch.bounds_D1))
+    once, once_grads = run(pair_hidden)
+    inputs = [document[:-1] for document in np.split(make_pack().tokens, np.cumsum(LENGTHS)[:-1])]
+    # Of the last document everything but its last token, which is only a target, is in the one before.
+    expected = [*inputs[0], *inputs[1][4:], *inputs[2], *inputs[3][2:], *inputs[4]]
+    assert computed[0].tolist() == batch.tokens_N.tolist() and computed[1].tolist() == expected
+    torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
+    for a, b in zip(once_grads, twice_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_that_have_nothing_or_all_in_common() -> None:
+    tokens = [[5, 6, 7], [8, 6, 7], [1, 2, 3, 4], [1, 2, 3, 4], [9, 9], [9, 9, 9]]
+    lengths = np.array([len(t) for t in tokens], np.int32)
+    pack = Pack(0, np.concatenate(tokens).astype(np.uint16), np.ones(int(lengths.sum()), np.uint8), lengths)
+    model, batch = make_model(), batch_from_packs([pack])
+    expected = model(batch.tokens_N, batch.bounds_D1)
+    torch.testing.assert_close(pair_hidden(model, batch), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_document_that_is_all_answer_counts_every_position() -> None:
     pack = make_pack()
     pack = Pack(0, pack.tokens, np.ones_like(pack.weights), pack.lengths)
-    _, counts_D = sequence_log_probs(make_model(), batch_from_packs([pack]))
+    _, counts_D = pair_log_probs(make_model(), batch_from_packs([pack]))
     assert counts_D.tolist() == [length - 1 for length in LENGTHS]
 
 
 def test_pieces_of_the_vocabulary_projection_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> tuple[Tensor, list[Tensor]]:
         model = make_model()
-        logp_D, _ = sequence_log_probs(model, batch_from_packs([make_pack()]))
+        logp_D, _ = pair_log_probs(model, batch_from_packs([make_pack()]))
         logp_D.square().sum().backward()
         return logp_D, [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -108,7 +148,7 @@ def test_pieces_of_the_vocabulary_projection_change_nothing(monkeypatch: pytest.
 def test_sigmoid_loss_is_ln_2_before_the_first_step() -> None:
     model, pack = make_model(), make_pack()
     with torch.no_grad():
-        reference_D, _ = sequence_log_probs(model, batch_from_packs([pack]))
+        reference_D, _ = pair_log_probs(model, batch_from_packs([pack]))
     objective = Preference(DpoConfig(), SHAPE)
     loss, sums = objective(model, batch_from_packs([make_pack(reference_D.numpy())]))
     count = objective.count(pack)
@@ -121,7 +161,7 @@ def test_sigmoid_loss_is_ln_2_before_the_first_step() -> None:
 
 
 def test_metrics_are_what_they_say() -> None:
-    model, reference_model = make_model(0), make_model(1)
+    model, reference_model = make_model(0), make_model(2)
     batch = batch_from_packs([make_pack()])
     reference_D = torch.stack(one_by_one(reference_model, make_pack())).float().detach()
     logp_D = torch.stack(one_by_one(model, make_pack())).detach().float()
@@ -147,7 +187,7 @@ def test_gradients_reach_every_weight_and_a_step_raises_the_margin(loss: Any) ->
     # The reference is what the model is after a move towards other answers, so that no loss starts at a flat place.
     model, batch = make_model(), batch_from_packs([make_pack()])
     with torch.no_grad():
-        reference_D, _ = sequence_log_probs(model, batch)
+        reference_D, _ = pair_log_probs(model, batch)
     objective = Preference(DpoConfig(loss=loss), SHAPE)
     assert ("kl" in objective.metrics) == objective.needs_reference == (loss not in ("simpo", "orpo"))
     batch = with_reference(batch, reference_D) if objective.needs_reference else batch
