@@ -15,6 +15,7 @@ import secrets
 import shlex
 import struct
 import sys
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 20
 FINISH_SECONDS = 60
+WRITE_SECONDS = 10
 FOLDER = "wandb"
 MODES = {"disabled": "off", "offline": "offline", "dryrun": "offline"}  # What values of WANDB_MODE mean.
 FULL, LAST = 1, 4
@@ -215,8 +217,20 @@ def _close(run: Run, exit_code: int) -> None:
     try:
         run.finish(exit_code)
     except TimeoutError:
-        folder = Path(run.settings.sync_dir)
-        print(f"W&B did not take all of the run in {FINISH_SECONDS} s; `wandb sync {folder}` sends it", file=sys.stderr)
+        command = f"wandb sync --include-online {shlex.quote(run.settings.sync_dir)}"
+        print(f"W&B did not take all of the run in {FINISH_SECONDS} s; this sends the rest: {command}", file=sys.stderr)
+    if run.offline:
+        _wait_until_written(Path(run.settings.sync_file))
+
+
+def _wait_until_written(file: Path) -> None:
+    """W&B's `finish` returns while its own process still writes; this process may be killed as soon as it is done."""
+    deadline = time.monotonic() + WRITE_SECONDS
+    last = b""
+    while not (last and parse_record(last).HasField("exit")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+        for data, _ in log_records(file.read_bytes()):
+            last = data
 
 
 def sync_command(directory: str | Path) -> str | None:
@@ -240,19 +254,24 @@ def flatten(tree: Mapping[str, Any], separator: str, at: str = "") -> dict[str, 
 
 
 def last_step(path: Path) -> int:
-    """The last step in a .wandb file, which may end in the middle of a record; 0 when it has none."""
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] generated
+    """The last step in a .wandb file, 0 when it has none.
 
-    last = 0
-    for data in log_records(path.read_bytes()):
-        record = Record.FromString(data)
+    What a killed process left unfinished at its end is cut off: `wandb sync` would stop there, and send no later file.
+    """
+    log = path.read_bytes()
+    last = whole = 0
+    for data, end in log_records(log):
+        whole = end
+        record = parse_record(data)
         if record.HasField("history"):
             last = max(last, record.history.step.num)
+    if 0 < whole < len(log):
+        os.truncate(path, whole)
     return last
 
 
-def log_records(log: bytes) -> Iterator[bytes]:
-    """The whole records of a .wandb file: LevelDB's log format after a header of 7 bytes.
+def log_records(log: bytes) -> Iterator[tuple[bytes, int]]:
+    """The whole records of a .wandb file and where each ends: LevelDB's log format after a header of 7 bytes.
 
     The file is blocks of 32 KiB, header included. A block is chunks, and a record is one chunk, or a first, middle
     ones and a last. A chunk is its check sum (4 bytes), length (2), kind (1) and data; a chunk's 7 bytes never cross
@@ -269,8 +288,15 @@ def log_records(log: bytes) -> Iterator[bytes]:
             return
         record += log[place - length : place]
         if kind in (FULL, LAST):
-            yield record
+            yield record, place
             record = b""
+
+
+def parse_record(data: bytes) -> Any:
+    """A record as W&B's protobuf message."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] generated
+
+    return Record.FromString(data)
 
 
 def data_artifact(url: str) -> Artifact:

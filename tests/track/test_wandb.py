@@ -1,0 +1,407 @@
+"""What W&B gets, read back from what was written offline, and from what a server on loopback was sent."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import load_config
+from minimind_ray.config.schema import Config
+from minimind_ray.track.wandb import WandbTracker, log_records, mark_failure, open_tracker, parse_record, sync_command
+from tests.track.endpoint import Endpoint
+
+KEY = "0" * 40
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No key, no settings of this machine's user, no proxy, and afterwards no run left open."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+    yield
+    if wandb.run:
+        wandb.run.finish()
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Endpoint]]:
+    """Makes this process talk to a new server with a key."""
+    servers: list[Endpoint] = []
+
+    def start(status: int = 200) -> Endpoint:
+        wandb.teardown()  # What it was told of the server before.
+        servers.append(Endpoint(status))
+        monkeypatch.setenv("WANDB_BASE_URL", servers[-1].url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        return servers[-1]
+
+    yield start
+    if wandb.run:
+        wandb.run.finish()
+    wandb.teardown()
+    for server in servers:
+        server.close()
+
+
+def config_of(out: Path, mode: str = "offline", **track: Any) -> Config:
+    keys = {f"track.{key}": value for key, value in {"wandb": mode, **track}.items()}
+    return load_config("sft", overrides={"out": str(out), "optim.lr": 1e-4, **keys})
+
+
+def line(step: int, **metrics: Any) -> dict[str, Any]:
+    return {"step": step, "tokens": step * 100, "loss": 1 / step, "timing": {"mfu": 0.5}, **metrics}
+
+
+def start(out: Path, mode: str = "offline", info: dict[str, Any] | None = None, **track: Any) -> WandbTracker:
+    out.mkdir(exist_ok=True)
+    tracker = open_tracker(config_of(out, mode, **track), info or {})
+    assert tracker
+    return tracker
+
+
+def records(out: Path) -> list[Any]:
+    """All that W&B has written for a run, oldest first."""
+    files = sorted(out.glob("wandb/*run-*/*.wandb"))
+    return [parse_record(data) for file in files for data, _ in log_records(file.read_bytes())]
+
+
+def values(items: Any) -> dict[str, Any]:
+    """A row of the history, or a part of the config or summary; deeper keys are joined by dots."""
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    return [values(r.history.item) for r in records(out) if r.HasField("history")]
+
+
+def summary(out: Path) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for r in records(out):
+        if r.HasField("summary"):
+            merged |= values(r.summary.update)
+    return merged
+
+
+@pytest.mark.unit
+def test_an_offline_run_holds_config_metrics_samples_and_summary(tmp_path: Path) -> None:
+    out = tmp_path / "a run"
+    info = {
+        "commit": "c0ffee",
+        "versions": {"torch": "2.13"},
+        "inputs": {"data.train": "/packs/1234", "data.val": None},
+    }
+    tracker = start(out, info=info, group="a sweep", tags=["x"], project="p")
+    tracker.log(line(1))
+    tracker.log(line(2, **{"val/loss": 1.5, "val/perplexity": 4.5}), ["春风", "a fox"])
+    tracker.log(line(3, **{"val/loss": 1.7, "val/perplexity": 5.5}))
+    tracker.finish("finished")
+
+    [run] = [r.run for r in records(out) if r.HasField("run")]
+    assert (run.project, run.run_group, run.job_type, run.display_name, list(run.tags)) == (
+        "p", "a sweep", "sft", "a run", ["x"],
+    )  # fmt: skip
+    config = values(run.config.update)
+    assert config["optim_lr"] == 1e-4
+    assert config["versions_torch"] == "2.13"
+    assert config["inputs_data_train"] == "/packs/1234"
+    assert not [key for key, value in config.items() if "." in key or (isinstance(value, dict) and key != "_wandb")]
+
+    rows = history(out)
+    assert [row["_step"] for row in rows] == [1, 2, 3]
+    assert [row["tokens"] for row in rows] == [100, 200, 300]
+    assert rows[0]["timing/mfu"] == 0.5
+    [table] = out.glob("wandb/*/files/media/table/*.json")
+    assert json.loads(table.read_text()) == {
+        "columns": ["step", "sample", "text"],
+        "data": [[2, 1, "春风"], [2, 2, "a fox"]],
+    }
+    assert rows[1]["samples.path"] == f"media/table/{table.name}"
+
+    axes = {r.metric.glob_name or r.metric.name: r.metric.step_metric for r in records(out) if r.HasField("metric")}
+    assert axes == {"step": "", "tokens": "", "*": "tokens"}
+    last = summary(out)
+    assert (last["loss"], last["val/loss"], last["state"]) == (1 / 3, 1.7, "finished")
+    assert (last["best/loss"], last["best/perplexity"], last["best/step"], last["best/tokens"]) == (1.5, 4.5, 2, 200)
+
+
+@pytest.mark.unit
+def test_records_are_what_wandb_itself_reads(tmp_path: Path) -> None:
+    tracker = start(tmp_path)
+    long = "x" * 70_000  # More than two blocks.
+    for step in range(1, 200):
+        tracker.log(line(step, note=long if step == 50 else "short"))
+    tracker.finish("finished")
+    [file] = tmp_path.glob("wandb/*run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", str(file), "--json"]
+    read = [
+        json.loads(x)
+        for x in subprocess.run(command, capture_output=True, check=True, text=True, cwd=tmp_path).stdout.splitlines()
+    ]
+    assert [r["history"]["item"]["note"] for r in read if r["type"] == "history"] == [
+        r["note"] for r in history(tmp_path)
+    ]
+    assert [r["num"] for r in read] == [r.num for r in records(tmp_path)]
+
+
+@pytest.mark.unit
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    """Also when the steps after the checkpoint had been logged already, or W&B died before it wrote the last ones."""
+    lines = [line(step) for step in range(1, 13)]
+    tracker = start(tmp_path)
+    info = {"wandb": tracker.identity}
+    for each in lines[:6]:
+        tracker.log(each)
+    tracker.finish("stopped")
+
+    # Back to the checkpoint after step 4; W&B has 6. Stops at 9, and the file loses its end.
+    tracker = open_tracker(config_of(tmp_path), info, metrics=lines[:4])
+    assert tracker
+    for each in lines[4:9]:
+        tracker.log(each)
+    tracker.finish("stopped")
+    file = max(tmp_path.glob("wandb/*run-*/*.wandb"))
+    ends = {parse_record(data).history.step.num: end for data, end in log_records(file.read_bytes())}
+    os.truncate(file, ends[8] - 3)
+    assert [row["step"] for row in history(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+    # On from the checkpoint after step 9: 8 and 9 come from metrics.jsonl, 9 with its samples.
+    samples = [{"step": 4, "samples": ["old"]}, {"step": 9, "samples": ["lost"]}]
+    tracker = open_tracker(config_of(tmp_path), info, metrics=lines[:9], samples=samples)
+    assert tracker
+    for each in lines[9:]:
+        tracker.log(each)
+    tracker.finish("finished")
+    assert [row["step"] for row in history(tmp_path)] == list(range(1, 13))
+    [table] = tmp_path.glob("wandb/*/files/media/table/*.json")
+    assert json.loads(table.read_text())["data"] == [[9, 1, "lost"]]
+    assert {r.run.run_id for r in records(tmp_path) if r.HasField("run")} == {info["wandb"]["id"]}
+
+
+@pytest.mark.unit
+def test_two_runs_are_two_also_in_one_directory_after_another(tmp_path: Path) -> None:
+    first, second = [], []
+    for ids in (first, second):
+        tracker = start(tmp_path)
+        ids.append(tracker.identity["id"])
+        tracker.finish("finished")
+    assert first != second
+
+
+@pytest.mark.unit
+def test_an_exception_marks_the_run_failed(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), mark_failure():
+        start(tmp_path).log(line(1))
+        raise ZeroDivisionError
+    assert wandb.run is None
+    assert summary(tmp_path)["state"] == "failed"
+    # The next trial in the same process has its own run.
+    start(tmp_path / "next").log(line(1))
+    assert len(history(tmp_path)) == 1
+
+
+@pytest.mark.unit
+def test_lineage_is_logged_by_reference(tmp_path: Path) -> None:
+    data, model = tmp_path / ("a" * 40), tmp_path / "base" / "checkpoints" / "step-00000002"
+    for folder in (data, model / "resume"):
+        folder.mkdir(parents=True)
+    (data / "manifest.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "base" / "run.json").write_text(json.dumps({"wandb": {"id": "theirs"}}))
+    out = tmp_path / "run"
+    out.mkdir()
+    info = {"inputs": {"data.train": str(data), "data.val": None, "init_from": "fingerprint"}}
+    tracker = open_tracker(config_of(out, artifacts=True), info, base=model)
+    assert tracker
+    result = out / "checkpoints" / "step-00000001"
+    (result / "resume").mkdir(parents=True)
+    (result / "model.safetensors").write_bytes(b"other weights")
+    (out / "run.json").write_text(json.dumps({"wandb": tracker.identity}))
+    tracker.finish("finished", result)
+
+    artifacts = {r.artifact.name: r.artifact for r in records(out) if r.HasField("artifact")}
+    own = f"model-{tracker.identity['id']}"
+    assert {name: a.use_after_commit for name, a in artifacts.items()} == {
+        "data-aaaaaaaaaaaaaaaa": True, "model-theirs": True, own: False,
+    }  # fmt: skip
+    contents = {name: [c.ref for c in a.manifest.contents] for name, a in artifacts.items()}
+    assert contents[own] == [(result / "model.safetensors").as_uri()]
+    assert contents["model-theirs"] == [(model / "model.safetensors").as_uri()]
+    assert contents["data-aaaaaaaaaaaaaaaa"] == [(data / "manifest.json").as_uri()]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("mode", "variable", "kind"),
+    [("off", None, None), ("auto", None, "offline"), ("auto", "disabled", None), ("auto", "offline", "offline"),
+     ("offline", "disabled", "offline")],
+)  # fmt: skip
+def test_modes_without_a_key(
+    mode: str, variable: str | None, kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    tracker = open_tracker(config_of(tmp_path, mode), {})
+    assert (tracker and tracker.identity["mode"]) == kind
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("key", "reason"), [(None, "there is no key: run `wandb login`"), ("short", "API key must have 40+ characters")]
+)
+def test_online_without_a_usable_key_is_the_users_error(
+    key: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    with pytest.raises(UserError, match="track.wandb is online, but") as error:
+        open_tracker(config_of(tmp_path, "online"), {})
+    assert reason in str(error.value)
+    assert capfd.readouterr() == ("", "")
+    if key:  # With auto it is said, and the run goes on offline.
+        tracker = open_tracker(config_of(tmp_path, "auto"), {})
+        assert tracker
+        assert tracker.run.offline
+        assert "logging offline" in capfd.readouterr().err
+
+
+@pytest.mark.unit
+def test_the_sync_command_names_what_waits(tmp_path: Path) -> None:
+    def pending(run: str, kind: str = "offline-run") -> Path:
+        file = tmp_path / run / "wandb" / f"{kind}-20260101_000000-id" / "run-id.wandb"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        return file
+
+    assert sync_command(tmp_path) is None
+    pending("online", "run")
+    assert sync_command(tmp_path) is None
+    first = pending("my sweep/trials/1")
+    one = f"wandb sync '{tmp_path}/my sweep/trials/1/wandb'"
+    assert sync_command(tmp_path / "my sweep" / "trials" / "1") == one
+    assert sync_command(tmp_path) == one
+    pending("my sweep/trials/2")
+    assert sync_command(tmp_path / "my sweep") == f"wandb sync '{tmp_path}/my sweep/trials'/*/wandb"
+    pending("pretrain")
+    assert sync_command(tmp_path) == f"wandb sync {tmp_path}/*/wandb {tmp_path}/*/*/*/wandb"
+    first.with_suffix(".wandb.synced").touch()
+    assert sync_command(first.parents[1]) is None
+
+
+@pytest.mark.slow
+def test_online_and_resumed_over_the_wire(online: Callable[..., Endpoint], tmp_path: Path) -> None:
+    server = online()
+    tracker = start(tmp_path, "online", group="g")
+    info = {"wandb": tracker.identity}
+    assert info["wandb"]["url"].startswith(f"{server.url}/someone/minimind-ray/runs/")
+    for step in range(1, 7):
+        tracker.log(line(step), ["春风"] if step == 3 else [])
+    tracker.finish("stopped")
+    tracker = open_tracker(config_of(tmp_path, "online", group="g"), info, metrics=[line(s) for s in range(1, 5)])
+    assert tracker
+    for step in range(5, 9):
+        tracker.log(line(step))
+    tracker.finish("finished")
+
+    [(name, run)] = server.runs.items()
+    assert name == info["wandb"]["id"]
+    assert [row["_step"] for row in run.rows] == list(range(1, 9))
+    assert (run.exit_code, run.summary["state"], run.summary["step"]) == (0, "finished", 8)
+    assert run.config["optim_lr"] == 1e-4
+    assert {(u["groupName"], u["jobType"]) for u in run.upserts if u["groupName"]} == {("g", "sft")}
+    assert "春风" in "".join(server.uploads.values())
+
+    # Nothing but the run: no telemetry, and nothing that tells the machine or its user.
+    assert {path.split("/")[1] for path, _, _ in server.requests} == {"graphql", "files", "upload"}
+    sent = "".join(f"{headers}{body}" for _, headers, body in server.requests)
+    for private in (socket.gethostname(), getpass.getuser(), sys.executable, Path(__file__).name):
+        assert not re.search(rf"(?<![\w/+=]){re.escape(private)}(?![\w/+=])", sent)
+    assert not {u["host"] or u["program"] or u["repo"] or u["commit"] for u in run.upserts} - {None}
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_offline_run_is_sent_whole_by_the_sync_command(
+    online: Callable[..., Endpoint], tmp_path: Path
+) -> None:
+    tracker = start(tmp_path)
+    info = {"wandb": tracker.identity}
+    for step in range(1, 7):
+        tracker.log(line(step), ["春风"] if step == 3 else [])
+    tracker.finish("running")
+    [file] = tmp_path.glob("wandb/*/*.wandb")
+    os.truncate(file, file.stat().st_size - 5)
+    tracker = open_tracker(config_of(tmp_path), info, metrics=[line(s) for s in range(1, 5)])
+    assert tracker
+    for step in range(5, 9):
+        tracker.log(line(step))
+    tracker.finish("finished")
+
+    server = online()
+    command = sync_command(tmp_path)
+    assert command
+    subprocess.run(
+        command.replace("wandb", f"{sys.executable} -m wandb", 1), shell=True, check=True, timeout=60, cwd=tmp_path
+    )
+    [(name, run)] = server.runs.items()
+    assert name == info["wandb"]["id"]
+    assert [row["_step"] for row in run.rows] == list(range(1, 9))
+    assert (run.exit_code, run.summary["state"]) == (0, "finished")
+    assert "春风" in "".join(server.uploads.values())
+    assert sync_command(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_the_key_is_the_users_error(
+    online: Callable[..., Endpoint], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    online(status=401)
+    with pytest.raises(UserError, match=r"track\.wandb is online, but W&B cannot be used: .*401"):
+        open_tracker(config_of(tmp_path, "online"), {})
+    tracker = open_tracker(config_of(tmp_path, "auto"), {})
+    assert tracker
+    assert tracker.run.offline
+    assert "401" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_no_server_is_an_error_within_bounds(
+    online: Callable[..., Endpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minimind_ray.track.wandb.CONNECT_SECONDS", 1)
+    online().close()
+    with pytest.raises(UserError, match="connection refused"):
+        open_tracker(config_of(tmp_path, "online"), {})
+
+
+@pytest.mark.slow
+def test_a_server_lost_in_mid_run_costs_a_bounded_wait_at_the_end(
+    online: Callable[..., Endpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("minimind_ray.track.wandb.FINISH_SECONDS", 1)
+    server = online()
+    tracker = start(tmp_path, "online")
+    tracker.log(line(1))
+    server.close()
+    tracker.log(line(2))
+    tracker.finish("finished")
+    said = capfd.readouterr().err
+    command = said[said.index("wandb sync") :].strip()
+    server = online()
+    subprocess.run(
+        command.replace("wandb", f"{sys.executable} -m wandb", 1), shell=True, check=True, timeout=60, cwd=tmp_path
+    )
+    [run] = server.runs.values()
+    assert [row["_step"] for row in run.rows] == [1, 2]
