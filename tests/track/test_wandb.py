@@ -19,7 +19,10 @@ import wandb
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import Config
+from minimind_ray.stages.run import begin, run_here
 from minimind_ray.track.wandb import WandbTracker, log_records, mark_failure, open_tracker, parse_record, sync_command
+from minimind_ray.train.context import PlainContext
+from tests.jobs import make_job
 from tests.track.endpoint import Endpoint
 
 KEY = "0" * 40
@@ -299,6 +302,39 @@ def test_the_sync_command_names_what_waits(tmp_path: Path) -> None:
     assert sync_command(tmp_path) == f"wandb sync {tmp_path}/*/wandb {tmp_path}/*/*/*/wandb"
     first.with_suffix(".wandb.synced").touch()
     assert sync_command(first.parents[1]) is None
+
+
+@pytest.mark.slow
+def test_a_training_run_that_fails_and_goes_on_is_one_run_with_the_steps_of_metrics_jsonl(tmp_path: Path) -> None:
+    settings = {"track.wandb": "offline", "track.artifacts": True, "checkpoint.every": 2, "eval.every": 2}
+    job = make_job(tmp_path, rows=150, **settings)
+    run = begin(job, resume=False)
+
+    class Failing(PlainContext):
+        def should_stop(self) -> bool:
+            if len(list(run.metrics())) == 3:
+                raise ZeroDivisionError
+            return False
+
+    context = Failing()
+    with pytest.raises(ZeroDivisionError):
+        job.run(context, job.data(context))
+    assert summary(run.path)["state"] == "failed"
+    begin(job, resume=True)
+    run_here(job)
+
+    expected = [(line["step"], line["tokens"], line["loss"], line["timing"]["mfu"]) for line in run.metrics()]
+    got = [(row["step"], row["tokens"], row["loss"], row["timing/mfu"]) for row in history(run.path)]
+    assert got[:2] + got[3:] == expected[:2] + expected[3:]
+    assert got[2][:3] == expected[2][:3]  # Logged before the failure, so with that attempt's timing.
+    tables = [json.loads(path.read_text())["data"] for path in run.path.glob("wandb/*/files/media/table/*.json")]
+    assert sorted(tables) == [[[s["step"], 1, s["samples"][0]]] for s in run.samples()]
+    ended = summary(run.path)
+    best = min((line for line in run.metrics() if "val/loss" in line), key=lambda line: line["val/loss"])
+    assert (ended["state"], ended["best/loss"], ended["best/step"]) == ("finished", best["val/loss"], best["step"])
+    artifacts = [r.artifact for r in records(run.path) if r.HasField("artifact")]
+    [model] = [artifact for artifact in artifacts if artifact.type == "model"]
+    assert model.name == f"model-{run.info()['wandb']['id']}"
 
 
 @pytest.mark.slow
