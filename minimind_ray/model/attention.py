@@ -1,15 +1,71 @@
 """Causal attention within each document of a ragged batch.
 
-    N tokens   D documents   H query heads   G key/value heads, each shared by H / G query heads   K head size
+    N tokens   D documents   H query heads   G key/value heads, each shared by J = H / G query heads   K head size
+    B documents of a bucket, padded to L tokens   S = B · L of all buckets
 
-`Layout` holds what depends on the documents' bounds alone; it is made once per batch and used by every layer.
+Documents of about the same length make a bucket, padded at their ends, where the causal mask hides it. Attention is
+then a few batched matrix products per bucket. With tens of documents of 50 to 500 tokens in a batch, on a CPU, this is
+3 to 6 times as fast as scaled_dot_product_attention on the same buckets, or per document. On a GPU, in 16 bits, it is
+torch's variable-length flash attention instead.
+
+Queries come scaled by 1 / sqrt(K). `Layout` holds what depends on the documents' lengths alone; it is made once per
+batch and used by every layer.
 """
+# pyright: reportIncompatibleMethodOverride=false
+# (torch declares backward(ctx, *grads), and every Function names its own.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import Function
+from torch.nn.attention.varlen import varlen_attn
+
+from minimind_ray.model.ops import causal_softmax, causal_softmax_backward
+
+LENGTH_STEP = 16
+"""Padded lengths are multiples of this, the rows of a matrix unit's tile."""
+SHORT = 32
+"""Documents up to here share a bucket whatever their length."""
+QUERY_BLOCK = 256
+"""Rows that query at once; the keys after them are left out."""
+
+
+class Bucket(NamedTuple):
+    """The `documents` (their numbers), padded to `length`; `start` is the padded tokens of the buckets before."""
+
+    documents: Tensor
+    length: int
+    start: int
+
+    def view(self, x: Tensor, heads: int, groups: int) -> Tensor:
+        """This bucket's part of [S · heads, K], as [BG, heads / groups, L, K]."""
+        rows = len(self.documents) * self.length * heads
+        part = x[self.start * heads : self.start * heads + rows]
+        return part.view(len(self.documents) * groups, heads // groups, self.length, -1)
+
+
+class HeadIndex(NamedTuple):
+    """Between rows of [N, heads, K] and the buckets' [B, heads, L, K], one bucket after another.
+
+    `rows` names the row that belongs at each padded place, any one for `padding`; `places` the place of each row.
+    """
+
+    rows: Tensor
+    places: Tensor
+    padding: Tensor
+
+    def pad(self, x_NHK: Tensor) -> Tensor:
+        """[N, heads, K] to [S · heads, K]."""
+        return x_NHK.flatten(0, 1).index_select(0, self.rows)
+
+    def unpad(self, x: Tensor, heads: int) -> Tensor:
+        """[S · heads, K] to [N, heads, K]."""
+        return x.index_select(0, self.places).unflatten(0, (-1, heads))
 
 
 class Layout:
@@ -19,39 +75,120 @@ class Layout:
     """
 
     def __init__(self, bounds_D1: Tensor, device: torch.device) -> None:
-        lengths_D = bounds_D1.diff().long()
-        starts_N = bounds_D1[:-1].long().repeat_interleave(lengths_D)
-        self.lengths: list[int] = lengths_D.tolist()
+        self.device = device
+        self.bounds_D1 = bounds_D1
+        self.lengths_D, self.starts_D = bounds_D1.diff().long(), bounds_D1[:-1].long()
+        starts_N = self.starts_D.repeat_interleave(self.lengths_D)
         self.positions_N = (torch.arange(len(starts_N)) - starts_N).to(device)
-        self.bounds_D1 = bounds_D1.to(device) if device.type == "cuda" else bounds_D1
+        self._indices: dict[int, HeadIndex] = {}
 
     def attend(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        """Softmax attention (Vaswani et al. 2017, eq. 1) of each token over its document up to itself: [N, H, K]."""
-        if q_NHK.device.type == "cuda":
-            return varlen_attention(q_NHK, k_NGK, v_NGK, self)
-        return per_document_attention(q_NHK, k_NGK, v_NGK, self)
+        """softmax(q kᵀ) v (Vaswani et al. 2017, eq. 1) of each token over its document up to itself: [N, H, K]."""
+        if q_NHK.device.type == "cuda" and q_NHK.dtype.itemsize == 2:
+            return self._varlen(q_NHK, k_NGK, v_NGK)
+        return _BucketAttention.apply(q_NHK, k_NGK, v_NGK, self)
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """Longest first; the shortest document of a bucket is over 3/4 as long as its longest, or both are short."""
+        return list(_buckets(self.lengths_D))
+
+    def index(self, heads: int) -> HeadIndex:
+        """For queries (H heads) or for keys and values (G)."""
+        if heads not in self._indices:
+            self._indices[heads] = _head_index(self, heads)
+        return self._indices[heads]
+
+    @cached_property
+    def _varlen_bounds(self) -> tuple[Tensor, int]:
+        return self.bounds_D1.to(self.device), int(self.lengths_D.max())
+
+    def _varlen(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        bounds_D1, longest = self._varlen_bounds
+        out_NHK = varlen_attn(
+            q_NHK, k_NGK, v_NGK, bounds_D1, bounds_D1, longest, longest,
+            scale=1.0, window_size=(-1, 0), enable_gqa=True,
+        )  # fmt: skip
+        assert isinstance(out_NHK, Tensor)
+        return out_NHK
 
 
-def per_document_attention(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layout: Layout) -> Tensor:
-    """One scaled-dot-product call per document."""
-    repeats = q_NHK.shape[1] // k_NGK.shape[1]
-    k_NHK, v_NHK = (x.repeat_interleave(repeats, dim=1) for x in (k_NGK, v_NGK))
-    documents = zip(*(x.split(layout.lengths) for x in (q_NHK, k_NHK, v_NHK)))
-    outs = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1).unsqueeze(0) for x in document), is_causal=True)
-        for document in documents
-    ]
-    return torch.cat([out.squeeze(0).transpose(0, 1) for out in outs])
+def _buckets(lengths_D: Tensor) -> Iterator[Bucket]:
+    sorted_D, order_D = lengths_D.sort(descending=True, stable=True)
+    first = start = 0
+    while first < int((lengths_D > 0).sum()):
+        longest = int(sorted_D[first])
+        end = int((sorted_D > (0 if longest <= SHORT else longest * 3 // 4)).sum())
+        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        yield Bucket(order_D[first:end], length, start)
+        first, start = end, start + (end - first) * length
 
 
-def varlen_attention(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layout: Layout) -> Tensor:
-    """torch's variable-length flash attention: CUDA, bfloat16 or float16."""
-    from torch.nn.attention.varlen import varlen_attn
+def _head_index(layout: Layout, heads: int) -> HeadIndex:
+    places_NH = torch.empty(len(layout.positions_N), heads, dtype=torch.long)
+    rows: list[Tensor] = []
+    padding: list[Tensor] = []
+    for documents, length, start in layout.buckets:
+        lengths_B1, starts_B1 = (x[documents].unsqueeze(1) for x in (layout.lengths_D, layout.starts_D))
+        columns_L = torch.arange(length)
+        tokens_BL = starts_B1 + torch.minimum(columns_L, lengths_B1 - 1)
+        places_BHL = torch.arange(start * heads, (start + tokens_BL.numel()) * heads).view(-1, heads, length)
+        places_BLH = places_BHL.transpose(1, 2)
+        real_BL = columns_L < lengths_B1
+        places_NH[tokens_BL[real_BL]] = places_BLH[real_BL]
+        rows.append((tokens_BL.unsqueeze(1) * heads + torch.arange(heads).unsqueeze(1)).flatten())
+        padding.append(places_BLH[~real_BL].flatten())
+    parts = (torch.cat(rows), places_NH.flatten(), torch.cat(padding))
+    return HeadIndex(*(part.to(layout.device) for part in parts))
 
-    longest = max(layout.lengths)
-    out = varlen_attn(
-        q_NHK, k_NGK, v_NGK, layout.bounds_D1, layout.bounds_D1, longest, longest,
-        window_size=(-1, 0), enable_gqa=True,
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out
+
+class _BucketAttention(Function):
+    """Keeps the probabilities for the backward pass: for each query head and pair of tokens one number."""
+
+    @staticmethod
+    def forward(ctx: Any, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layout: Layout) -> Any:
+        heads, groups = q_NHK.shape[1], k_NGK.shape[1]
+        queries, keys = layout.index(heads), layout.index(groups)
+        q, k, v = queries.pad(q_NHK), keys.pad(k_NGK), keys.pad(v_NGK)
+        out = torch.empty_like(q)
+        probabilities: list[Tensor] = []
+        for bucket in layout.buckets:
+            q_, out_ = (bucket.view(x, heads, groups) for x in (q, out))
+            k_, v_ = (bucket.view(x, groups, groups).squeeze(1) for x in (k, v))
+            for rows, end in _blocks(bucket.length):
+                scores = torch.bmm(q_[:, :, rows].flatten(1, 2), k_[:, :end].transpose(1, 2))
+                p = causal_softmax(scores, rows)
+                out_[:, :, rows] = torch.bmm(p, v_[:, :end]).unflatten(1, (heads // groups, -1))
+                probabilities.append(p)
+        ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.layout, ctx.heads, ctx.groups = layout, heads, groups
+        return queries.unpad(out, heads)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NHK: Tensor) -> Any:
+        q, k, v, *probabilities = ctx.saved_tensors
+        layout, heads, groups = ctx.layout, ctx.heads, ctx.groups
+        queries, keys = layout.index(heads), layout.index(groups)
+        # What padding asked for must not reach the keys.
+        grad = queries.pad(grad_NHK).index_fill_(0, queries.padding, 0.0)
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+        remaining = iter(probabilities)
+        for bucket in layout.buckets:
+            q_, grad_, grad_q_ = (bucket.view(x, heads, groups) for x in (q, grad, grad_q))
+            k_, v_, grad_k_, grad_v_ = (bucket.view(x, groups, groups).squeeze(1) for x in (k, v, grad_k, grad_v))
+            for rows, end in _blocks(bucket.length):
+                p, grad_rows = next(remaining), grad_[:, :, rows].flatten(1, 2)
+                grad_scores = causal_softmax_backward(torch.bmm(grad_rows, v_[:, :end].transpose(1, 2)), p)
+                grad_q_[:, :, rows] = torch.bmm(grad_scores, k_[:, :end]).unflatten(1, (heads // groups, -1))
+                # The first block has every key; the later ones, with fewer, add to it.
+                beta = 0 if end == bucket.length else 1
+                grad_k_[:, :end].baddbmm_(grad_scores.transpose(1, 2), q_[:, :, rows].flatten(1, 2), beta=beta)
+                grad_v_[:, :end].baddbmm_(p.transpose(1, 2), grad_rows, beta=beta)
+        return queries.unpad(grad_q, heads), keys.unpad(grad_k, groups), keys.unpad(grad_v, groups), None
+
+
+def _blocks(length: int) -> Iterator[tuple[slice, int]]:
+    """Last first: the rows that query at once, and where their keys end."""
+    for start in reversed(range(0, length, QUERY_BLOCK)):
+        end = min(start + QUERY_BLOCK, length)
+        yield slice(start, end), end

@@ -131,9 +131,9 @@ class Cache:
     def __init__(self, shape: ModelShape, layout: Layout, capacity: int) -> None:
         self.shape, self.layout, self.capacity = shape, layout, capacity
         device = layout.positions_N.device
-        self.lengths_B = torch.tensor(layout.lengths, device=device)
-        self.rows_N = torch.arange(len(layout.lengths), device=device).repeat_interleave(self.lengths_B)
-        self.longest = max(layout.lengths)
+        self.lengths_B = layout.lengths_D.to(device)
+        self.rows_N = torch.arange(len(layout.lengths_D), device=device).repeat_interleave(self.lengths_B)
+        self.longest = int(layout.lengths_D.max())
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -142,7 +142,7 @@ class Cache:
         assert layer == len(self.keys)
         for x_NGK, kept in ((k_NGK, self.keys), (v_NGK, self.values)):
             _, heads, size = x_NGK.shape
-            kept_BTGK = x_NGK.new_zeros(len(self.layout.lengths), self.capacity, heads, size)
+            kept_BTGK = x_NGK.new_zeros(len(self.layout.lengths_D), self.capacity, heads, size)
             kept_BTGK[self.rows_N, self.layout.positions_N] = x_NGK
             kept.append(kept_BTGK)
         return self.layout.attend(q_NHK, k_NGK, v_NGK)
@@ -165,4 +165,4 @@ class Cache:
         k_BGTK, v_BGTK = (kept[layer][:, : self.longest].transpose(1, 2) for kept in (self.keys, self.values))
         # The J heads that share a key head are as J queries of it: no copy of keys and values per query head.
         q_BGJK = q_BHK.unflatten(1, (k_BGK.shape[1], -1))
-        return F.scaled_dot_product_attention(q_BGJK, k_BGTK, v_BGTK, attn_mask=self.mask_B11T).flatten(1, 2)
+        return F.scaled_dot_product_attention(q_BGJK, k_BGTK, v_BGTK, attn_mask=self.mask_B11T, scale=1.0).flatten(1, 2)

@@ -19,23 +19,20 @@ from torch import Tensor, nn
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.model.attention import Layout
 from minimind_ray.model.moe import MixtureOfExperts
+from minimind_ray.model.ops import add_norm, compile_kernels, norm_rotate, rotate, swiglu
 
 INIT_STD = 0.02
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q_NHK, k_NGK, v_NGK) -> out_NHK: who attends to whom is the caller's business."""
+"""(layer, q_NHK scaled by 1 / sqrt(K), k_NGK, v_NGK) -> out_NHK: who attends to whom is the caller's business."""
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32 (Zhang & Sennrich 2019, eq. 4)."""
+    """The weight and epsilon of a norm; `ops` computes it, together with what comes before or after."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised x, float32."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -57,10 +54,12 @@ class Attention(nn.Module):
         """What the tokens read from their documents, [N, C]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_NHK, k_NGK, v_NGK = (p(x_NC).unflatten(-1, (-1, self.shape.head_dim)) for p in projections)
-        dtype = q_NHK.dtype
+        scale = self.shape.head_dim**-0.5
         if self.shape.qk_norm:
-            q_NHK, k_NGK = self.q_norm(q_NHK), self.k_norm(k_NGK)
-        q_NHK, k_NGK = (rotate(x, rotary).to(dtype) for x in (q_NHK, k_NGK))
+            q_NHK = norm_rotate(q_NHK, self.q_norm.weight, self.q_norm.eps, rotary, scale)
+            k_NGK = norm_rotate(k_NGK, self.k_norm.weight, self.k_norm.eps, rotary)
+        else:
+            q_NHK, k_NGK = rotate(q_NHK, rotary, scale), rotate(k_NGK, rotary)
         return self.o_proj(attend(layer, q_NHK, k_NGK, v_NGK).flatten(1))
 
 
@@ -75,7 +74,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """[N, C] to [N, C]."""
-        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))
+        return self.down_proj(swiglu(self.gate_proj(x_NC), self.up_proj(x_NC)))
 
 
 class Block(nn.Module):
@@ -94,10 +93,15 @@ class Block(nn.Module):
             self.mlp = FeedForward(shape.hidden_size, shape.intermediate_size)
         self.dropout = nn.Dropout(shape.dropout)
 
-    def forward(self, x_NC: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        """The residual stream after this block."""
-        x_NC = x_NC + self.dropout(self.self_attn(self.input_layernorm(x_NC), rotary, layer, attend))
-        return x_NC + self.dropout(self.mlp(self.post_attention_layernorm(x_NC)))
+    def forward(
+        self, x_NC: Tensor, delta_NC: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """From a residual stream x and what is yet to be added to it, the same after this block."""
+        before, after = self.input_layernorm, self.post_attention_layernorm
+        x_NC, normed_NC = add_norm(x_NC, delta_NC, before.weight, before.eps)
+        delta_NC = self.dropout(self.self_attn(normed_NC, rotary, layer, attend))
+        x_NC, normed_NC = add_norm(x_NC, delta_NC, after.weight, after.eps)
+        return x_NC, self.dropout(self.mlp(normed_NC))
 
 
 class Decoder(nn.Module):
@@ -113,9 +117,10 @@ class Decoder(nn.Module):
     def forward(self, tokens_N: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Hidden states after the last norm, [N, C]."""
         x_NC = self.dropout(self.embed_tokens(tokens_N))
+        delta_NC = torch.zeros_like(x_NC)
         for index, layer in enumerate(self.layers):
-            x_NC = layer(x_NC, rotary, index, attend)
-        return self.norm(x_NC)
+            x_NC, delta_NC = layer(x_NC, delta_NC, rotary, index, attend)
+        return add_norm(x_NC, delta_NC, self.norm.weight, self.norm.eps)[1]
 
 
 class Transformer(nn.Module):
@@ -155,17 +160,14 @@ class Transformer(nn.Module):
         """Logits [M, V] of hidden states."""
         return F.linear(hidden_MC, self.vocab_weight)
 
+    def compile_blocks(self) -> None:
+        """Compile what lies between the matrix products, for this process; the first steps are slow."""
+        compile_kernels()
+
     def aux_loss(self) -> Tensor:
         """The routers' load-balancing loss, a mean over the last forward pass's tokens, summed over layers."""
         losses = [m.aux_loss for m in self.modules() if isinstance(m, MixtureOfExperts) and m.aux_loss is not None]
         return torch.stack(losses).sum() if losses else self.vocab_weight.new_zeros(())
-
-
-def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions (Su et al. 2021, eq. 34), pairs (i, i + K/2) as Hugging Face has them."""
-    cos_N1R, sin_N1R = (x.unsqueeze(1) for x in rotary)
-    a_NHR, b_NHR = x_NHK.chunk(2, dim=-1)
-    return torch.cat((a_NHR * cos_N1R - b_NHR * sin_N1R, b_NHR * cos_N1R + a_NHR * sin_N1R), dim=-1)
 
 
 def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.batch import Batch
 from minimind_ray.data.pack import Pack
+from minimind_ray.model.ops import log_probs
 from minimind_ray.model.transformer import Transformer
 
 MOST_LOGITS = 2**26
@@ -36,7 +37,7 @@ def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tens
 
 
 def _log_probs(model: Transformer, hidden_MC: Tensor, targets_M: Tensor) -> Tensor:
-    return -F.cross_entropy(model.project(hidden_MC).float(), targets_M, reduction="none")
+    return log_probs(model.project(hidden_MC), targets_M)
 
 
 def sequence_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,273 @@
+"""What lies between the matrix products: few passes over memory, gradients written out, float32 inside.
+
+    N tokens   C channels   F feed-forward   H heads   K head size   R = K / 2 rotary pairs   M rows   V vocabulary
+
+On a CPU with fast matrix units these passes, not the products, are most of a step. Each operation is a `Function`
+whose forward and backward are one `kernel`, a pure function of tensors. Kernels run as they are written, or, after
+`compile_kernels`, as one compiled loop each; they depend on no weights or layers, so every layer shares them.
+
+Results that feed a matrix product have the dtype of matrix products: autocast's where it is on, else the input's.
+"""
+# pyright: reportIncompatibleMethodOverride=false
+# (torch declares backward(ctx, *grads), and every Function names its own.)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function
+
+
+class Kernel:
+    """A function of tensors that `compile_kernels` can replace by a compiled one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.eager = self.run = function
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function gives."""
+        return self.run(*args)
+
+
+KERNELS: list[Kernel] = []
+
+
+def kernel(function: Callable[..., Any]) -> Kernel:
+    """Make a function a `Kernel`."""
+    KERNELS.append(Kernel(function))
+    return KERNELS[-1]
+
+
+def compile_kernels() -> None:
+    """Compile every kernel at its first use, for any number of tokens."""
+    for each in KERNELS:
+        each.run = torch.compile(each.eager, dynamic=True)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matrix products of `x` have here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# Residual sum and RMSNorm: y = x + delta, y / sqrt(mean(y²) + eps) · weight (Zhang & Sennrich 2019, eq. 4)
+
+
+@kernel
+def _add_norm(x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype) -> Any:
+    y_NC = x_NC + delta_NC
+    scale_N1 = torch.rsqrt(y_NC.square().mean(-1, keepdim=True) + eps)
+    return y_NC, (y_NC * scale_N1 * weight_C).to(dtype), scale_N1
+
+
+@kernel
+def _add_norm_backward(
+    grad_y_NC: Tensor, grad_out_NC: Tensor, y_NC: Tensor, scale_N1: Tensor, weight_C: Tensor, dtype: torch.dtype
+) -> Any:
+    grad_out_NC = wide(grad_out_NC)
+    normed_NC = y_NC * scale_N1
+    grad_weight_C = (grad_out_NC * normed_NC).sum(0)
+    grad_NC = grad_out_NC * weight_C
+    grad_NC = (grad_NC - normed_NC * (grad_NC * normed_NC).mean(-1, keepdim=True)) * scale_N1 + grad_y_NC
+    return grad_NC, grad_NC.to(dtype), grad_weight_C
+
+
+class _AddNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float) -> Any:
+        y_NC, out_NC, scale_N1 = _add_norm(x_NC, delta_NC, weight_C, eps, product_dtype(x_NC))
+        ctx.save_for_backward(y_NC, scale_N1, weight_C)
+        ctx.delta_dtype = delta_NC.dtype
+        return y_NC, out_NC
+
+    @staticmethod
+    def backward(ctx: Any, grad_y_NC: Tensor, grad_out_NC: Tensor) -> Any:
+        y_NC, scale_N1, weight_C = ctx.saved_tensors
+        grads = _add_norm_backward(grad_y_NC, grad_out_NC, y_NC, scale_N1, weight_C, ctx.delta_dtype)
+        return *grads, None
+
+
+def add_norm(x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream x + delta, and its RMSNorm for the next product."""
+    return _AddNorm.apply(x_NC, delta_NC, weight_C, eps)
+
+
+# RMSNorm per head and rotary positions (Su et al. 2021, eq. 34), pairs (i, i + K/2) as Hugging Face has them
+
+
+@kernel
+def _rotate(x_NHK: Tensor, cos_NR: Tensor, sin_NR: Tensor, scale: float) -> Any:
+    a_NHR, b_NHR = wide(x_NHK).chunk(2, dim=-1)
+    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
+    return torch.cat((a_NHR * cos_N1R - b_NHR * sin_N1R, b_NHR * cos_N1R + a_NHR * sin_N1R), -1).to(x_NHK.dtype)
+
+
+@kernel
+def _norm_rotate(x_NHK: Tensor, weight_K: Tensor, cos_NR: Tensor, sin_NR: Tensor, eps: float, scale: float) -> Any:
+    wide_NHK = wide(x_NHK)
+    scale_NH1 = torch.rsqrt(wide_NHK.square().mean(-1, keepdim=True) + eps)
+    a_NHR, b_NHR = (wide_NHK * scale_NH1 * weight_K).chunk(2, dim=-1)
+    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
+    out_NHK = torch.cat((a_NHR * cos_N1R - b_NHR * sin_N1R, b_NHR * cos_N1R + a_NHR * sin_N1R), -1)
+    return out_NHK.to(x_NHK.dtype), scale_NH1
+
+
+@kernel
+def _norm_rotate_backward(
+    grad_out_NHK: Tensor, x_NHK: Tensor, weight_K: Tensor, scale_NH1: Tensor, cos_NR: Tensor, sin_NR: Tensor,
+    scale: float,
+) -> Any:  # fmt: skip
+    a_NHR, b_NHR = wide(grad_out_NHK).chunk(2, dim=-1)
+    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
+    grad_NHK = torch.cat((a_NHR * cos_N1R + b_NHR * sin_N1R, b_NHR * cos_N1R - a_NHR * sin_N1R), -1)
+    normed_NHK = wide(x_NHK) * scale_NH1
+    grad_weight_K = (grad_NHK * normed_NHK).sum((0, 1))
+    grad_NHK = grad_NHK * weight_K
+    grad_NHK = (grad_NHK - normed_NHK * (grad_NHK * normed_NHK).mean(-1, keepdim=True)) * scale_NH1
+    return grad_NHK.to(x_NHK.dtype), grad_weight_K
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NHK: Tensor, cos_NR: Tensor, sin_NR: Tensor, scale: float) -> Any:
+        ctx.save_for_backward(cos_NR, sin_NR)
+        ctx.scale = scale
+        return _rotate(x_NHK, cos_NR, sin_NR, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out_NHK: Tensor) -> Any:
+        cos_NR, sin_NR = ctx.saved_tensors
+        return _rotate(grad_out_NHK, cos_NR, -sin_NR, ctx.scale), None, None, None
+
+
+class _NormRotate(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NHK: Tensor, weight_K: Tensor, cos_NR: Tensor, sin_NR: Tensor, eps: float, scale: float
+    ) -> Any:
+        out_NHK, scale_NH1 = _norm_rotate(x_NHK, weight_K, cos_NR, sin_NR, eps, scale)
+        ctx.save_for_backward(x_NHK, weight_K, scale_NH1, cos_NR, sin_NR)
+        ctx.scale = scale
+        return out_NHK
+
+    @staticmethod
+    def backward(ctx: Any, grad_out_NHK: Tensor) -> Any:
+        return *_norm_rotate_backward(grad_out_NHK, *ctx.saved_tensors, ctx.scale), None, None, None, None
+
+
+def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
+    """`scale` · x with each pair turned by its position's angle; `rotary` holds cosine and sine, [N, R]."""
+    return _Rotate.apply(x_NHK, *rotary, scale)
+
+
+def norm_rotate(
+    x_NHK: Tensor, weight_K: Tensor, eps: float, rotary: tuple[Tensor, Tensor], scale: float = 1.0
+) -> Tensor:
+    """As `rotate`, of the RMSNorm over each head."""
+    return _NormRotate.apply(x_NHK, weight_K, *rotary, eps, scale)
+
+
+# SwiGLU (Shazeer 2020, eq. 6): silu(gate) · up
+
+
+@kernel
+def _swiglu(gate_NF: Tensor, up_NF: Tensor) -> Any:
+    return (F.silu(wide(gate_NF)) * up_NF).to(gate_NF.dtype)
+
+
+@kernel
+def _swiglu_backward(grad_out_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> Any:
+    grad_NF, wide_NF = wide(grad_out_NF), wide(gate_NF)
+    sigmoid_NF = wide_NF.sigmoid()
+    silu_NF = wide_NF * sigmoid_NF
+    grad_gate_NF = grad_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
+    return grad_gate_NF.to(gate_NF.dtype), (grad_NF * silu_NF).to(gate_NF.dtype)
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Any:
+        ctx.save_for_backward(gate_NF, up_NF)
+        return _swiglu(gate_NF, up_NF)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out_NF: Tensor) -> Any:
+        return _swiglu_backward(grad_out_NF, *ctx.saved_tensors)
+
+
+def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return _SwiGLU.apply(gate_NF, up_NF)
+
+
+# Softmax of attention scores, of rows that see the columns up to their own position
+
+
+@kernel
+def _causal_softmax(scores_BJRE: Tensor, first: int) -> Any:
+    columns_E = torch.arange(scores_BJRE.shape[-1], device=scores_BJRE.device)
+    positions_R1 = torch.arange(scores_BJRE.shape[-2], device=scores_BJRE.device).unsqueeze(1) + first
+    return wide(scores_BJRE).masked_fill(columns_E > positions_R1, -torch.inf).softmax(-1).to(scores_BJRE.dtype)
+
+
+@kernel
+def _softmax_backward(grad: Tensor, p: Tensor) -> Any:
+    weighted = wide(grad) * p
+    return (weighted - p * weighted.sum(-1, keepdim=True)).to(p.dtype)
+
+
+def causal_softmax(scores: Tensor, rows: slice) -> Tensor:
+    """`scores` [B, J · R, E], J times the R rows at positions `rows`; the E columns begin at position 0."""
+    size = rows.stop - rows.start
+    return _causal_softmax(scores.unflatten(1, (-1, size)), rows.start).flatten(1, 2)
+
+
+def causal_softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
+    """The gradient of the scores, from that of the probabilities `p`."""
+    return _softmax_backward(grad, p)
+
+
+# Log-probability of one class per row
+
+
+@kernel
+def _log_probs(logits_MV: Tensor, targets_M: Tensor) -> Any:
+    largest_M1 = logits_MV.amax(-1, keepdim=True)
+    exp_MV = (wide(logits_MV) - largest_M1).exp()
+    sum_M = exp_MV.sum(-1)
+    targets_M1 = targets_M.unsqueeze(1)
+    log_probs_M = wide(logits_MV.gather(1, targets_M1) - largest_M1).squeeze(1) - sum_M.log()
+    return log_probs_M, exp_MV.to(logits_MV.dtype), sum_M
+
+
+@kernel
+def _log_probs_backward(grad_M: Tensor, exp_MV: Tensor, targets_M: Tensor, sum_M: Tensor) -> Any:
+    columns_V = torch.arange(exp_MV.shape[1], device=exp_MV.device)
+    target_MV = (columns_V == targets_M.unsqueeze(1)) * grad_M.unsqueeze(1)
+    return (target_MV - exp_MV * (grad_M / sum_M).unsqueeze(1)).to(exp_MV.dtype)
+
+
+class _LogProbs(Function):
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, targets_M: Tensor) -> Any:
+        out_M, exp_MV, sum_M = _log_probs(logits_MV, targets_M)
+        ctx.save_for_backward(exp_MV, targets_M, sum_M)  # For the backward pass exp need not be computed again.
+        return out_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: Tensor) -> Any:
+        return _log_probs_backward(grad_M, *ctx.saved_tensors), None
+
+
+def log_probs(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """log softmax(logits)[target] of each row, in nats, float32 at least."""
+    return _LogProbs.apply(logits_MV, targets_M)

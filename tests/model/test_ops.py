@@ -1,0 +1,81 @@
+"""Operations with hand-written gradients, against their plain formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_ray.model import ops
+
+pytestmark = pytest.mark.unit
+
+EPS = 1e-3
+
+
+def draw(*size: int) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As Hugging Face writes it."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = (torch.cat((c, c), -1).unsqueeze(1) for c in (cos, sin))
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def cases() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], list[Tensor]]]:
+    torch.manual_seed(0)
+    yield (
+        "add_norm",
+        lambda x, delta, w: ops.add_norm(x, delta, w, EPS),
+        lambda x, delta, w: (x + delta, F.rms_norm(x + delta, w.shape, w, EPS)),
+        [draw(5, 8), draw(5, 8), draw(8)],
+    )
+    angles = draw(5, 4).detach()
+    rotary = (angles.cos(), angles.sin())
+    yield (
+        "rotate",
+        lambda x: ops.rotate(x, rotary, 0.3),
+        lambda x: plain_rotate(x, *rotary) * 0.3,
+        [draw(5, 3, 8)],
+    )
+    yield (
+        "norm_rotate",
+        lambda x, w: ops.norm_rotate(x, w, EPS, rotary, 0.3),
+        lambda x, w: plain_rotate(F.rms_norm(x, w.shape, w, EPS), *rotary) * 0.3,
+        [draw(5, 3, 8), draw(8)],
+    )
+    yield "swiglu", ops.swiglu, lambda gate, up: F.silu(gate) * up, [draw(5, 8), draw(5, 8)]
+    targets = torch.tensor([3, 0, 6, 3])
+    yield (
+        "log_probs",
+        lambda logits: ops.log_probs(logits, targets),
+        lambda logits: -F.cross_entropy(logits, targets, reduction="none"),
+        [draw(4, 7)],
+    )
+
+
+CASES = {name: case for name, *case in cases()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient(name: str) -> None:
+    ours, plain, inputs = CASES[name]
+    torch.testing.assert_close(ours(*inputs), plain(*inputs), rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, inputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_is_rounded_once(name: str) -> None:
+    """Inside an operation nothing is rounded: from 16-bit inputs it gives the float32 result, rounded at the end."""
+    ours, plain, inputs = CASES[name]
+    rounded = [x.detach().to(torch.bfloat16) for x in inputs]
+    expected = plain(*(x.float() for x in rounded))
+    results = ours(*rounded)
+    for got, value in zip(*([r] if isinstance(r, Tensor) else r for r in (results, expected)), strict=True):
+        torch.testing.assert_close(got.float(), value.to(got.dtype).float(), rtol=2**-7, atol=1e-3)
