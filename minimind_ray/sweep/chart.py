@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.compare import Comparison, Row, Verdict
+from minimind_ray.sweep.compare import Comparison, Row, Verdict, trial_metric
 from minimind_ray.sweep.text import count_text, number_text, shorten, value_text
 from minimind_ray.sweep.trials import Trial
 
@@ -80,7 +80,7 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten, about `count` of them."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.8 * rough)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -226,7 +226,7 @@ def metric_against_axis(comparison: Comparison, key: str, spec: list[Any] | str 
         assert row.metric
         others = repr([(row.sweep, row.point[k]) for k in comparison.keys if k != key])
         lines.setdefault(others, []).append((at_x, y(row.metric.value)))
-        seeds = [v for t in row.compared if (v := t.last(comparison.metric)) is not None]
+        seeds = [trial_metric(t, comparison.metric) for t in row.compared]
         inside: list[Markup] = [element("title", describe(comparison, row))]
         if row.metric.low is not None and row.metric.high is not None:
             inside.append(
@@ -308,7 +308,8 @@ def parallel_coordinates(comparison: Comparison, specs: dict[str, list[Any] | st
     for x, (name, values, scale) in zip(xs, [*ticks, (comparison.metric, metric.ticks(), metric)]):
         side, anchor = (7, "start") if x == xs[-1] else (-7, "end")
         marks.append(element("line", x1=x, x2=x, y1=top, y2=bottom, class_="tick"))
-        marks.append(element("text", name, x=x, y=top - 16, text_anchor="middle", class_="name"))
+        name_x, name_anchor = (width - 4, "end") if x == xs[-1] else (x, "middle")
+        marks.append(element("text", name, x=name_x, y=top - 16, text_anchor=name_anchor, class_="name"))
         marks += [
             element("text", shorten(text, 14), x=x + side, y=scale(value) + 4, text_anchor=anchor, class_="halo")
             for value, text in values

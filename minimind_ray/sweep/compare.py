@@ -85,6 +85,14 @@ class Comparison:
     high_PP: np.ndarray
 
     @property
+    def winner(self) -> Trial | None:
+        """The best point's trial with the best metric; None while nothing has been validated to its end."""
+        if not self.rows or not self.rows[0].compared:
+            return None
+        sign = 1.0 if self.mode == "min" else -1.0
+        return min(self.rows[0].compared, key=lambda trial: sign * trial_metric(trial, self.metric))
+
+    @property
     def digits(self) -> int:
         """Decimals that show two digits of the narrowest interval."""
         intervals = [i for row in self.rows for i in (row.metric, row.difference) if i]
@@ -405,6 +413,12 @@ def _terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
     return validation.columns[numerator] * scale, validation.columns[denominator]
 
 
+def trial_metric(trial: Trial, metric: str) -> float:
+    """The metric of one trial's last validation. Raises UserError where it cannot be had from its examples."""
+    numerator_E, denominator_E = _terms(trial, metric)
+    return float(numerator_E.sum() / denominator_E.sum())
+
+
 def _verdict(low: float, high: float) -> Verdict:
     """Of a difference in the direction of worse."""
     return "worse" if low > 0 else "better" if high < 0 else "not distinguishable"
@@ -450,6 +464,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "mode": comparison.mode,
         "examples": comparison.examples,
         "notes": comparison.notes,
+        "winner": comparison.winner.id if comparison.winner else None,
         "points": [
             {
                 "sweep": row.sweep,

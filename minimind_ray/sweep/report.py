@@ -82,7 +82,7 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
             for key, spec in info.axes.items()
             if any(row.metric for row in rows)
         ],
-        parallel=chart.parallel_coordinates(comparison, info.axes) if info.axes and measured else None,
+        parallel=chart.parallel_coordinates(comparison, info.axes) if len(info.axes) > 1 and measured else None,
         ticks=chart.difference_ticks(comparison) if len(measured) > 1 else None,
         matrix=matrix(comparison, measured) if 2 < len(measured) <= MATRIX_POINTS else None,
         samples=samples(measured[0], measured[-1]) if len(measured) > 1 else None,

@@ -140,6 +140,8 @@ def test_the_table_of_a_sweep(tmp_path: Path) -> None:
     assert values == sorted(values)
     assert rows[0.05, 1e-5].status in ("1 finished, 1 failed", "1 failed, 1 finished")
     assert len(rows[0.05, 1e-5].compared) == 1
+    assert comparison.winner in comparison.rows[0].compared
+    assert comparison.winner.last("val/loss") == min(t.last("val/loss") or 9 for t in comparison.rows[0].compared)
     for row in comparison.rows:
         assert row.cost == pytest.approx(row.seconds / 3600 * 1.8)
         assert row.seconds == pytest.approx(sum(t.seconds for t in row.trials))
@@ -195,7 +197,9 @@ def test_running_and_failed_points_have_no_verdict(tmp_path: Path) -> None:
     assert any("One seed" in note for note in comparison.notes)
     for trial in path.glob("trials/*/validation.parquet"):
         trial.unlink()
-    assert [row.verdict for row in compare([read_sweep(path)]).rows] == [None, None, None]
+    comparison = compare([read_sweep(path)])
+    assert [row.verdict for row in comparison.rows] == [None, None, None]
+    assert comparison.winner is None
 
 
 def test_a_stopped_point_is_never_the_best(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ def test_in_a_browser(name: str, width: int, dark: bool, request: pytest.Fixture
 
 def test_ticks() -> None:
     assert linear_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert linear_ticks(-0.3, 0.3) == pytest.approx([-0.2, 0, 0.2])
+    assert linear_ticks(-0.3, 0.3) == pytest.approx([-0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.3])
+    assert linear_ticks(0.75, 1.85) == pytest.approx([0.8, 1, 1.2, 1.4, 1.6, 1.8])
     assert linear_ticks(3.21, 3.29) == pytest.approx([3.22, 3.24, 3.26, 3.28])
     assert log_ticks(1e-6, 1e-3) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3])
     assert log_ticks(0.02, 0.3) == pytest.approx([0.02, 0.05, 0.1, 0.2])
