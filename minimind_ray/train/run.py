@@ -6,6 +6,7 @@
     samples.jsonl   what the model wrote at each validation
     validation.parquet   the last validation, one row per example
     checkpoints/    step-00000100/: a Hugging Face model directory, and resume/ beside it
+    wandb/          what W&B keeps, see track/wandb.py; the W&B run's id is in run.json
 """
 
 from __future__ import annotations
