@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_ray.config.load import load_config
+from minimind_ray.config.schema import Config
 from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages.run import Job, begin, prepare_job, resolve_paths
 
@@ -17,7 +18,8 @@ VERBS = ["sees", "follows", "remembers", "forgets", "likes", "爱", "看"]
 
 def sentence(random_: random.Random) -> str:
     return " ".join(
-        f"{random_.choice(NOUNS)} {random_.choice(VERBS)} {random_.choice(NOUNS)}." for _ in range(random_.randint(1, 9))
+        f"{random_.choice(NOUNS)} {random_.choice(VERBS)} {random_.choice(NOUNS)}."
+        for _ in range(random_.randint(1, 9))
     )
 
 
@@ -53,7 +55,12 @@ def make_tokenizer(directory: Path) -> Path:
 
 
 def make_job(directory: Path, stage: str = "pretrain", rows: int = 400, **overrides: Any) -> Job:
-    """A prepared job of a tiny model in `directory`; overrides by dotted key, with __ for the dot."""
+    """A prepared job of the config that `make_config` makes."""
+    return prepare_job(make_config(directory, stage, rows, **overrides))
+
+
+def make_config(directory: Path, stage: str = "pretrain", rows: int = 400, **overrides: Any) -> Config:
+    """The config of a tiny model on a few rows in `directory`; overrides by dotted key, with __ for the dot."""
     source = write_jsonl(directory / f"{stage}.jsonl", rows_of(stage, rows))
     tokenizer = directory / "tokenizer"
     if not tokenizer.exists():
@@ -65,7 +72,7 @@ def make_job(directory: Path, stage: str = "pretrain", rows: int = 400, **overri
         "eval.samples": 1, "eval.sample_tokens": 8, "out": str(directory / f"run-{stage}"),
     }  # fmt: skip
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return prepare_job(resolve_paths(load_config(stage, overrides=settings)))
+    return resolve_paths(load_config(stage, overrides=settings))
 
 
 def start(job: Job, *, resume: bool = False) -> Path:

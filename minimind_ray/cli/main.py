@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from minimind_ray.cli import chat, config, data, evaluate, generate, lora, tokenizer, train, transfer
+from minimind_ray.cli import chat, config, data, evaluate, generate, lora, tokenizer, train, transfer, tune
 from minimind_ray.cli import run as run_recipe
 from minimind_ray.config.errors import UserError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("run")(run_recipe.run)
+app.command("tune")(tune.tune)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate_)

@@ -19,8 +19,11 @@ SETTINGS = {
 }
 
 
-def start_ray(cpus: int | None = None) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start Ray here with `cpus` logical CPUs (default: all)."""
+def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start Ray here with `cpus` logical CPUs (default: all).
+
+    Ray Train runs inside Ray Tune trials need the `dashboard` process to look after their placement groups.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -31,7 +34,7 @@ def start_ray(cpus: int | None = None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     ray.init(
         num_cpus=cpus if local else None,
-        include_dashboard=False if local else None,
+        include_dashboard=dashboard if local else None,
         log_to_driver=False,
         logging_level=logging.ERROR,
         # Processes on this machine inherit the settings; a runtime environment would cost each worker a second start.

@@ -58,14 +58,17 @@ class Drawn:
         return f"{self.kind}({number_text(self.low)},{number_text(self.high)})"
 
     def draw(self, rng: np.random.Generator) -> float | int:
-        """One value; of 4 significant digits, so that what is shown is what was used."""
+        """One value."""
         if self.kind == "int":
             return int(rng.integers(int(self.low), int(self.high), endpoint=True))
         if self.kind == "log":
-            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
-        else:
-            value = rng.uniform(self.low, self.high)
-        return min(max(float(f"{value:.4g}"), self.low), self.high)
+            return self.nearest(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+        return self.nearest(rng.uniform(self.low, self.high))
+
+    def nearest(self, value: float) -> float | int:
+        """What stands for `value` on the axis; of 4 significant digits, so that what is shown is what was used."""
+        inside = min(max(float(f"{value:.4g}"), self.low), self.high)
+        return round(inside) if self.kind == "int" else inside
 
 
 Axis = Grid | Drawn
@@ -161,17 +164,21 @@ def plan_trials(
     grids = [[(axis.key, value) for value in axis.values] for axis in axes if isinstance(axis, Grid)]
     rows = draw_points(drawn, draws or 0, sweep_seed) if drawn else [{}]
     combinations = [{**dict(grid), **row} for grid in itertools.product(*grids) for row in rows]
-    labels = short_names(keys)
     trials: dict[str, PlannedTrial] = {}
     for seed in range(base.train.seed, base.train.seed + seeds):
         for values in combinations:
-            config = trial_config(base, values, seed)
-            point = {key: setting(config, key) for key in keys}
-            name = trial_id({labels[key]: value for key, value in point.items()}, seed)
-            if name in trials:
-                raise UserError(f"the axes give the trial {name} twice: leave the repeated value out")
-            trials[name] = PlannedTrial(name, point, seed, config)
+            trial = trial_at(base, {key: values[key] for key in keys}, seed)
+            if trial.id in trials:
+                raise UserError(f"the axes give the trial {trial.id} twice: leave the repeated value out")
+            trials[trial.id] = trial
     return list(trials.values())
+
+
+def trial_at(base: Config, values: Mapping[str, Any], seed: int) -> PlannedTrial:
+    """The trial at a point; `values` in the order of the axes. Raises as `trial_config`."""
+    config, labels = trial_config(base, values, seed), short_names(list(values))
+    point = {key: setting(config, key) for key in values}
+    return PlannedTrial(trial_id({labels[key]: value for key, value in point.items()}, seed), point, seed, config)
 
 
 def draw_points(axes: Sequence[Drawn], count: int, sweep_seed: int) -> list[dict[str, Any]]:

@@ -1,1 +1,158 @@
-"""Points that are found while a sweep runs: neighbours for population based training, and Optuna's proposals."""
+"""Points that are found while a sweep runs: neighbours, for population based training, and Optuna's proposals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import Config
+from minimind_ray.stages.run import Job
+from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, trial_at
+
+MOVABLE = (
+    "optim.lr", "optim.weight_decay", "optim.clip", "optim.beta1", "optim.beta2",
+    "dpo.beta", "dpo.label_smoothing", "dpo.simpo_gamma", "lora.dropout",
+)  # fmt: skip
+RESAMPLE, FACTORS = 0.25, (0.8, 1.2)
+STARTUP = 10
+
+
+class Explorer:
+    """A neighbour of a point (Jaderberg et al. 2017, "explore").
+
+    A drawn number is multiplied by 0.8 or 1.2, a value of a grid gives way to the next or the one before; in one case
+    of four the value is drawn anew.
+    """
+
+    def __init__(self, axes: Sequence[Axis], seed: int) -> None:
+        if fixed := [axis.key for axis in axes if axis.key not in MOVABLE]:
+            raise UserError(
+                f"{fixed[0]} cannot change in the middle of a run, as pbt does with its axes; it can with: "
+                f"{', '.join(MOVABLE)}"
+            )
+        if not axes:
+            raise UserError("pbt needs an axis to move along, such as --lr 'log(1e-6,1e-4)'")
+        self.axes = {axis.key: axis for axis in axes}
+        self.keys = list(self.axes)
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, point: dict[str, Any]) -> dict[str, Any]:
+        """One move along every axis."""
+        return {key: self._move(self.axes[key], value) for key, value in point.items()}
+
+    def _move(self, axis: Axis, value: Any) -> Any:
+        anew = self.rng.random() < RESAMPLE
+        if isinstance(axis, Drawn):
+            return axis.draw(self.rng) if anew else axis.nearest(value * self.rng.choice(FACTORS))
+        size = len(axis.values)
+        place = axis.values.index(value) + self.rng.choice([-1, 1])
+        return axis.values[self.rng.integers(size) if anew else min(max(place, 0), size - 1)]
+
+
+class OptunaPoints:
+    """Points that Optuna proposes from what came out so far (tree-structured Parzen estimator, Bergstra et al. 2011).
+
+    A point's value is the mean over its seeds. `make` gives a planned trial its run directory and job; `known` are
+    the points of a sweep that goes on, which come first. With several trials at once the proposals depend on which
+    ends first.
+    """
+
+    def __init__(
+        self,
+        base: Config,
+        axes: Sequence[Axis],
+        *,
+        points: int,
+        seeds: int,
+        maximize: bool,
+        make: Callable[[PlannedTrial], Job],
+        known: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        optuna = import_optuna()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.base, self.axes, self.seeds, self.make = base, {axis.key: axis for axis in axes}, seeds, make
+        self.points, self.count = points, points * seeds
+        self.distributions = {axis.key: _distribution(axis) for axis in axes}
+        self.study = optuna.create_study(
+            direction="maximize" if maximize else "minimize",
+            sampler=optuna.samplers.TPESampler(
+                seed=base.train.seed, n_startup_trials=min(STARTUP, max(2, points // 3)), constant_liar=True
+            ),
+        )
+        for point in known:
+            self.study.enqueue_trial({key: _inner(self.axes[key], value) for key, value in point.items()})
+        self.proposals: dict[Path, Any] = {}
+        self.values: dict[int, dict[Path, float | None]] = {}
+        self.ids: set[str] = set()
+
+    def ask(self) -> list[Job] | None:
+        """The trials of the next point; None after the last, or when the axes hold no other."""
+        if len(self.values) == self.points:
+            return None
+        for _ in range(100):
+            proposal = self.study.ask(self.distributions)
+            point = {key: _outer(axis, proposal.params[key]) for key, axis in self.axes.items()}
+            first = self.base.train.seed
+            trials = [trial_at(self.base, point, seed) for seed in range(first, first + self.seeds)]
+            if trials[0].id not in self.ids:
+                break
+            self.study.tell(proposal, state=_failed())
+        else:
+            return None
+        self.ids |= {trial.id for trial in trials}
+        jobs = [self.make(trial) for trial in trials]
+        self.proposals |= {Path(job.config.out): proposal for job in jobs}
+        self.values[proposal.number] = {}
+        return jobs
+
+    def tell(self, trial: Path, value: float | None) -> None:
+        """A trial's metric; when all seeds of its point are in, Optuna learns the mean."""
+        proposal = self.proposals[trial]
+        values = self.values[proposal.number]
+        values[trial] = value
+        if len(values) == self.seeds:
+            found = [v for v in values.values() if v is not None and math.isfinite(v)]
+            if found:
+                self.study.tell(proposal, sum(found) / len(found))
+            else:
+                self.study.tell(proposal, state=_failed())
+
+
+def import_optuna() -> Any:
+    """Optuna.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("searcher optuna is not installed: pip install 'minimind-ray[optuna]'") from None
+    return optuna
+
+
+def _failed() -> Any:
+    return import_optuna().trial.TrialState.FAIL
+
+
+def _distribution(axis: Axis) -> Any:
+    d = import_optuna().distributions
+    if isinstance(axis, Grid):
+        return d.CategoricalDistribution(range(len(axis.values)))
+    if axis.kind == "int":
+        return d.IntDistribution(int(axis.low), int(axis.high))
+    return d.FloatDistribution(axis.low, axis.high, log=axis.kind == "log")
+
+
+def _outer(axis: Axis, value: Any) -> Any:
+    """A config's value from Optuna's; a grid's values go by their places."""
+    return axis.values[value] if isinstance(axis, Grid) else axis.nearest(value)
+
+
+def _inner(axis: Axis, value: Any) -> Any:
+    return axis.values.index(value) if isinstance(axis, Grid) else value

@@ -1,0 +1,328 @@
+"""`minimind-ray tune STAGE`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind_ray.cli.flags import FLAGS
+from minimind_ray.config.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+    from minimind_ray.sweep.axes import Axis
+    from minimind_ray.sweep.plan import SweepPlan
+
+# Flags whose commas make an axis. Those of paths may be part of a name; any other key can be varied with --axis.
+VARIED = (
+    "preset", "max_seq_len", "pack_tokens", "batch_tokens", "lr", "schedule", "warmup", "epochs", "max_steps",
+    "precision", "rank", "beta", "loss",
+)  # fmt: skip
+
+
+def axis(key: str) -> Any:
+    """An option that sets a config key, or varies it."""
+    return typer.Option(help=key, show_default=False, rich_help_panel="Config keys to set or to vary: 0.05,0.1")
+
+
+def setting(key: str) -> Any:
+    """An option that sets a config key."""
+    return typer.Option(help=key, show_default=False, rich_help_panel="Config keys to set")
+
+
+def tune(
+    stage: Annotated[str | None, typer.Argument(help="pretrain, sft, lora or dpo")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file; later ones win")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="YAML file of a sweep; flags win over it")] = None,
+    axis_: Annotated[
+        list[str] | None,
+        typer.Option("--axis", metavar="KEY=VALUES", help="vary any config key: 1,2 or log(1e-6,1e-4), uniform, int"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the sweep's directory; default: sweeps/STAGE")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="go on with the sweep in DIR")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print plan and cost, and start nothing")] = False,
+    trials: Annotated[int | None, typer.Option(help="points to draw from log(), uniform(), int()")] = None,
+    seeds: Annotated[int | None, typer.Option(help="runs of every point")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="none, asha, median or pbt")] = None,
+    searcher: Annotated[str | None, typer.Option(help="grid or optuna")] = None,
+    metric: Annotated[str | None, typer.Option(help="default: val/loss; for dpo val/accuracy")] = None,
+    mode: Annotated[str | None, typer.Option(help="min or max; default: the metric's own")] = None,
+    concurrent: Annotated[int | None, typer.Option(help="most trials at once; default: as many as fit")] = None,
+    gpus_per_trial: Annotated[float | None, typer.Option(help="may be a part of one: 0.25")] = None,
+    budget_hours: Annotated[float | None, typer.Option(help="stop cleanly after so many hours")] = None,
+    budget_tokens: Annotated[int | None, typer.Option(help="of all trials together; shortens them")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="of what one trial occupies")] = None,
+    train: Annotated[str | None, setting("data.train")] = None,
+    val: Annotated[str | None, setting("data.val")] = None,
+    tokenizer: Annotated[str | None, setting("data.tokenizer")] = None,
+    init_from: Annotated[str | None, setting("init_from")] = None,
+    seed: Annotated[str | None, setting("train.seed")] = None,
+    workers: Annotated[str | None, setting("scale.workers")] = None,
+    cpus_per_worker: Annotated[str | None, setting("scale.cpus_per_worker")] = None,
+    wandb: Annotated[str | None, setting("track.wandb")] = None,
+    preset: Annotated[str | None, axis("model.preset")] = None,
+    max_seq_len: Annotated[str | None, axis("data.max_seq_len")] = None,
+    pack_tokens: Annotated[str | None, axis("data.pack_tokens")] = None,
+    batch_tokens: Annotated[str | None, axis("batch.tokens")] = None,
+    lr: Annotated[str | None, axis("optim.lr")] = None,
+    schedule: Annotated[str | None, axis("schedule.name")] = None,
+    warmup: Annotated[str | None, axis("schedule.warmup")] = None,
+    epochs: Annotated[str | None, axis("train.epochs")] = None,
+    max_steps: Annotated[str | None, axis("train.max_steps")] = None,
+    precision: Annotated[str | None, axis("train.precision")] = None,
+    rank: Annotated[str | None, axis("lora.rank")] = None,
+    beta: Annotated[str | None, axis("dpo.beta")] = None,
+    loss: Annotated[str | None, axis("dpo.loss")] = None,
+) -> None:
+    """Sweep over settings of one stage: many trials on Ray Tune, compared with their uncertainty."""
+    given = {name: value for name, value in locals().items() if value not in (None, [], False)}
+    from minimind_ray.config.search import SearchConfig
+    from minimind_ray.sweep.plan import check_free, reopen_sweep
+
+    search = {name: given[name] for name in SearchConfig.model_fields if name in given}
+    if resume:
+        may_change = ("stage", "resume", "concurrent", "budget_hours", "price_per_hour")
+        if fixed := [name.strip("_") for name in given if name not in may_change]:
+            raise UserError(
+                f"--resume goes on with the sweep as it was begun: leave --{fixed[0].replace('_', '-')} out, or start "
+                "another sweep"
+            )
+        plan = reopen_sweep(resume)
+        plan = replace(plan, search=plan.search.model_copy(update=search))
+        if stage and stage != plan.base.stage:
+            raise UserError(f"{resume} is a sweep of {plan.base.stage}, not of {stage}")
+        run_plan(plan, resume=True)
+        return
+    flags = {name: given[name] for name in FLAGS if name in given and name != "out"}
+    if gpus_per_trial is not None:
+        flags["gpus_per_worker"] = str(gpus_per_trial)
+    plan = new_plan(stage, sweep, config or [], set_ or [], axis_ or [], flags, search, out)
+    check_free(plan.path)
+    if dry_run:
+        print_plan(plan)
+    else:
+        run_plan(plan, resume=False)
+
+
+def new_plan(
+    stage: str | None,
+    sweep: Path | None,
+    config: list[Path],
+    set_: list[str],
+    axis_: list[str],
+    flags: Mapping[str, str],
+    search: Mapping[str, Any],
+    out: Path | None,
+) -> SweepPlan:
+    """The sweep that a YAML file and the command line ask for; the command line wins, and replaces axes by key."""
+    from minimind_ray.config.load import load_config, parse_override, parse_value
+    from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
+    from minimind_ray.sweep.axes import Grid, parse_assignment, parse_axis
+    from minimind_ray.sweep.plan import plan_sweep
+
+    trees: dict[str, Any] = {}
+    axes: dict[str, Axis] = {}
+    told: dict[str, Any] = {}
+    if sweep:
+        file = read_sweep_file(sweep)
+        if stage and stage != file.stage:
+            raise UserError(f"{sweep} is a sweep of {file.stage}, not of {stage}")
+        stage, trees = file.stage, {str(sweep): file.settings}
+        axes = {key: parse_axis(key, spec) for key, spec in file.axes.items()}
+        told = {name: getattr(file, name) for name in SearchConfig.model_fields if name in file.model_fields_set}
+    if stage is None:
+        raise UserError("which stage? give pretrain, sft, lora or dpo, or a --sweep file that says it")
+    overrides = dict(map(parse_override, set_))
+    varied: list[Axis] = []
+    for name, text in flags.items():
+        found = parse_axis(FLAGS[name], text) if name in VARIED else None
+        if found is None or (isinstance(found, Grid) and len(found.values) == 1):
+            overrides[FLAGS[name]] = parse_value(text)
+        else:
+            varied.append(found)
+    varied += map(parse_assignment, axis_)
+    if twice := [a.key for a in varied if [b.key for b in varied].count(a.key) > 1]:
+        raise UserError(f"{twice[0]}: given as an axis twice; leave one out")
+    axes |= {found.key: found for found in varied}
+    # A single value given on the command line takes the place of the file's axis.
+    axes = {key: found for key, found in axes.items() if key not in overrides}
+    base = load_config(stage, config, overrides, trees)
+    return plan_sweep(out or Path("sweeps") / stage, base, list(axes.values()), search_config({**told, **search}))
+
+
+def run_plan(plan: SweepPlan, *, resume: bool) -> None:
+    """Run the sweep on Ray, show how it goes, and end with what came out."""
+    from functools import partial
+
+    from rich.console import Console
+
+    from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
+    from minimind_ray.sweep.run import run_sweep
+    from minimind_ray.train.run import RunDirectory
+
+    console = Console()
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    nested = plan.base.scale.workers > 1
+    start_ray(local_cpus(plan.base.scale) if nested else None, dashboard=nested)
+    try:
+        with Board(plan, console) as board:
+            outcome = run_sweep(plan, resume=resume, say=say, watch=board.watch)
+    finally:
+        stop_ray()
+    print_results(plan.path, console)
+    if outcome != "ended":
+        say(f"{outcome}; go on with: minimind-ray tune --resume {quote(str(plan.path))}")
+    if outcome == "interrupted":
+        raise typer.Exit(130)
+    if any(RunDirectory(path).info()["state"] == "failed" for path in (plan.path / "trials").iterdir()):
+        raise typer.Exit(1)
+
+
+class Board:
+    """How the sweep goes: one moving line on a terminal, a line for each trial that ends elsewhere."""
+
+    def __init__(self, plan: SweepPlan, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
+        self.console, self.count = console, plan.count
+        self.metric, mode = plan.search.judged_by(plan.base.stage)
+        self.sign = 1 if mode == "max" else -1
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.task = self.progress.add_task(plan.base.stage, total=plan.count, line="starting")
+        self.running: set[Path] = set()
+        self.states: dict[Path, str] = {}
+        self.latest: dict[Path, float] = {}
+
+    def __enter__(self) -> Board:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def watch(self, trial: Path, event: str, metrics: Mapping[str, Any]) -> None:
+        """Told by the tuner."""
+        from minimind_ray.train.run import RunDirectory
+
+        if event == "started":
+            self.running.add(trial)
+        elif event == "validated":
+            self.latest[trial] = metrics[self.metric]
+        else:
+            self.running.discard(trial)
+            info = RunDirectory(trial).info()
+            # The trial's process may still be writing that it was stopped.
+            self.states[trial] = "early-stopped" if info["state"] == "running" else info["state"]
+            value = f"  {self.metric} {self.latest[trial]:.4f}" if trial in self.latest else ""
+            error = f"  {info['error']}" if info["state"] == "failed" else ""
+            text = f"{len(self.states)}/{self.count}  {self.states[trial]}  {trial.name}{value}{error}"
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.progress.update(self.task, completed=len(self.states), line=self.line())
+
+    def line(self) -> str:
+        """Counts, and the best so far."""
+        failed = sum(state == "failed" for state in self.states.values())
+        text = f"{len(self.running)} running, {len(self.states)} of {self.count} ended, {failed} failed"
+        if self.latest:
+            best = max(self.latest, key=lambda trial: self.sign * self.latest[trial])
+            text += f"  best so far {self.metric} {self.latest[best]:.4f} {best.name}"
+        return text
+
+
+def print_results(path: Path, console: Console) -> None:
+    """The table, the winner and what to do with it."""
+    from functools import partial
+
+    from minimind_ray.cli.compare import print_comparison
+    from minimind_ray.sweep.compare import compare
+    from minimind_ray.sweep.report import write_report
+    from minimind_ray.sweep.trials import read_sweep
+    from minimind_ray.track.wandb import sync_command
+
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    sweep = read_sweep(path)
+    comparison = compare([sweep])
+    say("")
+    print_comparison(comparison)
+    sign = 1 if comparison.mode == "max" else -1
+    if candidates := [trial for row in comparison.rows if row.verdict == "best" for trial in row.compared]:
+        # Of the best point, the run that came out best.
+        winner = max(candidates, key=lambda trial: sign * (trial.last(comparison.metric) or 0))
+        command = "generate" if sweep.info.stage == "pretrain" else "chat"
+        longer = " --set train.max_steps=null" if winner_is_cut(winner.path) else ""
+        say(f"\nwinner: {winner.id}")
+        say(f"  model: {winner.result}")
+        say(f"  talk to it: minimind-ray {command} {quote(str(winner.result))}")
+        say(
+            f"  train it at full length: minimind-ray train {sweep.info.stage} --config "
+            f"{quote(str(winner.path / 'config.yaml'))} --out runs/{sweep.info.stage}-{sweep.name}{longer}"
+        )
+    say(f"report: {write_report(path)}")
+    if command := sync_command(path):
+        say(f"send it to W&B: {command}")
+
+
+def winner_is_cut(path: Path) -> bool:
+    """Whether the trial was shorter than its epochs."""
+    from minimind_ray.config.load import read_yaml
+
+    return read_yaml(path / "config.yaml")["train"]["max_steps"] is not None
+
+
+def print_plan(plan: SweepPlan) -> None:
+    """What the sweep would do and cost, from prepared data and a few steps in this process."""
+    import os
+
+    from minimind_ray.stages.run import Host
+    from minimind_ray.sweep.estimate import calibrate, estimate
+    from minimind_ray.sweep.plan import Preparation, train_tokens, within_budget
+    from minimind_ray.sweep.text import count_text, duration_text, value_text
+
+    search, scale = plan.search, plan.base.scale
+    preparation = Preparation(Host(), print)
+    jobs = [preparation.job(trial.config) for trial in plan.trials]
+    jobs = jobs or [preparation.job(plan.base)] * plan.count
+    if search.budget_tokens:
+        jobs = within_budget(jobs, search.budget_tokens)
+    places = int((os.cpu_count() or 1) / (scale.workers * scale.cpus_per_worker))
+    if scale.gpus_per_worker:
+        import torch
+
+        places = int(torch.cuda.device_count() / (scale.workers * scale.gpus_per_worker))
+    at_once = min(max(1, places), search.concurrent or plan.count, plan.count)
+    pace = calibrate(jobs[0])
+    found = estimate(jobs, pace, search, at_once)
+    metric, mode = search.judged_by(plan.base.stage)
+    steps, tokens = jobs[0].plan.steps, train_tokens(jobs[0])
+    for axis in plan.axes:
+        spec = axis.to_json()
+        text = spec if isinstance(spec, str) else ", ".join(map(value_text, spec))
+        print(f"axis       {axis.key}: {text}")
+    print(f"trials     {plan.count} ({search.seeds} seed(s)), judged by {metric} ({mode}), {search.searcher}")
+    print(f"a trial    {steps:,} steps, {count_text(tokens)} tokens, {found.flops / len(jobs):.2g} FLOPs on average")
+    print(f"in all     {found.steps:,} steps, {count_text(found.tokens)} tokens, {found.flops:.2g} FLOPs")
+    if search.scheduler == "asha":
+        print(f"asha       saves about {1 - found.kept:.0%} of that (if early validations tell the order)")
+    elif search.scheduler != "none":
+        print(f"{search.scheduler:<10} its savings cannot be foreseen; not counted")
+    print(f"shared     {', '.join(f'{count} {what}' for what, count in preparation.counts.items())}, made once")
+    print(
+        f"time       about {duration_text(found.hours(at_once) * 3600)} with {at_once} at once (measured here, on "
+        f"{scale.cpus_per_worker:g} CPUs a trial: {pace.step:.2f} s a step, {pace.validation:.1f} s a validation, "
+        f"{pace.start:.1f} s to begin)"
+    )
+    if search.budget_hours and found.hours(at_once) > search.budget_hours:
+        print(f"budget     {search.budget_hours:g} hours end it before; then go on with --resume")
+    if search.price_per_hour is not None:
+        price = found.price(search.price_per_hour)
+        print(f"price      about {price:.2f}, at {search.price_per_hour:g} a trial and hour")
+    print(f"sweep      {plan.path}")

@@ -1,0 +1,98 @@
+"""What a sweep is told beside the config that it varies: how to search, by which metric, within what budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import read_yaml
+from minimind_ray.config.schema import PositiveFloat, PositiveInt, Section, StageName
+
+SchedulerName = Literal["none", "asha", "median", "pbt"]
+Metric = Literal["val/loss", "val/bits_per_byte", "val/accuracy", "val/margin"]
+Mode = Literal["min", "max"]
+
+ASHA_FIRST, ASHA_KEEP = 20, 3
+"""Asynchronous successive halving (Li et al. 2020): rungs at 20 and 60 % of a run's steps keep the best third."""
+PBT_EVERY = 20
+"""Population based training (Jaderberg et al. 2017): exploit and explore at every 20 % of a run's steps."""
+
+MODES: dict[Metric, Mode] = {
+    "val/loss": "min", "val/bits_per_byte": "min", "val/accuracy": "max", "val/margin": "max",
+}  # fmt: skip
+
+
+class SearchConfig(Section):
+    """How the points of a sweep are searched."""
+
+    scheduler: SchedulerName = Field("none", description="stop what falls behind (asha, median), or exchange (pbt)")
+    searcher: Literal["grid", "optuna"] = Field("grid", description="grid and random points, or Optuna's TPE")
+    trials: PositiveInt | None = Field(None, description="points to draw, or for optuna to try")
+    seeds: PositiveInt = Field(1, description="runs of every point, with train.seed and the seeds that follow")
+    metric: Metric | None = Field(None, description="default: val/loss; for dpo val/accuracy")
+    mode: Mode | None = Field(None, description="default: the metric's own")
+    concurrent: PositiveInt | None = Field(None, description="most trials at once; default: as many as fit")
+    budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours")
+    budget_tokens: PositiveInt | None = Field(None, description="tokens of all trials together; shortens the runs")
+    price_per_hour: float | None = Field(None, ge=0, strict=False, description="of what one trial occupies")
+
+    def judged_by(self, stage: StageName) -> tuple[Metric, Mode]:
+        """The metric and its mode.
+
+        The default is the validation loss, except for dpo: its loss and margin are measured in units of beta (as beta
+        goes to 0 every model's loss goes to ln 2), so they cannot compare two betas, and a margin grows without end
+        as the policy leaves the reference. The accuracy, the part of the pairs whose chosen answer has gained on the
+        rejected one, means the same for every beta, loss and learning rate.
+
+        Raises:
+            UserError: a metric that the stage does not have.
+        """
+        metric = self.metric or ("val/accuracy" if stage == "dpo" else "val/loss")
+        has = ("val/accuracy", "val/margin", "val/loss") if stage == "dpo" else ("val/loss", "val/bits_per_byte")
+        if metric not in has:
+            raise UserError(f"metric: {stage} has no {metric}; it has {', '.join(has)}")
+        return metric, self.mode or MODES[metric]
+
+
+class SweepFile(SearchConfig):
+    """A sweep as YAML: experiments/sweeps/*.yaml. `settings` is a config as in a recipe, `axes` has dotted keys."""
+
+    stage: StageName
+    settings: dict[str, Any] = Field(default_factory=dict)
+    axes: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_sweep_file(path: str | Path) -> SweepFile:
+    """A sweep's YAML file.
+
+    Raises:
+        UserError: it cannot be read, or a key or value is wrong.
+    """
+    try:
+        return SweepFile.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise _explained(error, f"{path}: ") from None
+
+
+def search_config(values: dict[str, Any]) -> SearchConfig:
+    """The search that flags ask for.
+
+    Raises:
+        UserError: a wrong value.
+    """
+    try:
+        return SearchConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explained(error, "") from None
+
+
+def _explained(error: ValidationError, origin: str) -> UserError:
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return UserError(f"{origin}{key}: no such setting of a sweep; valid: {', '.join(SweepFile.model_fields)}")
+    value = "" if first["type"] == "missing" else f", not {first['input']!r}"
+    return UserError(f"{origin}{key}: {first['msg'][0].lower()}{first['msg'][1:]}{value}")

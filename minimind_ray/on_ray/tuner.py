@@ -1,0 +1,499 @@
+"""The trials of a sweep by Ray Tune.
+
+A trial is a run directory, and a stage's train-loop function fills it: with one worker in the Tune trial's own process,
+which is reused from trial to trial (a Ray Train run of its own costs ten times as much to start); with more workers
+as a Ray Train run that the trial's process starts and waits for.
+
+Tune decides who runs when and who is stopped early; what it keeps for itself is thrown away. A sweep that goes on gives
+Tune all its trials again: those that are done only repeat their validations, so that scheduler and searcher know of
+them, and the others go on from their last checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+from torch import Tensor
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import load_config, to_yaml
+from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, SchedulerName
+from minimind_ray.model.checkpoint import read_weights
+from minimind_ray.on_ray.trainer import STOP_FILE, train_on_ray
+from minimind_ray.stages.run import Job
+from minimind_ray.train.context import default_device
+from minimind_ray.train.loop import last_sound_checkpoint
+from minimind_ray.train.run import RunDirectory, resolve_model, write_atomically
+
+NESTED_DRIVER_CPUS = 0.001  # Zero is refused, and the default of 1 would take a worker's place.
+
+# Read by Tune in this process: our run directories and progress replace its loggers and its snapshots.
+SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+Point = dict[str, Any]
+Outcome = Literal["ended", "interrupted", "out of time"]
+Event = Literal["started", "validated", "ended"]
+Watch = Callable[[Path, Event, Mapping[str, Any]], None]
+"""Told of the trial in a run directory; with "validated" come its metrics."""
+
+
+class Explore(Protocol):
+    """What pbt moves in a run half-way: the values of some config keys."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Those config keys."""
+        ...
+
+    def __call__(self, point: Point) -> Point:
+        """A neighbour of a point."""
+        ...
+
+
+@dataclass(frozen=True)
+class Search:
+    """How trials are judged and scheduled. `concurrent`: most trials at once; None: as many as fit."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    scheduler: SchedulerName = "none"
+    concurrent: int | None = None
+    explore: Explore | None = None
+
+
+class Points(Protocol):
+    """A searcher, which learns from the trials that ended."""
+
+    count: int
+    """Trials in all."""
+
+    def ask(self) -> list[Job] | None:
+        """The trials of the next point, one for each seed, with their run directories made; None: no more points."""
+        ...
+
+    def tell(self, trial: Path, value: float | None) -> None:
+        """The metric of the trial in that run directory; None: it failed."""
+        ...
+
+
+class TuneContext:
+    """One trial's host: gives each validation to Tune and waits for its verdict."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, job: Job, metric: str, stop_file: Path, bases: Mapping[str, ray.ObjectRef]) -> None:
+        self.device = default_device()
+        self.steps, self.metric, self.stop_file, self.bases = job.plan.steps, metric, stop_file, bases
+        self.reports: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self.verdicts: SimpleQueue[bool] = SimpleQueue()
+        self.stopping = self.closed = False
+
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
+        """Hand over what there is to decide on; Tune answers. The run directory has the checkpoint."""
+        if self.closed or self.metric not in metrics:
+            return True
+        decisive = {name: value for name, value in metrics.items() if name in ("step", "tokens") or "val/" in name}
+        self.reports.put({**decisive, "percent": 100 * metrics["step"] / self.steps})
+        return self.verdicts.get()
+
+    def should_stop(self) -> bool:
+        """Whether the sweep is to stop."""
+        self.stopping = self.stopping or self.stop_file.exists()
+        return self.stopping
+
+    def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
+        """Out of the object store, where they were put once for the whole sweep."""
+        if str(directory) not in self.bases:
+            return None
+        arrays: Mapping[str, np.ndarray] = ray.get(self.bases[str(directory)])
+        # A copy, since the store's memory is shared and read-only.
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+    def close(self) -> None:
+        """Let the run come to its end without more questions."""
+        self.closed = True
+        self.verdicts.put(True)
+
+
+class _Trial(tune.Trainable):
+    """The run goes on in a thread from one validation to the next, whenever Tune asks for a step."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        search: Search | None = None,
+        stop_file: Path | None = None,
+        bases: Mapping[str, ray.ObjectRef] | None = None,
+    ) -> None:
+        """Tune's: the first trial of this process."""
+        assert search and stop_file and bases is not None
+        self.search, self.stop_file, self.bases = search, stop_file, bases
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Tune's: the next trial, or the same one with another point."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        job, point = config["trial"]["job"], config["trial"]["point"]
+        config_here = load_config(job.config.stage, overrides={**job.config.model_dump(), **point})
+        self.job: Job = job.with_config(config_here)
+        self.run = RunDirectory(self.job.config.out)
+        self.context = TuneContext(self.job, self.search.metric, self.stop_file, self.bases)
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.latest: dict[str, Any] = {"percent": 0.0}
+
+    def step(self) -> dict[str, Any]:
+        """Tune's: train to the next validation; its metrics, with `done` after the last."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._work, name="trial", daemon=True)
+            self.thread.start()
+        else:
+            self.context.verdicts.put(True)
+        report = self.context.reports.get()
+        self.latest = report or self.latest
+        if report and report["percent"] < 100 and not self.context.stopping:
+            return report
+        if report:
+            self.context.close()
+        self.thread.join()
+        if self.error:
+            raise self.error
+        return {**self.latest, "done": True}
+
+    def cleanup(self) -> None:
+        """Tune's: stop the run here, at its last report."""
+        if self.thread and self.thread.is_alive():
+            self.context.verdicts.put(False)
+            self.thread.join()
+        gc.collect()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Tune's, for pbt: what another trial goes on from, the last checkpoint and the best one, which it names."""
+        last = self.run.checkpoints()[-1]
+        best = self.run.checkpoint_path(json.loads((last / "resume" / "state.json").read_text())["best"])
+        (Path(checkpoint_dir) / "trial").write_text(str(self.run.path))
+        for path in {last, best}:
+            shutil.copytree(path, Path(checkpoint_dir) / path.name)
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Tune's, for pbt: take another trial's checkpoints in place of one's own."""
+        directory = Path(str(checkpoint))
+        donor = (directory / "trial").read_text()
+        if donor == str(self.run.path):
+            return
+        for path in self.run.checkpoints():
+            shutil.rmtree(path)
+        for path in directory.glob("step-????????"):
+            shutil.copytree(path, self.run.checkpoint_path(path.name))
+        write_atomically(self.run.path / "config.yaml", to_yaml(self.job.config))
+        last = self.run.checkpoints()[-1].name
+        line = {"from": Path(donor).name, "checkpoint": last, "point": self.config["trial"]["point"]}
+        self.run.append("lineage.jsonl", line)
+
+    def _work(self) -> None:
+        torch.set_num_threads(max(1, int(self.job.config.scale.cpus_per_worker)))
+        try:
+            self._train()
+        except BaseException as error:
+            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.run.update(state="failed", error=told, traceback=traceback.format_exc())
+            self.error = error
+        finally:
+            self.context.reports.put(None)
+
+    def _train(self) -> None:
+        done = is_done(self.run, self.search.scheduler)
+        checkpoint = None if done else last_sound_checkpoint(self.run)
+        known = math.inf if done else int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+        # What was found before: Tune hears of it again. Lines after the checkpoint will be made anew. (Under pbt Tune
+        # itself starts trials again and again.)
+        for line in list(self.run.metrics()) if self.search.scheduler != "pbt" else ():
+            if line["step"] <= known and not self.context.report(line, None):
+                if not done:
+                    self.run.update(state="early-stopped")
+                return
+        if done or self.context.should_stop():
+            return
+        self.run.update(state="running", error=None, traceback=None)
+        if self.job.config.scale.workers == 1:
+            self.job.run(self.context, self.job.data(self.context))
+        else:
+            _run_nested(self.job, self.run, self.context, known)
+
+
+def is_done(run: RunDirectory, scheduler: SchedulerName) -> bool:
+    """Whether a trial is not to be run again. Under pbt no trial ends early; one that says so was waiting its turn."""
+    return run.info().get("state") in (("finished",) if scheduler == "pbt" else ("finished", "early-stopped"))
+
+
+def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float) -> None:
+    """A Ray Train run, told to stop by its own file, so that it ends by itself and gives its placement group back."""
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            train_on_ray(job)
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="ray-train", daemon=True)
+    thread.start()
+    worth_it = True
+    while thread.is_alive():
+        thread.join(0.2)
+        for line in list(run.metrics()):
+            if worth_it and line["step"] > known and context.metric in line:
+                known = line["step"]
+                worth_it = context.report(line, None)
+        if not worth_it or context.should_stop():
+            (run.path / STOP_FILE).touch()
+    (run.path / STOP_FILE).unlink(missing_ok=True)
+    if failure:
+        raise failure[0]
+    if not worth_it and run.info()["state"] == "stopped":
+        run.update(state="early-stopped")
+
+
+def places(scale: ScaleConfig) -> int:
+    """How many trials fit on the cluster at once.
+
+    Raises:
+        UserError: not one.
+    """
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    if scale.workers > 1:  # Ray Data needs a CPU of its own, on any node.
+        max(nodes, key=lambda node: node.get("CPU", 0))["CPU"] -= 1
+    need = {"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}
+
+    def fit(node: Mapping[str, float]) -> int:
+        return int(min(node.get(kind, 0) / amount for kind, amount in need.items() if amount) + 1e-6)
+
+    workers = sum(fit(node) for node in nodes)
+    if workers < scale.workers:
+        have = ray.cluster_resources()
+        spare = " and 1 CPU beside" if scale.workers > 1 else ""
+        raise UserError(
+            f"one trial needs {scale.workers} worker(s) of {need['CPU']:g} CPUs and {need['GPU']:g} GPUs{spare}, which "
+            f"the cluster's {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs on {len(nodes)} node(s) "
+            "cannot give; lower --workers, scale.cpus_per_worker or --gpus-per-trial, or add nodes"
+        )
+    return workers // scale.workers
+
+
+def put_bases(jobs: Sequence[Job]) -> dict[str, ray.ObjectRef]:
+    """The weights that trials start from, each put into the object store once."""
+    directories = {str(resolve_model(job.config.init_from)) for job in jobs if job.config.init_from}
+    return {
+        directory: ray.put({name: tensor.numpy() for name, tensor in read_weights(directory).items()})
+        for directory in sorted(directories)
+    }
+
+
+def run_trials(
+    trials: Sequence[Job] | Points,
+    scale: ScaleConfig,
+    directory: Path,
+    search: Search,
+    bases: Mapping[str, ray.ObjectRef],
+    *,
+    seconds: float | None = None,
+    watch: Watch = lambda trial, event, metrics: None,
+) -> Outcome:
+    """Run trials, whose run directories are made, until each has ended, if only by an error.
+
+    Ctrl-C, or the end of `seconds`, stops the running trials after their step with a checkpoint; a second Ctrl-C ends
+    at once. `scale` is what each trial takes.
+
+    Raises:
+        UserError: not one trial fits on the cluster.
+    """
+    os.environ.update(SETTINGS)
+    nested, stop_file = scale.workers > 1, directory / STOP_FILE
+    stop_file.unlink(missing_ok=True)
+    at_once = min(places(scale), search.concurrent or math.inf)
+    resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+    trainable = tune.with_parameters(_Trial, search=search, stop_file=stop_file, bases=bases)
+    if isinstance(trials, Sequence):
+        keys = search.explore.keys if search.explore else ()
+        configs = [{"job": job, "point": {key: attrgetter(key)(job.config) for key in keys}} for job in trials]
+        space = {"trial": tune.grid_search(configs)}
+        searcher, count = None, 1
+    else:
+        space, searcher, count = None, _Asking(trials, search), trials.count
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"CPU": NESTED_DRIVER_CPUS} if nested else resources),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=search.metric,
+            mode=search.mode,
+            scheduler=_scheduler(search),
+            search_alg=searcher,
+            num_samples=count,
+            max_concurrent_trials=int(at_once),
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(directory / ".ray"),
+            callbacks=[_Watcher(watch)],
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
+            verbose=0,
+        ),
+    )
+    return _fit(tuner, stop_file, seconds)
+
+
+def _scheduler(search: Search) -> TrialScheduler:
+    if search.scheduler == "asha":
+        return AsyncHyperBandScheduler(
+            time_attr="percent", max_t=100, grace_period=ASHA_FIRST, reduction_factor=ASHA_KEEP
+        )
+    if search.scheduler == "median":
+        return MedianStoppingRule(time_attr="percent", grace_period=ASHA_FIRST)
+    if search.scheduler == "pbt":
+        explore = search.explore
+        assert explore
+
+        def explored(config: dict[str, Any]) -> dict[str, Any]:
+            config["trial"]["point"] = explore(config["trial"]["point"])
+            return config
+
+        return PopulationBasedTraining(
+            time_attr="percent", perturbation_interval=PBT_EVERY, custom_explore_fn=explored, log_config=False
+        )
+    return FIFOScheduler()
+
+
+class _Asking(Searcher):
+    """Points behind Tune's interface."""
+
+    def __init__(self, points: Points, search: Search) -> None:
+        super().__init__(metric=search.metric, mode=search.mode)
+        self.points, self.waiting, self.trials = points, list[Job](), dict[str, Path]()
+
+    def suggest(self, trial_id: str) -> Any:
+        """Tune's: the next trial."""
+        if not self.waiting:
+            asked = self.points.ask()
+            if asked is None:
+                return Searcher.FINISHED
+            self.waiting = asked
+        job = self.waiting.pop(0)
+        self.trials[trial_id] = Path(job.config.out)
+        return {"trial": {"job": job, "point": {}}}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tune's: what came out."""
+        assert self.metric
+        self.points.tell(self.trials[trial_id], None if error or not result else result.get(str(self.metric)))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune's: nothing, since the run directories say it all."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Tune's: never called."""
+        raise NotImplementedError
+
+
+class _Watcher(tune.Callback):
+    """Passes events on, and marks trials whose process died before it could."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune's."""
+        self.watch(_path(trial), "started", {})
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Tune's."""
+        self.watch(_path(trial), "validated", result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune's."""
+        self.watch(_path(trial), "ended", {})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune's."""
+        run = RunDirectory(_path(trial))
+        if run.info()["state"] != "failed":
+            run.update(state="failed", error=f"its process ended: {str(trial.get_error()).strip().splitlines()[-1]}")
+        self.watch(run.path, "ended", {})
+
+
+def _path(trial: Any) -> Path:
+    return Path(trial.config["trial"]["job"].config.out)
+
+
+def _fit(tuner: tune.Tuner, stop_file: Path, seconds: float | None) -> Outcome:
+    """Run `fit` in a thread, so that this one can turn Ctrl-C and the end of time into a clean stop."""
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="tune", daemon=True)
+    thread.start()
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    outcome: Outcome = "ended"
+    while thread.is_alive():
+        try:
+            thread.join(timeout=0.2)
+            if outcome == "ended" and time.monotonic() > deadline:
+                outcome = "out of time"
+                stop_file.touch()
+        except KeyboardInterrupt:
+            if outcome == "interrupted":
+                raise
+            outcome = "interrupted"
+            stop_file.touch()
+    stop_file.unlink(missing_ok=True)
+    if failure:
+        raise failure[0]
+    return outcome

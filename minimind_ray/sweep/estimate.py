@@ -1,0 +1,159 @@
+"""What a sweep will cost: tokens and FLOPs counted, seconds from a few steps of its first trial in this process."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, SearchConfig
+from minimind_ray.stages.run import Job, begin
+from minimind_ray.stages.start import load_tokenizer, model_shape
+from minimind_ray.sweep.plan import train_store, train_tokens
+from minimind_ray.train.context import PlainContext
+from minimind_ray.train.run import read_jsonl
+from minimind_ray.train.throughput import training_flops_per_token
+
+CALIBRATION_SECONDS, CALIBRATION_STEPS = 5.0, 3
+SIMULATIONS = 200
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that one trial takes here, by part, with the threads that a trial gets."""
+
+    start: float
+    step: float
+    validation: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All trials together. `seconds` are the trials' own, added up; `kept` is the part that early stopping leaves."""
+
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float
+    kept: float
+
+    def hours(self, at_once: int) -> float:
+        """How long it takes with so many trials at once."""
+        return self.kept * self.seconds / at_once / 3600
+
+    def price(self, per_hour: float) -> float:
+        """Of all trials, each of which costs so much an hour."""
+        return self.kept * self.seconds / 3600 * per_hour
+
+
+def estimate(jobs: Sequence[Job], pace: Pace, search: SearchConfig, at_once: int) -> Estimate:
+    """Add up all trials; one with more FLOPs than the first, which `pace` is of, takes longer by the same factor."""
+    per_token_J = [_flops_per_token(job) for job in jobs]
+    flops_J = [train_tokens(job) * per_token for job, per_token in zip(jobs, per_token_J)]
+    seconds_per_flop = pace.step * jobs[0].plan.steps / flops_J[0]
+    seconds = sum(
+        pace.start + flops * seconds_per_flop + _validations(job) * pace.validation * per_token / per_token_J[0]
+        for job, flops, per_token in zip(jobs, flops_J, per_token_J)
+    )
+    return Estimate(
+        steps=sum(job.plan.steps for job in jobs),
+        tokens=sum(map(train_tokens, jobs)),
+        flops=sum(flops_J),
+        seconds=seconds,
+        kept=asha_keeps(len(jobs)) if search.scheduler == "asha" else 1.0,
+    )
+
+
+def _validations(job: Job) -> int:
+    return -(-job.plan.steps // (job.config.eval.every or max(1, job.plan.steps // 10)))
+
+
+def _flops_per_token(job: Job) -> float:
+    """Of forward and backward, with the mean context of the data's first packs."""
+    store = train_store(job)
+    lengths = np.concatenate([pack.lengths for pack in store.read(range(min(8, store.n_packs)))]).astype(float)
+    shape = model_shape(job.config, load_tokenizer(job.config))
+    return training_flops_per_token(shape, float((lengths**2).sum() / lengths.sum() / 2))
+
+
+def asha_keeps(trials: int) -> float:
+    """The part of all steps that ASHA is expected to train, if the order of the trials never changes.
+
+    By simulation: trials come in any order, each goes on from a rung if it is in the best third of those that were
+    there before it, as Tune's scheduler does. The first ones have nothing to be compared with, so few trials save less
+    than the rungs promise.
+    """
+    rng = np.random.default_rng(0)
+    rungs = [rung / 100 for rung in _rungs()]
+    trained = 0.0
+    for _ in range(SIMULATIONS):
+        seen: list[list[float]] = [[] for _ in rungs]
+        for quality in rng.random(trials):
+            reached = 1.0
+            for rung, before in zip(rungs, seen):
+                passed = not before or quality >= np.percentile(before, 100 * (1 - 1 / ASHA_KEEP))
+                before.append(quality)
+                if not passed:
+                    reached = rung
+                    break
+            trained += reached
+    return trained / SIMULATIONS / trials
+
+
+def _rungs() -> list[float]:
+    rungs = [float(ASHA_FIRST)]
+    while rungs[-1] * ASHA_KEEP < 100:
+        rungs.append(rungs[-1] * ASHA_KEEP)
+    return rungs
+
+
+class _Stopwatch(PlainContext):
+    """Lets a run go on for a few steps and notes when each began, and when its validation was done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[float] = []
+        self.reported = 0.0
+
+    def should_stop(self) -> bool:
+        """After enough steps for a mean."""
+        self.steps.append(time.perf_counter())
+        return len(self.steps) >= CALIBRATION_STEPS and self.steps[-1] - self.steps[0] > CALIBRATION_SECONDS
+
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
+        """After the validation at the end."""
+        self.reported = time.perf_counter()
+        return True
+
+
+def calibrate(job: Job) -> Pace:
+    """Train a few steps of a trial in this process, validate once and throw it away."""
+    watch = _Stopwatch()
+    with tempfile.TemporaryDirectory() as out:
+        never = {"every": job.plan.steps}
+        config = job.config.model_copy(
+            update={
+                "out": out,
+                "eval": job.config.eval.model_copy(update=never),
+                "checkpoint": job.config.checkpoint.model_copy(update=never),
+                "track": job.config.track.model_copy(update={"wandb": "off"}),
+            }
+        )
+        job = job.with_config(config)
+        run = begin(job, resume=False)
+        torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
+        started = time.perf_counter()
+        job.run(watch, job.data(watch))
+        seconds = [line["timing"]["seconds"] for line in read_jsonl(run.path / "metrics.jsonl")]
+    return Pace(
+        start=watch.steps[0] - started,
+        # The first step warms up.
+        step=statistics.median(seconds[1:] or seconds) / job.config.scale.workers,
+        validation=watch.reported - watch.steps[-1] - seconds[-1],
+    )

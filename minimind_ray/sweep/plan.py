@@ -1,0 +1,248 @@
+"""A sweep before it runs: its trials, what they share, and the directory that holds it all (see trials.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import load_config, validate
+from minimind_ray.config.schema import Config
+from minimind_ray.config.search import SearchConfig
+from minimind_ray.data.plan import StepPlan
+from minimind_ray.data.prepare import Encoding, Unit
+from minimind_ray.data.store import PackStore, UnitStats
+from minimind_ray.objectives.preference import WITHOUT_REFERENCE
+from minimind_ray.stages.reference import Reference
+from minimind_ray.stages.run import Host, Job, begin, prepare_job, resolve_paths
+from minimind_ray.sweep.axes import Axis, Drawn, PlannedTrial, parse_axis, plan_trials
+from minimind_ray.sweep.searchers import Explorer, import_optuna
+from minimind_ray.sweep.trials import SweepInfo, TrialInfo
+from minimind_ray.train.run import RunDirectory, write_atomically
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep is to do. `trials` are all of them, or for optuna those that are known so far."""
+
+    path: Path
+    base: Config
+    axes: tuple[Axis, ...]
+    search: SearchConfig
+    trials: tuple[PlannedTrial, ...]
+
+    @property
+    def count(self) -> int:
+        """Trials in all."""
+        return (self.search.trials or 0) * self.search.seeds if self.search.searcher == "optuna" else len(self.trials)
+
+    def in_place(self, trial: PlannedTrial) -> PlannedTrial:
+        """The trial with its own directory in the sweep's, and in the sweep's W&B group."""
+        track = trial.config.track.model_copy(update={"group": trial.config.track.group or self.path.name})
+        out = str(self.path / "trials" / trial.id)
+        return replace(trial, config=trial.config.model_copy(update={"out": out, "track": track}))
+
+
+def plan_sweep(path: Path, base: Config, axes: Sequence[Axis], search: SearchConfig) -> SweepPlan:
+    """Check everything that can be checked before anything starts.
+
+    Raises:
+        UserError: see `plan_trials`, `SearchConfig.judged_by`, `Explorer` and `import_optuna`; no validation data.
+    """
+    path = path.absolute()
+    base = resolve_paths(base)
+    search.judged_by(base.stage)
+    if not base.data.val and not base.data.val_fraction:
+        raise UserError("a sweep compares trials on validation data: set data.val, or data.val_fraction above 0")
+    if not base.data.cache:
+        raise UserError("data.cache is false, but trials share prepared data: leave it out")
+    drawn = any(isinstance(axis, Drawn) for axis in axes)
+    if search.searcher == "optuna":
+        import_optuna()
+        if search.scheduler == "pbt":
+            raise UserError("pbt moves its points itself: leave --searcher optuna or --scheduler pbt out")
+        if search.trials is None:
+            raise UserError("--searcher optuna needs --trials, the number of points to try")
+        if not axes:
+            raise UserError("--searcher optuna needs an axis to search, such as --lr 'log(1e-6,1e-4)'")
+        # Each value of the axes is checked; the points come later.
+        plan_trials(base, axes, draws=1 if drawn else None)
+        return SweepPlan(path, base, tuple(axes), search, ())
+    trials = plan_trials(base, axes, draws=search.trials, seeds=search.seeds, sweep_seed=base.train.seed)
+    if search.scheduler == "pbt":
+        _check_pbt(base, axes)
+    plan = SweepPlan(path, base, tuple(axes), search, ())
+    return replace(plan, trials=tuple(plan.in_place(trial) for trial in trials))
+
+
+def _check_pbt(base: Config, axes: Sequence[Axis]) -> None:
+    Explorer(axes, 0)
+    if base.scale.workers > 1:
+        raise UserError("pbt exchanges checkpoints between trials of one worker; set --workers 1")
+    if base.checkpoint.every not in (None, base.eval.every):
+        raise UserError("pbt exchanges checkpoints at validations: leave checkpoint.every out")
+
+
+class Preparation:
+    """Prepares what trials share once for each distinct piece of data and base, and counts."""
+
+    def __init__(self, host: Host, say: Callable[[str], None] = lambda line: None) -> None:
+        self.jobs: dict[Hashable, Job] = {}
+        self.units = self.references = 0
+        self.host, self.own, self.say = Host(self._run_units, self._compute_reference), host, say
+
+    def work_here(self) -> None:
+        """From now on, do what is left in this process."""
+        self.own = Host()
+
+    def job(self, config: Config) -> Job:
+        """The job of a trial. Raises as `prepare_job`."""
+        key = (
+            config.stage, config.data, config.init_from, config.model, config.train.precision,
+            config.scale.gpus_per_worker, config.dpo.loss in WITHOUT_REFERENCE,
+        )  # fmt: skip
+        key = repr(key)
+        if key not in self.jobs:
+            self.jobs[key] = prepare_job(config, self.host, self.say)
+        return self.jobs[key].with_config(config)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often the work that trials share was done, for sweep.json."""
+        jobs = self.jobs.values()
+        return {
+            "prepared datasets": len({store for job in jobs for store in (job.train, job.val) if store}),
+            "units of them encoded for this sweep": self.units,
+            "reference log-probabilities": len(
+                {r for job in jobs for r in (job.train_reference, job.val_reference) if r}
+            ),
+            "of these computed for this sweep": self.references,
+        }
+
+    def _run_units(self, units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
+        for stats in self.own.run_units(units, encoding):
+            self.units += 1
+            yield stats
+
+    def _compute_reference(self, reference: Reference) -> Iterable[np.ndarray]:
+        self.references += 1
+        return self.own.compute_reference(reference)
+
+
+def train_tokens(job: Job) -> int:
+    """Positions that a run trains on, in all its steps."""
+    assert isinstance(job.plan, StepPlan)
+    store = train_store(job)
+    return round((store.n_tokens - store.n_documents) * job.plan.steps / job.plan.steps_per_epoch)
+
+
+def train_store(job: Job) -> PackStore:
+    """The training packs, which in a sweep are always prepared ones."""
+    assert isinstance(job.train, str)
+    return PackStore(job.train, job.train_reference)
+
+
+def within_budget(jobs: Sequence[Job], tokens: int) -> list[Job]:
+    """Each job shortened by the same factor, so that all together stay within `tokens`.
+
+    Raises:
+        UserError: nothing would be left of a run but its warm-up.
+    """
+    factor = min(1.0, tokens / sum(map(train_tokens, jobs)))
+    shorter: list[Job] = []
+    for job in jobs:
+        steps = int(job.plan.steps * factor)
+        if steps <= job.config.schedule.warmup:
+            raise UserError(
+                f"budget_tokens {tokens:,} leaves a trial {steps} of its {job.plan.steps} steps, of which "
+                f"{job.config.schedule.warmup} are warm-up; raise it, or try fewer points"
+            )
+        train = job.config.train.model_copy(update={"max_steps": steps})
+        shorter.append(job.with_config(job.config.model_copy(update={"train": train})) if factor < 1 else job)
+    return shorter
+
+
+def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -> None:
+    """Make the directory with all trials that are known, waiting."""
+    for number, (trial, job) in enumerate(zip(plan.trials, jobs, strict=True)):
+        create_trial(trial, job, number)
+    metric, mode = plan.search.judged_by(plan.base.stage)
+    info = SweepInfo(
+        stage=plan.base.stage,
+        metric=metric,
+        mode=mode,
+        axes={axis.key: axis.to_json() for axis in plan.axes},
+        seeds=plan.search.seeds,
+        shared=shared,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=plan.base.model_dump(mode="json"),
+        price_per_hour=plan.search.price_per_hour,
+    )
+    content = {**info.model_dump(mode="json"), "search": plan.search.model_dump(mode="json")}
+    # Last, so that a sweep is there whole or not at all.
+    write_atomically(plan.path / "sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
+    """Make the run directory of a trial, the sweep's `number`th."""
+    run = begin(job, resume=False)
+    run.update(state="waiting")
+    facts = {**TrialInfo(id=trial.id, point=trial.point, seed=trial.seed).model_dump(mode="json"), "number": number}
+    write_atomically(run.path / "trial.json", json.dumps(facts, ensure_ascii=False) + "\n")
+
+
+def check_free(path: Path) -> None:
+    """Raises UserError where there is a sweep already."""
+    if (path / "sweep.json").exists():
+        raise UserError(
+            f"{path} already holds a sweep: go on with minimind-ray tune --resume {path}, or choose another --out"
+        )
+
+
+def reopen_sweep(path: Path) -> SweepPlan:
+    """The plan of a sweep that was started; its trials as they stand, in their order.
+
+    Raises:
+        UserError: no sweep there, or a damaged file.
+    """
+    path = path.absolute()
+    if not (path / "sweep.json").exists():
+        raise UserError(f"{path} holds no sweep to go on with: leave --resume out to start one")
+    content = _read(path / "sweep.json")
+    info, search = SweepInfo.model_validate(content), SearchConfig.model_validate(content["search"])
+    found: list[tuple[int, PlannedTrial]] = []
+    for file in (path / "trials").glob("*/trial.json"):
+        facts = _read(file)
+        # What is trained, not what was planned: budgets and pbt change it.
+        config = load_config(info.stage, [file.with_name("config.yaml")])
+        found.append((facts["number"], PlannedTrial(facts["id"], facts["point"], facts["seed"], config)))
+    trials = tuple(trial for _, trial in sorted(found, key=lambda pair: pair[0]))
+    axes = tuple(parse_axis(key, spec) for key, spec in info.axes.items())
+    return SweepPlan(path, validate(info.config), axes, search, trials)
+
+
+def check_same_inputs(job: Job) -> None:
+    """Whether a trial that goes on has the data and base that it began with.
+
+    Raises:
+        UserError: it has not.
+    """
+    run = RunDirectory(job.config.out)
+    if changed := [key for key, value in job.inputs.items() if run.info()["inputs"][key] != value]:
+        raise UserError(
+            f"{run.path}: {' and '.join(changed)} has other content than when the sweep began; start a new sweep, "
+            "or put the old files back"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None

@@ -1,0 +1,93 @@
+"""A sweep on Ray: what trials share is made first, then Tune runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from minimind_ray.on_ray.trainer import RAY_HOST
+from minimind_ray.on_ray.tuner import Outcome, Search, Watch, is_done, places, put_bases, run_trials
+from minimind_ray.stages.run import Job
+from minimind_ray.sweep.axes import PlannedTrial
+from minimind_ray.sweep.plan import (
+    Preparation,
+    SweepPlan,
+    check_same_inputs,
+    create_sweep,
+    create_trial,
+    within_budget,
+)
+from minimind_ray.sweep.searchers import Explorer, OptunaPoints
+from minimind_ray.train.run import RunDirectory
+
+
+def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watch: Watch) -> Outcome:
+    """Prepare, make the sweep's directory, or with `resume` take the one that is there, and run the trials.
+
+    Raises:
+        UserError: data that cannot be prepared, a budget too small, or a cluster on which not one trial fits.
+    """
+    at_once = min(places(plan.base.scale), plan.search.concurrent or plan.count, plan.count)
+    preparation = Preparation(RAY_HOST, say)
+    # Points that are still to be found share the base's data.
+    jobs = [preparation.job(trial.config) for trial in plan.trials] or [preparation.job(plan.base)]
+    bases = put_bases(jobs)
+    shared = {**preparation.counts, "base weights put in the object store": len(bases)}
+    say("shared by all trials: " + ", ".join(f"{count} {what}" for what, count in shared.items()))
+    jobs = jobs[: len(plan.trials)]
+    if resume:
+        for job in jobs:
+            check_same_inputs(job)
+    else:
+        if plan.search.budget_tokens and jobs:
+            jobs = within_budget(jobs, plan.search.budget_tokens)
+        create_sweep(plan, jobs, shared)
+    waiting = "" if at_once == plan.count else "; the others wait until there is room"
+    say(f"{plan.count} trials, {at_once} at once{waiting} -> {plan.path}")
+
+    metric, mode = plan.search.judged_by(plan.base.stage)
+    pbt = plan.search.scheduler == "pbt"
+    search = Search(
+        metric,
+        mode,
+        plan.search.scheduler,
+        plan.search.concurrent,
+        Explorer(plan.axes, plan.base.train.seed) if pbt else None,
+    )
+    if plan.search.searcher == "optuna":
+        trials = _proposed(plan, preparation, jobs, mode == "max")
+    else:
+        # Those that are done come first, so that the scheduler knows of them when it judges the others.
+        trials = sorted(jobs, key=lambda job: not is_done(RunDirectory(job.config.out), search.scheduler))
+        trials = trials if not pbt else [job for job in trials if not is_done(RunDirectory(job.config.out), "pbt")]
+    hours = plan.search.budget_hours
+    return run_trials(trials, plan.base.scale, plan.path, search, bases, seconds=hours and hours * 3600, watch=watch)
+
+
+def _proposed(plan: SweepPlan, preparation: Preparation, jobs: Sequence[Job], maximize: bool) -> OptunaPoints:
+    known = {job.config.out: job for job in jobs}
+    # Proposals are made while trials hold the cluster's CPUs.
+    preparation.work_here()
+
+    def make(trial: PlannedTrial) -> Job:
+        trial = plan.in_place(trial)
+        if trial.config.out in known:
+            return known[trial.config.out]
+        job = preparation.job(trial.config)
+        if plan.search.budget_tokens:
+            [job] = within_budget([job], plan.search.budget_tokens // plan.count)
+        create_trial(replace(trial, config=job.config), job, number=len(known))
+        known[trial.config.out] = job
+        return job
+
+    points = {repr(trial.point): trial.point for trial in plan.trials}
+    assert plan.search.trials
+    return OptunaPoints(
+        plan.base,
+        plan.axes,
+        points=plan.search.trials,
+        seeds=plan.search.seeds,
+        maximize=maximize,
+        make=make,
+        known=list(points.values()),
+    )
