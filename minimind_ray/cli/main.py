@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from minimind_ray.cli import chat, config, data, evaluate, generate, lora, tokenizer, train, transfer, tune
+from minimind_ray.cli import chat, compare, config, data, evaluate, generate, lora, tokenizer, train, transfer, tune
 from minimind_ray.cli import run as run_recipe
 from minimind_ray.config.errors import UserError
 
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("run")(run_recipe.run)
 app.command("tune")(tune.tune)
+app.command("compare")(compare.compare)
+app.command("report")(compare.report)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate_)

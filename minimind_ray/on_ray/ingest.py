@@ -8,6 +8,7 @@ Each row carries its step and rank, and the worker checks them, since nothing in
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,53 @@ import pyarrow as pa
 import ray
 
 from minimind_ray.data.pack import Pack, pack_from_row
+from minimind_ray.data.plan import StepPlan
+from minimind_ray.data.store import ROW_GROUP, PackStore
+from minimind_ray.data.stream import Stream
 from minimind_ray.stages.run import Job
 
 
 def step_dataset(job: Job, start: int) -> ray.data.Dataset:
     """All workers' shares of the steps from `start` on; see the module's text for the order of rows."""
+    return stream_dataset(job) if isinstance(job.train, Stream) else prepared_dataset(job, start)
+
+
+def stream_dataset(job: Job) -> ray.data.Dataset:
+    """Shares out of a stream from its first step on: units encoded by tasks side by side, dealt out in order."""
+    stream, plan = job.train, job.plan
+    assert isinstance(stream, Stream)
+    # Tasks start only as packs are used up, so epochs too many cost nothing: no token takes more than 32 bytes.
+    fewest = max(1, sum(unit.size for unit in stream.units) // (32 * stream.encoding.config.pack_tokens))
+    epochs = 1 + -(-plan.steps * plan.packs_per_step // fewest)
+    units = len(stream.units) * epochs
+    return (
+        ray.data.range(units, override_num_blocks=units)
+        .map_batches(_make_packs, batch_size=1, fn_kwargs={"stream": stream})
+        .repartition(target_num_rows_per_block=plan.packs_per_step, strict=True)
+        .map_batches(
+            _share_out, batch_size=None, batch_format="pyarrow", fn_kwargs={"workers": job.config.scale.workers}
+        )
+        .repartition(target_num_rows_per_block=1)
+    )
+
+
+def _make_packs(batch: dict[str, np.ndarray], stream: Stream) -> Iterator[pa.Table]:
+    for number in batch["id"].tolist():
+        epoch, place = divmod(number, len(stream.units))
+        packs = stream.unit_tables(stream.order(epoch)[place])
+        while several := list(islice(packs, ROW_GROUP)):
+            yield pa.concat_tables(several)
+
+
+def _share_out(step: pa.Table, workers: int) -> Iterator[pa.Table]:
+    step = step.combine_chunks()
+    packs = [pack_from_row(step, row, row) for row in range(len(step))]
+    for rank in range(workers):
+        yield share_table(None, rank, packs[rank::workers])
+
+
+def prepared_dataset(job: Job, start: int) -> ray.data.Dataset:
+    """Shares of prepared packs, each read by its number."""
     plan, workers = job.plan, job.config.scale.workers
     rows = (plan.steps - start) * workers
     # A task reads the shares of some steps; enough tasks to stream, each long enough to pay for its start.
@@ -36,21 +79,23 @@ def step_dataset(job: Job, start: int) -> ray.data.Dataset:
 
 
 def _read_shares(batch: dict[str, np.ndarray], job: Job, start: int) -> Iterator[pa.Table]:
-    plan, workers, store = job.plan, job.config.scale.workers, job.train_store()
+    plan, workers = job.plan, job.config.scale.workers
+    assert isinstance(plan, StepPlan) and isinstance(job.train, str)
+    store = PackStore(job.train, job.train_reference)
     for row in batch["id"].tolist():
         step, rank = start + row // workers, row % workers
         yield share_table(step, rank, store.read(plan.ids(step, rank, workers).tolist()))
 
 
-def share_table(step: int, rank: int, packs: list[Pack]) -> pa.Table:
-    """One row: step, rank, and the packs' columns as lists."""
+def share_table(step: int | None, rank: int, packs: list[Pack]) -> pa.Table:
+    """One row: step (None in a stream, whose tasks do not know it), rank, and the packs' columns as lists."""
 
     def column(arrays: list[np.ndarray], kind: pa.DataType) -> list[Any]:
         return pa.array([arrays], pa.list_(pa.list_(kind)))
 
     tokens = pa.uint32() if any(p.tokens.dtype == np.uint32 for p in packs) else pa.uint16()
     columns = {
-        "step": pa.array([step]),
+        "step": pa.array([step], pa.int64()),
         "rank": pa.array([rank]),
         "id": pa.array([[p.id for p in packs]], pa.list_(pa.int64())),
         "tokens": column([p.tokens for p in packs], tokens),
@@ -62,10 +107,15 @@ def share_table(step: int, rank: int, packs: list[Pack]) -> pa.Table:
     return pa.table(columns)
 
 
-def read_shares(shard: Iterable[Any], start: int, rank: int) -> Iterator[list[Pack]]:
-    """This rank's packs of each step from `start` on, out of its shard of a `step_dataset`."""
-    for offset, row in enumerate(shard):
-        found, expected = (row["step"][0].as_py(), row["rank"][0].as_py()), (start + offset, rank)
+def read_shares(shard: Iterable[Any], job: Job, start: int, rank: int) -> Iterator[list[Pack]]:
+    """This rank's packs of each step from `start` on, out of its shard of a `step_dataset`.
+
+    In a stream, what comes before `start` is made again and passed over.
+    """
+    streaming = isinstance(job.train, Stream)
+    rows = islice(shard, start if streaming else 0, None)
+    for step, row in zip(range(start, job.plan.steps), rows):
+        found, expected = (row["step"][0].as_py(), row["rank"][0].as_py()), (None if streaming else step, rank)
         assert found == expected, f"Ray Data dealt (step, rank) {found} where {expected} was due"
         names = [name for name in row.column_names if name not in ("step", "rank", "id")]
         packs = pa.table({name: row[name].combine_chunks().values for name in names})

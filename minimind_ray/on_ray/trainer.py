@@ -101,7 +101,7 @@ def _worker(job: Job) -> None:
     def steps(start: int) -> Iterator[list[Pack]]:
         shard = ray.train.get_dataset_shard("train")
         blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-        return read_shares(blocks, start, context.rank)
+        return read_shares(blocks, job, start, context.rank)
 
     job.run(context, TrainingData(job.plan, steps, job.val_store()))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
+from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import StepPlan, read_steps
-from minimind_ray.data.prepare import RunUnits, Split, prepare, run_units_here
+from minimind_ray.data.prepare import RunUnits, Split, encoding_of, plan_units, prepare, run_units_here
 from minimind_ray.data.store import PackStore
+from minimind_ray.data.stream import Stream, StreamPlan, stream_steps
+from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import weights_fingerprint
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import ComputeReference, Reference, compute_here, ensure_reference
@@ -24,11 +27,14 @@ from minimind_ray.train.run import RunDirectory, resolve_model
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs: the resolved config, the prepared sets and the plan over the first."""
+    """All that a worker needs: the resolved config, the data, and the plan over it.
+
+    `train` is the path of the prepared packs, or with `data.cache` false a stream that makes them.
+    """
 
     config: Config
-    plan: StepPlan
-    train: str
+    plan: StepPlan | StreamPlan
+    train: str | Stream
     val: str | None
     train_reference: str | None = None
     val_reference: str | None = None
@@ -37,16 +43,20 @@ class Job:
     @property
     def inputs(self) -> dict[str, str | None]:
         """What the run depends on beside its config, by content: prepared sets are named by their hash."""
-        return {"data.train": self.train, "data.val": self.val, "init_from": self.base_fingerprint}
+        train = self.train.key if isinstance(self.train, Stream) else self.train
+        return {"data.train": train, "data.val": self.val, "init_from": self.base_fingerprint}
 
     def data(self, context: Context) -> TrainingData:
-        """Packs read straight from the prepared data, for hosts without Ray Data."""
-        read = partial(read_steps, self.train_store(), self.plan, rank=context.rank, world_size=context.world_size)
-        return TrainingData(self.plan, read, self.val_store())
+        """Packs read, or made, in this process, for hosts without Ray Data."""
+        return TrainingData(self.plan, partial(self.steps, context.rank, context.world_size), self.val_store())
 
-    def train_store(self) -> PackStore:
-        """The training packs."""
-        return PackStore(self.train, self.train_reference)
+    def steps(self, rank: int, world_size: int, start: int) -> Iterator[list[Pack]]:
+        """One worker's packs of each step from `start` on."""
+        if isinstance(self.train, Stream):
+            assert isinstance(self.plan, StreamPlan)
+            return stream_steps(self.train, self.plan, start, rank, world_size)
+        assert isinstance(self.plan, StepPlan)
+        return read_steps(PackStore(self.train, self.train_reference), self.plan, start, rank, world_size)
 
     def val_store(self) -> PackStore | None:
         """The validation packs, if there are any."""
@@ -54,7 +64,7 @@ class Job:
 
     def with_config(self, config: Config) -> Job:
         """The same data under a config with other steps: optimisation, length, seed."""
-        return replace(self, config=config, plan=step_plan(config, self.plan.row_groups))
+        return replace(self, config=config, plan=step_plan(config, self.train))
 
     def run(self, context: Context, data: TrainingData) -> None:
         """The stage's train-loop function."""
@@ -103,6 +113,10 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
     model_shape(config, tokenizer)
     splits: tuple[Split, ...] = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
     stores: dict[str, str] = {}
+    stream: Stream | None = None
+    if not config.data.cache:
+        stream, splits = _stream(config, tokenizer), splits[1:]
+        say(f"train: {len(stream.units)} pieces of {config.data.train}, encoded while training")
     for split in splits:
         prepared = prepare(config.stage, config.data, split, tokenizer, host.run_units)
         say(prepared.summary())
@@ -119,17 +133,33 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
             made = ensure_reference(reference, host.compute_reference)
             say(f"reference log-probabilities of {split}: {'computed' if made else 'in the cache'}")
             references[split] = reference.path
-    plan = step_plan(config, PackStore(stores["train"]).row_groups)
+    train = stream or stores["train"]
     return Job(
-        config, plan, stores["train"], stores.get("val"), references.get("train"), references.get("val"),
+        config, step_plan(config, train), train, stores.get("val"), references.get("train"), references.get("val"),
         weights_fingerprint(base) if base else None,
     )  # fmt: skip
 
 
-def step_plan(config: Config, row_groups: tuple[int, ...]) -> StepPlan:
-    """The steps of a run over the packs of `row_groups`; see `Config.packs_per_step` for what is raised."""
-    train = config.train
-    return StepPlan(row_groups, config.packs_per_step(), train.epochs, train.seed, train.max_steps)
+def _stream(config: Config, tokenizer: Tokenizer) -> Stream:
+    if config.train.max_steps is None:
+        raise UserError("train.max_steps is not set: with data.cache false nothing else says where the run ends")
+    if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
+        raise UserError(
+            f"data.cache is false, but dpo.loss {config.dpo.loss} keeps reference log-probabilities with the packs; "
+            "leave data.cache out, or use simpo or orpo"
+        )
+    encoding, sources = encoding_of(config.stage, config.data, "train", tokenizer)
+    return Stream(tuple(plan_units(sources, encoding)), encoding, config.train.seed)
+
+
+def step_plan(config: Config, train: str | Stream) -> StepPlan | StreamPlan:
+    """The steps of a run over prepared packs or a stream; see `Config.packs_per_step` for what is raised."""
+    length = config.train
+    if isinstance(train, Stream):
+        assert length.max_steps
+        return StreamPlan(config.packs_per_step(), length.max_steps)
+    groups = PackStore(train).row_groups
+    return StepPlan(groups, config.packs_per_step(), length.epochs, length.seed, length.max_steps)
 
 
 def begin(job: Job, *, resume: bool) -> RunDirectory:

@@ -17,7 +17,6 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
 from minimind_ray.data.pack import Pack
-from minimind_ray.data.plan import StepPlan
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.generate import generate
@@ -25,7 +24,7 @@ from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, save_resume
 from minimind_ray.train.context import Context, resolve_precision
-from minimind_ray.train.evaluate import evaluate
+from minimind_ray.train.evaluate import Evaluation, evaluate
 from minimind_ray.train.optim import FlatGradients, build_adamw
 from minimind_ray.train.run import RunDirectory, resolve_model, sound
 from minimind_ray.train.schedule import lr_factor
@@ -33,11 +32,24 @@ from minimind_ray.train.step import NonFiniteError, Objective, autocast, trainin
 from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
 
 
+class Plan(Protocol):
+    """How many steps there are, and which epoch (from 0) a step belongs to, where that is known."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        ...
+
+    def epoch(self, step: int) -> int | None:
+        """The epoch of `step`."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """What a host hands a stage: the plan, this rank's packs from a step on, and the validation packs."""
 
-    plan: StepPlan
+    plan: Plan
     steps: Callable[[int], Iterator[list[Pack]]]
     val: PackStore | None
 
@@ -141,8 +153,9 @@ def fit(
         metrics: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens, "epoch": epoch, "lr": lr}
         metrics |= {**result.means, "grad_norm": result.grad_norm}
         metrics["timing"] = meter.read(result.tokens, packs, plan.steps - progress.step)
-        if validating:
-            metrics |= validate()
+        evaluation = validate() if validating else None
+        if evaluation:
+            metrics |= {f"val/{name}": value for name, value in evaluation.means.items()}
         if main:
             # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
             run.append("metrics.jsonl", metrics)
@@ -156,6 +169,8 @@ def fit(
             value = metrics.get("val/loss", -float(progress.step))  # Without validation the last is the best.
             if value <= progress.best_value:
                 progress.best, progress.best_value = progress.checkpoint, value
+                if main and evaluation:
+                    evaluation.write(run.path / "validation.parquet")
             if main:
                 run.save_checkpoint(progress.checkpoint, lambda path: _write(path, model, optimizer, weights, progress))
                 run.prune(config.checkpoint.keep, progress.best)
@@ -207,24 +222,20 @@ class Validation:
     ) -> None:
         self.model, self.objective, self.context, self.dtype = model, objective, context, dtype
         self.store, self.tokenizer, self.config = store, tokenizer, config.eval
-        self.path = Path(config.out) / "validation.parquet"
         self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(context.device)
 
-    def __call__(self) -> dict[str, float]:
-        """val/… metrics, the same on all workers; each example's go to validation.parquet."""
+    def __call__(self) -> Evaluation:
+        """The result over all workers' packs, the same on all of them."""
         assert self.store
         limit = self.store.n_packs
         if self.config.max_tokens:
             limit = max(1, limit * self.config.max_tokens // self.store.n_tokens)
         ids = range(min(limit, self.store.n_packs))[self.context.rank :: self.context.world_size]
         packs = (self.store.read([i])[0] for i in ids)
-        result = evaluate(
+        return evaluate(
             self.model, self.objective, packs,
             token_bytes_V=self.token_bytes_V, device=self.context.device, dtype=self.dtype,
         )  # fmt: skip
-        if self.context.rank == 0:
-            result.write(self.path)
-        return {f"val/{name}": value for name, value in result.means.items()}
 
     def samples(self, step: int) -> list[str]:
         """Texts that begin with the configured prompts, or with nothing, as the model goes on with them."""

@@ -150,3 +150,19 @@ def test_too_many_workers_are_refused_before_anything_starts(tmp_path: Path, ray
     start(job)
     with pytest.raises(UserError, match=r"needs 65 CPUs and the cluster has 8"):
         train_on_ray(job)
+
+
+def test_a_stream_gives_workers_what_the_plain_process_reads(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.on_ray.trainer import train_on_ray
+    from minimind_ray.stages.run import run_here
+
+    settings = {"data__cache": False, "train__max_steps": 20, "eval__every": 10, "rows": 300}
+    plain = make_job(tmp_path, out=str(tmp_path / "plain"), **settings)
+    start(plain)
+    run_here(plain)
+    job = make_job(tmp_path, scale__workers=2, out=str(tmp_path / "ray"), **settings)
+    start(job)
+    train_on_ray(job)
+    for ours, theirs in zip(finished(job), finished(plain), strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)

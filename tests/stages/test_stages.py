@@ -144,3 +144,35 @@ def test_run_directory_explains_itself(base: Path) -> None:
     assert Path(info["inputs"]["data.train"]).is_dir()
     assert json.loads((run.path / "samples.jsonl").read_text().splitlines()[0])["samples"]
     assert len(run.checkpoints()) <= 3
+
+
+def test_a_stream_trains_without_keeping_packs_and_resumes(tmp_path: Path) -> None:
+    settings = {"rows": 300, "data__cache": False, "train__max_steps": 12, "data__val_fraction": 0.05}
+    with pytest.raises(UserError, match="train.max_steps is not set"):
+        make_job(tmp_path, **settings | {"train__max_steps": None})
+    job = make_job(tmp_path, out=str(tmp_path / "whole"), **settings)
+    lines = train(job)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["val/loss"] < lines[0]["val/loss"] and lines[-1]["loss"] < lines[0]["loss"]
+    # The validation set is kept; of the training packs nothing is.
+    assert len(list((tmp_path / "cache" / "datasets").iterdir())) == 1
+
+    parted = make_job(tmp_path, out=str(tmp_path / "parted"), **settings)
+    run = start(parted)
+    context = PlainContext()
+    context.should_stop = lambda: len(list(read_jsonl(run / "metrics.jsonl"))) == 6
+    parted.run(context, parted.data(context))
+    start(parted, resume=True)
+    run_here(parted)
+    assert [{**x, "timing": 0} for x in read_jsonl(run / "metrics.jsonl")] == [{**x, "timing": 0} for x in lines]
+
+
+def test_a_stream_reads_every_row_once_per_epoch(tmp_path: Path) -> None:
+    job = make_job(tmp_path, rows=200, data__cache=False, train__max_steps=1, data__val_fraction=0.0)
+    cached = make_job(tmp_path, rows=200, data__val_fraction=0.0)
+    stream = job.train
+    tables = [t for index in stream.order(0) for t in stream.unit_tables(index)]
+    store = PackStore(cached.train)
+    assert sum(len(t["tokens"][0]) for t in tables) == store.n_tokens
+    shares = [[p.id for p in next(job.steps(rank, 3, 0))] for rank in range(3)]
+    assert sorted(i for share in shares for i in share) == list(range(job.plan.packs_per_step))

@@ -1,0 +1,108 @@
+"""Packs made while they are read and kept nowhere: `data.cache` false.
+
+For data too large to keep twice, or read once. Epoch after epoch, the units of the source files in an order that the
+seed and the epoch set, each unit's packs as `pack_groups` gives them. How many packs there will be is not known
+beforehand, so `train.max_steps` says where to end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+
+import numpy as np
+import pyarrow as pa
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.data.encode import encode_rows
+from minimind_ray.data.pack import Group, Pack, pack_from_row, pack_groups, packs_table
+from minimind_ray.data.prepare import Encoding, Unit
+from minimind_ray.data.records import Reject, Row, parse_row, read_raw
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """As many steps as were asked for, each of `packs_per_step` packs."""
+
+    packs_per_step: int
+    steps: int
+
+    def epoch(self, step: int) -> None:
+        """Not known: epochs end inside steps."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The source files' units and how they are encoded."""
+
+    units: tuple[Unit, ...]
+    encoding: Encoding
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """A hash of the units' content and how they are encoded."""
+        return hashlib.blake2b("".join(unit.key for unit in self.units).encode(), digest_size=20).hexdigest()
+
+    def order(self, epoch: int) -> list[int]:
+        """The units as this epoch reads them."""
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.units)).tolist()
+
+    def unit_tables(self, index: int) -> Iterator[pa.Table]:
+        """One unit's packs, each a table of one row as a prepared dataset has them.
+
+        Raises:
+            UserError: more bad rows in the unit than `data.max_reject_fraction`.
+        """
+        for pack in pack_groups(self._groups(self.units[index]), self.encoding.config.pack_tokens):
+            yield packs_table([pack], self.encoding.tokenizer.vocab_size)
+
+    def _groups(self, unit: Unit) -> Iterator[Group]:
+        rows, rejects = 0, list[Reject]()
+
+        def read() -> Iterator[Row | Reject]:
+            nonlocal rows
+            for raw in read_raw(unit.source, unit.part):
+                rows += 1
+                if isinstance(raw, Reject):
+                    yield raw
+                elif not self.encoding.holds_out(raw.content):
+                    yield parse_row(unit.source.path, raw)
+
+        config = self.encoding.config
+        for item in encode_rows(self.encoding.stage, read(), self.encoding.tokenizer, config):
+            if isinstance(item, Reject):
+                rejects.append(item)
+            else:
+                yield item
+        if len(rejects) > config.max_reject_fraction * rows:
+            raise UserError(
+                f"{rejects[0].file}:{rejects[0].line}: {rejects[0].reason}; {len(rejects):,} of {rows:,} rows of this "
+                "piece cannot be used, more than data.max_reject_fraction allows; mend them, or raise the limit"
+            )
+
+    def packs(self) -> Iterator[Pack]:
+        """All packs, epoch after epoch without end, numbered through.
+
+        Raises:
+            UserError: there are none.
+        """
+        number = 0
+        for epoch in count():
+            for index in self.order(epoch):
+                for table in self.unit_tables(index):
+                    yield pack_from_row(table, 0, number)
+                    number += 1
+            if number == 0:
+                raise UserError("data.train: no row is left to train on; `minimind-ray data inspect` says why")
+
+
+def stream_steps(
+    stream: Stream, plan: StreamPlan, start: int, rank: int = 0, world_size: int = 1
+) -> Iterator[list[Pack]]:
+    """This rank's packs of each step from `start` on; what comes before is made again and passed over."""
+    packs = islice(stream.packs(), start * plan.packs_per_step, None)
+    for _ in range(start, plan.steps):
+        yield list(islice(packs, plan.packs_per_step))[rank::world_size]
