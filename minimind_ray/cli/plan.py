@@ -1,0 +1,130 @@
+"""`minimind-ray train STAGE --dry-run`: what the run would be, without Ray and without writing anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from minimind_ray.config.schema import Config
+    from minimind_ray.data.estimate import Estimate
+    from minimind_ray.data.tokenizer import Tokenizer
+    from minimind_ray.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training data, and how that is known."""
+
+    documents: int
+    tokens: int
+    counted: int
+    packs: int
+    source: str
+
+
+def print_plan(config: Config) -> None:
+    """Print what `plan` finds, a line for each."""
+    for name, text in plan(config).items():
+        print(f"{name:<10} {text}")
+
+
+def plan(config: Config) -> dict[str, str]:
+    """Parameters, data, steps, FLOPs, memory and resources of the run that `config` describes.
+
+    Raises:
+        UserError: what the run itself would refuse before it trains.
+    """
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.data.estimate import estimate
+    from minimind_ray.model.checkpoint import config_of
+    from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
+    from minimind_ray.stages.run import resolve_paths
+    from minimind_ray.stages.start import load_tokenizer, model_shape, require_base
+    from minimind_ray.train.context import default_device, resolve_precision
+    from minimind_ray.train.footprint import footprint
+    from minimind_ray.train.throughput import parameter_counts, training_flops_per_token
+
+    config = resolve_paths(config)
+    data, scale, out = config.data, config.scale, Path(config.out)
+    packs_per_step = config.packs_per_step()
+    if config.stage != "pretrain":
+        require_base(config)
+    if not data.cache and config.train.max_steps is None:
+        raise UserError("train.max_steps is not set: with data.cache false nothing else says where the run ends")
+    tokenizer = load_tokenizer(config)
+    shape = model_shape(config, tokenizer)
+    if config.stage == "dpo":
+        Preference(config.dpo, shape)
+    sample = estimate(config.stage, data, tokenizer)
+    epoch = _epoch(config, tokenizer, sample)
+    if not epoch.packs:
+        raise UserError(f"data.train: no row of {data.train} is left to train on")
+    steps_per_epoch = math.ceil(epoch.packs / packs_per_step)
+    steps = config.train.max_steps or steps_per_epoch * config.train.epochs
+    tokens = epoch.tokens / steps_per_epoch * steps
+    flops = tokens * training_flops_per_token(shape, sample.mean_context)
+    total, active = parameter_counts(shape)
+    dtype = resolve_precision(config.train.precision, default_device())
+    memory = footprint(
+        shape, _adapt(config),
+        pack_tokens=data.pack_tokens, document=2 * sample.mean_context, counted=epoch.counted / epoch.tokens,
+        dtype=dtype,
+    )  # fmt: skip
+    fullness = epoch.tokens / (epoch.packs * data.pack_tokens)
+    lines = {
+        "model": f"{config_of(shape)['architectures'][0]}, {total:,} parameters"
+        + (f", {active:,} of them active for a token" if active < total else "")
+        + (f"; {memory.trainable:,} are trained" if memory.trainable < total else ""),
+        "data": f"{epoch.tokens:,} tokens an epoch in {epoch.documents:,} documents, {epoch.counted:,} of them carry "
+        f"loss; {epoch.packs:,} packs, {fullness:.0%} full ({epoch.source})",
+        "steps": f"{steps:,} ({steps_per_epoch:,} an epoch), each {config.batch.tokens:,} tokens = {packs_per_step} "
+        f"packs of {data.pack_tokens:,}, {math.ceil(packs_per_step / scale.workers)} on each worker",
+        "compute": f"{flops / steps:.2g} FLOPs a step, {flops:.2g} in all, counted as for MFU",
+        "memory": f"{_size(memory.total)} on each worker: {_size(memory.weights)} weights + {_size(memory.gradients)} "
+        f"gradients + {_size(memory.optimizer)} AdamW + {_size(memory.activations)} activations of a pack (estimated)",
+        "workers": f"{scale.workers}, each with {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs; one "
+        f"more CPU for the data; matrix products in {str(dtype).removeprefix('torch.')} where hardware is as here",
+        "run": f"{out}{', which holds a run already' if (out / 'config.yaml').exists() else ''}",
+    }
+    if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
+        lines["reference"] = "one forward pass over the data first, unless it was made for this data and base before"
+    if sample.rejected:
+        first = sample.reasons[0].first
+        lines["rejected"] = (
+            f"{sample.rejected:,} of {sample.sampled:,} sampled rows, as {first.file}:{first.line}: {first.reason}"
+        )
+        if sample.rejected > data.max_reject_fraction * sample.sampled:
+            lines["rejected"] += f"; data.max_reject_fraction {data.max_reject_fraction:g} allows fewer: it would stop"
+    return lines
+
+
+def _epoch(config: Config, tokenizer: Tokenizer, sample: Estimate) -> Epoch:
+    """From the cache if all is prepared there, else from the sample."""
+    from minimind_ray.data.prepare import find_prepared
+
+    manifest = find_prepared(config.stage, config.data, "train", tokenizer) if config.data.cache else None
+    if manifest:
+        documents, tokens, counted = (manifest.total(n) for n in ("documents", "tokens", "counted_tokens"))
+        return Epoch(documents, tokens, counted, manifest.n_packs, "exact, they are prepared already")
+    return Epoch(
+        sample.documents, sample.tokens, sample.counted, sample.packs,
+        f"estimated from {sample.sampled:,} of about {sample.rows:,} rows",
+    )  # fmt: skip
+
+
+def _adapt(config: Config) -> Callable[[Transformer], None]:
+    """Puts the adapters on a model that the stage trains, if it trains adapters."""
+    from minimind_ray.model.lora import add_lora
+
+    if config.stage == "lora" or (config.stage == "dpo" and config.dpo.lora):
+        return lambda model: add_lora(model, config.lora, seed=config.train.seed)
+    return lambda model: None
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,102 @@
+"""How much data there is, from a sample of its rows: nothing is prepared and nothing is written."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+import zstandard
+
+from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.data.files import locate
+from minimind_ray.data.inspect import RejectReason, inspect_rows
+from minimind_ray.data.prepare import encoding_of
+from minimind_ray.data.records import RawRow, Reject, Row, Source, parse_row, read_raw
+from minimind_ray.data.tokenizer import Tokenizer
+
+SAMPLE_SOURCES, SAMPLE_BYTES = 16, 2 << 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The training split as the sample has it, scaled up: `rows` are all of the sources', the others are trained on.
+
+    `mean_context` is the mean number of tokens a token attends to; `rejected` counts the sample's `sampled` rows.
+    """
+
+    rows: int
+    documents: int
+    tokens: int
+    counted: int
+    packs: int
+    mean_context: float
+    sampled: int
+    rejected: int
+    reasons: list[RejectReason]
+
+
+def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer) -> Estimate:
+    """Encode the first rows of some source files spread over all, and take the rest to be like them.
+
+    Raises:
+        UserError: sources that match nothing or cannot be read.
+    """
+    encoding, sources = encoding_of(stage, config, "train", tokenizer)
+    sizes: dict[str, int] = defaultdict(int)
+    for source in sources:
+        sizes[source.suffix] += source.size
+    picks = np.linspace(0, len(sources) - 1, min(SAMPLE_SOURCES, len(sources))).astype(int)
+    rows: list[Row | Reject] = []
+    counts: dict[str, int] = defaultdict(int)
+    stored: dict[str, float] = defaultdict(float)
+    for source in (sources[i] for i in picks):
+        sample = list(_first_rows(source, SAMPLE_BYTES // len(picks)))
+        counts[source.suffix] += len(sample)
+        stored[source.suffix] += _stored_size(source, sample)
+        rows += [raw if isinstance(raw, Reject) else parse_row(source.path, raw) for raw in sample]
+    total = sum(round(sizes[suffix] * counts[suffix] / stored[suffix]) for suffix in sizes if counts[suffix])
+    found = inspect_rows(stage, rows, tokenizer, config, samples=0)
+    held_out = config.val_fraction if encoding.split else 0.0
+    longest = config.max_seq_len if stage != "dpo" else min(config.max_seq_len, config.pack_tokens // 2)
+    scale = total / max(1, len(rows)) * (1 - held_out)
+    return Estimate(
+        rows=total,
+        documents=round(found.documents * scale),
+        tokens=round(found.tokens * scale),
+        counted=round(found.counted * scale),
+        packs=math.ceil(found.packs * scale),
+        mean_context=_mean_context(found.lengths, longest),
+        sampled=len(rows),
+        rejected=found.tally.rejected,
+        reasons=found.reasons,
+    )
+
+
+def _first_rows(source: Source, size: int) -> Iterator[RawRow | Reject]:
+    for row in read_raw(source):
+        yield row
+        size -= len(row.content) if isinstance(row, RawRow) else 0
+        if size <= 0:
+            return
+
+
+def _stored_size(source: Source, rows: list[RawRow | Reject]) -> float:
+    """Bytes that these rows take in their file."""
+    if source.suffix == ".parquet":
+        filesystem, path = locate(source.path)
+        return source.size * len(rows) / pq.read_metadata(path, filesystem=filesystem).num_rows if rows else 0
+    lines = b"".join(row.content + b"\n" for row in rows if isinstance(row, RawRow))
+    if source.suffix == ".jsonl.gz":
+        return len(zlib.compress(lines))
+    return len(zstandard.compress(lines) if source.suffix == ".jsonl.zst" else lines)
+
+
+def _mean_context(lengths: np.ndarray, longest: int) -> float:
+    """Half the length of the document that a token is in, on average; longer ones are split, or their ends cut off."""
+    kept = np.minimum(lengths, longest).astype(float)
+    return float((kept**2).sum() / max(1.0, kept.sum()) / 2)
