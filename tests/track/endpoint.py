@@ -31,7 +31,10 @@ class ServedRun:
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers on `url` until `close`. `status` is what every answer to /graphql says."""
+    """Answers on `url` until `close`.
+
+    `status` is what every answer to /graphql says. With `stopped`, somebody has pressed stop in the web page.
+    """
 
     daemon_threads = True
     entity = "someone"
@@ -39,6 +42,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, status: int = 200) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.status = status
+        self.stopped = False
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.runs: dict[str, ServedRun] = defaultdict(ServedRun)
         self.requests: list[tuple[str, str, str]] = []
@@ -140,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(self.server.status, answer if self.server.status == 200 else {"errors": [{"message": "no"}]})
         elif stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
             self.server.stream(self.server.runs[stream[1]], json.loads(body))
-            self._send(200, {})
+            self._send(200, {"stopped": self.server.stopped})
         else:
             self._send(404, {})
 

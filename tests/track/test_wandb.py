@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -366,6 +368,21 @@ def test_online_and_resumed_over_the_wire(online: Callable[..., Endpoint], tmp_p
     for private in (socket.gethostname(), getpass.getuser(), sys.executable, Path(__file__).name):
         assert not re.search(rf"(?<![\w/+=]){re.escape(private)}(?![\w/+=])", sent)
     assert not {u["host"] or u["program"] or u["repo"] or u["commit"] for u in run.upserts} - {None}
+
+
+@pytest.mark.slow
+def test_stop_in_the_web_page_asks_for_a_stop(
+    online: Callable[..., Endpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # W&B looks every 15 s.
+    monkeypatch.setattr("wandb.sdk.lib.run_stopping._SLEEP", lambda seconds: asyncio.sleep(0.05))
+    online().stopped = True
+    tracker = start(tmp_path, "online")
+    deadline = time.monotonic() + 20
+    while not tracker.stop_requested and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert tracker.stop_requested
+    tracker.finish("stopped")
 
 
 @pytest.mark.slow
