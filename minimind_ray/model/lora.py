@@ -65,8 +65,10 @@ class LoraLinear(nn.Module):
         """[N, I] to [N, O]."""
         if torch.is_autocast_enabled(x_NI.device.type):
             x_NI = x_NI.to(torch.get_autocast_dtype(x_NI.device.type))  # One cast serves both products.
-        delta_NO = F.linear(F.linear(self.dropout(x_NI), self.lora_A), self.lora_B)
-        y_NO = torch.add(F.linear(x_NI, self.weight), delta_NO, alpha=self.scale)
+        h_NR = F.linear(self.dropout(x_NI), self.lora_A) * self.scale
+        # Into the projection's own output: a pass over [N, O] costs as much as the product with B.
+        y_NO = F.linear(x_NI, self.weight)
+        y_NO.addmm_(h_NR, self.lora_B.to(y_NO.dtype).t())
         if self.magnitude is None:
             return y_NO
         return y_NO * (self.magnitude / self.row_norms()).to(y_NO.dtype)
