@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from minimind_ray.stages.run import Job
+from minimind_ray.track.wandb import sync_command
 from minimind_ray.train.run import RunDirectory, read_jsonl
 
 
@@ -92,5 +93,7 @@ def print_result(out: Path, console: Console) -> None:
         for text in samples["samples"]:
             console.print(f"  sample: {text!r}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model: {out / info['result']}", highlight=False, soft_wrap=True)
+    if command := sync_command(out):
+        console.print(f"W&B, kept offline: {command}", highlight=False, soft_wrap=True)
     if info["state"] == "stopped":
         console.print("go on with the same command and --resume", highlight=False)
