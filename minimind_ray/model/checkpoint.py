@@ -27,7 +27,7 @@ from torch import Tensor
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.transformer import INIT_STD, Transformer
+from minimind_ray.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
@@ -82,7 +82,6 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         **({"dropout": shape.dropout} if shape.dropout else {}),
         "hidden_act": "silu",
         "attention_bias": False,
-        "initializer_range": INIT_STD,
         "dtype": "float32",
         "torch_dtype": "float32",
     }
@@ -120,6 +119,7 @@ def load_shape(directory: str | Path) -> ModelShape:
         fields["num_experts"] = _required(config, count, path)
         fields |= {key: _required(config, key, path) for key in ("num_experts_per_tok", *MOE_FIELDS)}
     fields["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    fields["initializer_range"] = config.get("initializer_range", 0.02)
     fields["qk_norm"] = model_type != "llama"
     fields["dropout"] = config.get("dropout", 0.0)
     fields |= _read_rope(config, path)

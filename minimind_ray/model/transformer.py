@@ -21,7 +21,6 @@ from minimind_ray.model.attention import Layout
 from minimind_ray.model.moe import MixtureOfExperts
 from minimind_ray.model.ops import add_norm, compile_kernels, norm_rotate, rotate, swiglu
 
-INIT_STD = 0.02
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_NHK scaled by 1 / sqrt(K), k_NGK, v_NGK) -> out_NHK: who attends to whom is the caller's business."""
 
@@ -124,7 +123,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model of the given shape, matrices drawn from N(0, 0.02) by torch's global generator."""
+    """A language model of the given shape, matrices drawn from N(0, initializer_range) by torch's global generator."""
 
     frequencies: Tensor
 
@@ -138,7 +137,7 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", frequencies_R, persistent=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=INIT_STD)
+                nn.init.normal_(parameter, std=shape.initializer_range)
 
     def forward(self, tokens_N: Tensor, bounds_D1: Tensor) -> Tensor:
         """Hidden states [N, C] after the last norm; `bounds_D1` int32 on the host: where documents start, and N."""
