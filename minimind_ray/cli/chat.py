@@ -118,6 +118,7 @@ def side_by_side(talks: dict[str, Conversation], text: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
     texts = {name: "" for name in talks}
 
     def table() -> Table:
@@ -131,8 +132,10 @@ def side_by_side(talks: dict[str, Conversation], text: str) -> None:
         # Each answer enters and leaves this too, but not in the order of nested blocks.
         stack.enter_context(next(iter(talks.values())).trained.autocast())
         streams = [stack.enter_context(closing(talk.answer(text))) for talk in talks.values()]
-        live = stack.enter_context(Live(table(), console=Console(), refresh_per_second=8, vertical_overflow="visible"))
+        live = stack.enter_context(Live(table(), console=console, refresh_per_second=8, vertical_overflow="visible"))
         for pieces in zip_longest(*streams, fillvalue=""):
             for name, piece in zip(texts, pieces):
                 texts[name] += piece
             live.update(table())
+    if not console.is_terminal:
+        print()  # Where the table is not drawn again and again, it ends without a new line.

@@ -97,7 +97,7 @@ def _line_prompts(file: Path) -> list[str]:
     from minimind_ray.config.errors import UserError
 
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -44,7 +44,7 @@ def import_(
     elif not source.exists():
         raise UserError(f"{source}: no such file or directory")
     elif base is not None:
-        import_lora_pth(source, resolve_model(base), out)
+        import_lora_pth(source, resolve_model(base).absolute(), out)
         print(f"{out}: adapter for {base}")
         return
     elif tokenizer is None:

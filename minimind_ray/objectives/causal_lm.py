@@ -55,7 +55,7 @@ class CausalLM:
     unit = "token"
 
     def __init__(self, shape: ModelShape) -> None:
-        self.metrics = ("aux",) if shape.num_experts else ()
+        self.metrics: tuple[str, ...] = ("aux",) if shape.num_experts else ()
 
     def count(self, pack: Pack) -> float:
         """Tokens of `pack` that carry loss."""

@@ -1,0 +1,104 @@
+"""import, export and lora merge: what comes back is what went out, and what does not fit is named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minimind_ray.model.checkpoint import load_model, weights_fingerprint
+from minimind_ray.model.lora import load_adapter
+from tests.cli.conftest import Command, Models
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_model_goes_to_pth_and_back(command: Command, models: Models, tmp_path: Path) -> None:
+    file, back = tmp_path / "model.pth", tmp_path / "back"
+    assert command("export", models.run, file, "--float32").code == 0
+    outcome = command("import", file, back, "--tokenizer", models.tokenizer)
+    assert "Qwen3ForCausalLM" in outcome.out and "4 heads, 2 key heads" in outcome.out
+    assert weights_fingerprint(back) == weights_fingerprint(models.base)
+    half = tmp_path / "half.pth"
+    assert command("export", models.base, half).code == 0
+    assert half.stat().st_size < 0.6 * file.stat().st_size
+
+
+def test_an_adapter_goes_to_pth_and_back(command: Command, models: Models, tmp_path: Path) -> None:
+    file, back = tmp_path / "lora.pth", tmp_path / "back"
+    assert command("export", models.adapter, file, "--float32").code == 0
+    assert command("import", file, back, "--base", models.run).code == 0
+    before, after = (load_file(d / "adapter_model.safetensors") for d in (models.adapter, back))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    # The base is named, so the adapter can be used by itself.
+    assert command("generate", back, "--prompt", "hi", "--max-new-tokens", 1).code == 0
+
+
+def test_a_hugging_face_directory_is_read_and_written_as_ours(command: Command, models: Models, tmp_path: Path) -> None:
+    source = tmp_path / "theirs"
+    shutil.copytree(models.base, source)
+    (source / "modeling_evil.py").write_text("raise SystemExit('run')")
+    weights = load_file(source / "model.safetensors")
+    save_file({k: v.bfloat16() for k, v in weights.items()}, source / "model.safetensors")
+    assert command("import", source, tmp_path / "ours").code == 0
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == names
+    back = load_file(tmp_path / "ours" / "model.safetensors")
+    assert all(torch.equal(back[k], v.bfloat16().float()) for k, v in weights.items())
+
+
+def test_merged_weights_compute_what_base_and_adapter_do(command: Command, models: Models, tmp_path: Path) -> None:
+    base = tmp_path / "moved"
+    shutil.copytree(models.base, base)
+    merged = tmp_path / "merged"
+    assert command("lora", "merge", models.adapter, merged, "--base", base).code == 0
+    adapted = load_model(models.base)
+    load_adapter(adapted, models.adapter, weights_fingerprint(models.base))
+    tokens_N, bounds_D1 = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
+    with torch.no_grad():
+        theirs, ours = (m.eval()(tokens_N, bounds_D1) for m in (adapted, load_model(merged)))
+        plain = load_model(models.base).eval()(tokens_N, bounds_D1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, theirs, atol=1e-2)
+
+
+BAD = [
+    (["import", "/nowhere.pth", "{new}"], "/nowhere.pth: no such file"),
+    (["import", "{file}", "{new}"], "give a model's with --tokenizer"),
+    (["import", "{file}", "{new}", "--tokenizer", "/nowhere"], "is no tokenizer directory"),
+    (["import", "{file}", "{new}", "--tokenizer", "{tokenizer}"], "model.layers.0.self_attn.q_proj.weight is missing"),
+    (["import", "{file}", "{base}"], "is there already"),
+    (["import", "{adapter}", "{new}"], "is an adapter, which is used as it is"),
+    (["import", "{tokenizer}", "{new}"], "is no model"),
+    (["import", "{broken}", "{new}"], "model.norm.weight is [3], not [64]"),
+    (["import", "{file}", "{new}", "--base", "{base}"], "no MiniMind LoRA file"),
+    (["export", "/nowhere", "{new}"], "/nowhere is no model"),
+    (["export", "{base}", "{file}"], "is there already"),
+    (["export", "{adapter}", "{new}", "--base", "{other}"], "not on this model"),
+    (["export", "{adapter}", "{new}", "--base", "/nowhere"], "its base /nowhere is not there"),
+    (["lora", "merge", "{base}", "{new}"], "is a whole model, not an adapter"),
+    (["lora", "merge", "{adapter}", "{base}"], "is there already"),
+    (["lora", "merge", "{adapter}", "{new}", "--base", "{other}"], "not on this model"),
+    (["lora", "merge", "{adapter}", "{new}", "--base", "{adapter}"], "is an adapter, not a whole model"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD, ids=[" ".join(args[:2]) + ": " + text for args, text in BAD])
+def test_bad_input_is_one_sentence(
+    command: Command, models: Models, tmp_path: Path, args: list[str], message: str
+) -> None:
+    weights = load_file(models.base / "model.safetensors")
+    broken = tmp_path / "broken"
+    shutil.copytree(models.base, broken)
+    save_file({**weights, "model.norm.weight": torch.ones(3)}, broken / "model.safetensors")
+    file = tmp_path / "few.pth"
+    torch.save({"model.embed_tokens.weight": weights["model.embed_tokens.weight"]}, file)
+    places = {**vars(models), "file": file, "new": tmp_path / "new", "broken": broken}
+    outcome = command(*(arg.format_map(places) for arg in args))
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
+    assert message in outcome.err
+    assert not (tmp_path / "new").exists()
