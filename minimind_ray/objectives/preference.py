@@ -134,10 +134,17 @@ class Preference:
         self.config = config
         self.needs_reference = config.loss not in WITHOUT_REFERENCE
         self.balances_experts = shape.num_experts > 0
-        self.per_pair = ("reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected")
+        self.per_pair: tuple[str, ...] = (
+            "reward_chosen",
+            "reward_rejected",
+            "margin",
+            "accuracy",
+            "logp_chosen",
+            "logp_rejected",
+        )
         if self.needs_reference:
             self.per_pair += ("kl",)
-        self.metrics = (*self.per_pair, "aux") if self.balances_experts else self.per_pair
+        self.metrics: tuple[str, ...] = (*self.per_pair, "aux") if self.balances_experts else self.per_pair
 
     def count(self, pack: Pack) -> float:
         """Pairs of `pack`."""
