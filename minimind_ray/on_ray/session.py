@@ -8,15 +8,7 @@ import os
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-
-# Found out by measuring Ray 2.60: the reasons stand beside each.
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # Nothing phones home.
-    "RAY_DATA_USE_DATASOURCE_V2": "0",  # The new Parquet reader costs seconds per epoch.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks for one poll, 2 s by default.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Workers without GPUs keep CUDA_VISIBLE_DEVICES as it is.
-    "RAY_DATA_LOG_LEVEL": "ERROR",  # Its own log file has the rest; the terminal is for our progress.
-}
+from minimind_ray.on_ray import SETTINGS
 
 
 def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
@@ -24,8 +16,6 @@ def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
 
     Ray Train runs inside Ray Tune trials need the `dashboard` process to look after their placement groups.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
