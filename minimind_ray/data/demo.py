@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -28,9 +28,9 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 JsonRow = dict[str, Any]
 
-ROUNDS = 6
+ROUNDS = 10
 """How often each statement of each fact stands in a mixed passage."""
-PORTRAITS = 10
+PORTRAITS = 16
 """Passages about each thing of which several facts are known."""
 VALIDATION_ROWS = 300
 """At most so many conversations, and half as many pairs: a validation must not take longer than it is worth."""
@@ -116,20 +116,6 @@ IDENTITY: dict[Language, tuple[tuple[str, tuple[str, ...]], ...]] = {
 }
 """Each answer with its questions; the last question is held out."""
 
-QUESTIONS: tuple[tuple[Language, str, dict[str, str], tuple[str, ...]], ...] = (
-    ("en", "capital", {"country": "France"}, ("Paris",)),
-    ("zh", "capital", {"country": "中国"}, ("北京",)),
-    ("en", "food", {"animal": "pandas"}, ("bamboo",)),
-    ("zh", "home", {"animal": "企鹅"}, ("南极",)),
-    ("en", "sum", {"a": "7", "b": "5"}, ("12", "twelve")),
-    ("zh", "sum", {"a": "3", "b": "6"}, ("9", "九")),
-    ("en", "opposite", {"word": "hot"}, ("cold",)),
-    ("zh", "colour", {"thing": "天空"}, ("蓝",)),
-    ("en", "day after", {"day": "Monday"}, ("Tuesday",)),
-    ("zh", "translation", {"word": "水"}, ("water",)),
-)
-"""The ten questions: language, relation, what is asked about, and what a right answer contains."""
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -205,6 +191,36 @@ class Fact:
         return [_sentence(t, self.columns) for i, t in enumerate(templates) if (i == held) == (split == "val")]
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one of the ten questions is about: a relation in a language, some columns, and what a right answer says."""
+
+    language: Language
+    relation: str
+    about: dict[str, str]
+    answers: tuple[str, ...]
+
+    def is_about(self, fact: Fact) -> bool:
+        """Whether this asks for `fact`."""
+        same_relation = (fact.language, fact.relation.name) == (self.language, self.relation)
+        return same_relation and self.about.items() <= fact.columns.items()
+
+
+ASKED = (
+    Asked("en", "capital", {"country": "France"}, ("Paris",)),
+    Asked("zh", "capital", {"country": "中国"}, ("北京",)),
+    Asked("en", "food", {"animal": "pandas"}, ("bamboo",)),
+    Asked("zh", "home", {"animal": "企鹅"}, ("南极",)),
+    Asked("en", "sum", {"a": "7", "b": "5"}, ("12", "twelve")),
+    Asked("zh", "sum", {"a": "3", "b": "6"}, ("9", "九")),
+    Asked("en", "opposite", {"word": "hot"}, ("cold",)),
+    Asked("zh", "colour", {"thing": "天空"}, ("蓝",)),
+    Asked("en", "day after", {"day": "Monday"}, ("Tuesday",)),
+    Asked("zh", "translation", {"word": "水"}, ("water",)),
+)
+"""The ten questions. They are put in the relation's first wording, which their facts therefore hold out."""
+
+
 def write_demo(directory: str | Path, seed: int = 0) -> DemoFiles:
     """Write the training and validation rows of every stage, and the ten questions, under `directory`."""
     files = DemoFiles(Path(directory))
@@ -236,7 +252,9 @@ def all_facts(seed: int) -> list[Fact]:
                 if relation.object in columns:
                     phrasing = relation.en if language == "en" else relation.zh
                     held = (rng.randrange(len(phrasing.statements)), rng.randrange(len(phrasing.questions)))
-                    facts.append(Fact(relation, language, columns, *held))
+                    fact = Fact(relation, language, columns, *held)
+                    asked = any(question.is_about(fact) for question in ASKED)
+                    facts.append(replace(fact, held_question=0) if asked else fact)
     return facts
 
 
@@ -313,16 +331,12 @@ def preference_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[Js
 
 
 def ten_questions(facts: Sequence[Fact]) -> list[Question]:
-    """Each of `QUESTIONS` in its held-out wording."""
+    """The ten questions in their held-out wording."""
     questions: list[Question] = []
-    for language, relation, about, answers in QUESTIONS:
-        [fact] = [
-            fact
-            for fact in facts
-            if (fact.relation.name, fact.language) == (relation, language) and about.items() <= fact.columns.items()
-        ]
+    for asked in ASKED:
+        [fact] = filter(asked.is_about, facts)
         [question] = fact.questions("val")
-        questions.append(Question(question, answers))
+        questions.append(Question(question, asked.answers))
     return questions
 
 
