@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from minimind_ray.config.load import load_config
+from minimind_ray.config.search import read_sweep_file
 from minimind_ray.stages.recipe import read_recipe, stage_config
+from minimind_ray.sweep.axes import parse_axis, plan_trials
 
 pytestmark = pytest.mark.unit
 
@@ -88,4 +90,15 @@ def test_every_shipped_experiment_loads() -> None:
             load_config(stage, [path]).packs_per_step()
             stages.append(path.name)
     assert stages == ["dpo.yaml", "pretrain.yaml", "sft.yaml"]
-    assert recipes == ["corpus.yaml", "full.yaml", "lora.yaml", "zero.yaml"]
+    assert recipes == ["corpus.yaml", "full.yaml", "lora.yaml", "quickstart.yaml", "zero.yaml"]
+
+
+def test_every_shipped_sweep_loads() -> None:
+    sweeps = sorted((ROOT / "experiments" / "sweeps").glob("*.yaml"))
+    for path in sweeps:
+        sweep = read_sweep_file(path)
+        axes = [parse_axis(key, spec) for key, spec in sweep.axes.items()]
+        base = load_config(sweep.stage, trees={str(path): sweep.settings})
+        planned = plan_trials(base, axes, draws=sweep.trials, seeds=sweep.seeds, sweep_seed=base.train.seed)
+        assert len(planned) >= 2
+    assert [path.name for path in sweeps] == ["dpo.yaml", "lora.yaml", "pretrain.yaml", "quickstart.yaml"]

@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from minimind_ray.cli import chat, compare, config, data, evaluate, generate, lora, tokenizer, train, transfer, tune
+from minimind_ray.cli import (
+    chat,
+    compare,
+    config,
+    data,
+    demo,
+    evaluate,
+    generate,
+    lora,
+    tokenizer,
+    train,
+    transfer,
+    tune,
+)
 from minimind_ray.cli import run as run_recipe
 from minimind_ray.config.errors import UserError
 
@@ -17,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("run")(run_recipe.run)
 app.command("tune")(tune.tune)

@@ -1,0 +1,97 @@
+"""`minimind-ray demo`: the whole path on built-in data, small enough for a laptop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from minimind_ray.stages.use import Trained
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="directory for data, runs and the sweep")] = Path("demo"),
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="stages on Ray Train; the sweep needs Ray")] = True,
+) -> None:
+    """Make a small world of facts, train a tokenizer and a model on it, sweep DPO's beta, and ask ten questions.
+
+    A second call skips what is done.
+    """
+    import time
+
+    from rich.console import Console
+
+    from minimind_ray.cli.run import run_recipe
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.data.demo import write_demo
+
+    started = time.monotonic()
+    console = Console(highlight=False, soft_wrap=True)
+    recipe = EXPERIMENTS / "quickstart.yaml"
+    if not recipe.exists():
+        raise UserError(f"{recipe} is missing: the demo runs from a checkout of the repository")
+    write_demo(out / "data")
+    runs = run_recipe(recipe, out / "data", out / "runs", {}, ray=ray)
+    sweep_beta(out, runs, console)
+    ask_questions(out, runs, console)
+    console.print(f"the demo took {time.monotonic() - started:.0f} s; all of it is in {out}")
+
+
+def sweep_beta(out: Path, runs: Path, console: Console) -> None:
+    """Two values of DPO's beta, two seeds each, from the fine-tuned model."""
+    from minimind_ray.cli.tune import new_plan, print_results, run_plan
+    from minimind_ray.sweep.plan import reopen_sweep
+
+    console.rule("DPO: which beta?", align="left")
+    path = out / "sweep"
+    if (path / "sweep.json").exists():
+        plan = reopen_sweep(path)
+        if all((path / "trials" / trial.id / "validation.parquet").exists() for trial in plan.trials):
+            print_results(path, console)
+        else:
+            run_plan(plan, resume=True)
+        return
+    data = out / "data" / "dpo"
+    flags = {"train": str(data / "train.jsonl"), "val": str(data / "val.jsonl"), "init_from": str(runs / "sft")}
+    sweep = EXPERIMENTS / "sweeps" / "quickstart.yaml"
+    run_plan(new_plan(None, sweep, [], [], [], flags, {}, path), resume=False)
+
+
+def ask_questions(out: Path, runs: Path, console: Console) -> None:
+    """The ten questions, and who the model is before and after LoRA."""
+    from rich.table import Table
+
+    from minimind_ray.data.demo import DemoFiles, read_questions
+    from minimind_ray.stages.use import open_trained
+
+    console.rule("ten questions", align="left")
+    trained = open_trained(runs / "sft")
+    questions = read_questions(DemoFiles(out / "data"))
+    answers = _answers(trained, [q.question for q in questions])
+    right = [question.is_right(answer) for question, answer in zip(questions, answers)]
+    table = Table("question", "answer", "", box=None, header_style="dim")
+    for question, answer, ok in zip(questions, answers, right):
+        table.add_row(question.question, answer, "[green]right[/]" if ok else f"[red]not {question.answers[0]}[/]")
+    console.print(table)
+    console.print(f"{sum(right)} of {len(right)} right")
+    identity = ["Who are you?", "你是谁？"]
+    adapted = open_trained(runs / "lora")
+    for question, before, after in zip(identity, _answers(trained, identity), _answers(adapted, identity)):
+        console.print(f"{question}  before LoRA: {before!r}  after: {after!r}", markup=False)
+    console.print(f"talk to it: minimind-ray chat {runs / 'sft'} --adapter {runs / 'lora'}", markup=False)
+
+
+def _answers(trained: Trained, questions: list[str]) -> list[str]:
+    from minimind_ray.cli.generate import chat_ids
+    from minimind_ray.stages.use import Sampling, complete
+
+    prompts = [chat_ids(question, None, trained.tokenizer) for question in questions]
+    greedy = Sampling(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=40, seed=0)
+    ids = complete(trained, prompts, greedy, batch_size=len(prompts))
+    return [trained.tokenizer.decode(answer, skip_special=True) for answer in ids]
