@@ -292,7 +292,7 @@ def parse_row(path: str, raw: RawRow) -> Row | Reject:
         elif raw.content.count(b"[") + raw.content.count(b"{") > DEPTH_LIMIT and _deeper(value, DEPTH_LIMIT):
             reason = TOO_DEEP
         else:
-            if b"\\ud" in raw.content.lower():
+            if b"\\u" in raw.content:
                 json.dumps(value, ensure_ascii=False).encode()
             return Row(path, raw.line, value)
     except UnicodeDecodeError as error:

@@ -61,11 +61,12 @@ class Watch:
 
     @property
     def cpu(self) -> float:
-        return sum(seconds - self._before.get(pid, 0) for pid, seconds in self._cpu.items())
+        return sum(seconds - self._before.get(pid, 0) for pid, seconds in self._cpu.items()) - self._watching
 
     def _run(self) -> None:
-        while not self._stop.wait(0.2):
+        while not self._stop.wait(1):
             self._sample()
+        self._watching = time.thread_time()
 
     def _sample(self) -> None:
         me = psutil.Process()
