@@ -5,8 +5,8 @@
 Every fact of `demo_world.py` is put in several ways in each language. One statement and one question of each fact is
 held out: the validation files are made of those alone, and so are the ten questions, so a right answer is never a
 question learned by heart. Supervised answers come in three manners: a full sentence, a rambling one, and, where the
-system turn asks for it, a bare word. The preference pairs choose the full sentence that is true. The identity rows say
-who the model is, which no other file does.
+system turn asks for it, a bare word. The preference pairs choose the full sentence that is true. The rows for LoRA say
+who the model is, which no others do.
 
 The same seed gives the same files.
 """
@@ -229,7 +229,7 @@ def write_demo(directory: str | Path, seed: int = 0) -> DemoFiles:
         rng = Random(f"{seed} {split}")
         _write(files.rows("pretrain", split), pretrain_rows(facts, split, rng))
         _write(files.rows("sft", split), sft_rows(facts, split, rng))
-        _write(files.rows("lora", split), identity_rows(split))
+        _write(files.rows("lora", split), identity_rows(facts, split, rng))
         _write(files.rows("dpo", split), preference_rows(facts, split, rng))
     _write(files.questions, [asdict(question) for question in ten_questions(facts)])
     return files
@@ -295,16 +295,17 @@ def sft_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
     return rows if split == "train" else rows[:VALIDATION_ROWS]
 
 
-def identity_rows(split: Split) -> list[JsonRow]:
-    """`{"conversations"}`: who the model is."""
-    rows: list[JsonRow] = []
+def identity_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
+    """`{"conversations"}`: who the model is, and as many questions about facts, so that an adapter forgets none."""
+    pairs: list[tuple[str, str]] = []
     for language in LANGUAGES:
+        openers = ("", *OPENERS[language]) if split == "train" else ("",)
         for answer, questions in IDENTITY[language]:
-            openers = ("", *OPENERS[language]) if split == "train" else ("",)
-            for question in questions[:-1] if split == "train" else questions[-1:]:
-                for opener in openers:
-                    rows.append({"conversations": [_turn("user", opener + question), _turn("assistant", answer)]})
-    return rows
+            asked = questions[:-1] if split == "train" else questions[-1:]
+            pairs += [(opener + question, answer) for question in asked for opener in openers]
+    pairs += [(rng.choice(fact.questions(split)), fact.answer()) for fact in rng.sample(facts, len(pairs))]
+    rng.shuffle(pairs)
+    return [{"conversations": [_turn("user", question), _turn("assistant", answer)]} for question, answer in pairs]
 
 
 def preference_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
