@@ -1,10 +1,11 @@
-"""What lies between the matrix products: few passes over memory, gradients written out, float32 inside.
+"""What lies between the matrix products: few passes over memory, gradients written out.
 
     N tokens   C channels   F feed-forward   H heads   K head size   R = K / 2 rotary pairs   M rows   V vocabulary
 
 On a CPU with fast matrix units these passes, not the products, are most of a step. Each operation is a `Function`
 whose forward and backward are one `kernel`, a pure function of tensors. Kernels run as they are written, or, after
-`compile_kernels`, as one compiled loop each; they depend on no weights or layers, so every layer shares them.
+`compile_kernels`, as one compiled loop each; they depend on no weights or layers, so every layer shares them. Norms,
+rotations and log-probabilities are float32 inside; SwiGLU is as 16-bit as its inputs.
 
 Results that feed a matrix product have the dtype of matrix products: autocast's where it is on, else the input's.
 """
@@ -181,16 +182,12 @@ def norm_rotate(
 
 @kernel
 def _swiglu(gate_NF: Tensor, up_NF: Tensor) -> Any:
-    return (F.silu(wide(gate_NF)) * up_NF).to(gate_NF.dtype)
+    return F.silu(gate_NF) * up_NF
 
 
 @kernel
-def _swiglu_backward(grad_out_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> Any:
-    grad_NF, wide_NF = wide(grad_out_NF), wide(gate_NF)
-    sigmoid_NF = wide_NF.sigmoid()
-    silu_NF = wide_NF * sigmoid_NF
-    grad_gate_NF = grad_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
-    return grad_gate_NF.to(gate_NF.dtype), (grad_NF * silu_NF).to(gate_NF.dtype)
+def _swiglu_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> Any:
+    return torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF), grad_NF * F.silu(gate_NF)
 
 
 class _SwiGLU(Function):
@@ -207,33 +204,6 @@ class _SwiGLU(Function):
 def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     """silu(gate) · up."""
     return _SwiGLU.apply(gate_NF, up_NF)
-
-
-# Softmax of attention scores, of rows that see the columns up to their own position
-
-
-@kernel
-def _causal_softmax(scores_BJRE: Tensor, first: int) -> Any:
-    columns_E = torch.arange(scores_BJRE.shape[-1], device=scores_BJRE.device)
-    positions_R1 = torch.arange(scores_BJRE.shape[-2], device=scores_BJRE.device).unsqueeze(1) + first
-    return wide(scores_BJRE).masked_fill(columns_E > positions_R1, -torch.inf).softmax(-1).to(scores_BJRE.dtype)
-
-
-@kernel
-def _softmax_backward(grad: Tensor, p: Tensor) -> Any:
-    weighted = wide(grad) * p
-    return (weighted - p * weighted.sum(-1, keepdim=True)).to(p.dtype)
-
-
-def causal_softmax(scores: Tensor, rows: slice) -> Tensor:
-    """`scores` [B, J · R, E], J times the R rows at positions `rows`; the E columns begin at position 0."""
-    size = rows.stop - rows.start
-    return _causal_softmax(scores.unflatten(1, (-1, size)), rows.start).flatten(1, 2)
-
-
-def causal_softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
-    """The gradient of the scores, from that of the probabilities `p`."""
-    return _softmax_backward(grad, p)
 
 
 # Log-probability of one class per row
