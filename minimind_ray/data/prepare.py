@@ -361,6 +361,30 @@ def _digest(file: pa.NativeFile) -> str:
 # Encoding a unit
 
 
+@dataclass(slots=True)
+class Seen:
+    """Rows of a unit that were read, and those of them that belong to the other side of the validation split."""
+
+    rows: int = 0
+    held_out: int = 0
+
+
+def unit_groups(unit: Unit, encoding: Encoding, seen: Seen, tally: Tally) -> Iterator[Group | Reject]:
+    """A unit's rows as documents or rejects; `seen` and `tally` are counted up."""
+
+    def read() -> Iterator[Row | Reject]:
+        for raw in read_raw(unit.source, unit.part):
+            seen.rows += 1
+            if isinstance(raw, Reject):
+                yield raw
+            elif encoding.holds_out(raw.content):
+                seen.held_out += 1
+            else:
+                yield parse_row(unit.source.path, raw)
+
+    yield from encode_rows(encoding.stage, read(), encoding.tokenizer, encoding.config, tally)
+
+
 def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
     """Rows to packs, into the cache; memory does not grow with the unit.
 
@@ -368,25 +392,14 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
         UserError: the source cannot be read, or is not what it was when it was cut; the cache cannot be written.
     """
     cache = _Cache(encoding.config.cache_dir)
-    tally = Tally()
-    rows = held_out = documents = tokens = counted = 0
+    tally, seen = Tally(), Seen()
+    documents = tokens = counted = 0
     row_groups: list[int] = []
     vocab_size = encoding.tokenizer.vocab_size
 
-    def read() -> Iterator[Row | Reject]:
-        nonlocal rows, held_out
-        for raw in read_raw(unit.source, unit.part):
-            rows += 1
-            if isinstance(raw, Reject):
-                yield raw
-            elif encoding.holds_out(raw.content):
-                held_out += 1
-            else:
-                yield parse_row(unit.source.path, raw)
-
     def groups(rejects: pa.NativeFile) -> Iterator[Group]:
         nonlocal documents
-        for item in encode_rows(encoding.stage, read(), encoding.tokenizer, encoding.config, tally):
+        for item in unit_groups(unit, encoding, seen, tally):
             if isinstance(item, Reject):
                 # Without the file's name, and lines from the unit's first: other files may have the same unit.
                 line = item.line - unit.part.first_line
@@ -413,8 +426,7 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
             raise UserError(f"{unit.source.path}: it has changed while it was read; run again when it is complete")
     stats = UnitStats(
         key=unit.key,
-        rows=rows,
-        held_out=held_out,
+        **asdict(seen),
         **asdict(tally),
         documents=documents,
         tokens=tokens,

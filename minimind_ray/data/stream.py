@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.data.encode import encode_rows
+from minimind_ray.data.encode import Tally
 from minimind_ray.data.pack import Group, Pack, pack_from_row, pack_groups, packs_table
-from minimind_ray.data.prepare import Encoding, Unit
-from minimind_ray.data.records import Reject, Row, parse_row, read_raw
+from minimind_ray.data.prepare import Encoding, Seen, Unit, unit_groups
+from minimind_ray.data.records import Reject
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,16 @@ class Stream:
             yield packs_table([pack], self.encoding.tokenizer.vocab_size)
 
     def _groups(self, unit: Unit) -> Iterator[Group]:
-        rows, rejects = 0, list[Reject]()
-
-        def read() -> Iterator[Row | Reject]:
-            nonlocal rows
-            for raw in read_raw(unit.source, unit.part):
-                rows += 1
-                if isinstance(raw, Reject):
-                    yield raw
-                elif not self.encoding.holds_out(raw.content):
-                    yield parse_row(unit.source.path, raw)
-
-        config = self.encoding.config
-        for item in encode_rows(self.encoding.stage, read(), self.encoding.tokenizer, config):
+        seen, rejects = Seen(), list[Reject]()
+        for item in unit_groups(unit, self.encoding, seen, Tally()):
             if isinstance(item, Reject):
                 rejects.append(item)
             else:
                 yield item
-        if len(rejects) > config.max_reject_fraction * rows:
+        if len(rejects) > self.encoding.config.max_reject_fraction * seen.rows:
             raise UserError(
-                f"{rejects[0].file}:{rejects[0].line}: {rejects[0].reason}; {len(rejects):,} of {rows:,} rows of this "
-                "piece cannot be used, more than data.max_reject_fraction allows; mend them, or raise the limit"
+                f"{rejects[0].file}:{rejects[0].line}: {rejects[0].reason}; {len(rejects):,} of {seen.rows:,} rows of "
+                "this piece cannot be used, more than data.max_reject_fraction allows; mend them, or raise the limit"
             )
 
     def packs(self) -> Iterator[Pack]:
