@@ -28,9 +28,9 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 JsonRow = dict[str, Any]
 
-ROUNDS = 10
+ROUNDS = 9
 """How often each statement of each fact stands in a mixed passage."""
-PORTRAITS = 16
+PORTRAITS = 14
 """Passages about each thing of which several facts are known."""
 VALIDATION_ROWS = 300
 """At most so many conversations, and half as many pairs: a validation must not take longer than it is worth."""
