@@ -12,8 +12,13 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
+# CORPUS: a folder with pretrain/, sft/, lora/ and dpo/; TOKENIZER: a directory; MINIMIND: a checkout of MiniMind.
 bench: .venv/.installed-dev
-	$(BIN)/python -m pytest tests/bench -s
+	@test "$(CORPUS)" -a "$(TOKENIZER)" -a "$(MINIMIND)" || \
+		{ echo "usage: make bench CORPUS=FOLDER TOKENIZER=DIRECTORY MINIMIND=CHECKOUT"; exit 2; }
+	$(BIN)/python tests/bench/bench_training.py --corpus $(CORPUS) --tokenizer $(TOKENIZER) --minimind $(MINIMIND)
+	$(BIN)/python tests/bench/bench_ray_overhead.py --corpus $(CORPUS) --tokenizer $(TOKENIZER)
+	$(BIN)/python tests/bench/bench_prepare.py $(CORPUS)/pretrain --tokenizer $(TOKENIZER)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
