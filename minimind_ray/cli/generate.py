@@ -57,10 +57,10 @@ def generate(
     if raw is None:
         raw = trained.stage == "pretrain"
     ids = [text_ids(p, trained.tokenizer) if raw else chat_ids(p, system, trained.tokenizer) for p in prompts]
-    for asked, answer in zip(prompts, complete(trained, ids, sampling, batch_size), strict=True):
+    for asked, (answer, ended) in zip(prompts, complete(trained, ids, sampling, batch_size), strict=True):
         text = trained.tokenizer.decode(answer, skip_special=True)
         if json:
-            end = "stop" if len(answer) < max_new_tokens else "length"
+            end = "stop" if ended else "length"
             print(dumps({"prompt": asked, "answer": text, "tokens": len(answer), "end": end}, ensure_ascii=False))
             continue
         shown = asked if isinstance(asked, str) else asked[-1]["content"]

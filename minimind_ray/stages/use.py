@@ -142,8 +142,8 @@ class Sampling:
 
 def complete(
     trained: Trained, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int
-) -> Iterator[list[int]]:
-    """The ids that follow each prompt, `batch_size` prompts at a time.
+) -> Iterator[tuple[list[int], bool]]:
+    """The ids that follow each prompt, and whether the model ended them itself; `batch_size` prompts at a time.
 
     Raises:
         UserError: a prompt that leaves no room for an answer.
@@ -151,7 +151,8 @@ def complete(
     settings = asdict(sampling)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        settings["max_new_tokens"] = min(trained.room(prompt, sampling.max_new_tokens) for prompt in batch)
-        settings["seed"] = sampling.seed + start
+        longest = min(trained.room(prompt, sampling.max_new_tokens) for prompt in batch)
+        settings |= {"max_new_tokens": longest, "seed": sampling.seed + start}
         with trained.autocast():
-            yield from generate(trained.model, batch, eos_id=trained.tokenizer.eos_id, **settings)
+            answers = generate(trained.model, batch, eos_id=trained.tokenizer.eos_id, **settings)
+        yield from ((ids, len(ids) < longest) for ids in answers)

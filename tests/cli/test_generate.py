@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -71,6 +72,18 @@ def test_prompts_come_from_files_and_batches_change_nothing(command: Command, mo
     lines.write_text("\ufefffirst\n\nsecond\n", encoding="utf-8")
     out = command("generate", models.run, "--file", lines, *GREEDY).out
     assert out.startswith("first") and "\nsecond" in out
+
+
+def test_an_answer_has_room_only_as_far_as_positions_go(command: Command, models: Models, tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(models.other, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 12}))
+    answer = json.loads(command("generate", short, "--raw", "--prompt", "ab", *GREEDY, "--json").out)
+    tokens = 1 + len(Tokenizer.load(short).encode(["ab"])[0])
+    assert (answer["tokens"], answer["end"]) == (12 - tokens, "length")
+    refused = command("generate", short, "--raw", "--prompt", "a b c d e f g h i j k l", *GREEDY)
+    assert refused.code == 1 and "leave no room for an answer: the model's limit is 12" in refused.err
 
 
 def test_a_seed_repeats_and_another_does_not(command: Command, models: Models) -> None:
