@@ -63,7 +63,7 @@ def chat(
                 for talk in talks.values():
                     talk.reset()
             elif command == "/adapter" and argument.strip():
-                talks[model].trained = open_first(None if argument.strip() == "off" else argument.strip())
+                talks[model].hand_to(open_first(None if argument.strip() == "off" else argument.strip()))
             elif command.startswith("/"):
                 print(COMMANDS)
             else:

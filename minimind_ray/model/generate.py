@@ -1,9 +1,10 @@
 """Batched generation with a key/value cache.
 
     B sequences   T cached positions   V vocabulary   H query heads, G key/value heads, J = H / G   K head size
-    N prompt tokens of all sequences, one after another
+    N prompt tokens of all sequences, one after another   M tokens of one sequence after those in its cache
 
-The prompts go through the model once, as a ragged batch; then each step is one token of every sequence.
+The prompts go through the model once, as a ragged batch; then each step is one token of every sequence. In a
+conversation, where each prompt begins with what was read and written before, only what is new goes through (`Past`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,19 @@ def generate(
     return answers
 
 
+class Past:
+    """What a model has read and written in a conversation, for the next `stream` of the same model to go on from."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.cache: Cache | None = None
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """Tokens that the prompt begins with and need not be read again; its last one always is."""
+        longest = min(len(self.tokens), len(prompt) - 1)
+        return next((i for i in range(longest) if self.tokens[i] != prompt[i]), longest)
+
+
 def stream(
     model: Transformer,
     prompt: Sequence[int],
@@ -61,9 +75,11 @@ def stream(
     repetition_penalty: float = 1.0,
     eos_id: int | None = None,
     seed: int = 0,
+    past: Past | None = None,
 ) -> Iterator[int]:
-    """As `generate` for one prompt, each id as soon as it is there."""
-    for (token,) in _steps(model, [prompt], max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed):
+    """As `generate` for one prompt, each id as soon as it is there. `past` is gone on from, and kept up to date."""
+    steps = _steps(model, [prompt], max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, past)
+    for (token,) in steps:
         if token == eos_id:
             return
         yield token
@@ -79,6 +95,7 @@ def _steps(
     top_k: int,
     repetition_penalty: float,
     seed: int,
+    past: Past | None = None,
 ) -> Iterator[list[int]]:
     """The next token of every sequence, again and again."""
     assert not model.training, "dropout would be on"
@@ -92,9 +109,18 @@ def _steps(
     for row, (start, end) in enumerate(pairwise(bounds_D1.tolist())):
         seen_BV[row, prompt_N[start:end]] = True
 
-    cache = Cache(model.shape, Layout(bounds_D1, device), max(lengths) + max_new_tokens)
-    hidden_NC = model.decode(prompt_N, cache.layout.positions_N, cache.attend_to_prompts)
-    hidden_BC = hidden_NC[bounds_D1[1:].long().to(device) - 1]
+    capacity = max(lengths) + max_new_tokens
+    if past and past.cache and (shared := past.shared(prompts[0])):
+        cache = past.cache
+        past.tokens = past.tokens[:shared]  # An interruption from here on leaves what is still true.
+        hidden_MC = model.decode(prompt_N[shared:], cache.go_on(shared, lengths[0], capacity), cache.attend_to_past)
+        hidden_BC = hidden_MC[-1:]
+    else:
+        cache = Cache(model.shape, Layout(bounds_D1, device), capacity)
+        hidden_NC = model.decode(prompt_N, cache.layout.positions_N, cache.attend_to_prompts)
+        hidden_BC = hidden_NC[bounds_D1[1:].long().to(device) - 1]
+    if past:
+        past.cache, past.tokens = cache, list(prompts[0])
     for step in range(max_new_tokens):
         logits_BV = model.project(hidden_BC).float()
         if repetition_penalty != 1.0:
@@ -105,6 +131,8 @@ def _steps(
         if step < max_new_tokens - 1:
             seen_BV.scatter_(1, tokens_B.unsqueeze(1), True)
             hidden_BC = model.decode(tokens_B, cache.advance(), cache.attend_to_all)
+            if past:
+                past.tokens += tokens_B.tolist()
 
 
 def choose(logits_BV: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
@@ -146,6 +174,31 @@ class Cache:
             kept_BTGK[self.rows_N, self.layout.positions_N] = x_NGK
             kept.append(kept_BTGK)
         return self.layout.attend(q_NHK, k_NGK, v_NGK)
+
+    def go_on(self, shared: int, length: int, capacity: int) -> Tensor:
+        """Forget all but the first `shared` tokens of the one sequence, make room for `capacity`; positions [M] of the
+        tokens from there to `length`."""
+        for kept in (self.keys, self.values):
+            for layer, kept_1TGK in enumerate(kept):
+                room = capacity - kept_1TGK.shape[1]
+                kept[layer] = F.pad(kept_1TGK, (0, 0, 0, 0, 0, room)) if room > 0 else kept_1TGK
+        self.lengths_B = torch.full_like(self.lengths_B, length)
+        self.longest = length
+        positions_T = torch.arange(length, device=self.lengths_B.device)
+        self.mask_MT = positions_T <= positions_T[shared:].unsqueeze(1)
+        return positions_T[shared:]
+
+    def attend_to_past(self, layer: int, q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Tensor:
+        """Attention of the one sequence's newest tokens to all of it up to themselves."""
+        start, end = self.longest - len(q_MHK), self.longest
+        for x_MGK, kept in ((k_MGK, self.keys), (v_MGK, self.values)):
+            kept[layer][0, start:end] = x_MGK
+        past = (kept[layer][0, :end] for kept in (self.keys, self.values))
+        q_1HMK, k_1GTK, v_1GTK = (x.transpose(0, 1).unsqueeze(0) for x in (q_MHK, *past))
+        out_1HMK = F.scaled_dot_product_attention(
+            q_1HMK, k_1GTK, v_1GTK, attn_mask=self.mask_MT, scale=1.0, enable_gqa=True
+        )
+        return out_1HMK[0].transpose(0, 1)
 
     def advance(self) -> Tensor:
         """Make room for one more token in every sequence; its position in each, int64 [B]."""

@@ -7,19 +7,25 @@ from dataclasses import asdict
 
 from minimind_ray.data.chat_template import Message
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.generate import stream
+from minimind_ray.model.generate import Past, stream
 from minimind_ray.stages.use import Sampling, Trained
 
 REPLACEMENT = "\ufffd"
 
 
 class Conversation:
-    """Turns so far, and the model that answers, which may be replaced between turns."""
+    """Turns so far, and the model that answers."""
 
     def __init__(self, trained: Trained, sampling: Sampling, system: str | None = None) -> None:
-        self.trained, self.sampling = trained, sampling
+        self.sampling = sampling
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.hand_to(trained)
         self.reset()
+
+    def hand_to(self, trained: Trained) -> None:
+        """Let another model, or the same with another adapter, give the next answers."""
+        self.trained = trained
+        self._past = Past()  # Keys and values are of one model's making.
 
     def reset(self) -> None:
         """Forget all turns but the system's."""
@@ -42,7 +48,7 @@ class Conversation:
         given = ""
         try:
             with self.trained.autocast():
-                ids = stream(self.trained.model, prompt, eos_id=tokenizer.eos_id, **settings)
+                ids = stream(self.trained.model, prompt, eos_id=tokenizer.eos_id, past=self._past, **settings)
                 for piece in whole_characters(tokenizer, ids):
                     given += piece
                     yield piece

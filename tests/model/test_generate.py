@@ -10,7 +10,7 @@ import torch
 
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.model.checkpoint import save_model
-from minimind_ray.model.generate import choose, generate, stream
+from minimind_ray.model.generate import Past, choose, generate, stream
 from minimind_ray.model.transformer import Transformer
 
 pytestmark = pytest.mark.unit
@@ -83,3 +83,31 @@ def test_draws_follow_the_probabilities() -> None:
     logits_BV = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(20000, 4)
     chosen = choose(logits_BV, 1.0, 1.0, 0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(chosen.bincount() / 20000, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": False}, {"num_experts": 4, "moe_intermediate_size": 32}])
+def test_a_conversation_goes_on_as_if_all_of_it_were_read_anew(fields: dict[str, Any]) -> None:
+    model, past = make(**fields), Past()
+    read: list[int] = []
+    decode = model.decode
+    model.decode = lambda tokens_N, *rest: read.append(len(tokens_N)) or decode(tokens_N, *rest)  # type: ignore[method-assign]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.9, "repetition_penalty": 1.2, "seed": 3}
+
+    def answer(prompt: list[int], new: int) -> list[int]:
+        """Both ways; `new` tokens of the prompt go through the model."""
+        expected = list(stream(model, prompt, **settings))
+        read.clear()
+        found = list(stream(model, prompt, past=past, **settings))
+        assert found == expected
+        assert read[0] == new
+        return found
+
+    first = [5, 9, 1, 22]
+    said = answer(first, 4)
+    # The last token that was drawn has not been read yet.
+    second = [*first, *said, 7, 8]
+    again = answer(second, 3)
+    answer([*second, *again[:3], 60], 1)
+    answer([*second[:6], 2, 2, 2], 3)  # Turned back to an earlier point.
+    answer(second[:6], 1)  # Only the last token is read again.
+    answer([1, 2], 2)  # Nothing in common.
