@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from functools import partial
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.train.run import RunDirectory, read_jsonl
-from tests.jobs import make_job, start
+from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model
+from tests.jobs import make_config, make_job, start
 
 pytestmark = pytest.mark.ray
 
@@ -166,3 +167,31 @@ def test_a_stream_gives_workers_what_the_plain_process_reads(tmp_path: Path, ray
     for ours, theirs in zip(finished(job), finished(plain), strict=True):
         assert ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+
+
+def test_dpo_with_adapters_on_experts_over_two_workers(tmp_path: Path, ray_session: None) -> None:
+    """Reference log-probabilities by Ray Data, a mixture of experts, adapters, two workers: as one plain process."""
+    from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
+    from minimind_ray.stages.run import prepare_job, run_here
+
+    base = make_job(tmp_path, rows=120, model__num_experts=4)
+    start(base)
+    run_here(base)
+    settings = {"init_from": base.config.out, "dpo__lora": True, "lora__targets": "all-linear", "train__epochs": 2}
+    plain = make_job(tmp_path, "dpo", 60, out=str(tmp_path / "plain"), **settings)
+    start(plain)
+    run_here(plain)
+    config = make_config(tmp_path, "dpo", 60, out=str(tmp_path / "ray"), scale__workers=2, **settings)
+    for reference in Path(plain.train).glob("reference-*"):
+        reference.unlink()
+    job = prepare_job(config, RAY_HOST)
+    assert Path(str(job.train_reference)).exists()
+    start(job)
+    train_on_ray(job)
+    lines = list(read_jsonl(tmp_path / "ray" / "metrics.jsonl"))
+    expected = list(read_jsonl(tmp_path / "plain" / "metrics.jsonl"))
+    assert lines[0]["loss"] - lines[0]["aux"] == pytest.approx(math.log(2), abs=1e-5)
+    for ours, theirs in zip(lines, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert RunDirectory(job.config.out).info()["state"] == "finished"
+    assert (resolve_model(tmp_path / "ray") / "adapter_model.safetensors").exists()
