@@ -174,13 +174,13 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     start_ray(local_cpus(plan.base.scale) if nested else None, dashboard=nested)
     try:
         with Board(plan, console) as board:
-            outcome = run_sweep(plan, resume=resume, say=say, watch=board.watch)
+            ending = run_sweep(plan, resume=resume, say=say, watch=board.watch)
     finally:
         stop_ray()
-    print_results(plan.path, console)
-    if outcome != "ended":
-        say(f"{outcome}; go on with: minimind-ray tune --resume {quote(str(plan.path))}")
-    if outcome == "interrupted":
+    print_results(plan.path, console, "winner" if ending == "by itself" else "best so far")
+    if ending != "by itself":
+        say(f"{ending}; go on with: minimind-ray tune --resume {quote(str(plan.path))}")
+    if ending == "interrupted":
         raise typer.Exit(130)
     if any(RunDirectory(path).info()["state"] == "failed" for path in (plan.path / "trials").iterdir()):
         raise typer.Exit(1)
@@ -220,6 +220,8 @@ class Board:
         else:
             self.running.discard(trial)
             info = RunDirectory(trial).info()
+            if info["state"] == "waiting":  # The sweep was stopped before it began.
+                return
             # The trial's process may still be writing that it was stopped.
             self.states[trial] = "early-stopped" if info["state"] == "running" else info["state"]
             value = f"  {self.metric} {self.latest[trial]:.4f}" if trial in self.latest else ""
@@ -238,8 +240,8 @@ class Board:
         return text
 
 
-def print_results(path: Path, console: Console) -> None:
-    """The table, the winner and what to do with it."""
+def print_results(path: Path, console: Console, title: str) -> None:
+    """The table, the winner under its `title`, and what to do with it."""
     from functools import partial
 
     from minimind_ray.cli.compare import print_comparison
@@ -259,7 +261,7 @@ def print_results(path: Path, console: Console) -> None:
         winner = max(candidates, key=lambda trial: sign * (trial.last(comparison.metric) or 0))
         command = "generate" if sweep.info.stage == "pretrain" else "chat"
         longer = " --set train.max_steps=null" if winner_is_cut(winner.path) else ""
-        say(f"\nwinner: {winner.id}")
+        say(f"\n{title}: {winner.id}")
         say(f"  model: {winner.result}")
         say(f"  talk to it: minimind-ray {command} {quote(str(winner.result))}")
         say(

@@ -5,10 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import SETTINGS
+
+Ending = Literal["by itself", "interrupted", "out of time"]
 
 
 def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
@@ -30,7 +36,14 @@ def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
         # Processes on this machine inherit the settings; a runtime environment would cost each worker a second start.
         runtime_env=None if local else {"env_vars": {name: os.environ[name] for name in SETTINGS}},
     )
-    context = ray.data.DataContext.get_current()
+    configure_data()
+
+
+def configure_data() -> None:
+    """Set up Ray Data in this process, which is to start a Ray Train run."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
 
@@ -40,6 +53,41 @@ def stop_ray() -> None:
     import ray
 
     ray.shutdown()
+
+
+def interruptible(work: Callable[[], object], stop: Callable[[], object], seconds: float = math.inf) -> Ending:
+    """Do `work` in a thread, so that this one can turn Ctrl-C, or the end of `seconds`, into `stop`, a clean one.
+
+    A second Ctrl-C interrupts at once. Raises what `work` raises.
+    """
+    ended, failure = threading.Event(), list[BaseException]()
+
+    def target() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=target, daemon=True).start()
+    deadline = time.monotonic() + seconds
+    ending: Ending = "by itself"
+    # Not `join`: when it is interrupted, Python 3.11 takes the thread for ended.
+    while not ended.is_set():
+        try:
+            ended.wait(0.2)
+            if ending == "by itself" and time.monotonic() > deadline:
+                ending = "out of time"
+                stop()
+        except KeyboardInterrupt:
+            if ending == "interrupted":
+                raise
+            ending = "interrupted"
+            stop()
+    if failure:
+        raise failure[0]
+    return ending
 
 
 def local_cpus(scale: ScaleConfig) -> int:

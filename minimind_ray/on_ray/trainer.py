@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +18,7 @@ from minimind_ray.data.pack import Pack
 from minimind_ray.on_ray.ingest import read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
-from minimind_ray.on_ray.session import require_cpus
+from minimind_ray.on_ray.session import interruptible, require_cpus
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
@@ -81,7 +80,13 @@ def train_on_ray(job: Job) -> None:
         datasets={"train": partial(_dataset, job)},
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
     )
-    _fit(trainer, run)
+    stop_file = run.path / STOP_FILE
+    try:
+        interruptible(trainer.fit, stop_file.touch)
+    except Exception as error:
+        raise _user_error(error) or error from None
+    finally:
+        stop_file.unlink(missing_ok=True)
 
 
 def _steps_done(run: RunDirectory) -> int:
@@ -104,32 +109,6 @@ def _worker(job: Job) -> None:
         return read_shares(blocks, job, start, context.rank)
 
     job.run(context, TrainingData(job.plan, steps, job.val_store()))
-
-
-def _fit(trainer: TorchTrainer, run: RunDirectory) -> None:
-    """Run `fit` in a thread, so that this one can turn Ctrl-C into a clean stop."""
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    interrupts = 0
-    while thread.is_alive():
-        try:
-            thread.join(timeout=0.2)
-        except KeyboardInterrupt:
-            interrupts += 1
-            if interrupts > 1:
-                raise
-            (run.path / STOP_FILE).touch()
-    (run.path / STOP_FILE).unlink(missing_ok=True)
-    if failure:
-        raise _user_error(failure[0]) or failure[0]
 
 
 def _user_error(error: BaseException) -> UserError | None:

@@ -45,6 +45,7 @@ from minimind_ray.config.load import load_config, to_yaml
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, SchedulerName
 from minimind_ray.model.checkpoint import read_weights
+from minimind_ray.on_ray.session import Ending, configure_data, interruptible
 from minimind_ray.on_ray.trainer import STOP_FILE, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.context import default_device
@@ -63,7 +64,6 @@ SETTINGS = {
 }
 
 Point = dict[str, Any]
-Outcome = Literal["ended", "interrupted", "out of time"]
 Event = Literal["started", "validated", "ended"]
 Watch = Callable[[Path, Event, Mapping[str, Any]], None]
 """Told of the trial in a run directory; with "validated" come its metrics."""
@@ -265,6 +265,7 @@ def is_done(run: RunDirectory, scheduler: SchedulerName) -> bool:
 
 def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float) -> None:
     """A Ray Train run, told to stop by its own file, so that it ends by itself and gives its placement group back."""
+    configure_data()
     failure: list[BaseException] = []
 
     def work() -> None:
@@ -335,7 +336,7 @@ def run_trials(
     *,
     seconds: float | None = None,
     watch: Watch = lambda trial, event, metrics: None,
-) -> Outcome:
+) -> Ending:
     """Run trials, whose run directories are made, until each has ended, if only by an error.
 
     Ctrl-C, or the end of `seconds`, stops the running trials after their step with a checkpoint; a second Ctrl-C ends
@@ -345,7 +346,7 @@ def run_trials(
         UserError: not one trial fits on the cluster.
     """
     os.environ.update(SETTINGS)
-    nested, stop_file = scale.workers > 1, directory / STOP_FILE
+    nested, stop_file, own = scale.workers > 1, directory / STOP_FILE, directory / ".ray"
     stop_file.unlink(missing_ok=True)
     at_once = min(places(scale), search.concurrent or math.inf)
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
@@ -373,14 +374,18 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=f"attempt-{time.time_ns()}",
-            storage_path=str(directory / ".ray"),
-            callbacks=[_Watcher(watch)],
+            storage_path=str(own),
+            callbacks=[_Watcher(watch, search.metric)],
             failure_config=tune.FailureConfig(max_failures=0),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False),
             verbose=0,
         ),
     )
-    return _fit(tuner, stop_file, seconds)
+    try:
+        return interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
+    finally:
+        stop_file.unlink(missing_ok=True)
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _scheduler(search: Search) -> TrialScheduler:
@@ -391,17 +396,24 @@ def _scheduler(search: Search) -> TrialScheduler:
     if search.scheduler == "median":
         return MedianStoppingRule(time_attr="percent", grace_period=ASHA_FIRST)
     if search.scheduler == "pbt":
-        explore = search.explore
-        assert explore
-
-        def explored(config: dict[str, Any]) -> dict[str, Any]:
-            config["trial"]["point"] = explore(config["trial"]["point"])
-            return config
-
-        return PopulationBasedTraining(
-            time_attr="percent", perturbation_interval=PBT_EVERY, custom_explore_fn=explored, log_config=False
-        )
+        assert search.explore
+        return _Exchange(search.explore)
     return FIFOScheduler()
+
+
+class _Exchange(PopulationBasedTraining):
+    """A trial that takes over another keeps its own job, and with it its own run directory."""
+
+    def __init__(self, explore: Explore) -> None:
+        super().__init__(
+            time_attr="percent", perturbation_interval=PBT_EVERY, log_config=False,
+            custom_explore_fn=lambda config: config,
+        )  # fmt: skip
+        self.explore = explore
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        point = self.explore(trial_to_clone.config["trial"]["point"])
+        return {"trial": {**trial.config["trial"], "point": point}}, {}
 
 
 class _Asking(Searcher):
@@ -410,6 +422,10 @@ class _Asking(Searcher):
     def __init__(self, points: Points, search: Search) -> None:
         super().__init__(metric=search.metric, mode=search.mode)
         self.points, self.waiting, self.trials = points, list[Job](), dict[str, Path]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes its set-up down for a restore that is never asked for."""
+        return {}
 
     def suggest(self, trial_id: str) -> Any:
         """Tune's: the next trial."""
@@ -439,8 +455,12 @@ class _Asking(Searcher):
 class _Watcher(tune.Callback):
     """Passes events on, and marks trials whose process died before it could."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    def __init__(self, watch: Watch, metric: str) -> None:
+        self.watch, self.metric = watch, metric
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as above; a terminal cannot be written down."""
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""
@@ -450,7 +470,8 @@ class _Watcher(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Tune's."""
-        self.watch(_path(trial), "validated", result)
+        if self.metric in result:  # A trial that was stopped before its first validation has nothing to tell.
+            self.watch(_path(trial), "validated", result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""
@@ -466,34 +487,3 @@ class _Watcher(tune.Callback):
 
 def _path(trial: Any) -> Path:
     return Path(trial.config["trial"]["job"].config.out)
-
-
-def _fit(tuner: tune.Tuner, stop_file: Path, seconds: float | None) -> Outcome:
-    """Run `fit` in a thread, so that this one can turn Ctrl-C and the end of time into a clean stop."""
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            tuner.fit()
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=fit, name="tune", daemon=True)
-    thread.start()
-    deadline = math.inf if seconds is None else time.monotonic() + seconds
-    outcome: Outcome = "ended"
-    while thread.is_alive():
-        try:
-            thread.join(timeout=0.2)
-            if outcome == "ended" and time.monotonic() > deadline:
-                outcome = "out of time"
-                stop_file.touch()
-        except KeyboardInterrupt:
-            if outcome == "interrupted":
-                raise
-            outcome = "interrupted"
-            stop_file.touch()
-    stop_file.unlink(missing_ok=True)
-    if failure:
-        raise failure[0]
-    return outcome

@@ -170,6 +170,7 @@ def within_budget(jobs: Sequence[Job], tokens: int) -> list[Job]:
 
 def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -> None:
     """Make the directory with all trials that are known, waiting."""
+    (plan.path / "trials").mkdir(parents=True, exist_ok=True)
     for number, (trial, job) in enumerate(zip(plan.trials, jobs, strict=True)):
         create_trial(trial, job, number)
     metric, mode = plan.search.judged_by(plan.base.stage)

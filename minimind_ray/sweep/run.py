@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from minimind_ray.on_ray.session import Ending
 from minimind_ray.on_ray.trainer import RAY_HOST
-from minimind_ray.on_ray.tuner import Outcome, Search, Watch, is_done, places, put_bases, run_trials
+from minimind_ray.on_ray.tuner import Search, Watch, is_done, places, put_bases, run_trials
 from minimind_ray.stages.run import Job
 from minimind_ray.sweep.axes import PlannedTrial
 from minimind_ray.sweep.plan import (
@@ -21,7 +22,7 @@ from minimind_ray.sweep.searchers import Explorer, OptunaPoints
 from minimind_ray.train.run import RunDirectory
 
 
-def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watch: Watch) -> Outcome:
+def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watch: Watch) -> Ending:
     """Prepare, make the sweep's directory, or with `resume` take the one that is there, and run the trials.
 
     Raises:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import read_yaml
+from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import SearchConfig
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis
-from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep
+from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep, reopen_sweep
 from minimind_ray.sweep.trials import Trial, read_sweep
-from minimind_ray.train.run import read_jsonl
+from minimind_ray.train.run import RunDirectory, read_jsonl, sound
 from tests.jobs import make_config, make_job, start
 
 pytestmark = pytest.mark.ray
@@ -40,7 +50,22 @@ def run(plan: SweepPlan, jobs: Sequence[Job] | None = None, **options: Any) -> d
     metric, mode = plan.search.judged_by(plan.base.stage)
     search = Search(metric, mode, plan.search.scheduler, plan.search.concurrent, options.pop("explore", None))
     run_trials(jobs, plan.base.scale, plan.path, search, put_bases(jobs), **options)
+    assert_nothing_is_left()
     return {trial.id: trial for trial in read_sweep(plan.path).trials}
+
+
+def assert_nothing_is_left() -> None:
+    """Every placement group removed, every CPU given back."""
+    import ray
+    from ray.util import placement_group_table
+
+    deadline = time.monotonic() + 20
+    while True:
+        groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        if not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return
+        assert time.monotonic() < deadline, (groups, ray.available_resources())
+        time.sleep(0.2)
 
 
 def metrics(trial: Trial) -> list[dict[str, Any]]:
@@ -71,3 +96,269 @@ def test_any_order_and_concurrency_give_the_same_metrics_as_a_plain_process(tmp_
     run_here(plain)
     lines = [{k: v for k, v in line.items() if k != "timing"} for line in read_jsonl(tmp_path / "plain/metrics.jsonl")]
     assert lines == metrics(first["lr=0.01,weight_decay=0.1,seed=1"])
+
+
+def trained(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key != "timing" and "val/" not in key}
+
+
+def states(trials: dict[str, Trial]) -> dict[str, str]:
+    return {id: trial.state for id, trial in trials.items()}
+
+
+def test_a_failing_trial_is_marked_and_the_others_go_on(tmp_path: Path, ray_session: None) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e30,3e-3"}, optim__clip=0.0, eval__every=1, search={"concurrent": 1})
+    jobs = jobs_of(plan)
+    create_sweep(plan, jobs, {})
+    events: list[tuple[str, str]] = []
+    found = run(plan, jobs, watch=lambda trial, event, metrics: events.append((trial.name, event)))
+    assert states(found) == {"lr=1e30,seed=0": "failed", "lr=0.003,seed=0": "finished"}
+    assert "the loss is" in (found["lr=1e30,seed=0"].error or "")
+    assert [e for e in events if e[1] != "validated"] == [
+        ("lr=1e30,seed=0", "started"), ("lr=1e30,seed=0", "ended"),
+        ("lr=0.003,seed=0", "started"), ("lr=0.003,seed=0", "ended"),
+    ]  # fmt: skip
+
+
+class DyingJob(Job):
+    """Takes its whole process with it."""
+
+    def run(self, context: Any, data: Any) -> None:
+        os._exit(7)
+
+
+def test_a_trial_whose_process_dies_is_marked_too(tmp_path: Path, ray_session: None) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-3,3e-3"}, search={"concurrent": 1})
+    jobs = jobs_of(plan)
+    create_sweep(plan, jobs, {})
+    found = run(plan, [DyingJob(**vars(jobs[0])), jobs[1]])
+    assert states(found) == {"lr=0.001,seed=0": "failed", "lr=0.003,seed=0": "finished"}
+    assert "its process ended" in (found["lr=0.001,seed=0"].error or "")
+
+
+def test_asha_stops_what_falls_behind_and_keeps_what_it_found(tmp_path: Path, ray_session: None) -> None:
+    plan = planned(
+        tmp_path, {"optim.lr": "1e-2,5e-3,1e-6,3e-3"}, search={"concurrent": 1, "scheduler": "asha"}, eval__every=1
+    )
+    found = run(plan)
+    bad = found["lr=1e-6,seed=0"]
+    assert bad.state == "early-stopped" and found["lr=0.01,seed=0"].state == "finished"
+    steps = found["lr=0.01,seed=0"].steps
+    assert bad.steps == len(bad.metrics) == -(-steps // 5)
+    assert bad.result and sound(bad.result)
+    kept = pq.read_table(bad.path / "validation.parquet").to_pydict()
+    assert sum(kept["loss"]) / sum(kept["count"]) == pytest.approx(bad.metrics[-1]["val/loss"])
+
+    # Going on runs nothing again, but the scheduler hears of all that was found.
+    before = {file: file.read_bytes() for file in plan.path.glob("trials/*/*.*") if file.suffix != ".json"}
+    plan = reopen_sweep(plan.path)
+    heard: list[float] = []
+    again = run(plan, jobs_of(plan), watch=lambda trial, event, metrics: heard.append(metrics.get("percent", 0.0)))
+    assert states(again) == states(found)
+    assert before == {file: file.read_bytes() for file in before}
+    assert sum(percent > 0 for percent in heard) == sum(len(trial.metrics) for trial in found.values())
+
+
+def test_out_of_time_and_again(tmp_path: Path, ray_session: None) -> None:
+    axes = {"optim.lr": "3e-3,1e-2"}
+    settings: dict[str, Any] = {"train__epochs": 3, "model__dropout": 0.1}
+    whole = run(planned(tmp_path, axes, **settings))
+    plan = planned(tmp_path, axes, out="parted", search={"concurrent": 1}, **settings)
+    jobs = jobs_of(plan)
+    create_sweep(plan, jobs, {})
+    first = Path(jobs[0].config.out)
+
+    def stop_soon() -> None:
+        while len(list(read_jsonl(first / "metrics.jsonl"))) < 5:
+            time.sleep(0.01)
+        (plan.path / ".stop").touch()
+
+    stopper = threading.Thread(target=stop_soon)
+    stopper.start()
+    parted = run(plan, jobs)
+    stopper.join()
+    assert states(parted) == {"lr=0.003,seed=0": "stopped", "lr=0.01,seed=0": "waiting"}
+    assert 5 <= parted["lr=0.003,seed=0"].steps < whole["lr=0.003,seed=0"].steps
+    from minimind_ray.on_ray.tuner import Search, run_trials
+
+    assert run_trials(jobs, plan.base.scale, plan.path, Search("val/loss", "min"), {}, seconds=0.0) == "out of time"
+    plan = reopen_sweep(plan.path)
+    ended = run(plan, jobs_of(plan))
+    assert {id: metrics(trial) for id, trial in ended.items()} == {id: metrics(trial) for id, trial in whole.items()}
+
+
+def test_base_weights_come_out_of_the_object_store(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.on_ray.tuner import Search, put_bases, run_trials
+
+    base = make_job(tmp_path, rows=200, eval__samples=0)
+    start(base)
+    run_here(base)
+    settings: dict[str, Any] = {"init_from": base.config.out, "train__max_steps": 3}
+    alone = make_job(tmp_path, "sft", 200, out=str(tmp_path / "alone"), eval__samples=0, optim__lr=1e-4, **settings)
+    start(alone)
+    run_here(alone)
+    plan = planned(tmp_path, {"optim.lr": "1e-4,1e-3"}, stage="sft", **settings)
+    jobs = jobs_of(plan)
+    create_sweep(plan, jobs, {})
+    bases = put_bases(jobs)
+    assert len(bases) == 1
+    for file in Path(base.config.out).glob("checkpoints/*/model.safetensors"):
+        file.unlink()
+    run_trials(jobs, plan.base.scale, plan.path, Search("val/loss", "min"), bases)
+    trials = read_sweep(plan.path).trials
+    assert [trial.state for trial in trials] == ["finished", "finished"]
+    losses = {trial.id: [line["loss"] for line in trial.metrics] for trial in trials}
+    assert losses["lr=1e-4,seed=0"] == [line["loss"] for line in read_jsonl(tmp_path / "alone" / "metrics.jsonl")]
+    assert losses["lr=0.001,seed=0"][0] == losses["lr=1e-4,seed=0"][0]
+
+
+def test_pbt_takes_over_the_better_trial_and_moves_on_from_it(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.sweep.searchers import Explorer
+
+    axes = {"optim.lr": "1e-7,2e-7,3e-3,1e-2"}
+    plan = planned(
+        tmp_path, axes, search={"concurrent": 2, "scheduler": "pbt"}, train__epochs=3, schedule__name="constant"
+    )
+    found = run(plan, explore=Explorer(plan.axes, 0))
+    assert set(states(found).values()) == {"finished"}
+    moved = 0
+    for trial in found.values():
+        for line in read_jsonl(trial.path / "lineage.jsonl"):
+            moved += 1
+            assert line["from"] in found and line["from"] != trial.id
+            assert line["point"]["optim.lr"] in plan.axes[0].values
+        lr = read_yaml(trial.path / "config.yaml")["optim"]["lr"]
+        assert trial.metrics[-1]["lr"] == lr
+        assert trial.result and sound(trial.result)
+    assert moved
+    # With its own learning rate it would have stayed where an untrained model is.
+    worst = found["lr=1e-7,seed=0"]
+    assert (worst.path / "lineage.jsonl").exists()
+    assert worst.metrics[-1]["val/loss"] < 0.8 * worst.metrics[0]["loss"]
+    steps = [line["step"] for line in worst.metrics]
+    assert steps == sorted(set(steps))
+
+
+def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.sweep.run import run_sweep
+
+    pytest.importorskip("optuna")
+    plan = planned(
+        tmp_path, {"optim.lr": "log(1e-4,1e-2)"}, train__max_steps=3,
+        search={"searcher": "optuna", "trials": 3, "seeds": 2, "concurrent": 2},
+    )  # fmt: skip
+    assert plan.count == 6
+    said: list[str] = []
+    assert run_sweep(plan, resume=False, say=said.append, watch=lambda *event: None) == "by itself"
+    trials = read_sweep(plan.path).trials
+    assert [trial.state for trial in trials] == ["finished"] * 6
+    assert len({trial.point["optim.lr"] for trial in trials}) == 3
+    assert {trial.seed for trial in trials} == {0, 1}
+    # A second time there is nothing to do.
+    before = {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in trials}
+    run_sweep(reopen_sweep(plan.path), resume=True, say=said.append, watch=lambda *event: None)
+    again = read_sweep(plan.path).trials
+    assert before == {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in again}
+
+
+def test_more_workers_a_trial_and_nothing_is_left_behind(tmp_path: Path, ray_session: None) -> None:
+    settings: dict[str, Any] = {"scale__workers": 2, "eval__every": 2, "train__epochs": 2}
+    plan = planned(
+        tmp_path,
+        {"optim.lr": "3e-3,1e-7,1e30"},
+        search={"scheduler": "asha", "concurrent": 1},
+        optim__clip=0.0,
+        **settings,
+    )
+    found = run(plan)  # It checks that nothing is left.
+    assert states(found) == {
+        "lr=0.003,seed=0": "finished", "lr=1e-7,seed=0": "early-stopped", "lr=1e30,seed=0": "failed",
+    }  # fmt: skip
+    alone = make_job(
+        tmp_path,
+        rows=200,
+        out=str(tmp_path / "alone"),
+        eval__samples=0,
+        optim__clip=0.0,
+        eval__every=2,
+        train__epochs=2,
+    )
+    start(alone)
+    run_here(alone)
+    theirs = list(read_jsonl(tmp_path / "alone" / "metrics.jsonl"))
+    assert found["lr=0.003,seed=0"].metrics[-1]["val/loss"] == pytest.approx(theirs[-1]["val/loss"], rel=1e-3)
+
+
+def test_what_does_not_fit_is_refused_and_what_fits_later_waits(tmp_path: Path, ray_session: None) -> None:
+    from minimind_ray.on_ray.tuner import places
+
+    assert places(ScaleConfig(cpus_per_worker=3.0)) == 2
+    assert places(ScaleConfig(cpus_per_worker=0.5)) == 16
+    assert places(ScaleConfig(workers=3, cpus_per_worker=1.0)) == 2
+    for scale in (
+        ScaleConfig(cpus_per_worker=9.0), ScaleConfig(gpus_per_worker=0.25), ScaleConfig(workers=8),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="one trial needs .* cannot give"):
+            places(scale)
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    """The real command with a Ray of its own, as a terminal starts it: Ctrl-C reaches the whole group."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from minimind_ray.cli.main import run; run()", "tune", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def lines_of(path: Path) -> int:
+    return len(list(read_jsonl(path)))
+
+
+def test_ctrl_c_and_a_crash_lose_nothing(tmp_path: Path) -> None:
+    config = make_config(tmp_path, rows=200, eval__samples=0, train__epochs=8, model__dropout=0.1)
+    from minimind_ray.config.load import to_yaml
+
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    arguments = ("pretrain", "--config", str(file), "--lr", "3e-3,1e-2", "--concurrent", "1", "--out")
+    out = tmp_path / "parted"
+    first, second = (out / "trials" / f"lr={lr},seed=0" for lr in ("0.003", "0.01"))
+
+    process = command(*arguments, str(out))
+    wait_for(lambda: lines_of(first / "metrics.jsonl") >= 5, process)
+    os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, text
+    assert f"go on with: minimind-ray tune --resume {out}" in text
+    stopped = RunDirectory(first).info()
+    assert stopped["state"] == "stopped" and stopped["steps"] >= 5, text
+
+    process = command("--resume", str(out))
+    wait_for(lambda: lines_of(second / "metrics.jsonl") >= 12, process)
+    process.kill()
+    process.wait()
+    assert RunDirectory(first).info()["state"] == "finished"
+    untouched = (first / "metrics.jsonl").read_bytes()
+
+    process = command("--resume", str(out))
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert (first / "metrics.jsonl").read_bytes() == untouched
+    assert "winner: lr=" in text and "minimind-ray generate" in text and str(out / "report.html") in text
+    assert (out / "report.html").exists()
+
+    whole = command(*arguments, str(tmp_path / "whole"))
+    text, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, text
+    expected, got = (read_sweep(path).trials for path in (tmp_path / "whole", out))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert metrics(ours)[-1] == metrics(theirs)[-1]
+        # Where it was stopped there is a validation more.
+        assert [trained(line) for line in ours.metrics] == [trained(line) for line in theirs.metrics]
