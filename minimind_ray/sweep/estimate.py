@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +98,20 @@ def asha_keeps(trials: int) -> float:
         for quality in rng.random(trials):
             reached = 1.0
             for rung, before in zip(rungs, seen):
-                passed = not before or quality >= np.percentile(before, 100 * (1 - 1 / ASHA_KEEP))
-                before.append(quality)
+                passed = not before or quality >= _percentile(before, 1 - 1 / ASHA_KEEP)
+                insort(before, quality)
                 if not passed:
                     reached = rung
                     break
             trained += reached
     return trained / SIMULATIONS / trials
+
+
+def _percentile(sorted_values: Sequence[float], part: float) -> float:
+    """As numpy's, which takes most of its time to begin."""
+    place = (len(sorted_values) - 1) * part
+    low = sorted_values[int(place)]
+    return low + (sorted_values[min(int(place) + 1, len(sorted_values) - 1)] - low) * (place % 1)
 
 
 def _rungs() -> list[float]:

@@ -1,0 +1,230 @@
+"""Sweeps before they run: what is refused, what is shared, budgets, cost, directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import load_config
+from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
+from minimind_ray.stages.reference import compute_here
+from minimind_ray.stages.run import Host, Job, run_here
+from minimind_ray.sweep.axes import parse_axis
+from minimind_ray.sweep.estimate import Pace, asha_keeps, calibrate, estimate
+from minimind_ray.sweep.plan import (
+    Preparation,
+    SweepPlan,
+    check_free,
+    check_same_inputs,
+    create_sweep,
+    plan_sweep,
+    reopen_sweep,
+    train_tokens,
+    within_budget,
+)
+from minimind_ray.sweep.trials import read_sweep
+from tests.jobs import make_config, make_job, rows_of, start, write_jsonl
+
+pytestmark = pytest.mark.unit
+
+
+def planned(
+    directory: Path, axes: dict[str, Any], search: dict[str, Any] | None = None, stage: str = "pretrain", **set_: Any
+) -> SweepPlan:
+    base = make_config(directory, stage, 60, **{"eval__samples": 0, **set_})
+    return plan_sweep(
+        directory / "sweep", base, [parse_axis(k, v) for k, v in axes.items()], SearchConfig(**(search or {}))
+    )
+
+
+def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-4,1e-3"}, {"seeds": 2})
+    assert plan.count == 4
+    assert [t.config.out for t in plan.trials][0] == str(tmp_path / "sweep/trials/lr=1e-4,seed=0")
+    assert {t.config.track.group for t in plan.trials} == {"sweep"}
+    named = planned(tmp_path, {}, track__group="mine")
+    assert named.trials[0].config.track.group == "mine"
+
+
+@pytest.mark.parametrize(
+    ("stage", "axes", "search", "settings", "words"),
+    [
+        ("pretrain", {}, {"metric": "val/accuracy"}, {}, "pretrain has no val/accuracy; it has val/loss"),
+        ("dpo", {}, {"metric": "val/bits_per_byte"}, {}, "dpo has no val/bits_per_byte"),
+        ("pretrain", {}, {}, {"data__val_fraction": 0.0}, "validation data"),
+        ("pretrain", {}, {}, {"data__cache": False, "train__max_steps": 5}, "data.cache is false"),
+        ("lora", {"lora.rank": "2,4"}, {"scheduler": "pbt"}, {}, "lora.rank cannot change in the middle"),
+        ("pretrain", {}, {"scheduler": "pbt"}, {}, "pbt needs an axis"),
+        ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"scheduler": "pbt"}, {"scale__workers": 2}, "--workers 1"),
+        ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"scheduler": "pbt"}, {"checkpoint__every": 50}, "checkpoint.every"),
+        ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"searcher": "optuna"}, {}, "needs --trials"),
+        ("pretrain", {}, {"searcher": "optuna", "trials": 3}, {}, "needs an axis"),
+        (
+            "pretrain",
+            {"optim.lr": "log(1e-4,1e-3)"},
+            {"searcher": "optuna", "scheduler": "pbt"},
+            {},
+            "pbt",
+        ),
+        ("pretrain", {"model.dropout": "uniform(0,2)"}, {"searcher": "optuna", "trials": 3}, {}, "model.dropout"),
+    ],
+)
+def test_refused_before_anything_starts(
+    tmp_path: Path, stage: str, axes: dict[str, str], search: dict[str, Any], settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        planned(tmp_path, axes, search, stage, **settings)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_optuna_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'minimind-ray\[optuna\]'"):
+        planned(tmp_path, {"optim.lr": "log(1e-4,1e-3)"}, {"searcher": "optuna", "trials": 3})
+
+
+def test_metric_of_a_stage() -> None:
+    assert SearchConfig().judged_by("sft") == ("val/loss", "min")
+    assert SearchConfig().judged_by("dpo") == ("val/accuracy", "max")
+    assert SearchConfig(metric="val/margin").judged_by("dpo") == ("val/margin", "max")
+    assert SearchConfig(metric="val/loss", mode="max").judged_by("dpo") == ("val/loss", "max")
+
+
+def test_wrong_searches_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="scheduler: .*asha.*'ashaa'"):
+        search_config({"scheduler": "ashaa"})
+    file = tmp_path / "sweep.yaml"
+    for content, words in (
+        ("stage: dpo\nseed: 3\n", "sweep.yaml: seed: no such setting of a sweep; valid: scheduler"),
+        ("axes: {}\n", "sweep.yaml: stage: field required"),
+        ("stage: dpo\nseeds: 0\n", "sweep.yaml: seeds: .*greater than 0, not 0"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=words):
+            read_sweep_file(file)
+
+
+def base_model(directory: Path) -> str:
+    job = make_job(directory, rows=60, eval__samples=0, train__max_steps=2)
+    start(job)
+    run_here(job)
+    return job.config.out
+
+
+def test_what_trials_share_is_made_once(tmp_path: Path) -> None:
+    init_from = base_model(tmp_path)
+    axes = {"dpo.beta": "0.05,0.1", "optim.lr": "1e-6,1e-5"}
+    plan = planned(tmp_path, axes, {"seeds": 2}, "dpo", init_from=init_from)
+    computed: list[str] = []
+
+    def counting(reference: Any) -> Any:
+        computed.append(reference.path)
+        return compute_here(reference)
+
+    preparation = Preparation(Host(compute_reference=counting))
+    jobs = [preparation.job(trial.config) for trial in plan.trials]
+    assert len(jobs) == 8 and len({(job.train, job.val) for job in jobs}) == 1
+    assert len(computed) == 2  # Of the training and of the validation data.
+    assert preparation.counts == {
+        "prepared datasets": 2, "units of them encoded for this sweep": 2,
+        "reference log-probabilities": 2, "of these computed for this sweep": 2,
+    }  # fmt: skip
+    # The order of the data is the seed's, the same for all points.
+    orders = {(job.config.train.seed, tuple(job.plan.ids(0).tolist())) for job in jobs}
+    assert len(orders) == 2
+    again = Preparation(Host(compute_reference=counting))
+    [again.job(trial.config) for trial in plan.trials]
+    assert again.counts["of these computed for this sweep"] == again.counts["units of them encoded for this sweep"] == 0
+    # Another data section is another dataset.
+    other = planned(tmp_path, {"data.max_seq_len": "128,64"}, None, "dpo", init_from=init_from)
+    [again.job(trial.config) for trial in other.trials]
+    assert again.counts["prepared datasets"] == 4
+
+
+def prepared(plan: SweepPlan) -> list[Job]:
+    preparation = Preparation(Host())
+    return [preparation.job(trial.config) for trial in plan.trials]
+
+
+def test_tokens_are_those_of_the_run(tmp_path: Path) -> None:
+    job = make_job(tmp_path, rows=60, eval__samples=0, train__epochs=2, out=str(tmp_path / "run"))
+    start(job)
+    run_here(job)
+    assert train_tokens(job) == json.loads((tmp_path / "run/run.json").read_text())["tokens"]
+
+
+def test_budget_of_tokens(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-4,1e-3", "train.epochs": "4,8"}, schedule__warmup=2)
+    jobs = prepared(plan)
+    total = sum(map(train_tokens, jobs))
+    assert within_budget(jobs, total) == jobs
+    shorter = within_budget(jobs, total // 2)
+    assert total * 0.4 < sum(map(train_tokens, shorter)) <= total // 2
+    for before, after in zip(jobs, shorter, strict=True):
+        assert after.plan.steps == after.config.train.max_steps == before.plan.steps // 2
+        assert after.config.optim == before.config.optim
+    with pytest.raises(UserError, match="of which 2 are warm-up"):
+        within_budget(jobs, total // 50)
+
+
+def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4", "lora.targets": ["square", ["q_proj", "v_proj"]]}, {"seeds": 2})
+    check_free(plan.path)
+    jobs = prepared(plan)
+    create_sweep(plan, jobs, {"prepared datasets": 2})
+    assert {trial.state for trial in read_sweep(plan.path).trials} == {"waiting"}
+    assert reopen_sweep(plan.path) == plan
+    with pytest.raises(UserError, match="already holds a sweep: go on with minimind-ray tune --resume"):
+        check_free(plan.path)
+    with pytest.raises(UserError, match="holds no sweep"):
+        reopen_sweep(tmp_path)
+    check_same_inputs(jobs[0])
+    write_jsonl(tmp_path / "pretrain.jsonl", rows_of("pretrain", 50, seed=1))
+    with pytest.raises(UserError, match="data.train and data.val has other content"):
+        check_same_inputs(prepared(plan)[0])
+
+
+def test_cost_by_hand(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4", "train.max_steps": "10,20"}, eval__every=5)
+    jobs = prepared(plan)
+    found = estimate(jobs, Pace(start=1.0, step=0.5, validation=2.0), SearchConfig(), at_once=2)
+    assert found.steps == 2 * (10 + 20)
+    # 10 steps take 1 + 5 + 2 validations, 20 take 1 + 10 + 4.
+    assert found.seconds == pytest.approx(2 * (10 + 19))
+    assert found.hours(2) == pytest.approx(29 / 3600)
+    assert found.price(per_hour=36) == pytest.approx(0.58)
+    assert found.tokens == sum(map(train_tokens, jobs))
+    parameters = 6 * 3e5  # Of the tiny model there are a little fewer.
+    assert 0.3 * parameters < found.flops / found.tokens < parameters
+
+
+def test_calibration_measures_and_leaves_nothing(tmp_path: Path) -> None:
+    [job] = prepared(planned(tmp_path, {}, train__max_steps=3))
+    before = set(tmp_path.iterdir())
+    pace = calibrate(job)
+    assert 0 < pace.step < 30 and 0 < pace.validation < 30 and 0 < pace.start < 30
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_asha_keeps_less_of_more_trials() -> None:
+    # A single trial is never stopped; of many, 20 % + 1/3 of 40 % + 1/9 of 40 % is left.
+    assert asha_keeps(1) == 1.0
+    assert asha_keeps(2) > asha_keeps(8) > asha_keeps(64) > 0.2 + 0.4 / 3 + 0.4 / 9
+    assert asha_keeps(64) < 0.5
+
+
+def test_shipped_sweeps_are_valid(tmp_path: Path) -> None:
+    files = sorted((Path(__file__).parents[2] / "experiments/sweeps").glob("*.yaml"))
+    assert len(files) == 4
+    for file in files:
+        sweep = read_sweep_file(file)
+        base = load_config(sweep.stage, trees={str(file): sweep.settings})
+        search = SearchConfig.model_validate(
+            {name: getattr(sweep, name) for name in SearchConfig.model_fields if name in sweep.model_fields_set}
+        )
+        plan = plan_sweep(tmp_path, base, [parse_axis(k, v) for k, v in sweep.axes.items()], search)
+        assert plan.count > 1
