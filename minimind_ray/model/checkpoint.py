@@ -140,9 +140,10 @@ def _head_dim(fields: Mapping[str, Any], path: Path) -> int:
 
 def _read_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """rope_theta and rope_scaling, from transformers 5's rope_parameters or the two older keys."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(where) or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters is {rope!r}, not an object")
+        raise UserError(f"{path}: {where} is {rope!r}, not an object")
     rope = cast("dict[str, Any]", dict(rope))
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
@@ -171,9 +172,11 @@ def load_model(
         UserError: config.json or the weights cannot be read, or do not fit each other.
     """
     shape = load_shape(directory)
+    if weights is None:  # Read before the model is made: what does not fit, absurd sizes too, ends here.
+        weights = _read_weights(Path(directory), shape)
     with torch.device("meta"):
         model = Transformer(shape)
-    model.load_state_dict(read_weights(directory) if weights is None else weights, assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.to(device)
 
 
@@ -273,6 +276,7 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
         raise UserError(f"{folder}: no {WEIGHTS} and no {INDEX}; name a Hugging Face model directory")
     entries: dict[str, Entry] = {}
     for path in files:
+        _check_link(path)
         try:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -296,6 +300,13 @@ def _shards(folder: Path) -> list[Path]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{path}: {name!r} is not the name of a safetensors file in the same directory")
     return [folder / name for name in names]
+
+
+def _check_link(path: Path) -> None:
+    """Only Hugging Face's cache may keep a file elsewhere: snapshots/REVISION/x is a link to ../../blobs/HASH."""
+    folder = path.parent.resolve()
+    if path.is_symlink() and path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
+        raise UserError(f"{path}: links to a file outside of its directory; copy the file there")
 
 
 def _required(config: Mapping[str, Any], key: str, path: Path) -> Any:

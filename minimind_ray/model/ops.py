@@ -22,17 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
+from minimind_ray.config.errors import UserError
+
 
 class Kernel:
-    """A function of tensors that `compile_kernels` can replace by a compiled one."""
+    """A function of tensors that `compile_kernels` makes one loop of."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.eager = self.run = function
+        self.eager = self.compiled = function
 
     def __call__(self, *args: Any) -> Any:
         """What the function gives."""
-        return self.run(*args)
+        return (self.compiled if args[0].numel() >= SMALL else self.eager)(*args)
 
+
+SMALL = 2**15
+"""Numbers below which calling a compiled function costs more than it saves: a generated token, an idle expert."""
 
 KERNELS: list[Kernel] = []
 
@@ -43,10 +48,22 @@ def kernel(function: Callable[..., Any]) -> Kernel:
     return KERNELS[-1]
 
 
-def compile_kernels() -> None:
-    """Compile every kernel at its first use, for any number of tokens."""
+def compile_kernels(device: torch.device) -> None:
+    """Compile every kernel at its first use, for any number of tokens, in this process.
+
+    Raises:
+        UserError: nothing can be compiled for `device` here.
+    """
+    try:
+        torch.compile(torch.square, dynamic=True)(torch.ones(2, device=device))
+    except Exception as error:  # the compiler's troubles come in many classes
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"train.compile is true, but torch.compile fails here ({type(error).__name__}: {reason}); it needs a C++ "
+            "compiler such as g++ and Python's headers: install them, or set train.compile false"
+        ) from error
     for each in KERNELS:
-        each.run = torch.compile(each.eager, dynamic=True)
+        each.compiled = torch.compile(each.eager, dynamic=True)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.model.attention import Layout
 from minimind_ray.model.moe import MixtureOfExperts
-from minimind_ray.model.ops import add_norm, compile_kernels, norm_rotate, rotate, swiglu
+from minimind_ray.model.ops import add_norm, compile_kernels, norm_rotate, product_dtype, rotate, swiglu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_NHK scaled by 1 / sqrt(K), k_NGK, v_NGK) -> out_NHK: who attends to whom is the caller's business."""
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
     def forward(self, tokens_N: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Hidden states after the last norm, [N, C]."""
         x_NC = self.dropout(self.embed_tokens(tokens_N))
-        delta_NC = torch.zeros_like(x_NC)
+        delta_NC = torch.zeros_like(x_NC, dtype=product_dtype(x_NC))
         for index, layer in enumerate(self.layers):
             x_NC, delta_NC = layer(x_NC, delta_NC, rotary, index, attend)
         return add_norm(x_NC, delta_NC, self.norm.weight, self.norm.eps)[1]
@@ -160,8 +160,12 @@ class Transformer(nn.Module):
         return F.linear(hidden_MC, self.vocab_weight)
 
     def compile_blocks(self) -> None:
-        """Compile what lies between the matrix products, for this process; the first steps are slow."""
-        compile_kernels()
+        """Compile what lies between the matrix products, for the whole process; the first steps are slow.
+
+        Raises:
+            UserError: there is no compiler.
+        """
+        compile_kernels(self.vocab_weight.device)
 
     def aux_loss(self) -> Tensor:
         """The routers' load-balancing loss, a mean over the last forward pass's tokens, summed over layers."""

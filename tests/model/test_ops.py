@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.model import ops
 
 pytestmark = pytest.mark.unit
@@ -79,3 +80,34 @@ def test_bfloat16_stays_close(name: str) -> None:
     results = ours(*rounded)
     for got, value in zip(*([r] if isinstance(r, Tensor) else r for r in (results, expected)), strict=True):
         torch.testing.assert_close(got.float(), value.to(got.dtype).float(), rtol=2**-6, atol=1e-3)
+
+
+def test_compiled_is_the_same() -> None:
+    """One operation, forward and backward; all are compiled by the same line."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(300, 128), torch.randn(300, 128), torch.randn(128)]
+
+    def run() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y, out = ops.add_norm(*leaves, EPS)
+        return [y, out, *torch.autograd.grad((y * out).sum(), leaves)]
+
+    eager = run()
+    assert inputs[0].numel() >= ops.SMALL
+    ops.compile_kernels(torch.device("cpu"))
+    try:
+        compiled = run()
+    finally:
+        for kernel in ops.KERNELS:
+            kernel.compiled = kernel.eager
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no working C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UserError, match=r"train\.compile .*no working C\+\+ compiler\).* g\+\+"):
+        ops.compile_kernels(torch.device("cpu"))
+    assert all(kernel.compiled is kernel.eager for kernel in ops.KERNELS)
