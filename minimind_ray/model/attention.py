@@ -29,6 +29,8 @@ LENGTH_STEP = 32
 """Padded lengths are multiples of this: vectors and matrix tiles come out even."""
 SHORT = 32
 """Documents up to here share a bucket whatever their length."""
+FLASH_HEAD_SIZES = range(8, 257, 8)
+"""What flash attention takes; other sizes are for buckets on a GPU too."""
 QUERY_BLOCK = 256
 """Rows that query at once; the keys after them are left out."""
 
@@ -82,7 +84,7 @@ class Layout:
 
     def attend(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         """softmax(q kᵀ) v (Vaswani et al. 2017, eq. 1) of each token over its document up to itself: [N, H, K]."""
-        if q_NHK.device.type == "cuda" and q_NHK.dtype.itemsize == 2:
+        if q_NHK.device.type == "cuda" and q_NHK.dtype.itemsize == 2 and q_NHK.shape[-1] in FLASH_HEAD_SIZES:
             return self._varlen(q_NHK, k_NGK, v_NGK)
         return _BucketAttention.apply(q_NHK, k_NGK, v_NGK, self)
 
@@ -103,9 +105,10 @@ class Layout:
 
     def _varlen(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         bounds_D1, longest = self._varlen_bounds
+        # Of torch 2.11 to 2.13 not all take fewer key heads than query heads.
+        k_NHK, v_NHK = (x.repeat_interleave(q_NHK.shape[1] // x.shape[1], dim=1) for x in (k_NGK, v_NGK))
         out_NHK = varlen_attn(
-            q_NHK, k_NGK, v_NGK, bounds_D1, bounds_D1, longest, longest,
-            scale=1.0, window_size=(-1, 0), enable_gqa=True,
+            q_NHK, k_NHK, v_NHK, bounds_D1, bounds_D1, longest, longest, scale=1.0, window_size=(-1, 0)
         )  # fmt: skip
         assert isinstance(out_NHK, Tensor)
         return out_NHK

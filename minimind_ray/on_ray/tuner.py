@@ -207,7 +207,7 @@ class _Trial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's, for pbt: what another trial goes on from, the last checkpoint and the best one, which it names."""
         last = self.run.checkpoints()[-1]
-        best = self.run.checkpoint_path(json.loads((last / "resume" / "state.json").read_text())["best"])
+        best = self.run.checkpoint_path(_best(last))
         (Path(checkpoint_dir) / "trial").write_text(str(self.run.path))
         for path in {last, best}:
             shutil.copytree(path, Path(checkpoint_dir) / path.name)
@@ -232,8 +232,7 @@ class _Trial(tune.Trainable):
         try:
             self._train()
         except BaseException as error:
-            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.run.update(state="failed", error=told, traceback=traceback.format_exc())
+            self.run.update(state="failed", error=_told(error), traceback=traceback.format_exc())
             self.error = error
         finally:
             self.context.reports.put(None)
@@ -246,8 +245,9 @@ class _Trial(tune.Trainable):
         # itself starts trials again and again.)
         for line in list(self.run.metrics()) if self.search.scheduler != "pbt" else ():
             if line["step"] <= known and not self.context.report(line, None):
-                if not done:
-                    self.run.update(state="early-stopped")
+                if checkpoint:
+                    result = f"checkpoints/{_best(checkpoint)}"
+                    self.run.update(state="early-stopped", steps=line["step"], tokens=line["tokens"], result=result)
                 return
         if done or self.context.should_stop():
             return
@@ -256,6 +256,17 @@ class _Trial(tune.Trainable):
             self.job.run(self.context, self.job.data(self.context))
         else:
             _run_nested(self.job, self.run, self.context, known)
+
+
+def _best(checkpoint: Path) -> str:
+    """The name of the best checkpoint up to this one."""
+    return json.loads((checkpoint / "resume" / "state.json").read_text(encoding="utf-8"))["best"]
+
+
+def _told(error: BaseException) -> str:
+    """An error in a line; Ray's begin with long ones about other processes."""
+    last = (str(error).strip() or "no message").splitlines()[-1]
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {last}"
 
 
 def is_done(run: RunDirectory, scheduler: SchedulerName) -> bool:
@@ -481,7 +492,7 @@ class _Watcher(tune.Callback):
         """Tune's."""
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
-            run.update(state="failed", error=f"its process ended: {str(trial.get_error()).strip().splitlines()[-1]}")
+            run.update(state="failed", error=f"its process ended: {_told(trial.get_error())}")
         self.watch(run.path, "ended", {})
 
 

@@ -289,12 +289,19 @@ def test_more_workers_a_trial_and_nothing_is_left_behind(tmp_path: Path, ray_ses
     assert found["lr=0.003,seed=0"].metrics[-1]["val/loss"] == pytest.approx(theirs[-1]["val/loss"], rel=1e-3)
 
 
-def test_what_does_not_fit_is_refused_and_what_fits_later_waits(tmp_path: Path, ray_session: None) -> None:
+def test_what_does_not_fit_is_refused(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
     from minimind_ray.on_ray.tuner import places
 
     assert places(ScaleConfig(cpus_per_worker=3.0)) == 2
     assert places(ScaleConfig(cpus_per_worker=0.5)) == 16
     assert places(ScaleConfig(workers=3, cpus_per_worker=1.0)) == 2
+    halves = {"CPU": 8.0, "GPU": 2.0}
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": halves}, {"Alive": False, "Resources": {}}])
+        assert places(ScaleConfig(gpus_per_worker=0.25)) == 8
+        assert places(ScaleConfig(gpus_per_worker=1.5)) == 1
     for scale in (
         ScaleConfig(cpus_per_worker=9.0), ScaleConfig(gpus_per_worker=0.25), ScaleConfig(workers=8),
     ):  # fmt: skip
