@@ -49,6 +49,10 @@ class RayTrainContext:
         """Holds none."""
 
 
+# The train function runs in a thread, to which glibc would give an arena of its own, of memory that it maps anew for
+# each large tensor (see `keep_freed_memory`); the main arena is chosen before a process starts.
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+
 RAY_HOST = Host(run_units_on_ray, compute_on_ray)
 
 
@@ -75,6 +79,7 @@ def train_on_ray(job: Job) -> None:
             # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
             name=f"attempt-{time.time_ns()}",
             storage_path=str(run.path / ".ray"),
+            worker_runtime_env={"env_vars": ONE_ARENA},
             failure_config=ray.train.FailureConfig(max_failures=0),
         ),
         datasets={"train": partial(_dataset, job)},

@@ -23,7 +23,7 @@ from minimind_ray.model.generate import generate
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, save_resume
-from minimind_ray.train.context import Context, resolve_precision
+from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision
 from minimind_ray.train.evaluate import Evaluation, evaluate
 from minimind_ray.train.optim import FlatGradients, build_adamw
 from minimind_ray.train.run import RunDirectory, resolve_model, sound
@@ -105,6 +105,7 @@ def fit(
     Raises:
         UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory.
     """
+    keep_freed_memory()
     run, plan, main = RunDirectory(config.out), data.plan, context.rank == 0
     dtype = resolve_precision(config.train.precision, context.device)
     optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)

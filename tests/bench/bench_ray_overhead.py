@@ -49,6 +49,7 @@ def run(args: argparse.Namespace, host: str, scratch: Path, name: str) -> tuple[
         "--train", str(args.corpus / "pretrain" / "train-00000-of-00008.jsonl"), "--tokenizer", str(args.tokenizer),
         "--preset", args.preset, "--batch-tokens", "8192", "--max-steps", str(args.steps),
         "--cpus-per-worker", str(args.threads), "--set", "data.val_fraction=0",
+        "--set", "checkpoint.every=1000000",
         "--set", f"data.cache_dir={scratch}/cache",
     ]  # fmt: skip
     start = time.time()
