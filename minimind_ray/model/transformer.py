@@ -141,8 +141,22 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_N: Tensor, bounds_D1: Tensor) -> Tensor:
         """Hidden states [N, C] after the last norm; `bounds_D1` int32 on the host: where documents start, and N."""
+        count = len(tokens_N)
+        extra = self.stable_size(count) - count
+        if extra:  # one more document
+            tokens_N, bounds_D1 = F.pad(tokens_N, (0, extra)), F.pad(bounds_D1, (0, 1), value=count + extra)
         layout = Layout(bounds_D1, tokens_N.device)
-        return self.decode(tokens_N, layout.positions_N, lambda layer, q, k, v: layout.attend(q, k, v))
+        hidden_NC = self.decode(tokens_N, layout.positions_N, lambda layer, q, k, v: layout.attend(q, k, v))
+        return hidden_NC[:count]
+
+    def stable_size(self, count: int) -> int:
+        """For how many positions to compute `count`: at most 1/32 more, so that few sizes occur.
+
+        A CPU sets up a matrix product anew for every size (6 % of a small model's step), and keeps what it set up;
+        and memory freed by one step fits the next. Experts get no such positions, which would weigh on their balance.
+        """
+        grain = 1 if self.shape.num_experts else 1 << max(0, count.bit_length() - 6)
+        return -(-count // grain) * grain
 
     def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """As `forward`, with positions and attention left to the caller (generation keeps a cache there)."""

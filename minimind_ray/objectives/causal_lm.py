@@ -28,12 +28,15 @@ def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tens
     `hidden_NC` is what the model made of the batch's tokens.
     """
     counted_M = batch.weights_N.nonzero().squeeze(-1)
+    count = len(counted_M)
+    counted_M = F.pad(counted_M, (0, model.stable_size(count) - count))
     hidden_MC, targets_M = hidden_NC[counted_M], batch.targets_N[counted_M]
     step = max(1, MOST_LOGITS // model.shape.vocab_size)
     if len(counted_M) <= step:
-        return _log_probs(model, hidden_MC, targets_M)
+        return _log_probs(model, hidden_MC, targets_M)[:count]
     pieces = zip(hidden_MC.split(step), targets_M.split(step))
-    return torch.cat([cast(Tensor, checkpoint(_log_probs, model, *piece, use_reentrant=False)) for piece in pieces])
+    parts = [cast(Tensor, checkpoint(_log_probs, model, *piece, use_reentrant=False)) for piece in pieces]
+    return torch.cat(parts)[:count]
 
 
 def _log_probs(model: Transformer, hidden_MC: Tensor, targets_M: Tensor) -> Tensor:

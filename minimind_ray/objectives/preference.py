@@ -53,6 +53,7 @@ def pair_hidden(model: Transformer, batch: Batch) -> Tensor:
     differs_N1 = F.pad(differs_N.cumsum(0), (1, 0))
     computed_N = differs_N1[1:] > differs_N1[index_N - layout.positions_N]  # from the document's first difference on
     computed_U = computed_N.nonzero().squeeze(1)
+    computed_U = F.pad(computed_U, (0, model.stable_size(len(computed_U)) - len(computed_U)))
     row_N = (computed_N.cumsum(0) - 1)[torch.where(computed_N, index_N, index_N - back_N)]
 
     def attend(_: int, q_UHK: Tensor, k_UGK: Tensor, v_UGK: Tensor) -> Tensor:

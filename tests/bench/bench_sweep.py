@@ -96,7 +96,9 @@ def main() -> None:
                 steps += training_seconds(out)
             separate = time.perf_counter() - start
             part = wall / separate
-            print(f"8 x train dpo {host}: {separate:.1f} s, of it steps {steps:.1f} s; the sweep takes {part:.0%} of that")
+            print(
+                f"8 x train dpo {host}: {separate:.1f} s, of it steps {steps:.1f} s; the sweep takes {part:.0%} of that"
+            )
 
 
 def training_seconds(run: Path) -> float:

@@ -57,6 +57,10 @@ def with_reference(batch: Batch, reference_D: Tensor) -> Batch:
     return Batch(batch.tokens_N, batch.targets_N, batch.weights_N, batch.bounds_D1, reference_D)
 
 
+def plain_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    return causal_lm.sequence_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch)
+
+
 def one_by_one(model: Transformer, pack: Pack) -> list[Tensor]:
     """Each document alone, by the definition, in float64 after the logits."""
     logps = []
@@ -111,6 +115,27 @@ def test_pairs_that_have_nothing_or_all_in_common() -> None:
     model, batch = make_model(), batch_from_packs([pack])
     expected = model(batch.tokens_N, batch.bounds_D1)
     torch.testing.assert_close(pair_hidden(model, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("log_probs", [pair_log_probs, plain_log_probs])
+def test_positions_that_make_the_size_even_change_nothing(
+    log_probs: Callable[[Transformer, Batch], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[Tensor, list[Tensor]]:
+        model = make_model()
+        logp_D, _ = log_probs(model, batch)
+        (logp_D * torch.linspace(-1, 1, len(logp_D))).sum().backward()
+        return logp_D, [p.grad for p in model.parameters() if p.grad is not None]
+
+    pack = make_pack()
+    batch = batch_from_packs([pack] * 11)
+    assert make_model().stable_size(len(batch.tokens_N)) > len(batch.tokens_N)
+    evened, evened_grads = run()
+    monkeypatch.setattr(Transformer, "stable_size", lambda self, count: count)
+    exact, exact_grads = run()
+    torch.testing.assert_close(evened, exact, rtol=1e-5, atol=1e-5)
+    for a, b in zip(evened_grads, exact_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_document_that_is_all_answer_counts_every_position() -> None:

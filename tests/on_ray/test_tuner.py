@@ -245,11 +245,13 @@ def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_sess
     pytest.importorskip("optuna")
     plan = planned(
         tmp_path, {"optim.lr": "log(1e-4,1e-2)"}, train__max_steps=3,
-        search={"searcher": "optuna", "trials": 3, "seeds": 2, "concurrent": 2},
+        search={"searcher": "optuna", "trials": 3, "seeds": 2}, scale__cpus_per_worker=5.0,
     )  # fmt: skip
     assert plan.count == 6
     said: list[str] = []
     assert run_sweep(plan, resume=False, say=said.append, watch=lambda *event: None) == "by itself"
+    # Two trials of 5 CPUs do not fit on 8: they wait for each other.
+    assert said[-1].startswith("6 trials, 1 at once; the others wait")
     trials = read_sweep(plan.path).trials
     assert [trial.state for trial in trials] == ["finished"] * 6
     assert len({trial.point["optim.lr"] for trial in trials}) == 3
@@ -262,27 +264,23 @@ def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_sess
 
 
 def test_more_workers_a_trial_and_nothing_is_left_behind(tmp_path: Path, ray_session: None) -> None:
-    settings: dict[str, Any] = {"scale__workers": 2, "eval__every": 2, "train__epochs": 2}
-    plan = planned(
-        tmp_path,
-        {"optim.lr": "3e-3,1e-7,1e30"},
-        search={"scheduler": "asha", "concurrent": 1},
-        optim__clip=0.0,
-        **settings,
-    )
+    settings: dict[str, Any] = {"optim__clip": 0.0, "eval__every": 2, "train__epochs": 2}
+    axes, search = {"optim.lr": "3e-3,1e-7,1e30,1e-2"}, {"scheduler": "asha", "concurrent": 1}
+    plan = planned(tmp_path, axes, search=search, scale__workers=2, **settings)
+    last = plan.path / "trials" / "lr=0.01,seed=0"
+
+    def stop_the_last() -> None:
+        while lines_of(last / "metrics.jsonl") < 2:
+            time.sleep(0.01)
+        (plan.path / ".stop").touch()
+
+    threading.Thread(target=stop_the_last, daemon=True).start()
     found = run(plan)  # It checks that nothing is left.
     assert states(found) == {
         "lr=0.003,seed=0": "finished", "lr=1e-7,seed=0": "early-stopped", "lr=1e30,seed=0": "failed",
+        "lr=0.01,seed=0": "stopped",
     }  # fmt: skip
-    alone = make_job(
-        tmp_path,
-        rows=200,
-        out=str(tmp_path / "alone"),
-        eval__samples=0,
-        optim__clip=0.0,
-        eval__every=2,
-        train__epochs=2,
-    )
+    alone = make_job(tmp_path, rows=200, out=str(tmp_path / "alone"), eval__samples=0, **settings)
     start(alone)
     run_here(alone)
     theirs = list(read_jsonl(tmp_path / "alone" / "metrics.jsonl"))
@@ -301,7 +299,7 @@ def test_what_does_not_fit_is_refused(ray_session: None, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": halves}, {"Alive": False, "Resources": {}}])
         assert places(ScaleConfig(gpus_per_worker=0.25)) == 8
-        assert places(ScaleConfig(gpus_per_worker=1.5)) == 1
+        assert places(ScaleConfig(gpus_per_worker=2.0)) == 1
     for scale in (
         ScaleConfig(cpus_per_worker=9.0), ScaleConfig(gpus_per_worker=0.25), ScaleConfig(workers=8),
     ):  # fmt: skip
