@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from minimind_ray.stages.run import Job
+from minimind_ray.sweep.text import duration_text
 from minimind_ray.track.wandb import sync_command
 from minimind_ray.train.run import RunDirectory, read_jsonl
 
@@ -65,7 +66,8 @@ def progress_line(metrics: dict[str, Any], steps: int) -> str:
     timing = metrics["timing"]
     return (
         f"step {metrics['step']}/{steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-        f"{timing['tokens_per_second']:,.0f} tok/s  MFU {timing['mfu']:.0%}  {duration(timing['seconds_left'])} left"
+        f"{timing['tokens_per_second']:,.0f} tok/s  MFU {timing['mfu']:.0%}  "
+        f"{duration_text(timing['seconds_left'])} left"
     )
 
 
@@ -75,13 +77,6 @@ def validation_line(metrics: dict[str, Any], steps: int) -> str:
     shown = ("loss", "perplexity", "bits_per_byte", "accuracy", "margin")
     values = "  ".join(f"{name.replace('_', ' ')} {found[name]:.4g}" for name in shown if name in found)
     return f"{progress_line(metrics, steps)}  | validation: {values}"
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
 def print_result(out: Path, console: Console) -> None:

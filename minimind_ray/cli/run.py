@@ -36,9 +36,7 @@ def run(
     run_recipe(recipe, data_dir, out, overrides, ray=ray)
 
 
-def run_recipe(
-    path: Path, data_dir: Path | None, out: Path | None, overrides: dict[str, Any], *, ray: bool
-) -> Path:
+def run_recipe(path: Path, data_dir: Path | None, out: Path | None, overrides: dict[str, Any], *, ray: bool) -> Path:
     """Run a recipe file, telling of each stage what is done and why; the directory of its runs.
 
     Stops after a stage that was interrupted.

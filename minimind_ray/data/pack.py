@@ -11,7 +11,6 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
@@ -49,12 +48,13 @@ class Pack:
 
 
 def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -> Iterator[list[Group]]:
-    """Best-fit-decreasing bin packing over a sliding window of groups.
+    """Best-fit bin packing over a sliding window of groups.
 
-    Takes `window` groups at a time, longest first, each into the open pack it fills best, or a new one. A pack is
-    given out when it is full; after each window so are those too full for the window's shortest group, and the
-    fullest ones beyond `window / 8`. The others stay open for the next window, so memory does not grow with the
-    data. The order depends on the input alone.
+    Takes `window` groups at a time: those over an eighth of a pack longest first, the others in their order, each
+    into the open pack it fills best, or a new one. (All by length would fill packs no better, and put groups of one
+    length, so often of one kind, into one step.) A pack is given out when it is full; after each window so are those
+    too full for the window's shortest group, and the fullest ones beyond `window / 8`. The others stay open for the
+    next window, so memory does not grow with the data. The order depends on the input alone.
 
     Raises:
         ValueError: a group is longer than a pack.
@@ -63,9 +63,10 @@ def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -
     rooms: list[int] = []  # its keys, sorted
     remaining = iter(groups)
     while batch := [(sum([len(d.tokens) for d in group]), group) for group in islice(remaining, window)]:
-        batch.sort(key=itemgetter(0), reverse=True)
-        if batch[0][0] > pack_tokens:
-            raise ValueError(f"a group of {batch[0][0]} tokens does not fit a pack of {pack_tokens}")
+        lengths = [length for length, _ in batch]
+        if max(lengths) > pack_tokens:
+            raise ValueError(f"a group of {max(lengths)} tokens does not fit a pack of {pack_tokens}")
+        batch.sort(key=lambda item: item[0] if 8 * item[0] > pack_tokens else 0, reverse=True)
         for length, group in batch:
             place = bisect_left(rooms, length)
             if place == len(rooms):
@@ -83,7 +84,7 @@ def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -
             else:
                 open_by_room[room] = [pack]
                 insort(rooms, room)
-        shortest, too_many = batch[-1][0], sum(map(len, open_by_room.values())) - window // 8
+        shortest, too_many = min(lengths), sum(map(len, open_by_room.values())) - window // 8
         while rooms and (rooms[0] < shortest or too_many > 0):
             closing = open_by_room.pop(rooms.pop(0))
             too_many -= len(closing)

@@ -59,5 +59,3 @@ def read_steps(
     """This rank's packs of each step from `start` on, read straight from the prepared data."""
     for step in range(start, plan.steps):
         yield store.read(plan.ids(step, rank, world_size).tolist())
-
-

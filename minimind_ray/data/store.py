@@ -27,7 +27,7 @@ from minimind_ray.config.schema import Section, StageName
 from minimind_ray.data.files import atomic_output, join, locate, one_line
 from minimind_ray.data.pack import Pack, pack_from_row, pack_schema
 
-FORMAT = 1
+FORMAT = 2
 ROW_GROUP = 64
 WINDOW = 16
 
@@ -59,7 +59,7 @@ class UnitStats(Section):
 class Manifest(Section):
     """The units of a prepared dataset in the order of its sources, and where they came from."""
 
-    format: Literal[1]
+    format: Literal[2]
     stage: StageName
     split: Literal["train", "val"]
     tokenizer: str = Field(description="the tokenizer's fingerprint")

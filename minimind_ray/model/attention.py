@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.nn.attention.varlen import varlen_attn
 
 LENGTH_STEP = 32
 """Padded lengths are multiples of this: vectors and matrix tiles come out even."""
@@ -104,6 +103,8 @@ class Layout:
         return self.bounds_D1.to(self.device), int(self.lengths_D.max())
 
     def _varlen(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use on a CPU
+
         bounds_D1, longest = self._varlen_bounds
         # Of torch 2.11 to 2.13 not all take fewer key heads than query heads.
         k_NHK, v_NHK = (x.repeat_interleave(q_NHK.shape[1] // x.shape[1], dim=1) for x in (k_NGK, v_NGK))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,7 @@ def train_on_ray(job: Job) -> None:
     The first Ctrl-C stops after the step with a checkpoint, the second one at once.
 
     Raises:
-        UserError: too few resources, or what a worker found wrong.
+        UserError: too few resources, what a worker found wrong, or a worker that ended otherwise.
     """
     config = job.config
     scale, run = config.scale, RunDirectory(config.out)
@@ -89,7 +90,13 @@ def train_on_ray(job: Job) -> None:
     try:
         interruptible(trainer.fit, stop_file.touch)
     except Exception as error:
-        raise _user_error(error) or error from None
+        if found := _user_error(error):
+            raise found from None
+        run.update(state="failed", error=told(error), traceback=traceback.format_exc())
+        raise UserError(
+            f"a worker ended before the run did: {told(error)}; {run.path}/run.json has the traceback. What was saved "
+            "is kept: the same command with --resume goes on from the last checkpoint"
+        ) from error
     finally:
         stop_file.unlink(missing_ok=True)
 
@@ -114,6 +121,17 @@ def _worker(job: Job) -> None:
         return read_shares(blocks, job, start, context.rank)
 
     job.run(context, TrainingData(job.plan, steps, job.val_store()))
+
+
+def told(error: BaseException) -> str:
+    """An error in a line; Ray's begin with long ones about other processes."""
+    if isinstance(error, UserError):
+        return str(error)
+    for cause in [*getattr(error, "worker_failures", {}).values(), error]:
+        if isinstance(cause, ray.exceptions.OutOfMemoryError):
+            return "a machine ran out of memory, and Ray ended the process"
+    last = (str(error).strip() or "no message").splitlines()[-1]
+    return f"{type(error).__name__}: {last}"
 
 
 def _user_error(error: BaseException) -> UserError | None:

@@ -46,7 +46,7 @@ from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, SchedulerName
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.session import Ending, configure_data, interruptible
-from minimind_ray.on_ray.trainer import STOP_FILE, train_on_ray
+from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import last_sound_checkpoint
@@ -232,7 +232,7 @@ class _Trial(tune.Trainable):
         try:
             self._train()
         except BaseException as error:
-            self.run.update(state="failed", error=_told(error), traceback=traceback.format_exc())
+            self.run.update(state="failed", error=told(error), traceback=traceback.format_exc())
             self.error = error
         finally:
             self.context.reports.put(None)
@@ -261,12 +261,6 @@ class _Trial(tune.Trainable):
 def _best(checkpoint: Path) -> str:
     """The name of the best checkpoint up to this one."""
     return json.loads((checkpoint / "resume" / "state.json").read_text(encoding="utf-8"))["best"]
-
-
-def _told(error: BaseException) -> str:
-    """An error in a line; Ray's begin with long ones about other processes."""
-    last = (str(error).strip() or "no message").splitlines()[-1]
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {last}"
 
 
 def is_done(run: RunDirectory, scheduler: SchedulerName) -> bool:
@@ -492,7 +486,7 @@ class _Watcher(tune.Callback):
         """Tune's."""
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
-            run.update(state="failed", error=f"its process ended: {_told(trial.get_error())}")
+            run.update(state="failed", error=f"its process ended: {told(trial.get_error())}")
         self.watch(run.path, "ended", {})
 
 

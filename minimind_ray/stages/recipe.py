@@ -1,15 +1,15 @@
 """Recipes: stages in a row, each from what the one before left; what is done and unchanged is not done again.
 
-    name: zero
-    data_dir: dataset            # relative data paths are looked for here
-    tokenizer: {train: …, vocab_size: 6400}   # optional: make one first; or a directory
-    settings: {…}                # for every stage
-    stages:
-      - name: pretrain           # its run directory is <out>/pretrain
-        stage: pretrain          # default: the name
-        settings: {…}            # as in a config file
-      - name: sft
-        init_from: pretrain      # an earlier name or a path; default: the last stage that left a whole model
+name: zero
+data_dir: dataset            # relative data paths are looked for here
+tokenizer: {train: …, vocab_size: 6400}   # optional: make one first; or a directory
+settings: {…}                # for every stage
+stages:
+  - name: pretrain           # its run directory is <out>/pretrain
+    stage: pretrain          # default: the name
+    settings: {…}            # as in a config file
+  - name: sft
+    init_from: pretrain      # an earlier name or a path; default: the last stage that left a whole model
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, merged, read_yaml
 from minimind_ray.config.schema import Config, Section, StageName
-from minimind_ray.stages.run import Job
+from minimind_ray.stages.run import Job, changed_inputs
 from minimind_ray.train.run import RunDirectory
 
 
@@ -131,8 +131,7 @@ def decide(job: Job) -> Decision:
     if not info:
         return Decision("start", "not run yet")
     changed = run.changes(job.config)
-    before = info.get("inputs", {})
-    changed += [f"{key} (other content)" for key, value in job.inputs.items() if before.get(key) != value]
+    changed += [f"{key} (other content)" for key in changed_inputs(job, run)]
     if changed:
         return Decision("redo", f"changed: {', '.join(changed)}")
     if info["state"] == "finished":

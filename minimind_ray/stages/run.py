@@ -19,7 +19,7 @@ from minimind_ray.model.checkpoint import weights_fingerprint
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import ComputeReference, Reference, compute_here, ensure_reference
 from minimind_ray.stages.registry import STAGES
-from minimind_ray.stages.start import load_tokenizer, model_shape, require_base
+from minimind_ray.stages.start import check_stage, load_tokenizer
 from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import TrainingData
 from minimind_ray.train.run import RunDirectory, resolve_model
@@ -110,7 +110,7 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
     config.packs_per_step()
     tokenizer = load_tokenizer(config)
-    model_shape(config, tokenizer)
+    check_stage(config, tokenizer)
     splits: tuple[Split, ...] = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
     stores: dict[str, str] = {}
     stream: Stream | None = None
@@ -127,7 +127,7 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
     base = str(resolve_model(config.init_from)) if config.init_from else None
     references = {}
     if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
-        base = require_base(config)
+        assert base
         for split, store in stores.items():
             reference = Reference(store, base, config.train.precision, config.scale.gpus_per_worker)
             made = ensure_reference(reference, host.compute_reference)
@@ -162,9 +162,24 @@ def step_plan(config: Config, train: str | Stream) -> StepPlan | StreamPlan:
     return StepPlan(groups, config.packs_per_step(), length.epochs, length.seed, length.max_steps)
 
 
+def changed_inputs(job: Job, run: RunDirectory) -> list[str]:
+    """Which of the job's inputs are not what the run in that directory began with."""
+    before = run.info().get("inputs", {})
+    return [key for key, value in job.inputs.items() if before.get(key) != value]
+
+
 def begin(job: Job, *, resume: bool) -> RunDirectory:
-    """Make or reopen the run directory; see `RunDirectory.create` for what is refused."""
+    """Make or reopen the run directory.
+
+    Raises:
+        UserError: it holds another run (see `RunDirectory.create`), or one on data or a base with other content.
+    """
     run = RunDirectory(job.config.out)
+    if resume and (changed := changed_inputs(job, run)):
+        raise UserError(
+            f"{run.path}: {' and '.join(changed)} has other content than when the run began; choose another --out, "
+            "or put the old files back"
+        )
     run.create(job.config, {"inputs": job.inputs}, resume=resume)
     return run
 

@@ -10,7 +10,9 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, load_shape, load_weights, save_model
+from minimind_ray.model.lora import add_lora
 from minimind_ray.model.transformer import Transformer
+from minimind_ray.objectives.preference import Preference
 from minimind_ray.train.context import Context
 from minimind_ray.train.run import resolve_model
 
@@ -51,6 +53,23 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelShape:
                 f"model.{key} is {value}, but init_from {config.init_from} has {found[key]}; leave model.{key} out"
             )
     return shape
+
+
+def check_stage(config: Config, tokenizer: Tokenizer) -> None:
+    """Whether the stage can begin, before anything is prepared for it.
+
+    Raises:
+        UserError: no base where one is needed, a shape, adapter or loss that does not fit.
+    """
+    shape = model_shape(config, tokenizer)
+    if config.stage in ("lora", "dpo"):
+        require_base(config)
+    if config.stage == "lora" or (config.stage == "dpo" and config.dpo.lora):
+        with torch.device("meta"):
+            model = Transformer(shape)
+        add_lora(model, config.lora, seed=0)
+    if config.stage == "dpo":
+        Preference(config.dpo, shape)
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, context: Context) -> Transformer:

@@ -20,7 +20,7 @@ from minimind_ray.data.prepare import Encoding, Unit
 from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import Reference
-from minimind_ray.stages.run import Host, Job, begin, prepare_job, resolve_paths
+from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job, resolve_paths
 from minimind_ray.sweep.axes import Axis, Drawn, PlannedTrial, parse_axis, plan_trials
 from minimind_ray.sweep.searchers import Explorer, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo
@@ -235,7 +235,7 @@ def check_same_inputs(job: Job) -> None:
         UserError: it has not.
     """
     run = RunDirectory(job.config.out)
-    if changed := [key for key, value in job.inputs.items() if run.info()["inputs"][key] != value]:
+    if changed := changed_inputs(job, run):
         raise UserError(
             f"{run.path}: {' and '.join(changed)} has other content than when the sweep began; start a new sweep, "
             "or put the old files back"

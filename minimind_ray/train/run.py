@@ -1,12 +1,12 @@
 """The run directory, which explains itself.
 
-    config.yaml     the resolved config
-    run.json        command line, versions, git commit, data fingerprints, state, and where the result is
-    metrics.jsonl   one line per step and one per validation
-    samples.jsonl   what the model wrote at each validation
-    validation.parquet   the validation of the result, one row per example
-    checkpoints/    step-00000100/: a Hugging Face model directory, and resume/ beside it
-    wandb/          what W&B keeps, see track/wandb.py; the W&B run's id is in run.json
+config.yaml     the resolved config
+run.json        command line, versions, git commit, data fingerprints, state, and where the result is
+metrics.jsonl   one line per step and one per validation
+samples.jsonl   what the model wrote at each validation
+validation.parquet   the validation of the result, one row per example
+checkpoints/    step-00000100/: a Hugging Face model directory, and resume/ beside it
+wandb/          what W&B keeps, see track/wandb.py; the W&B run's id is in run.json
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -39,17 +40,20 @@ def training_flops_per_token(shape: ModelShape, mean_context: float) -> float:
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of a large matrix product in `dtype` on `device` with the threads at hand: the limit MFU is a part of."""
+    """FLOP/s of a large matrix product in `dtype` on `device` with the threads at hand: the limit MFU is a part of.
+
+    That of the fastest one within `seconds`, since others may be at work beside.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b
     _synchronize(device)
-    start, runs = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    end, fastest = time.perf_counter() + seconds, math.inf
+    while (start := time.perf_counter()) < end:
         a @ b
         _synchronize(device)
-        runs += 1
-    return 2 * size**3 * runs / (time.perf_counter() - start)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest
 
 
 def _synchronize(device: torch.device) -> None:

@@ -125,7 +125,8 @@ def run_ours(name: str, stage: Stage, args: argparse.Namespace, rows: Path, out:
     settings = {
         "data.train": str(rows), "data.val_fraction": 0.0, "data.max_seq_len": stage.max_seq_len,
         "data.cache_dir": str(rows.parent / "cache"), "batch.tokens": stage.our_batch,
-        "model.preset": "minimind-3-small", "train.max_steps": WARM_UP + args.our_steps, "train.compile": args.compile, "out": str(out),
+        "model.preset": "minimind-3-small", "train.max_steps": WARM_UP + args.our_steps,
+        "train.compile": args.compile, "out": str(out),
         "checkpoint.every": 10**6, "lora.rank": 16,
     }  # fmt: skip
     if name == "pretrain":

@@ -49,6 +49,12 @@ def test_the_best_fit_is_taken() -> None:
     assert [[group_tokens(g) for g in pack] for pack in packs] == [[6, 4], [5, 3, 2]]
 
 
+def test_short_groups_keep_their_order_so_that_a_pack_has_all_lengths() -> None:
+    packs = list(pack_groups([(document(n),) for n in (10, 60) * 500], 4096))
+    for pack in packs[:-1]:
+        assert 0.4 < sum(group_tokens(group) == 10 for group in pack) / len(pack) < 0.6
+
+
 def test_full_packs_are_given_out_while_groups_still_come() -> None:
     taken = 0
 

@@ -50,7 +50,7 @@ def make_store(cache: Path, shards: list[list[int]], vocab_size: int = 6400) -> 
     dataset = cache / "datasets" / "d"
     dataset.mkdir(parents=True)
     manifest = {
-        "format": 1, "stage": "pretrain", "split": "train", "tokenizer": "t", "pack_tokens": 60,
+        "format": 2, "stage": "pretrain", "split": "train", "tokenizer": "t", "pack_tokens": 60,
         "sources": {"x.jsonl": 1}, "units": units,
     }  # fmt: skip
     (dataset / "manifest.json").write_text(json.dumps(manifest))
@@ -150,7 +150,7 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
     [
         ({"units": [{"key": "../../../etc/passwd"}]}, r"manifest.json: broken \(units.0.key"),
         ({"units": "none"}, r"manifest.json: broken \(units"),
-        ({"format": 2}, r"manifest.json: broken \(format"),
+        ({"format": 1}, r"manifest.json: broken \(format"),
         ({"surprise": 1}, r"manifest.json: broken \(surprise"),
     ],
 )
