@@ -12,13 +12,15 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
-# CORPUS: a folder with pretrain/, sft/, lora/ and dpo/; TOKENIZER: a directory; MINIMIND: a checkout of MiniMind.
+# CORPUS: a folder with pretrain/, sft/, lora/ and dpo/; TOKENIZER: a directory; MINIMIND: a checkout of MiniMind;
+# with BASE, an SFT run or model, sweeps too.
 bench: .venv/.installed-dev
 	@test "$(CORPUS)" -a "$(TOKENIZER)" -a "$(MINIMIND)" || \
 		{ echo "usage: make bench CORPUS=FOLDER TOKENIZER=DIRECTORY MINIMIND=CHECKOUT"; exit 2; }
 	$(BIN)/python tests/bench/bench_training.py --corpus $(CORPUS) --tokenizer $(TOKENIZER) --minimind $(MINIMIND)
 	$(BIN)/python tests/bench/bench_ray_overhead.py --corpus $(CORPUS) --tokenizer $(TOKENIZER)
 	$(BIN)/python tests/bench/bench_prepare.py $(CORPUS)/pretrain --tokenizer $(TOKENIZER)
+	@test -z "$(BASE)" || $(BIN)/python tests/bench/bench_sweep.py --corpus $(CORPUS) --base $(BASE)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

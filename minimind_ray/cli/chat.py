@@ -38,10 +38,15 @@ def chat(
     Commands: /reset, /adapter DIR, /adapter off, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
     """
     from minimind_ray.stages.conversation import Conversation
-    from minimind_ray.stages.use import Sampling, open_trained
+    from minimind_ray.stages.use import Sampling, base_of, is_adapter, open_trained
+    from minimind_ray.train.run import resolve_model
 
     def open_first(adapter: str | None) -> Trained:
         return open_trained(model, adapter=adapter, precision=precision)
+
+    def open_base() -> Trained:
+        directory = resolve_model(model)
+        return open_trained(base_of(directory) if is_adapter(directory) else directory, precision=precision)
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
     talks = {model: Conversation(open_first(adapter), sampling, system)}
@@ -63,7 +68,7 @@ def chat(
                 for talk in talks.values():
                     talk.reset()
             elif command == "/adapter" and argument.strip():
-                talks[model].hand_to(open_first(None if argument.strip() == "off" else argument.strip()))
+                talks[model].hand_to(open_base() if argument.strip() == "off" else open_first(argument.strip()))
             elif command.startswith("/"):
                 print(COMMANDS)
             else:

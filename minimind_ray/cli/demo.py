@@ -46,17 +46,24 @@ def demo(
 def sweep_beta(out: Path, runs: Path, console: Console) -> None:
     """Two values of DPO's beta, two seeds each, from the fine-tuned model."""
     from minimind_ray.cli.tune import new_plan, print_results, run_plan
+    from minimind_ray.stages.recipe import set_aside
+    from minimind_ray.stages.run import changed_inputs, prepare_job
     from minimind_ray.sweep.plan import reopen_sweep
+    from minimind_ray.train.run import RunDirectory
 
     console.rule("DPO: which beta?", align="left")
     path = out / "sweep"
     if (path / "sweep.json").exists():
         plan = reopen_sweep(path)
-        if all((path / "trials" / trial.id / "validation.parquet").exists() for trial in plan.trials):
-            print_results(path, console)
+        trials = [RunDirectory(trial.config.out) for trial in plan.trials]
+        if changed := changed_inputs(prepare_job(plan.trials[0].config), trials[0]):
+            console.print(f"{' and '.join(changed)} changed; the sweep before: {set_aside(RunDirectory(path))}")
+        elif all(trial.info()["state"] in ("finished", "early-stopped") for trial in trials):
+            print_results(path, console, "winner")
+            return
         else:
             run_plan(plan, resume=True)
-        return
+            return
     data = out / "data" / "dpo"
     flags = {"train": str(data / "train.jsonl"), "val": str(data / "val.jsonl"), "init_from": str(runs / "sft")}
     sweep = EXPERIMENTS / "sweeps" / "quickstart.yaml"

@@ -37,7 +37,7 @@ def evaluate_(
         Path | None, typer.Option(metavar="FILE.parquet", help="write each example's result", show_default=False)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="the result as a JSON object")] = False,
-    precision: options.Precision = "auto",
+    precision: Annotated[str | None, typer.Option(help="train.precision", show_default=False)] = None,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file, such as a run's config.yaml")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="data.…, or dpo.beta and dpo.loss")

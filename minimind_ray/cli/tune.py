@@ -83,20 +83,21 @@ def tune(
     loss: Annotated[str | None, axis("dpo.loss")] = None,
 ) -> None:
     """Sweep over settings of one stage: many trials on Ray Tune, compared with their uncertainty."""
-    given = {name: value for name, value in locals().items() if value not in (None, [], False)}
-    from minimind_ray.config.search import SearchConfig
+    # Not `in (None, False, [])`: 0 is a value, if a wrong one.
+    given = {name: value for name, value in locals().items() if not (value is None or value is False or value == [])}
+    from minimind_ray.config.search import SearchConfig, search_config
     from minimind_ray.sweep.plan import check_free, reopen_sweep
 
     search = {name: given[name] for name in SearchConfig.model_fields if name in given}
     if resume:
-        may_change = ("stage", "resume", "concurrent", "budget_hours", "price_per_hour")
+        may_change = ("stage", "resume", "concurrent", "budget_hours")
         if fixed := [name.strip("_") for name in given if name not in may_change]:
             raise UserError(
                 f"--resume goes on with the sweep as it was begun: leave --{fixed[0].replace('_', '-')} out, or start "
                 "another sweep"
             )
         plan = reopen_sweep(resume)
-        plan = replace(plan, search=plan.search.model_copy(update=search))
+        plan = replace(plan, search=search_config({**plan.search.model_dump(), **search}))
         if stage and stage != plan.base.stage:
             raise UserError(f"{resume} is a sweep of {plan.base.stage}, not of {stage}")
         run_plan(plan, resume=True)
@@ -255,10 +256,7 @@ def print_results(path: Path, console: Console, title: str) -> None:
     comparison = compare([sweep])
     say("")
     print_comparison(comparison)
-    sign = 1 if comparison.mode == "max" else -1
-    if candidates := [trial for row in comparison.rows if row.verdict == "best" for trial in row.compared]:
-        # Of the best point, the run that came out best.
-        winner = max(candidates, key=lambda trial: sign * (trial.last(comparison.metric) or 0))
+    if winner := comparison.winner:
         command = "generate" if sweep.info.stage == "pretrain" else "chat"
         longer = " --set train.max_steps=null" if winner_is_cut(winner.path) else ""
         say(f"\n{title}: {winner.id}")

@@ -285,7 +285,7 @@ class TrackConfig(Section):
     """Weights & Biases."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "off", description="auto: online with a key, else offline"
+        "auto", description="auto: online with a key, else offline"
     )
     project: str = Field("minimind-ray", pattern=r"^[^/\\#?%:,]+$", max_length=128)
     entity: str | None = None

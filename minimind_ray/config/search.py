@@ -35,7 +35,7 @@ class SearchConfig(Section):
     metric: Metric | None = Field(None, description="default: val/loss; for dpo val/accuracy")
     mode: Mode | None = Field(None, description="default: the metric's own")
     concurrent: PositiveInt | None = Field(None, description="most trials at once; default: as many as fit")
-    budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours")
+    budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours of this command")
     budget_tokens: PositiveInt | None = Field(None, description="tokens of all trials together; shortens the runs")
     price_per_hour: float | None = Field(None, ge=0, strict=False, description="of what one trial occupies")
 

@@ -398,4 +398,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 def _write(path: Path, rows: Iterable[JsonRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # A file that is there as it should be keeps its time, by which what was made from it is known to be still right.
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")

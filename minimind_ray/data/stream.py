@@ -8,9 +8,11 @@ beforehand, so `train.max_steps` says where to end.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -35,11 +37,12 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class Stream:
-    """The source files' units and how they are encoded."""
+    """The source files' units and how they are encoded; rejected rows go to a file per unit in folder `rejects`."""
 
     units: tuple[Unit, ...]
     encoding: Encoding
     seed: int
+    rejects: str
 
     @property
     def key(self) -> str:
@@ -66,11 +69,32 @@ class Stream:
                 rejects.append(item)
             else:
                 yield item
+        if rejects:
+            lines = (json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
+            file = Path(self.rejects) / f"{unit.key}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(lines), encoding="utf-8")  # An epoch later the same once more.
         if len(rejects) > self.encoding.config.max_reject_fraction * seen.rows:
             raise UserError(
                 f"{rejects[0].file}:{rejects[0].line}: {rejects[0].reason}; {len(rejects):,} of {seen.rows:,} rows of "
                 "this piece cannot be used, more than data.max_reject_fraction allows; mend them, or raise the limit"
             )
+
+    def check_first(self) -> str:
+        """Read the first unit of the first epoch, so that data of another kind are refused before training; its rows.
+
+        Raises:
+            UserError: more bad rows in it than `data.max_reject_fraction`.
+        """
+        unit, seen, rejected = self.units[self.order(0)[0]], Seen(), 0
+        for item in unit_groups(unit, self.encoding, seen, Tally()):
+            rejected += isinstance(item, Reject)
+        if rejected:
+            for _ in self._groups(unit):
+                pass  # It writes them down, and judges.
+        return f"{seen.rows:,} rows = {seen.rows - rejected - seen.held_out:,} kept + {rejected:,} rejected + " + (
+            f"{seen.held_out:,} held out in the first piece"
+        )
 
     def packs(self) -> Iterator[Pack]:
         """All packs, epoch after epoch without end, numbered through.

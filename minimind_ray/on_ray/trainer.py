@@ -91,6 +91,7 @@ def train_on_ray(job: Job) -> None:
         interruptible(trainer.fit, stop_file.touch)
     except Exception as error:
         if found := _user_error(error):
+            run.update(state="failed", error=str(found))
             raise found from None
         run.update(state="failed", error=told(error), traceback=traceback.format_exc())
         raise UserError(

@@ -259,8 +259,8 @@ class _Trial(tune.Trainable):
 
 
 def _best(checkpoint: Path) -> str:
-    """The name of the best checkpoint up to this one."""
-    return json.loads((checkpoint / "resume" / "state.json").read_text(encoding="utf-8"))["best"]
+    """The name of the best checkpoint up to this one; this one's where none was validated."""
+    return json.loads((checkpoint / "resume" / "state.json").read_text(encoding="utf-8"))["best"] or checkpoint.name
 
 
 def is_done(run: RunDirectory, scheduler: SchedulerName) -> bool:

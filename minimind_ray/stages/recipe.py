@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.load import load_config, merged, read_yaml
+from minimind_ray.config.load import config_keys, load_config, merged, read_yaml
 from minimind_ray.config.schema import Config, Section, StageName
 from minimind_ray.stages.run import Job, changed_inputs
 from minimind_ray.train.run import RunDirectory
@@ -85,8 +85,10 @@ def stage_config(
     """
     step = recipe.stages[index]
     names = [s.name for s in recipe.stages]
-    own = {k.removeprefix(f"{step.name}."): v for k, v in overrides.items() if k.startswith(f"{step.name}.")}
-    common = {k: v for k, v in overrides.items() if k.split(".")[0] not in names}
+    # Stages may be named as sections are: dpo.beta is the config key, dpo.optim.lr is of the stage dpo.
+    of_stages = {k: v for k, v in overrides.items() if k not in config_keys() and k.split(".")[0] in names}
+    own = {k.removeprefix(f"{step.name}."): v for k, v in of_stages.items() if k.startswith(f"{step.name}.")}
+    common = {k: v for k, v in overrides.items() if k not in of_stages}
     stage = step.stage or step.name
     config = load_config(stage, trees={f"{recipe.name}, {step.name}": merged(recipe.settings, step.settings)},
                          overrides=common | own)  # fmt: skip
@@ -136,7 +138,7 @@ def decide(job: Job) -> Decision:
         return Decision("redo", f"changed: {', '.join(changed)}")
     if info["state"] == "finished":
         return Decision("skip", f"finished, {info['steps']} steps, nothing changed")
-    return Decision("resume", f"it was {info['state']} before its end")
+    return Decision("resume", f"its state is {info['state']}, before its end")
 
 
 def set_aside(run: RunDirectory) -> Path:

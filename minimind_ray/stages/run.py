@@ -117,6 +117,7 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
     if not config.data.cache:
         stream, splits = _stream(config, tokenizer), splits[1:]
         say(f"train: {len(stream.units)} pieces of {config.data.train}, encoded while training")
+        say(f"  {stream.check_first()}; rejected rows: {stream.rejects}")
     for split in splits:
         prepared = prepare(config.stage, config.data, split, tokenizer, host.run_units)
         say(prepared.summary())
@@ -149,7 +150,7 @@ def _stream(config: Config, tokenizer: Tokenizer) -> Stream:
             "leave data.cache out, or use simpo or orpo"
         )
     encoding, sources = encoding_of(config.stage, config.data, "train", tokenizer)
-    return Stream(tuple(plan_units(sources, encoding)), encoding, config.train.seed)
+    return Stream(tuple(plan_units(sources, encoding)), encoding, config.train.seed, str(Path(config.out) / "rejects"))
 
 
 def step_plan(config: Config, train: str | Stream) -> StepPlan | StreamPlan:
@@ -187,5 +188,9 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
 def run_here(job: Job) -> None:
     """Run the stage in this process, without Ray. Ctrl-C stops after the step, with a checkpoint."""
     context = PlainContext()
-    with context.stop_on_interrupt():
-        job.run(context, job.data(context))
+    try:
+        with context.stop_on_interrupt():
+            job.run(context, job.data(context))
+    except Exception as error:
+        RunDirectory(job.config.out).update(state="failed", error=str(error))
+        raise

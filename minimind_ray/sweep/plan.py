@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, validate
@@ -171,6 +173,9 @@ def within_budget(jobs: Sequence[Job], tokens: int) -> list[Job]:
 def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -> None:
     """Make the directory with all trials that are known, waiting."""
     (plan.path / "trials").mkdir(parents=True, exist_ok=True)
+    for path in (plan.path / "trials").iterdir():  # of a sweep that never was whole
+        if RunDirectory(path).info().get("state") == "waiting":
+            shutil.rmtree(path)
     for number, (trial, job) in enumerate(zip(plan.trials, jobs, strict=True)):
         create_trial(trial, job, number)
     metric, mode = plan.search.judged_by(plan.base.stage)
@@ -216,7 +221,10 @@ def reopen_sweep(path: Path) -> SweepPlan:
     if not (path / "sweep.json").exists():
         raise UserError(f"{path} holds no sweep to go on with: leave --resume out to start one")
     content = _read(path / "sweep.json")
-    info, search = SweepInfo.model_validate(content), SearchConfig.model_validate(content["search"])
+    try:
+        info, search = SweepInfo.model_validate(content), SearchConfig.model_validate(content["search"])
+    except (ValidationError, KeyError) as error:
+        raise UserError(f"{path / 'sweep.json'} is damaged: {str(error).splitlines()[0]}") from None
     found: list[tuple[int, PlannedTrial]] = []
     for file in (path / "trials").glob("*/trial.json"):
         facts = _read(file)

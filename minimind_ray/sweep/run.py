@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     Raises:
         UserError: data that cannot be prepared, a budget too small, or a cluster on which not one trial fits.
     """
+    began = time.monotonic()
     at_once = min(places(plan.base.scale), plan.search.concurrent or plan.count, plan.count)
     preparation = Preparation(RAY_HOST, say)
     # Points that are still to be found share the base's data.
@@ -62,7 +64,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         trials = sorted(jobs, key=lambda job: not is_done(RunDirectory(job.config.out), search.scheduler))
         trials = trials if not pbt else [job for job in trials if not is_done(RunDirectory(job.config.out), "pbt")]
     hours = plan.search.budget_hours
-    return run_trials(trials, plan.base.scale, plan.path, search, bases, seconds=hours and hours * 3600, watch=watch)
+    seconds = hours and hours * 3600 - (time.monotonic() - began)
+    return run_trials(trials, plan.base.scale, plan.path, search, bases, seconds=seconds, watch=watch)
 
 
 def _proposed(plan: SweepPlan, preparation: Preparation, jobs: Sequence[Job], maximize: bool) -> OptunaPoints:

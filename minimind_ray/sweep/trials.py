@@ -3,7 +3,8 @@
 sweep.json          SweepInfo: what was varied, by which metric it is judged, what was shared
 trials/<id>/        a run directory (train/run.py) for each trial, and in it
     trial.json          TrialInfo: the point on the axes and the seed
-    validation.parquet  the results of its last validation, one row per example
+    validation.parquet  what the validation of its result found, one row per example; the result of a run is the
+                        checkpoint with the lowest validation loss
 report.html, report.png
 """
 

@@ -167,7 +167,8 @@ def fit(
             if tracker:
                 tracker.log(metrics, samples)
         if saving:
-            value = metrics.get("val/loss", -float(progress.step))  # Without validation the last is the best.
+            # Without validation data the last is the best; with them only what was validated can be.
+            value = evaluation.means["loss"] if evaluation else math.nan if data.val else -float(progress.step)
             if value <= progress.best_value:
                 progress.best, progress.best_value = progress.checkpoint, value
                 if main and evaluation:
@@ -185,7 +186,7 @@ def fit(
             state = "stopped"
             break
     if main:
-        best = run.checkpoint_path(progress.best) if progress.best else None
+        best = run.checkpoint_path(progress.best) if progress.best else next(reversed(run.checkpoints()), None)
         result = best and str(best.relative_to(run.path))
         run.update(state=state, steps=progress.step, tokens=progress.tokens, result=result)
         if tracker:
@@ -223,6 +224,7 @@ class Validation:
     ) -> None:
         self.model, self.objective, self.context, self.dtype = model, objective, context, dtype
         self.store, self.tokenizer, self.config = store, tokenizer, config.eval
+        self.chat = config.stage != "pretrain" and bool(config.eval.prompts)
         self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(context.device)
 
     def __call__(self) -> Evaluation:
@@ -239,10 +241,16 @@ class Validation:
         )  # fmt: skip
 
     def samples(self, step: int) -> list[str]:
-        """Texts that begin with the configured prompts, or with nothing, as the model goes on with them."""
+        """Texts that begin with the configured prompts, or with nothing, as the model goes on with them.
+
+        After other stages than pretrain a prompt is a user's turn, and what follows its line is the answer.
+        """
         prompts = self.config.prompts or [""]
         texts = [prompts[i % len(prompts)] for i in range(self.config.samples)]
-        ids = [[self.tokenizer.bos_id, *tokens] for tokens in self.tokenizer.encode(texts)]
+        if self.chat:
+            ids = [self.tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in texts]
+        else:
+            ids = [[self.tokenizer.bos_id, *tokens] for tokens in self.tokenizer.encode(texts)]
         self.model.eval()
         with autocast(self.context.device, self.dtype):
             written = generate(
@@ -251,7 +259,8 @@ class Validation:
                 eos_id=self.tokenizer.eos_id, seed=step,
             )  # fmt: skip
         self.model.train()
-        return [text + self.tokenizer.decode(ids, skip_special=True) for text, ids in zip(texts, written)]
+        between = "\n" if self.chat else ""
+        return [text + between + self.tokenizer.decode(ids, skip_special=True) for text, ids in zip(texts, written)]
 
 
 class Meter:

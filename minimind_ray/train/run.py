@@ -70,9 +70,12 @@ class RunDirectory:
         return [key for key in changed if not key.startswith(FREE_KEYS)]
 
     def info(self) -> dict[str, Any]:
-        """What run.json says; empty without one."""
+        """What run.json says; empty without one. Raises UserError where it is no JSON."""
         path = self.path / "run.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
 
     def update(self, **facts: Any) -> None:
         """Add to run.json."""

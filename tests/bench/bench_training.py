@@ -127,7 +127,7 @@ def run_ours(name: str, stage: Stage, args: argparse.Namespace, rows: Path, out:
         "data.cache_dir": str(rows.parent / "cache"), "batch.tokens": stage.our_batch,
         "model.preset": "minimind-3-small", "train.max_steps": WARM_UP + args.our_steps,
         "train.compile": args.compile, "out": str(out),
-        "checkpoint.every": 10**6, "lora.rank": 16,
+        "checkpoint.every": 10**6, "track.wandb": "off", "lora.rank": 16,
     }  # fmt: skip
     if name == "pretrain":
         settings["data.tokenizer"] = str(args.tokenizer)
