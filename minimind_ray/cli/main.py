@@ -16,10 +16,12 @@ from minimind_ray.cli import (
     evaluate,
     generate,
     lora,
+    runs,
     tokenizer,
     train,
     transfer,
     tune,
+    verify,
 )
 from minimind_ray.cli import run as run_recipe
 from minimind_ray.config.errors import UserError
@@ -41,6 +43,8 @@ app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate_)
 app.command("import")(transfer.import_)
 app.command("export")(transfer.export)
+app.command("runs")(runs.runs)
+app.add_typer(verify.app, name="verify")
 app.add_typer(lora.app, name="lora")
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -11,7 +11,6 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks for one poll, 2 s by default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Workers without GPUs keep CUDA_VISIBLE_DEVICES as it is.
     "RAY_DATA_LOG_LEVEL": "ERROR",  # Its own log file has the rest; the terminal is for our progress.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Its C++ side tells the terminal of Ray's own business; logs have the rest.
     # A warning about more worker processes than cores: here that is meant, on a machine with few.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "maximum expected startup concurrency",
 }

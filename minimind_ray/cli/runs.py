@@ -1,0 +1,58 @@
+"""`minimind-ray runs`: what has been trained, and how far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def runs(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="look for runs here and below")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False,
+) -> None:
+    """List runs, latest first: state, stage, steps, loss, last checkpoint."""
+    from minimind_ray.config.errors import UserError
+
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no directory; name the one that holds the runs")
+    found = sorted((_facts(file.parent) for file in directory.rglob("run.json")), key=_updated, reverse=True)
+    if json:
+        from json import dumps
+
+        print(dumps(found, ensure_ascii=False, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "stage", "state", "step", "loss", "val loss", "last checkpoint", box=None, header_style="dim")
+    for run in found:
+        cells = [run[key] for key in ("path", "stage", "state", "step", "loss", "val_loss", "checkpoint")]
+        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell or "") for cell in cells))
+    Console(highlight=False).print(table if found else f"no runs under {directory}")
+
+
+def _updated(run: dict[str, Any]) -> str:
+    return run["updated"] or ""
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.config.load import read_yaml
+    from minimind_ray.train.run import RunDirectory
+
+    run = RunDirectory(path)
+    try:
+        info, stage = run.info(), read_yaml(path / "config.yaml").get("stage")
+    except (UserError, OSError) as error:
+        info, stage = {"state": f"damaged: {error}"}, None
+    last: dict[str, Any] = {}
+    for line in run.metrics():
+        last |= line
+    checkpoints = run.checkpoints()
+    return {
+        "path": str(path), "stage": stage, "state": info.get("state"), "step": last.get("step"),
+        "loss": last.get("loss"), "val_loss": last.get("val/loss"), "updated": info.get("updated"),
+        "checkpoint": checkpoints[-1].name if checkpoints else None,
+    }  # fmt: skip

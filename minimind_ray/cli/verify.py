@@ -1,0 +1,85 @@
+"""`minimind-ray verify`: proofs one can run, and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from minimind_ray.stages.verify import Finding
+
+app = typer.Typer(help="Prove that a checkpoint is whole, and that resuming changes nothing.", no_args_is_help=True)
+
+
+@app.command()
+def checkpoint(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a checkpoint, or a run: then its result")],
+) -> None:
+    """Check sums, that the weights load and are finite, and that resume/ is complete. Exit code 1 where not."""
+    from minimind_ray.stages.verify import check_checkpoint
+    from minimind_ray.train.run import resolve_model
+
+    console = _console()
+    console.print(str(resolve_model(directory)))
+    findings = list(check_checkpoint(directory))
+    for finding in findings:
+        _print(finding, console)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def resume(
+    stage: Annotated[str, typer.Option(help="pretrain, sft, lora or dpo")] = "pretrain",
+    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers; with --ray")] = 1,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or a plain process")] = False,
+    kills: Annotated[int, typer.Option(min=1, help="how often the run is killed")] = 3,
+    steps: Annotated[int, typer.Option(min=8, help="length of the run")] = 30,
+    seed: Annotated[int, typer.Option(help="draws the moments")] = 0,
+    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="keep both runs there", show_default=False)] = None,
+) -> None:
+    """Train a small model twice, kill one of the two again and again, and compare. Exit code 1 where they differ."""
+    import tempfile
+    from contextlib import nullcontext
+
+    from minimind_ray.cli.flags import config_from_flags
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.stages.verify import prove_resume
+
+    name = config_from_flags(stage, [], [], {}).stage
+    if keep is not None and keep.exists() and any(keep.iterdir()):
+        raise UserError(f"--keep {keep} is not empty; name a new directory")
+    if workers > 1 and not ray:
+        raise UserError(f"--workers {workers} needs Ray: add --ray")
+    console = _console()
+    place = tempfile.TemporaryDirectory() if keep is None else nullcontext(str(keep.absolute()))
+    with place as directory:
+        proof = prove_resume(
+            name, Path(directory), workers=workers, ray=ray, kills=kills, steps=steps, seed=seed, say=console.print
+        )
+    host = f"{workers} Ray worker(s)" if ray else "a plain process"
+    what = f"{name} on {host}, killed after steps {', '.join(map(str, proof.kills))}"
+    if proof.differences:
+        for difference in proof.differences:
+            console.print(difference)
+        console.print(f"[red]not equal[/]: {what}")
+        raise typer.Exit(1)
+    console.print(f"weights {proof.sha256}")
+    console.print(f"[green]equal to the last bit[/], weights and metrics: {what}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _print(finding: Finding, console: Console) -> None:
+    from rich.markup import escape
+
+    mark = "[green]ok[/]  " if finding.ok else "[red]bad[/] "
+    console.print(f"{mark} {finding.what:10} {escape(finding.detail)}")

@@ -1,0 +1,222 @@
+"""Proofs that a user can run: a checkpoint is whole, and a run that was killed ends as if it had not been.
+
+`prove_resume` trains twins on the demo's world, the same command twice: one goes through, the other is killed by
+SIGKILL at drawn moments and resumed until it is done. Same machine and number of workers: same weights to the bit and
+the same metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import StageName
+from minimind_ray.data.demo import write_demo
+from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.checkpoint import load_model, weights_fingerprint
+from minimind_ray.model.lora import load_adapter
+from minimind_ray.stages.use import base_of, is_adapter
+from minimind_ray.train.checkpoint import STATE
+from minimind_ray.train.run import CHECKPOINT_SUMS, RunDirectory, file_sha256, resolve_model
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def check_checkpoint(path: str | Path) -> Iterator[Finding]:
+    """Look at a checkpoint of a run: sums, weights, tokenizer, and what a resume needs.
+
+    Raises:
+        UserError: there is no checkpoint at all.
+    """
+    directory = resolve_model(path)
+    yield from _check_sums(directory)
+    try:
+        base = base_of(directory) if is_adapter(directory) else directory
+        model = load_model(base, torch.device("cpu"))
+        if base != directory:
+            load_adapter(model, directory, weights_fingerprint(base))
+        trained = {name: p for name, p in model.named_parameters() if base == directory or "lora_" in name}
+        broken = [name for name, p in trained.items() if not p.isfinite().all()]
+        count = sum(p.numel() for p in trained.values())
+        yield Finding("weights", not broken, f"{broken[0]} is not finite" if broken else f"{count:,} finite numbers")
+        yield Finding("tokenizer", True, f"{Tokenizer.load(base).vocab_size:,} tokens")
+    except UserError as error:
+        yield Finding("weights", False, str(error))
+        return
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    yield _check_resume(directory, names)
+
+
+def _check_sums(directory: Path) -> Iterator[Finding]:
+    file = directory / CHECKPOINT_SUMS
+    try:
+        sums: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        yield Finding("sums", False, f"{file} is missing: no checkpoint of a run, or not all of one")
+        return
+    except ValueError as error:
+        yield Finding("sums", False, f"{file} is no JSON: {error}")
+        return
+    wrong: list[str] = []
+    for name, value in sums.items():
+        target = directory / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or target.is_symlink():
+            wrong.append(f"{name} leads out of the checkpoint")
+        elif not target.is_file():
+            wrong.append(f"{name} is missing")
+        elif file_sha256(target) != value:
+            wrong.append(f"{name} is not what was written")
+    yield Finding("sums", not wrong, "; ".join(wrong) or f"{len(sums)} files as they were written")
+
+
+def _check_resume(directory: Path, names: Sequence[str]) -> Finding:
+    try:
+        state = json.loads((directory / "resume" / "state.json").read_text(encoding="utf-8"))
+        with safe_open(directory / "resume" / "optimizer.safetensors", "pt") as file:
+            held = set(file.keys())
+    except (OSError, ValueError, SafetensorError) as error:
+        return Finding("resume", False, f"cannot be resumed: {error}")
+    missing = [f"{key}.{name}" for name in names for key in STATE if f"{key}.{name}" not in held]
+    if missing:
+        return Finding("resume", False, f"optimizer.safetensors has no {missing[0]}")
+    return Finding("resume", True, f"after step {state['step']}, {state['tokens']:,} tokens; optimizer state complete")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `prove_resume` found. `differences` is empty where the twins are equal."""
+
+    kills: list[int]
+    sha256: str
+    differences: list[str]
+
+
+def prove_resume(
+    stage: StageName,
+    directory: Path,
+    *,
+    workers: int = 1,
+    ray: bool = False,
+    kills: int = 3,
+    steps: int = 30,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Proof:
+    """Train twins under `directory`, one of them killed `kills` times; see the module's text.
+
+    Raises:
+        UserError: a run failed by itself, or ended before it could be killed.
+    """
+    data = write_demo(directory / "data")
+    _run(["tokenizer", "train", str(data.rows("pretrain", "train")), "--out", str(directory / "tokenizer"),
+          "--vocab-size", "1000"])  # fmt: skip
+    host = ["--ray", "--workers", str(workers)] if ray else ["--no-ray"]
+    common = [
+        "--set", "data.max_seq_len=256", "--set", "data.pack_tokens=512", "--set", "batch.tokens=2048",
+        "--set", f"data.cache_dir={directory}/cache", "--set", "eval.samples=0", "--wandb", "off",
+    ]  # fmt: skip
+
+    def command(stage: StageName, out: Path, steps: int) -> list[str]:
+        files = ["--train", str(data.rows(stage, "train")), "--val", str(data.rows(stage, "val"))]
+        origin = ["--tokenizer", str(directory / "tokenizer"), "--preset", "tiny", "--set", "model.dropout=0.1"]
+        if stage != "pretrain":
+            origin = ["--init-from", str(directory / "base")]
+        return ["train", stage, *host, *files, *origin, *common, "--max-steps", str(steps), "--out", str(out)]
+
+    often = ["--set", "eval.every=4", "--set", "checkpoint.every=3"]
+    if stage != "pretrain":
+        say("a base to start from")
+        _run(command("pretrain", directory / "base", 4))
+    whole, killed = directory / "whole", directory / "killed"
+    say(f"the run that goes through: {steps} steps")
+    _run([*command(stage, whole, steps), *often])
+    say(f"its twin, to be killed {kills} times")
+    moments = random.Random(seed)
+    at: list[int] = []
+    for number in range(kills):
+        # Somewhere in the next part of what is left: in a step, a validation or the writing of a checkpoint.
+        reached = at[-1] if at else 0
+        target = reached + moments.randint(1, max(1, (steps - 1 - reached) // (kills - number)))
+        resume = ["--resume"] if (killed / "run.json").exists() else []
+        at.append(_run_and_kill([*command(stage, killed, steps), *often, *resume], killed, target, moments.random()))
+        say(f"killed after step {at[-1]}")
+    _run([*command(stage, killed, steps), *often, "--resume"])
+    return Proof(at, *compare_runs(whole, killed))
+
+
+def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
+    """The SHA-256 of the first run's result, and how the second differs: in weights, or in a line of metrics."""
+    differences: list[str] = []
+    found: list[tuple[str, list[tuple[int, str]]]] = []
+    for run in (first, second):
+        weights = next(resolve_model(run).glob("*model.safetensors"))
+        metrics = RunDirectory(run).metrics()
+        lines = [(line["step"], json.dumps({**line, "timing": None}, sort_keys=True)) for line in metrics]
+        found.append((f"{weights.parent.name}/{weights.name} {file_sha256(weights)}", lines))
+    (sums, lines), (other_sums, other_lines) = found
+    if sums != other_sums:
+        differences.append(f"weights: {sums} and {other_sums}")
+    steps, other_steps = ([step for step, _ in each] for each in (lines, other_lines))
+    if steps != other_steps:
+        differences.append(f"metrics: {len(steps)} and {len(other_steps)} lines, not of the same steps")
+    elif unequal := [a[0] for a, b in zip(lines, other_lines) if a != b]:
+        differences.append(f"metrics: the first line that differs is that of step {unequal[0]}")
+    return sums.split()[-1], differences
+
+
+def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    code = "from minimind_ray.cli.main import run; run()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _run(arguments: Sequence[str]) -> None:
+    process = _start(arguments)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise UserError(f"minimind-ray {' '.join(arguments)} failed: {errors.strip().splitlines()[-1:]}")
+
+
+def _run_and_kill(arguments: Sequence[str], run: Path, target: int, part: float) -> int:
+    """Start, wait until step `target` is logged and `part` of another step's time, kill; the last step logged."""
+    process = _start(arguments)
+    directory = RunDirectory(run)
+
+    def logged() -> list[float]:
+        return [line["timing"]["seconds"] for line in directory.metrics() if line["step"] >= target]
+
+    while process.poll() is None and not logged():
+        time.sleep(0.002)
+    time.sleep(part * (logged() or [0.0])[-1])
+    if process.poll() is not None:
+        _, errors = process.communicate()
+        raise UserError(
+            f"the run to be killed ended by itself: {errors.strip()[-300:] or 'it was done'}; raise --steps"
+        )
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return max(line["step"] for line in directory.metrics())

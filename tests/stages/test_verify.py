@@ -1,0 +1,92 @@
+"""Verdicts on checkpoints and on twins: sound ones pass, and every kind of damage is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from minimind_ray.cli.main import app
+from minimind_ray.stages.run import run_here
+from minimind_ray.stages.verify import check_checkpoint, compare_runs, prove_resume
+from minimind_ray.train.run import CHECKPOINT_SUMS, RunDirectory
+from tests.jobs import make_job, start
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    job = make_job(tmp_path_factory.mktemp("run"), rows=100, train__max_steps=4, checkpoint__every=2)
+    run = start(job)
+    run_here(job)
+    return Path(run)
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def bad(run: Path) -> dict[str, str]:
+    return {finding.what: finding.detail for finding in check_checkpoint(run) if not finding.ok}
+
+
+@pytest.mark.unit
+def test_a_sound_checkpoint_passes(trained: Path) -> None:
+    assert bad(trained) == {}
+    result = CliRunner().invoke(app, ["verify", "checkpoint", str(trained)])
+    assert result.exit_code == 0 and result.output.count("ok ") == 4
+
+
+@pytest.mark.unit
+def test_damage_is_named(copy: Path) -> None:
+    checkpoint = RunDirectory(copy).checkpoints()[-1]
+    weights = checkpoint / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 64
+    weights.write_bytes(content)
+    assert bad(copy)["sums"] == "model.safetensors is not what was written"
+    assert CliRunner().invoke(app, ["verify", "checkpoint", str(copy)]).exit_code == 1
+
+    weights.write_bytes(content[: len(content) // 2])
+    assert {"sums", "weights"} <= bad(copy).keys()
+
+    (checkpoint / "resume" / "optimizer.safetensors").unlink()
+    assert "optimizer.safetensors is missing" in bad(copy)["sums"]
+
+    sums = checkpoint / CHECKPOINT_SUMS
+    sums.write_text(json.dumps({"../../run.json": "0"}))
+    assert bad(copy)["sums"] == "../../run.json leads out of the checkpoint"
+    sums.write_text("{")
+    assert "is no JSON" in bad(copy)["sums"]
+
+
+@pytest.mark.unit
+def test_what_a_resume_needs_is_looked_for(copy: Path) -> None:
+    checkpoint = RunDirectory(copy).checkpoints()[-1]
+    (checkpoint / "resume" / "state.json").unlink()
+    assert bad(copy)["resume"].startswith("cannot be resumed")
+
+
+@pytest.mark.unit
+def test_twins_are_compared_in_weights_and_metrics(trained: Path, copy: Path) -> None:
+    assert compare_runs(trained, copy)[1] == []
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    (copy / "metrics.jsonl").write_text("\n".join([json.dumps({**first, "loss": 0.0}), *lines[1:]]) + "\n")
+    assert compare_runs(trained, copy)[1] == ["metrics: the first line that differs is that of step 1"]
+    (copy / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    assert compare_runs(trained, copy)[1] == ["metrics: 4 and 3 lines, not of the same steps"]
+    weights = RunDirectory(copy).checkpoints()[-1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    assert compare_runs(trained, copy)[1][0].startswith("weights: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "lora"])
+def test_a_killed_run_ends_as_its_twin(stage: str, tmp_path: Path) -> None:
+    proof = prove_resume(stage, tmp_path, kills=2, steps=12)  # type: ignore[arg-type]
+    assert proof.differences == []
+    assert len(proof.kills) == 2 and all(step < 12 for step in proof.kills)
