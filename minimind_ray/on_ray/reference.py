@@ -38,7 +38,8 @@ def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
         num_gpus=reference.gpus or None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(groups, processes))),
         fn_constructor_args=(reference,),
-        max_restarts=0,  # Ray writes to the terminal that restarts may fail, for every actor with arguments.
+        # Ray writes to the terminal that restarts may fail, for every actor with arguments.
+        ray_remote_args_fn=lambda: {"max_restarts": 0},
     )
     for row in scored.iter_rows():
         for values in row["values"]:

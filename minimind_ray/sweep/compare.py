@@ -304,7 +304,10 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
             others.append(row)
             continue
         p = len(measured)
-        value = Interval(float(found.mean_P[p]), float(found.low_P[p]), float(found.high_P[p]))
+        low, high = float(found.low_P[p]), float(found.high_P[p])
+        if metric == "val/accuracy":  # a part of the pairs
+            low, high = max(low, 0.0), min(high, 1.0)
+        value = Interval(float(found.mean_P[p]), low, high)
         measured[p] = row = replace(row, compared=tuple(compared), metric=value, verdict="best")
         if p != best:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
