@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from minimind_ray.config.errors import UserError
 
@@ -293,6 +293,11 @@ class TrackConfig(Section):
     name: str | None = Field(None, max_length=128, description="default: the last part of out")
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)
     artifacts: bool = Field(False, description="log data and models as artifacts, by reference: their lineage")
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 takes off for false.
 
 
 class Config(Section):

@@ -77,6 +77,15 @@ def test_overrides_are_read_as_yaml() -> None:
         parse_override("optim.lr")
 
 
+@pytest.mark.parametrize("text", ["track: {wandb: off}", 'track: {wandb: "off"}'])
+def test_off_is_a_word_to_wandb(tmp_path, text: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    assert load_config("sft", [file]).track.wandb == "off"
+    key, value = parse_override("track.wandb=off")
+    assert load_config("sft", overrides={key: value}).track.wandb == "off"
+
+
 def test_names_that_stay() -> None:
     keys = set(config_keys())
     promised = {
