@@ -119,14 +119,21 @@ IDENTITY: dict[Language, tuple[tuple[str, tuple[str, ...]], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question to put to a trained model, and the answers of which a right reply contains one."""
+    """A question to put to a trained model, the answers of which a right reply contains one, and `others`, which are
+    answers to other questions of its kind."""
 
     question: str
     answers: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
     def is_right(self, reply: str) -> bool:
-        """Whether `reply` contains an accepted answer; a number must stand alone, so 112 is not 12."""
-        return any(re.search(rf"(?<!\d){re.escape(answer)}(?!\d)", reply, re.IGNORECASE) for answer in self.answers)
+        """Whether `reply` contains an accepted answer, and none to another question of the kind ("The day after Tuesday
+        is Wednesday" is not what comes after Monday). Words and numbers must stand alone: 112 is not 12."""
+
+        def says(text: str) -> bool:
+            return re.search(rf"(?<![0-9a-z]){re.escape(text)}(?![0-9a-z])", reply, re.IGNORECASE) is not None
+
+        return any(map(says, self.answers)) and not any(map(says, self.others))
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +245,7 @@ def write_demo(directory: str | Path, seed: int = 0) -> DemoFiles:
 def read_questions(files: DemoFiles) -> list[Question]:
     """The ten questions that `write_demo` wrote."""
     rows = [json.loads(line) for line in files.questions.read_text(encoding="utf-8").splitlines()]
-    return [Question(row["question"], tuple(row["answers"])) for row in rows]
+    return [Question(row["question"], tuple(row["answers"]), tuple(row["others"])) for row in rows]
 
 
 def all_facts(seed: int) -> list[Fact]:
@@ -337,7 +344,9 @@ def ten_questions(facts: Sequence[Fact]) -> list[Question]:
     for asked in ASKED:
         [fact] = filter(asked.is_about, facts)
         [question] = fact.questions("val")
-        questions.append(Question(question, asked.answers))
+        kind = {f.value for f in facts if f.relation is fact.relation and f.language == fact.language}
+        others = {v for v in kind if v not in question and not any(answer in v for answer in asked.answers)}
+        questions.append(Question(question, asked.answers, tuple(sorted(others))))
     return questions
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from minimind_ray.data.store import PackStore
 from minimind_ray.on_ray.session import require_cpus
@@ -31,7 +33,16 @@ def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
     groups = len(PackStore(reference.store).row_groups)
     have = ray.cluster_resources()
     processes = int(have["GPU"] / reference.gpus) if reference.gpus else int(have["CPU"]) - 1
-    scored = ray.data.range(groups, override_num_blocks=groups).map_batches(
+    with warnings.catch_warnings():  # The option has no other name yet, though Ray says so.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        scored = _scored(reference, groups, processes)
+    for row in scored.iter_rows():
+        for values in row["values"]:
+            yield np.asarray(values, np.float32)
+
+
+def _scored(reference: Reference, groups: int, processes: int) -> ray.data.Dataset:
+    return ray.data.range(groups, override_num_blocks=groups).map_batches(
         _Scorer,
         batch_size=1,
         num_cpus=1,
@@ -41,6 +52,3 @@ def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
         # Ray writes to the terminal that restarts may fail, for every actor with arguments.
         ray_remote_args_fn=lambda: {"max_restarts": 0},
     )
-    for row in scored.iter_rows():
-        for values in row["values"]:
-            yield np.asarray(values, np.float32)

@@ -113,6 +113,12 @@ def test_a_wrong_answer_is_wrong() -> None:
     assert not question.is_right("7 plus 5 is 11.")
 
 
+def test_an_answer_to_another_question_is_wrong(files: DemoFiles) -> None:
+    [question] = [q for q in read_questions(files) if "Monday" in q.question]
+    assert question.is_right("The day after Monday is Tuesday.")
+    assert not question.is_right("The day after Tuesday is Wednesday.")
+
+
 def test_what_a_preference_pair_prefers_is_true_and_plain(files: DemoFiles) -> None:
     answers = {fact.answer() for fact in all_facts(0)}
     bare = {fact.bare_answer() for fact in all_facts(0)}
