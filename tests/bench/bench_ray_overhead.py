@@ -9,6 +9,7 @@ start to the end of the first step (imports, Ray's start and the workers' includ
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def run(args: argparse.Namespace, host: str, scratch: Path, name: str) -> tuple[
         "--set", f"data.cache_dir={scratch}/cache",
     ]  # fmt: skip
     start = time.time()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    # A plain process takes all cores unless it is told its share, as a Ray worker is.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     metrics = out / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.02)
