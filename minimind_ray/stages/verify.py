@@ -29,7 +29,7 @@ from minimind_ray.model.checkpoint import load_model, weights_fingerprint
 from minimind_ray.model.lora import load_adapter
 from minimind_ray.stages.use import base_of, is_adapter
 from minimind_ray.train.checkpoint import STATE
-from minimind_ray.train.run import CHECKPOINT_SUMS, RunDirectory, file_sha256, resolve_model
+from minimind_ray.train.run import RunDirectory, damage, file_sha256, resolve_model
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def check_checkpoint(path: str | Path) -> Iterator[Finding]:
         UserError: there is no checkpoint at all.
     """
     directory = resolve_model(path)
-    yield from _check_sums(directory)
+    wrong = damage(directory)
+    yield Finding("sums", not wrong, "; ".join(wrong) or "every file as it was written")
     try:
         base = base_of(directory) if is_adapter(directory) else directory
         model = load_model(base, torch.device("cpu"))
@@ -64,28 +65,6 @@ def check_checkpoint(path: str | Path) -> Iterator[Finding]:
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     yield _check_resume(directory, names)
-
-
-def _check_sums(directory: Path) -> Iterator[Finding]:
-    file = directory / CHECKPOINT_SUMS
-    try:
-        sums: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        yield Finding("sums", False, f"{file} is missing: no checkpoint of a run, or not all of one")
-        return
-    except ValueError as error:
-        yield Finding("sums", False, f"{file} is no JSON: {error}")
-        return
-    wrong: list[str] = []
-    for name, value in sums.items():
-        target = directory / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or target.is_symlink():
-            wrong.append(f"{name} leads out of the checkpoint")
-        elif not target.is_file():
-            wrong.append(f"{name} is missing")
-        elif file_sha256(target) != value:
-            wrong.append(f"{name} is not what was written")
-    yield Finding("sums", not wrong, "; ".join(wrong) or f"{len(sums)} files as they were written")
 
 
 def _check_resume(directory: Path, names: Sequence[str]) -> Finding:

@@ -135,13 +135,30 @@ class RunDirectory:
                 shutil.rmtree(path)
 
 
+def damage(checkpoint: Path) -> list[str]:
+    """What is not as `save_checkpoint` wrote it, a few words each; empty for a sound checkpoint."""
+    file = checkpoint / CHECKPOINT_SUMS
+    try:
+        sums: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [f"{file} is missing: no checkpoint of a run, or not all of one"]
+    except (OSError, ValueError) as error:
+        return [f"{file} cannot be read: {error}"]
+    wrong: list[str] = []
+    for name, value in sums.items():
+        target = checkpoint / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or target.is_symlink():
+            wrong.append(f"{name} leads out of the checkpoint")
+        elif not target.is_file():
+            wrong.append(f"{name} is missing")
+        elif file_sha256(target) != value:
+            wrong.append(f"{name} is not what was written")
+    return wrong
+
+
 def sound(checkpoint: Path) -> bool:
     """Whether every file of a checkpoint is there with the sum it was written with."""
-    try:
-        sums = json.loads((checkpoint / CHECKPOINT_SUMS).read_text(encoding="utf-8"))
-        return all(file_sha256(checkpoint / name) == value for name, value in sums.items())
-    except (OSError, ValueError):
-        return False
+    return not damage(checkpoint)
 
 
 def resolve_model(path: str | Path) -> Path:
