@@ -166,7 +166,8 @@ def save_adapter(model: nn.Module, directory: str | Path, base_path: str | Path,
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tensors = {key: p.detach().float().cpu().contiguous() for key, p in _parameters(layers).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "base_fingerprint": base_fingerprint})
+    # One entry: safetensors writes several in any order, and the same adapter would have several hashes.
+    save_file(tensors, folder / WEIGHTS, metadata={"base_fingerprint": base_fingerprint})
 
 
 class AdapterBase(NamedTuple):
