@@ -98,7 +98,7 @@ class LocalCluster:
         self.cluster.shutdown()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
     """Look every two milliseconds until it holds; its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

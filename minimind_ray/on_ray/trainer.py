@@ -265,6 +265,8 @@ def told(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayActorError):
         return "the process of Ray Train's controller, or the node it was on, is gone"
     last = (str(error).strip() or "no message").splitlines()[-1]
+    if "gloo" in last or "NCCL" in last:
+        return "a worker's connection to the others broke, as when one of them ends"
     return f"{type(error).__name__}: {last}"
 
 

@@ -480,7 +480,8 @@ class _Watcher(tune.Callback):
         """Tune's."""
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
-            run.update(state="failed", error=f"its process ended: {told(trial.get_error())}")
+            error = trial.get_error()
+            run.update(state="failed", error=f"its process ended{f': {told(error)}' if error else ''}")
         self.watch(run.path, "ended", {})
 
 
