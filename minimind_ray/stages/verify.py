@@ -107,9 +107,12 @@ def prove_resume(
     kills: int = 3,
     steps: int = 30,
     seed: int = 0,
+    settings: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Proof:
     """Train twins under `directory`, one of them killed `kills` times; see the module's text.
+
+    `settings` are `key=value` for both, such as `data.cache=false`.
 
     Raises:
         UserError: a run failed by itself, or ended before it could be killed.
@@ -131,6 +134,7 @@ def prove_resume(
         return ["train", stage, *host, *files, *origin, *common, "--max-steps", str(steps), "--out", str(out)]
 
     often = ["--set", "eval.every=4", "--set", "checkpoint.every=3"]
+    often += [word for setting in settings for word in ("--set", setting)]
     if stage != "pretrain":
         say("a base to start from")
         _run(command("pretrain", directory / "base", 4))
