@@ -14,6 +14,7 @@ import pytest
 
 from minimind_ray.config.load import to_yaml
 from minimind_ray.stages.verify import check_checkpoint, compare_runs
+from minimind_ray.track.wandb import log_records, parse_record
 from minimind_ray.train.run import RunDirectory
 from tests.faults import CONTROLLER, WORKER, LocalCluster, logged, wait_for
 from tests.jobs import make_config
@@ -57,6 +58,14 @@ def is_the_twin(scene: Scene, out: str) -> None:
     assert compare_runs(scene.twin, scene.directory / out)[1] == []
 
 
+def wandb_steps(run: Path) -> list[int]:
+    """The steps of all history that W&B has of its one run, in the order in which it was written."""
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len({file.name for file in files}) == 1
+    records = [parse_record(data) for file in files for data, _ in log_records(file.read_bytes())]
+    return [record.history.step.num for record in records if record.HasField("history")]
+
+
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     directory = tmp_path_factory.mktemp("faults")
@@ -85,7 +94,7 @@ def kill(processes: Sequence[int]) -> None:
 
 def test_workers_killed_in_a_step_in_validation_and_while_they_write(scene: Scene) -> None:
     run = scene.directory / "workers"
-    with scene.run("workers") as driver:
+    with scene.run("workers", "--wandb", "offline") as driver:
         wait_for(lambda: logged(run) == 5)
         kill(scene.cluster.processes(WORKER)[-1:])
         wait_for(lambda: len(restarts(run)) == 1)
@@ -112,6 +121,7 @@ def test_workers_killed_in_a_step_in_validation_and_while_they_write(scene: Scen
     assert [restart["step"] for restart in restarts(run)][:2] == [3, 6]
     assert scene.output("workers").count("; going on from step") >= 3
     is_the_twin(scene, "workers")
+    assert wandb_steps(run) == list(range(1, STEPS + 1))
 
 
 def test_controller_killed_then_the_driver(scene: Scene) -> None:
