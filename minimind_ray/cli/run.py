@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.config.load import parse_override
+from minimind_ray.config.load import parse_override, parse_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,13 +26,13 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="[STAGE.]KEY=VALUE", help="any config key, for all stages or the one named"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="scale.workers", show_default=False)] = None,
+    workers: Annotated[str | None, typer.Option(help="scale.workers", show_default=False)] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
     """Run a recipe's stages; what is finished and unchanged is skipped, what was interrupted goes on."""
     overrides: dict[str, Any] = dict(parse_override(text) for text in set_ or [])
     if workers is not None:
-        overrides["scale.workers"] = workers
+        overrides["scale.workers"] = parse_value(workers)
     run_recipe(recipe, data_dir, out, overrides, ray=ray)
 
 
@@ -59,7 +59,7 @@ def run_recipe(path: Path, data_dir: Path | None, out: Path | None, overrides: d
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
     if not isinstance(tokenizer, str) and tokenizer:
         _make_tokenizer(tokenizer, out / "tokenizer", data_dir, console)
-    largest = max((c.scale for c in configs), key=lambda scale: scale.workers * scale.cpus_per_worker)
+    largest = max((c.scale for c in configs), key=lambda scale: scale.most * scale.cpus_per_worker)
     with host(largest, ray=ray) as (work, run_job):
         for step, config in zip(recipe.stages, configs):
             console.rule(f"{recipe.name}: {step.name}", align="left")

@@ -183,7 +183,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    nested = plan.base.scale.workers > 1
+    nested = plan.base.scale.most > 1
     start_ray(local_cpus(plan.base.scale) if nested else None, dashboard=nested)
     try:
         with Board(plan, console) as board:
@@ -305,11 +305,11 @@ def print_plan(plan: SweepPlan) -> None:
     jobs = jobs or [preparation.job(plan.base)] * plan.count
     if search.budget_tokens:
         jobs = within_budget(jobs, search.budget_tokens)
-    places = int((os.cpu_count() or 1) / (scale.workers * scale.cpus_per_worker))
+    places = int((os.cpu_count() or 1) / (scale.most * scale.cpus_per_worker))
     if scale.gpus_per_worker:
         import torch
 
-        places = int(torch.cuda.device_count() / (scale.workers * scale.gpus_per_worker))
+        places = int(torch.cuda.device_count() / (scale.most * scale.gpus_per_worker))
     at_once = min(max(1, places), search.concurrent or plan.count, plan.count)
     pace = calibrate(jobs[0])
     found = estimate(jobs, pace, search, at_once)

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 from minimind_ray.config.errors import UserError
@@ -92,7 +92,7 @@ def interruptible(work: Callable[[], object], stop: Callable[[], object], second
 
 def local_cpus(scale: ScaleConfig) -> int:
     """Logical CPUs for a Ray in this machine's processes: at least what a run needs, however few there are."""
-    return max(os.cpu_count() or 1, math.ceil(scale.workers * scale.cpus_per_worker) + 2)
+    return max(os.cpu_count() or 1, math.ceil(scale.most * scale.cpus_per_worker) + 2)
 
 
 def require_cpus(cpus: float, gpus: float, what: str) -> None:
@@ -110,3 +110,28 @@ def require_cpus(cpus: float, gpus: float, what: str) -> None:
                 f"{what} needs {need:g} {resource}s and the cluster has {have.get(resource, 0):g}; "
                 "lower scale.workers or scale.cpus_per_worker, or add nodes"
             )
+
+
+def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) -> int:
+    """How many of `scale`'s workers fit on the cluster, leaving `spare_cpus` on one node and out some nodes, by id.
+
+    Counts what nodes have, whoever uses it now.
+    """
+    import ray
+
+    nodes = [dict(n["Resources"]) for n in ray.nodes() if n["Alive"] and n["NodeID"] not in without]
+    if not nodes:
+        return 0
+    largest = max(nodes, key=lambda node: node.get("CPU", 0))
+    largest["CPU"] = largest.get("CPU", 0) - spare_cpus
+    need = worker_resources(scale)
+
+    def fit(node: Mapping[str, float]) -> int:
+        return max(0, int(min(node.get(kind, 0) / amount for kind, amount in need.items()) + 1e-6))
+
+    return sum(fit(node) for node in nodes)
+
+
+def worker_resources(scale: ScaleConfig) -> dict[str, float]:
+    """What one worker takes, as Ray has it."""
+    return {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})

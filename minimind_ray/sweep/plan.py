@@ -63,6 +63,8 @@ def plan_sweep(path: Path, base: Config, axes: Sequence[Axis], search: SearchCon
     search.judged_by(base.stage)
     if not base.data.val and not base.data.val_fraction:
         raise UserError("a sweep compares trials on validation data: set data.val, or data.val_fraction above 0")
+    if base.scale.fewest < base.scale.most:
+        raise UserError(f"a sweep compares trials on the same number of workers: --workers {base.scale.most}, say")
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
     drawn = any(isinstance(axis, Drawn) for axis in axes)
@@ -86,7 +88,7 @@ def plan_sweep(path: Path, base: Config, axes: Sequence[Axis], search: SearchCon
 
 def _check_pbt(base: Config, axes: Sequence[Axis]) -> None:
     Explorer(axes, 0)
-    if base.scale.workers > 1:
+    if base.scale.most > 1:
         raise UserError("pbt exchanges checkpoints between trials of one worker; set --workers 1")
     if base.checkpoint.every not in (None, base.eval.every):
         raise UserError("pbt exchanges checkpoints at validations: leave checkpoint.every out")
