@@ -15,7 +15,7 @@ from minimind_ray.config.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ray.job_submission import JobSubmissionClient
+    from minimind_ray.on_ray.jobs import Client
 
 ClusterFile = Annotated[
     Path | None,
@@ -31,7 +31,7 @@ Job = Annotated[str, typer.Argument(metavar="JOB", help="its name, as `minimind-
 # They are about jobs themselves, or about what is here.
 STAY_HERE = ("jobs", "logs", "stop", "pack", "cluster", "config", "chat")
 # What RAY_ADDRESS=http://… sends, as it does for `ray job`; other commands are sent by --cluster alone.
-ON_RAY = ("train", "tune", "run", "data", "demo")
+ON_RAY = ("train", "tune", "run", "data")
 FETCHED = "fetched.json"
 
 
@@ -124,7 +124,7 @@ def _send(context: typer.Context, cluster: Path | None, command: Sequence[str]) 
         _watch(client, job, cluster)
 
 
-def _watch(client: JobSubmissionClient, job: str, cluster: Path | None) -> None:
+def _watch(client: Client, job: str, cluster: Path | None) -> None:
     """Show the job's output until it has ended, and bring home what it made; exits as the job did."""
     from minimind_ray.on_ray.jobs import fetch, follow
 

@@ -20,6 +20,8 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.on_ray.tunnel import tunnel
 from minimind_ray.train.bundle import unpack
 
+Client = JobSubmissionClient
+
 # What stays here, as in .gitignore, beside all that .gitignore and .rayignore name.
 STAYS = [
     "/runs/", "/sweeps/", "/.cache/", "/wandb/", ".git/", ".venv/", "__pycache__/", ".pytest_cache/", ".ruff_cache/",
@@ -29,7 +31,7 @@ STOP_AS_BY_HAND = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": 
 
 
 @contextmanager
-def connect(cluster: Path | None) -> Generator[JobSubmissionClient]:
+def connect(cluster: Path | None) -> Generator[Client]:
     """The jobs of the cluster that a file describes, through a tunnel; without one, of RAY_ADDRESS (http://…).
 
     Raises:
@@ -52,7 +54,7 @@ def connect(cluster: Path | None) -> Generator[JobSubmissionClient]:
         raise UserError(f"the cluster cannot be reached: {str(error).splitlines()[0]}") from None
 
 
-def submit(client: JobSubmissionClient, command: Sequence[str], metadata: Mapping[str, str]) -> str:
+def submit(client: Client, command: Sequence[str], metadata: Mapping[str, str]) -> str:
     """Send the working directory and start `minimind-ray command` there; the job's name.
 
     Raises:
@@ -72,7 +74,7 @@ def submit(client: JobSubmissionClient, command: Sequence[str], metadata: Mappin
         ) from None
 
 
-def details(client: JobSubmissionClient, job: str) -> JobDetails:
+def details(client: Client, job: str) -> JobDetails:
     """What the cluster knows of a job. Raises UserError if there is none of that name."""
     try:
         return client.get_job_info(job)
@@ -80,7 +82,7 @@ def details(client: JobSubmissionClient, job: str) -> JobDetails:
         raise UserError(f"the cluster has no job {job}: see minimind-ray jobs") from error
 
 
-def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> JobDetails:
+def follow(client: Client, job: str, write: Callable[[str], object]) -> JobDetails:
     """Hand all output of the job to `write`, from its beginning and until it has ended; how it ended.
 
     Raises:
@@ -98,13 +100,13 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]
         raise UserError(f"the connection was lost ({error}); job {job} goes on") from None
 
 
-def stop(client: JobSubmissionClient, job: str) -> bool:
+def stop(client: Client, job: str) -> bool:
     """Ask a job to stop, as Ctrl-C does; whether it was running."""
     details(client, job)
     return client.stop_job(job)
 
 
-def fetch(client: JobSubmissionClient, job: JobDetails, out: str, target: Path) -> list[Path]:
+def fetch(client: Client, job: JobDetails, out: str, target: Path) -> list[Path]:
     """Bring what `pack` takes of the job's directory `out` into `target`; the files.
 
     A job of its own sends them, so it works wherever they lie, and for a job that failed, too.
@@ -118,7 +120,7 @@ def fetch(client: JobSubmissionClient, job: JobDetails, out: str, target: Path) 
     return unpack(text, target)
 
 
-def _ended(client: JobSubmissionClient, job: str) -> JobDetails:
+def _ended(client: Client, job: str) -> JobDetails:
     while not (info := client.get_job_info(job)).status.is_terminal():
         time.sleep(0.2)
     return info

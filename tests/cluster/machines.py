@@ -186,4 +186,3 @@ def until(true: object, failing: str, process: subprocess.Popen[bytes] | None = 
     while not true():
         assert time.monotonic() < end and (process is None or process.poll() is None), failing
         time.sleep(0.05)
-
