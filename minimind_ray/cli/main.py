@@ -15,6 +15,7 @@ from minimind_ray.cli import (
     demo,
     evaluate,
     generate,
+    jobs,
     lora,
     runs,
     tokenizer,
@@ -27,11 +28,11 @@ from minimind_ray.cli import run as run_recipe
 from minimind_ray.config.errors import UserError
 
 app = typer.Typer(
-    help="Train small language models from jsonl on Ray: pretrain, SFT, LoRA, DPO.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(jobs.everywhere)
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("run")(run_recipe.run)
@@ -44,6 +45,10 @@ app.command("eval")(evaluate.evaluate_)
 app.command("import")(transfer.import_)
 app.command("export")(transfer.export)
 app.command("runs")(runs.runs)
+app.command("jobs")(jobs.jobs)
+app.command("logs")(jobs.logs)
+app.command("stop")(jobs.stop)
+app.command("pack", hidden=True)(jobs.pack)
 app.add_typer(verify.app, name="verify")
 app.add_typer(lora.app, name="lora")
 app.add_typer(data.app, name="data")

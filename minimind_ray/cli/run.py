@@ -44,13 +44,14 @@ def run_recipe(path: Path, data_dir: Path | None, out: Path | None, overrides: d
     from rich.console import Console
 
     from minimind_ray.cli.train import host
+    from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.stages.recipe import read_recipe, stage_config
     from minimind_ray.stages.run import resolve_paths
 
     console = Console(highlight=False, soft_wrap=True)
     recipe = read_recipe(path)
-    out = (out or Path(recipe.out or f"runs/{recipe.name}")).absolute()
-    data_dir = (data_dir or Path(recipe.data_dir)).absolute()
+    out = Path(output_path(out or recipe.out or f"runs/{recipe.name}"))
+    data_dir = Path(input_path(data_dir or recipe.data_dir))
     tokenizer = recipe.tokenizer
     config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
     directory = tokenizer if isinstance(tokenizer, str) else str(out / "tokenizer") if tokenizer else None

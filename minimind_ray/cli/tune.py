@@ -88,7 +88,6 @@ def tune(
     from minimind_ray.config.search import SearchConfig, search_config
     from minimind_ray.sweep.plan import check_free, reopen_sweep
 
-    search = {name: given[name] for name in SearchConfig.model_fields if name in given}
     if resume:
         may_change = ("stage", "resume", "concurrent", "budget_hours")
         if fixed := [name.strip("_") for name in given if name not in may_change]:
@@ -97,20 +96,33 @@ def tune(
                 "another sweep"
             )
         plan = reopen_sweep(resume)
+        search = {name: given[name] for name in SearchConfig.model_fields if name in given}
         plan = replace(plan, search=search_config({**plan.search.model_dump(), **search}))
         if stage and stage != plan.base.stage:
             raise UserError(f"{resume} is a sweep of {plan.base.stage}, not of {stage}")
         run_plan(plan, resume=True)
         return
-    flags = {name: given[name] for name in FLAGS if name in given and name != "out"}
-    if gpus_per_trial is not None:
-        flags["gpus_per_worker"] = str(gpus_per_trial)
-    plan = new_plan(stage, sweep, config or [], set_ or [], axis_ or [], flags, search, out)
+    plan = plan_of(given)
     check_free(plan.path)
     if dry_run:
         print_plan(plan)
     else:
         run_plan(plan, resume=False)
+
+
+def plan_of(given: Mapping[str, Any]) -> SweepPlan:
+    """The sweep that the command's parameters, those that were given, ask for."""
+    from minimind_ray.config.search import SearchConfig
+
+    search = {name: given[name] for name in SearchConfig.model_fields if name in given}
+    flags = {name: given[name] for name in FLAGS if name in given and name != "out"}
+    if "gpus_per_trial" in given:
+        flags["gpus_per_worker"] = str(given["gpus_per_trial"])
+    files = map(Path, given.get("config", []))
+    return new_plan(
+        given.get("stage"), given.get("sweep"), list(files), given.get("set_", []), given.get("axis_", []),
+        flags, search, given.get("out"),
+    )  # fmt: skip
 
 
 def new_plan(
@@ -156,7 +168,7 @@ def new_plan(
     # A single value given on the command line takes the place of the file's axis.
     axes = {key: found for key, found in axes.items() if key not in overrides}
     base = load_config(stage, config, overrides, trees)
-    return plan_sweep(out or Path("sweeps") / stage, base, list(axes.values()), search_config({**told, **search}))
+    return plan_sweep(Path(out or f"sweeps/{stage}"), base, list(axes.values()), search_config({**told, **search}))
 
 
 def run_plan(plan: SweepPlan, *, resume: bool) -> None:
