@@ -10,12 +10,11 @@ steps since the last checkpoint whenever the size changes, and end with the cont
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -39,11 +38,10 @@ from minimind_ray.on_ray.session import interruptible, require_cpus, room, worke
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
-from minimind_ray.train.run import RunDirectory, write_atomically
+from minimind_ray.train.run import RunDirectory
 from minimind_ray.train.step import all_reduce_sums
 
-# Files in the run directory, which all nodes see. The driver asks for the end of the run by the one, and of an attempt
-# by the other, where a worker that was given notice names the nodes that the next attempt is to do without.
+# Files in the run directory, which all nodes see, by which the driver asks for the end of the run, or of an attempt.
 STOP_FILE, AGAIN_FILE = ".stop", ".again"
 NOTICE_SECONDS = 2.0
 
@@ -57,6 +55,7 @@ class RayTrainContext:
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
         self.stop_file, self.again_file = (Path(run_dir) / name for name in (STOP_FILE, AGAIN_FILE))
         self.steps, self.look_after, self.looked = 0, 1, time.monotonic()
+        self.noticed: list[str] = []
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
         """Metrics to Ray Train's controller. The checkpoint is in the run directory, which alone is resumed from."""
@@ -66,18 +65,17 @@ class RayTrainContext:
     def should_stop(self) -> bool:
         """Whether a notice was given; rank 0 also looks for the driver's files. The step tells the other workers."""
         self.steps += 1
-        if self.steps == self.look_after and (info := self._notice()):
-            if self.rank == 0:
-                write_atomically(self.again_file, json.dumps(info.preempted_node_ids))
-            return True
-        return self.rank == 0 and (self.stop_file.exists() or self.again_file.exists())
+        if self.steps == self.look_after:
+            self._look_for_notice()
+        return bool(self.noticed) or self.rank == 0 and (self.stop_file.exists() or self.again_file.exists())
 
-    def _notice(self) -> ray.train.PreemptionInfo | None:
+    def _look_for_notice(self) -> None:
         """Ask Ray Train. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
         now = time.monotonic()
         (seconds,) = all_reduce_sums([(now - self.looked) / self.steps / self.world_size], self.device)
         self.steps, self.looked, self.look_after = 0, now, max(1, int(NOTICE_SECONDS / seconds))
-        return ray.train.get_preemption_info()
+        if info := ray.train.get_preemption_info():
+            self.noticed = info.preempted_node_ids
 
     def base_weights(self, directory: Path) -> None:
         """Holds none."""
@@ -138,12 +136,12 @@ def _keep_going(job: Job) -> None:
         workers = min(workers, most)
         try:
             with _looking_for_room(scale, workers, gone, again_file):
-                _attempt(job, workers)
-            if stop_file.exists() or not again_file.exists():
+                noticed = _attempt(job, workers)
+            asked = noticed or again_file.exists()
+            if stop_file.exists() or not asked or run.info()["state"] != "stopped":
                 return
-            named = set(json.loads(again_file.read_text(encoding="utf-8") or "[]"))
-            why = f"notice was given for {len(named)} node(s)" if named else "the cluster has room for more workers"
-            gone |= named
+            why = f"notice was given for {len(noticed)} node(s)" if noticed else "the cluster has room for more workers"
+            gone |= set(noticed)
             failures, most = 0, scale.most
         except Exception as error:
             if _user_error(error) or stop_file.exists():
@@ -153,8 +151,8 @@ def _keep_going(job: Job) -> None:
                 # Others use the cluster too, or it does not know yet that a node is gone.
                 most = max(scale.fewest, workers - 1)
                 why = f"{workers} worker(s) could not be started in time"
-            elif notice := next((cause for cause in causes(error) if isinstance(cause, PreemptionError)), None):
-                gone |= set(notice.preemption_info.preempted_node_ids)
+            elif isinstance(error, PreemptionError):
+                gone |= set(error.preemption_info.preempted_node_ids)
             elif not any(getattr(cause, "preempted", False) for cause in causes(error)):
                 failures = failures + 1 if _steps_done(run) == before else 1
                 if failures > scale.max_failures:
@@ -180,7 +178,7 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Path) -> i
 
 
 @contextmanager
-def _looking_for_room(scale: ScaleConfig, workers: int, gone: Collection[str], again_file: Path) -> Iterator[None]:
+def _looking_for_room(scale: ScaleConfig, workers: int, gone: Collection[str], again_file: Path) -> Generator[None]:
     """While inside, look every `scale.resize_seconds` for room for more workers, and if there is, end the attempt."""
     ended = threading.Event()
 
@@ -208,10 +206,10 @@ def _ask_for(scale: ScaleConfig) -> None:
     request_resources(bundles=[worker_resources(scale)] * scale.most + [{"CPU": 1}])
 
 
-def _attempt(job: Job, workers: int) -> None:
-    """One Ray Train run, from the last sound checkpoint on."""
+def _attempt(job: Job, workers: int) -> list[str]:
+    """One Ray Train run, from the last sound checkpoint on; the ids of nodes for which notice was given meanwhile."""
     scale = job.config.scale
-    TorchTrainer(
+    trainer = TorchTrainer(
         partial(_worker, job),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=worker_resources(scale)
@@ -227,7 +225,8 @@ def _attempt(job: Job, workers: int) -> None:
         ),
         datasets={"train": partial(_dataset, job, workers)},
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
-    ).fit()
+    )
+    return trainer.fit().return_value
 
 
 def _steps_done(run: RunDirectory) -> int:
@@ -240,7 +239,8 @@ def _dataset(job: Job, workers: int) -> ray.data.Dataset:
     return step_dataset(job, _steps_done(RunDirectory(job.config.out)), workers)
 
 
-def _worker(job: Job) -> None:
+def _worker(job: Job) -> list[str]:
+    """The train function; see `_attempt` for what it returns."""
     torch.set_num_threads(max(1, int(job.config.scale.cpus_per_worker)))
     context = RayTrainContext(job.config.out)
 
@@ -250,6 +250,7 @@ def _worker(job: Job) -> None:
         return read_shares(blocks, job, start, context.rank)
 
     job.run(context, TrainingData(job.plan, steps, job.val_store()))
+    return context.noticed
 
 
 def told(error: BaseException) -> str:

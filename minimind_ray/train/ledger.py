@@ -5,12 +5,18 @@ Written down as pages are listed: `0-1023 1030 1040-1047*2` is the packs 0 to 10
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+
+from minimind_ray.config.errors import UserError
+
+WORD = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?(?:\*(\d{1,9}))?", re.ASCII)
+MOST_PACKS = 100_000_000  # In an epoch; a damaged number is to fill no memory.
 
 
 class Ledger:
@@ -32,7 +38,7 @@ class Ledger:
 
     def gather(self) -> dict[str, Any]:
         """Bring all workers' packs together, on every worker; as JSON, which `Ledger(**…)` reads."""
-        workers = [self.since]
+        workers: list[Any] = [self.since]
         if dist.is_initialized():
             workers = [None] * dist.get_world_size()
             dist.all_gather_object(workers, self.since)
@@ -82,13 +88,13 @@ def parse_counts(text: str) -> np.ndarray:
     """Back from `counts_text`: int64 [last pack + 1].
 
     Raises:
-        ValueError: it was not written by `counts_text`.
+        UserError: it was not written by `counts_text`.
     """
     runs: list[tuple[int, int, int]] = []
     for word in text.split():
-        span, _, times = word.partition("*")
-        first, _, last = span.partition("-")
-        runs.append((int(first), int(last or first), int(times or 1)))
+        if not (found := WORD.fullmatch(word)) or int(found[2] or found[1]) >= MOST_PACKS:
+            raise UserError(f"the ledger of packs in resume/state.json is damaged: {word[:40]} is no run of packs")
+        runs.append((int(found[1]), int(found[2] or found[1]), int(found[3] or 1)))
     counts = np.zeros(1 + max((last for _, last, _ in runs), default=-1), np.int64)
     for first, last, times in runs:
         counts[first : last + 1] += times

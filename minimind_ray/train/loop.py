@@ -36,7 +36,10 @@ from minimind_ray.train.throughput import measure_matmul_flops, training_flops_p
 class Plan(Protocol):
     """How many steps and packs there are, and which epoch (from 0) a step belongs to, where that is known."""
 
-    packs_per_step: int
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of one optimizer step, over all workers."""
+        ...
 
     @property
     def steps(self) -> int:

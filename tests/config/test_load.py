@@ -1,5 +1,7 @@
 """Configs: every wrong one names the key, the value, what is allowed, and the nearest valid key."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -92,7 +94,8 @@ def test_names_that_stay() -> None:
         "data.train", "data.val", "data.tokenizer", "data.max_seq_len", "data.pack_tokens", "model.preset", "init_from",
         "batch.tokens", "optim.lr", "optim.weight_decay", "optim.clip", "schedule.name", "schedule.warmup",
         "train.epochs", "train.max_steps", "train.seed", "train.precision", "scale.workers", "scale.gpus_per_worker",
-        "scale.cpus_per_worker", "eval.every", "checkpoint.every", "lora.rank", "dpo.beta", "dpo.loss", "track.wandb",
+        "scale.cpus_per_worker", "scale.max_failures",
+        "eval.every", "checkpoint.every", "lora.rank", "dpo.beta", "dpo.loss", "track.wandb",
     }  # fmt: skip
     assert promised <= keys
 
@@ -114,3 +117,15 @@ def test_packs_per_step() -> None:
         load_config("pretrain", overrides={"batch.tokens": 9000}).packs_per_step()
     with pytest.raises(UserError, match="fewer than scale.workers"):
         load_config("pretrain", overrides={"batch.tokens": 8192, "scale.workers": 3}).packs_per_step()
+
+
+def test_a_range_of_workers_is_read_as_written(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("scale: {workers: 2:8}\nbatch: {tokens: 32768}\n")
+    config = load_config("pretrain", [tmp_path / "config.yaml"])
+    assert (config.scale.fewest, config.scale.most) == (2, 8) and parse_override("scale.workers=2:8")[1] == "2:8"
+    assert load_config("pretrain", trees={"again": yaml.safe_load(to_yaml(config))}) == config
+    assert (config.scale.model_copy(update={"workers": 3}).fewest, load_config("pretrain").scale.most) == (3, 1)
+    with pytest.raises(UserError, match="fewer than scale.workers 9"):
+        load_config("pretrain", overrides={"scale.workers": "2:9", "batch.tokens": 32768}).packs_per_step()
+    with pytest.raises(UserError, match="write the smaller number first: 2:8"):
+        load_config("pretrain", overrides={"scale.workers": "8:2"})

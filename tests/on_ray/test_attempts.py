@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,18 +21,21 @@ LOST = WorkerGroupError("lost", {1: ray.exceptions.ActorDiedError()})
 
 
 class Attempts:
-    """What attempts come to, one after another: an error to raise, a name of a file to make, or None for a good end."""
+    """What attempts come to, one after another: an error to raise, something to do, nodes of a notice, or none."""
 
     def __init__(self, run: RunDirectory, *ends: object) -> None:
         self.run, self.ends, self.workers = run, list(ends), []
 
-    def __call__(self, job: Job, workers: int) -> None:
+    def __call__(self, job: Job, workers: int) -> list[str]:
         self.workers.append(workers)
         end = self.ends.pop(0)
         if isinstance(end, Exception):
             raise end
         if callable(end):
             end()
+        noticed = end if isinstance(end, list) else []
+        self.run.update(state="stopped" if noticed else "finished")
+        return noticed
 
 
 @pytest.fixture
@@ -82,11 +84,9 @@ def test_what_a_user_got_wrong_is_not_tried_again(play: Callable[..., Attempts],
     assert "restarts" not in RunDirectory(tmp_path / "run-pretrain").info()
 
 
-def test_notices_are_free_and_a_late_start_takes_fewer_workers(play: Callable[..., Attempts], tmp_path: Path) -> None:
-    again = tmp_path / "run-pretrain" / trainer.AGAIN_FILE
+def test_notices_are_free_and_a_late_start_takes_fewer_workers(play: Callable[..., Attempts]) -> None:
     slow = ControllerError(type("WorkerGroupStartupTimeoutError", (Exception,), {})("30 s"))
-    notice = lambda: again.write_text(json.dumps(["node"]))  # noqa: E731
-    attempts = play(notice, slow, notice, None, scale__workers="1:3", scale__max_failures=0)
+    attempts = play(["node"], slow, ["another"], None, scale__workers="1:3", scale__max_failures=0)
     assert attempts.workers == [3, 3, 2, 3]
     assert [restart["why"].split(" ")[0] for restart in attempts.restarts] == ["notice", "3", "notice"]
 

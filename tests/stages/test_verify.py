@@ -37,7 +37,7 @@ def bad(run: Path) -> dict[str, str]:
 def test_a_sound_checkpoint_passes(trained: Path) -> None:
     assert bad(trained) == {}
     result = CliRunner().invoke(app, ["verify", "checkpoint", str(trained)])
-    assert result.exit_code == 0 and result.output.count("ok ") == 4
+    assert result.exit_code == 0 and result.output.count("ok ") == 5
 
 
 @pytest.mark.unit
@@ -68,6 +68,24 @@ def test_what_a_resume_needs_is_looked_for(copy: Path) -> None:
     checkpoint = RunDirectory(copy).checkpoints()[-1]
     (checkpoint / "resume" / "state.json").unlink()
     assert bad(copy)["resume"].startswith("cannot be resumed")
+
+
+@pytest.mark.unit
+def test_a_pack_trained_on_twice_or_never_is_found(copy: Path) -> None:
+    state_file = RunDirectory(copy).checkpoints()[-1] / "resume" / "state.json"
+    state = json.loads(state_file.read_text())
+    first, *others = state["ledger"]["epochs"]["0"].split()
+    for text, found in (
+        (f"{first}*2 {' '.join(others)}", "epoch 1: pack 0 was trained on 2 times"),
+        (f"{first}-", "no ledger that can be read"),
+        (" ".join(others), "epoch 1: 0 packs were trained on, not 9"),
+    ):
+        state["ledger"]["epochs"]["0"] = text
+        state_file.write_text(json.dumps(state))
+        assert found in bad(copy)["ledger"]
+    del state["ledger"]
+    state_file.write_text(json.dumps(state))
+    assert "no ledger" in bad(copy)["ledger"]
 
 
 @pytest.mark.unit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.data.plan import StepPlan
 from minimind_ray.train.ledger import Ledger, counts_text, parse_counts
 
@@ -56,3 +57,9 @@ def test_text_and_back(seed: int) -> None:
     counts[-1] = 1
     assert parse_counts(counts_text(counts)).tolist() == counts.tolist()
     assert counts_text(np.array([1, 1, 0, 2, 2, 0, 1])) == "0-1 3-4*2 6"
+
+
+@pytest.mark.parametrize("text", ["x", "1-", "-3", "0-999999999", "1" * 30, "4*", "1-2-3", "٣"])
+def test_damaged_text_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="damaged"):
+        parse_counts(text)
