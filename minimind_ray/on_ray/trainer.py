@@ -130,10 +130,7 @@ def _keep_going(job: Job) -> None:
     failures, most, gone = 0, scale.most, set[str]()
     while True:
         before = _steps_done(run)
-        workers = _await_room(scale, gone, stop_file)
-        if workers is None:
-            return
-        workers = min(workers, most)
+        workers = min(_await_room(scale, gone, stop_file), most)
         try:
             with _looking_for_room(scale, workers, gone, again_file):
                 noticed = _attempt(job, workers)
@@ -163,12 +160,18 @@ def _keep_going(job: Job) -> None:
         print(f"{why}; going on from step {restart['step']}", file=sys.stderr)
 
 
-def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Path) -> int | None:
-    """How many workers to start, once the cluster's nodes but those `gone` have room; None: asked to stop meanwhile."""
+def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Path) -> int:
+    """How many workers to start, once the cluster's nodes but those `gone` have room.
+
+    Raises:
+        UserError: asked to stop meanwhile.
+    """
     told_so = False
     while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
         if stop_file.exists():
-            return None
+            raise UserError(
+                "stopped while there was no room for the workers; --resume goes on from the last checkpoint"
+            )
         if not told_so:
             told_so = True
             print(f"the cluster has room for {workers} of {scale.workers} workers; waiting for nodes", file=sys.stderr)
@@ -226,7 +229,7 @@ def _attempt(job: Job, workers: int) -> list[str]:
         datasets={"train": partial(_dataset, job, workers)},
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
     )
-    return trainer.fit().return_value
+    return trainer.fit().return_value or []
 
 
 def _steps_done(run: RunDirectory) -> int:
