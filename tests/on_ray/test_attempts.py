@@ -10,6 +10,7 @@ import ray
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import trainer
 from minimind_ray.stages.run import Job
 from minimind_ray.train.run import RunDirectory
@@ -98,3 +99,18 @@ def test_a_stop_while_workers_are_lost_is_a_stop(play: Callable[..., Attempts], 
 
     with pytest.raises(UserError, match="a worker ended before the run did"):
         play(stop_and_lose)
+
+
+def test_waiting_for_nodes_can_be_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = iter([1, 1, 2, 1])
+    monkeypatch.setattr(trainer, "room", lambda *a, **k: next(found))
+    monkeypatch.setattr(trainer, "request_resources", lambda bundles: None)
+    monkeypatch.setattr(trainer.time, "sleep", lambda seconds: None)
+    scale = ScaleConfig(workers="2:4")
+    assert trainer._await_room(scale, set(), tmp_path / "stop") == 2
+    assert capsys.readouterr().err == "the cluster has room for 1 of 2:4 workers; waiting for nodes\n"
+    (tmp_path / "stop").touch()
+    with pytest.raises(UserError, match="no room for the workers; --resume"):
+        trainer._await_room(scale, set(), tmp_path / "stop")
