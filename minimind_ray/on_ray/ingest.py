@@ -3,13 +3,15 @@
 One row of the dataset is one worker's share of one step, so Ray Data's cost per row is paid once per step. Row
 `step * workers + rank` goes to `rank`: with blocks of one row and order kept, the splitter deals blocks out in turn.
 Each row carries its step and rank, and the worker checks them, since nothing in Ray promises that dealing.
+
+What runs in Ray Data's tasks takes no `Job`: to read one a process imports torch, a second of every run's start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,11 @@ from minimind_ray.data.pack import Pack, pack_from_row
 from minimind_ray.data.plan import StepPlan
 from minimind_ray.data.store import ROW_GROUP, PackStore
 from minimind_ray.data.stream import Stream
-from minimind_ray.stages.run import Job
+
+if TYPE_CHECKING:
+    from minimind_ray.stages.run import Job
+
+STEPS_PER_TASK = 64  # So that most runs need few processes to start, and long ones have tasks to stream.
 
 
 def step_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
@@ -61,24 +67,24 @@ def _share_out(step: pa.Table, workers: int) -> Iterator[pa.Table]:
 
 def prepared_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
     """Shares of prepared packs, each read by its number."""
-    rows = (job.plan.steps - start) * workers
-    # A task reads the shares of some steps; enough tasks to stream, each long enough to pay for its start.
-    per_task = max(workers, min(64, -(-rows // 8)))
-    return (
-        ray.data.range(rows, override_num_blocks=-(-rows // per_task))
-        .map_batches(
-            _read_shares,
-            batch_size=per_task,
-            fn_kwargs={"job": job, "start": start, "workers": workers},
-        )
-        .repartition(target_num_rows_per_block=1)
-    )
+    rows, per_task = (job.plan.steps - start) * workers, STEPS_PER_TASK * workers
+    numbers = ray.data.range(rows, override_num_blocks=-(-rows // per_task))
+    # Each table that a task yields becomes a block, with no second task to cut blocks into rows.
+    numbers.context.target_max_block_size = 1
+    arguments = {
+        "train": job.train,
+        "reference": job.train_reference,
+        "plan": job.plan,
+        "workers": workers,
+        "start": start,
+    }
+    return numbers.map_batches(_read_shares, batch_size=per_task, fn_kwargs=arguments)
 
 
-def _read_shares(batch: dict[str, np.ndarray], job: Job, start: int, workers: int) -> Iterator[pa.Table]:
-    plan = job.plan
-    assert isinstance(plan, StepPlan) and isinstance(job.train, str)
-    store = PackStore(job.train, job.train_reference)
+def _read_shares(
+    batch: dict[str, np.ndarray], train: str, reference: str | None, plan: StepPlan, workers: int, start: int
+) -> Iterator[pa.Table]:
+    store = PackStore(train, reference)
     for row in batch["id"].tolist():
         step, rank = start + row // workers, row % workers
         yield share_table(step, rank, store.read(plan.ids(step, rank, workers).tolist()))

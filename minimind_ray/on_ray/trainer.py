@@ -15,9 +15,11 @@ import threading
 import time
 import traceback
 from collections.abc import Collection, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,7 @@ class RayTrainContext:
         self.noticed: list[str] = []
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """Metrics to Ray Train's controller. The checkpoint is in the run directory, which alone is resumed from."""
-        ray.train.report(metrics)
+        """Nothing waits for it here: the run directory has it all. (Ray Train would hold the step for a second.)"""
         return True
 
     def should_stop(self) -> bool:
@@ -80,10 +81,6 @@ class RayTrainContext:
     def base_weights(self, directory: Path) -> None:
         """Holds none."""
 
-
-# The train function runs in a thread, to which glibc would give an arena of its own, of memory that it maps anew for
-# each large tensor (see `keep_freed_memory`); the main arena is chosen before a process starts.
-ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 RAY_HOST = Host(run_units_on_ray, compute_on_ray)
 
@@ -221,7 +218,6 @@ def _attempt(job: Job, workers: int) -> list[str]:
             # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
             name=f"attempt-{time.time_ns()}",
             storage_path=str(Path(job.config.out) / ".ray"),
-            worker_runtime_env={"env_vars": ONE_ARENA},
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
@@ -246,14 +242,21 @@ def _worker(job: Job) -> list[str]:
     """The train function; see `_attempt` for what it returns."""
     torch.set_num_threads(max(1, int(job.config.scale.cpus_per_worker)))
     context = RayTrainContext(job.config.out)
+    with ThreadPoolExecutor(1) as beside:
+        shares = beside.submit(_shares)  # Ray Data starts while the model is made.
 
-    def steps(start: int) -> Iterator[list[Pack]]:
-        shard = ray.train.get_dataset_shard("train")
-        blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-        return read_shares(blocks, job, start, context.rank)
+        def steps(start: int) -> Iterator[list[Pack]]:
+            return read_shares(shares.result(), job, start, context.rank)
 
-    job.run(context, TrainingData(job.plan, steps, job.val_store()))
+        job.run(context, TrainingData(job.plan, steps, job.val_store()))
     return context.noticed
+
+
+def _shares() -> Iterator[Any]:
+    """This worker's rows of the dataset, the first of them already here."""
+    shard = ray.train.get_dataset_shard("train")
+    rows = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    return chain(list(islice(rows, 1)), rows)
 
 
 def told(error: BaseException) -> str:
