@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -34,6 +34,9 @@ class SearchConfig(Section):
     seeds: PositiveInt = Field(1, description="runs of every point, with train.seed and the seeds that follow")
     metric: Metric | None = Field(None, description="default: val/loss; for dpo val/accuracy")
     mode: Mode | None = Field(None, description="default: the metric's own")
+    fuse: Literal["auto", "off"] | Annotated[int, Field(gt=0, strict=False)] = Field(
+        "auto", description="adapters to train together on one base in one process: a number, auto or off"
+    )
     concurrent: PositiveInt | None = Field(None, description="most trials at once; default: as many as fit")
     budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours of this command")
     budget_tokens: PositiveInt | None = Field(None, description="tokens of all trials together; shortens the runs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from minimind_ray.config.schema import Config
 from minimind_ray.model.checkpoint import load_shape
@@ -16,6 +17,9 @@ from minimind_ray.train.loop import training
 from minimind_ray.train.optim import build_adamw
 
 
+SHARED = ("init_from", "data.tokenizer", "lora.targets", "train.precision", "train.compile")
+
+
 def obstacle(configs: Sequence[Config]) -> str | None:
     """Why runs of these configs cannot be trained together; None when they can.
 
@@ -25,20 +29,15 @@ def obstacle(configs: Sequence[Config]) -> str | None:
     if first.stage != "lora" and not (first.stage == "dpo" and first.dpo.lora):
         return "only adapters can share a base: stage lora, or dpo with dpo.lora"
     for config in configs:
-        if config.scale.workers > 1:
+        if config.scale.most > 1:
             return "a trial has more than one worker"
         if config.lora.dropout or config.lora.dora:
             return "lora.dropout and lora.dora are not there for many adapters at once"
-    for key, values in (
-        ("init_from", {c.init_from for c in configs}),
-        ("lora.targets", {str(c.lora.targets) for c in configs}),
-        ("train.precision", {c.train.precision for c in configs}),
-        ("train.compile", {c.train.compile for c in configs}),
-        ("data.tokenizer", {c.data.tokenizer for c in configs}),
-        ("dpo.loss with or without a reference", {c.dpo.loss in WITHOUT_REFERENCE for c in configs}),
-    ):
-        if len(values) > 1:
+    for key in SHARED:
+        if any(attrgetter(key)(config) != attrgetter(key)(first) for config in configs):
             return f"{key} is not the same in all trials"
+    if len({config.dpo.loss in WITHOUT_REFERENCE for config in configs}) > 1:
+        return "dpo.loss has a reference in some trials and none in others"
     shape = load_shape(require_base(first))
     if shape.num_experts:
         return "experts see the tokens of all trials, and their balance would depend on the others"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ from minimind_ray.data.batch import batch_from_packs
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.fused_lora import AdapterStack, FusedTransformer
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.train.context import Context
+from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import Report, Step, Training
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast
 
@@ -39,6 +40,25 @@ class FusedContext(Context, Protocol):
     def verdict(self) -> bool:
         """Of what was posted last."""
         ...
+
+
+class PlainFusedContext(PlainContext):
+    """One process, no Ray, which holds the base's `weights`, on `device`, for all its runs."""
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+        super().__init__(device)
+        self.weights = weights
+
+    def base_weights(self, directory: Path) -> Mapping[str, Tensor]:
+        """Not a copy."""
+        return self.weights
+
+    def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+        """Nothing waits for it."""
+
+    def verdict(self) -> bool:
+        """Always worth it."""
+        return True
 
 
 @dataclass(eq=False)

@@ -354,9 +354,7 @@ class Meter:
         """Begin timing now."""
         self.start = time.perf_counter()
 
-    def read(
-        self, tokens: int, packs: list[Pack], steps_left: int, seconds: float | None = None
-    ) -> dict[str, float]:
+    def read(self, tokens: int, packs: list[Pack], steps_left: int, seconds: float | None = None) -> dict[str, float]:
         """Of the step since the last reading: all workers' `tokens`; `packs` are this worker's, for the contexts.
 
         `seconds` are this run's part of a step that others were trained in too.

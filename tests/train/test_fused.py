@@ -84,7 +84,9 @@ def train_together(jobs: Sequence[Job], hosts: Sequence[Host] | None = None, res
 
 
 def lines(job: Job) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "timing"} for line in read_jsonl(Path(job.config.out) / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "timing"} for line in read_jsonl(Path(job.config.out) / "metrics.jsonl")
+    ]
 
 
 def assert_same(ours: Job, theirs: Job) -> None:
