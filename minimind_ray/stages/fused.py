@@ -16,7 +16,6 @@ from minimind_ray.train.fused import FusedContext, Member
 from minimind_ray.train.loop import training
 from minimind_ray.train.optim import build_adamw
 
-
 SHARED = ("init_from", "data.tokenizer", "lora.targets", "train.precision", "train.compile")
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.stages.fused import member, obstacle
-from minimind_ray.stages.run import Job, run_here
+from minimind_ray.stages.run import Job, begin, run_here
 from minimind_ray.train.context import PlainContext
-from minimind_ray.train.fused import Lockstep, Member
+from minimind_ray.train.fused import Lockstep, Member, PlainFusedContext
 from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model
 from tests.jobs import make_job, start
 
@@ -34,21 +34,18 @@ DPO: list[dict[str, Any]] = [
 ]
 
 
-class Host(PlainContext):
-    """A plain process that trains many runs; `worth_it` says how long each is worth going on with."""
+class Host(PlainFusedContext):
+    """`worth_it` says how long the run is worth going on with."""
 
     def __init__(self, weights: dict[str, torch.Tensor], worth_it: int = 10**9) -> None:
-        super().__init__()
-        self.weights, self.worth_it, self.step = weights, worth_it, 0
+        super().__init__(weights)
+        self.worth_it, self.step = worth_it, 0
 
     def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
         self.step = metrics["step"]
 
     def verdict(self) -> bool:
         return self.step < self.worth_it
-
-    def base_weights(self, directory: Path) -> dict[str, torch.Tensor]:  # pyright: ignore
-        return self.weights
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ def jobs_of(base: Path, stage: str, points: Sequence[dict[str, Any]], name: str)
     common = {"init_from": str(base / "run-pretrain"), "dpo__lora": stage == "dpo", "lora__targets": "all-linear",
               "data__val_fraction": 0.2}  # fmt: skip
     return [
-        make_job(base, stage, 120, out=str(base / f"{name}-{stage}-{i}"), **common, **point)
+        make_job(base, stage, 120, out=str(base / f"{name}-{stage}-{i}"), **{**common, **point})
         for i, point in enumerate(points)
     ]
 
@@ -120,3 +117,70 @@ def test_each_run_is_as_alone(stage: str, points: list[dict[str, Any]], base: Pa
     assert len(ended) == len(points) and not any(member.error for member in ended)
     for ours, theirs in zip(together, alone, strict=True):
         assert_same(ours, theirs)
+
+
+def test_a_run_that_ends_early_or_fails_leaves_the_others_as_they_are(base: Path) -> None:
+    points = [{"optim__lr": 1e-2, "lora__rank": 2}, {"optim__lr": 1e30, "optim__clip": 0.0}, {"optim__lr": 1e-2}]
+    common = {"train__epochs": 3, "eval__samples": 0}
+    points = [{**point, **common, "train__seed": i} for i, point in enumerate(points)]
+    alone, together = (jobs_of(base, "lora", points, name) for name in ("whole", "parts"))
+    for job in (alone[0], alone[2]):
+        start(job)
+        run_here(job)
+    steps = together[2].plan.steps
+    hosts = [Host({}), Host({}), Host({}, worth_it=steps // 2)]
+    ended = {hosts.index(member.context): member for member in train_together(together, hosts)}  # pyright: ignore
+    assert ended[0].error is None and ended[2].error is None
+    assert "the loss is" in str(ended[1].error)
+    assert_same(together[0], alone[0])
+    assert RunDirectory(together[2].config.out).info()["state"] == "early-stopped"
+    # It goes on as a run alone.
+    begin(together[2], resume=True)
+    run_here(together[2])
+    assert_same(together[2], alone[2])
+
+
+def test_a_run_that_was_stopped_alone_goes_on_with_others_that_are_under_way(base: Path) -> None:
+    points = [{"optim__lr": 1e-2, "lora__rank": 2, "train__epochs": 3}, {"optim__lr": 3e-3, "lora__rank": 6}]
+    alone, parted = (jobs_of(base, "lora", points, name) for name in ("unparted", "parted"))
+    for job in alone:
+        start(job)
+        run_here(job)
+    start(parted[0])
+    stopping = Stopping(parted[0].plan.steps // 3)
+    parted[0].run(stopping, parted[0].data(stopping))
+    weights = read_weights(resolve_model(str(parted[0].config.init_from)))
+    lockstep = Lockstep(weights, torch.device("cpu"), torch.float32)
+    start(parted[1])
+    lockstep.add(member(parted[1], PlainFusedContext(weights)))
+    for _ in range(2):
+        assert not lockstep.turn()
+    begin(parted[0], resume=True)
+    lockstep.add(member(parted[0], PlainFusedContext(weights)))
+    while lockstep.members:
+        lockstep.turn()
+    for ours, theirs in zip(parted, alone, strict=True):
+        assert_same(ours, theirs)
+
+
+class Stopping(PlainContext):
+    """Alone, and not worth going on with from a step on."""
+
+    def __init__(self, worth_it: int) -> None:
+        super().__init__()
+        self.worth_it = worth_it
+
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
+        return metrics["step"] < self.worth_it
+
+
+def test_what_cannot_be_trained_together(base: Path) -> None:
+    def configs(**changes: Any) -> list[Any]:
+        return [job.config for job in jobs_of(base, "lora", [{}, changes], "refused")]
+
+    assert obstacle(configs(lora__rank=2, optim__lr=1.0, data__pack_tokens=128, batch__tokens=128)) is None
+    assert "lora.targets" in str(obstacle(configs(lora__targets="square")))
+    assert "lora.dropout" in str(obstacle(configs(lora__dropout=0.1)))
+    assert "train.precision" in str(obstacle(configs(train__precision="bfloat16")))
+    assert "one worker" in str(obstacle(configs(scale__workers=2)))
+    assert "only adapters" in str(obstacle([job.config for job in jobs_of(base, "sft", [{}], "refused")]))
