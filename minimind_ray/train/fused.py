@@ -161,7 +161,7 @@ class Together:
         # A clip of 0 leaves gradients as they are.
         factor_K1 = torch.where(clip_K1 > 0, (clip_K1 / (norm_K.unsqueeze(1) + 1e-6)).clamp(max=1.0), 1.0)
         self.gradients_KP.mul_(factor_K1)
-        self.gradients_KP[~good_K] = 0.0
+        self.gradients_KP.masked_fill_(~good_K.unsqueeze(1), 0.0)
         lr_K1 = self._column([step.lr for step in steps]) * good_K.unsqueeze(1)
         self._adamw(lr_K1, beta1_K1, beta2_K1, eps_K1, decay_K1)
         found = torch.cat((means_KM, norm_K.unsqueeze(1), good_K.unsqueeze(1)), 1).tolist()
