@@ -84,9 +84,9 @@ class FusedTransformer(Transformer):
             linear = self.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             # Plain tensors: as parameters they would have to be contiguous.
-            leaves = [matrix.detach().requires_grad_() for matrix in matrices]
-            self.leaves += leaves
-            self.layers.append(fused := FusedLinear(linear.weight, *leaves, stack.scale_K11))
+            a_KRI, b_KRO = (matrix.detach().requires_grad_() for matrix in matrices)
+            self.leaves += [a_KRI, b_KRO]
+            self.layers.append(fused := FusedLinear(linear.weight, a_KRI, b_KRO, stack.scale_K11))
             parent, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(parent), leaf, fused)
 

@@ -157,8 +157,8 @@ def run_fused(job: Job, groups: Sequence[Any], context: Context) -> None:
     """
     out = job.config.out
     group = next((group for group in groups if ray.get(group.take.remote(out))), groups[0])
-    answer = ray.get(group.begin.remote(job))
+    answer: Answer = ray.get(group.begin.remote(job))
     while isinstance(answer, dict):
         answer = ray.get(group.go_on.remote(out, context.report(answer, None)))
-    if answer:
+    if isinstance(answer, BaseException):
         raise answer

@@ -194,7 +194,8 @@ class Together:
                 total = total + values["loss"].sum() / counts[k]
                 sums_KM[k] = torch.stack([values[name].detach().sum() for name in names])
         # Not `backward`, which wants the gradient of a view to be contiguous.
-        torch._foreach_add_(self.gradients, torch.autograd.grad(total, self.model.leaves))
+        for gradient, found in zip(self.gradients, torch.autograd.grad(total, self.model.leaves), strict=True):
+            gradient.add_(found)
         return sums_KM
 
     @torch.no_grad()

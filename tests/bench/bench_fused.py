@@ -4,8 +4,8 @@
 
 A trial is `--steps` optimizer steps of one pack and a validation, from its start to its result on disk. Separate runs
 go one after another in this process with all threads, or side by side in as many processes as there are cores (on a
-GPU `--side-by-side`), with their share of the threads. Processes are started and warm before the clock runs.
-The base has random weights, which cost the same.
+GPU `--places`), with their share of the threads; and in each of those processes K are trained together, as `tune` does
+it. Processes are started and warm before the clock runs. The base has random weights, which cost the same.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -41,11 +39,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--presets", default="small,minimind-3-small")
     parser.add_argument("--tokens", default="256,1024", help="of a step")
-    parser.add_argument("--together", default="1,2,4,8,16")
+    parser.add_argument("--together", default="2,4,8,16")
     parser.add_argument("--targets", default="square")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--separate", type=int, default=4, help="separate runs to take the time of")
-    parser.add_argument("--side-by-side", type=int, default=os.cpu_count())
+    parser.add_argument("--places", type=int, default=os.cpu_count(), help="processes side by side")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
     keep_freed_memory()
@@ -94,33 +92,42 @@ def measure(args: argparse.Namespace, preset: str, tokens: int, scratch: Path) -
         run_here(job)
     found["one after another"] = hourly(len(some), time.perf_counter() - start)
 
-    places = args.side_by_side
-    some, warm = jobs(max(2, math.ceil(args.separate / places)) * places), jobs(places)
-    threads = max(1, (os.cpu_count() or 1) // places)
-    with multiprocessing.get_context("spawn").Pool(places, torch.set_num_threads, (threads,)) as pool:
-        pool.map(run_here, warm, chunksize=1)
-        start = time.perf_counter()
-        pool.map(run_here, some, chunksize=1)
-        found["side by side"] = hourly(len(some), time.perf_counter() - start)
+    threads = max(1, (os.cpu_count() or 1) // args.places)
+    with multiprocessing.get_context("spawn").Pool(args.places, torch.set_num_threads, (threads,)) as pool:
 
-    device = default_device()
-    for count in map(int, args.together.split(",")):
-        some = jobs(count)
-        start = time.perf_counter()
-        weights = {name: tensor.to(device) for name, tensor in read_weights(scratch / "base").items()}
-        lockstep = Lockstep(weights, device, resolve_precision("auto", device))
-        for job in some:
-            lockstep.add(member(job, PlainFusedContext(weights, device)))
-        while lockstep.members:
-            for ended in lockstep.turn():
-                assert ended.error is None
-        found[f"{count} together"] = hourly(count, time.perf_counter() - start)
-        shutil.rmtree(some[0].config.out)
+        def side_by_side(together: int) -> float:
+            some = [jobs(together) for _ in range(args.places * max(1, args.separate // args.places // together))]
+            start = time.perf_counter()
+            pool.map(train_together if together > 1 else run_one, some, chunksize=1)
+            return hourly(together * len(some), time.perf_counter() - start)
+
+        side_by_side(1)
+        found["side by side"] = side_by_side(1)
+        for count in map(int, args.together.split(",")):
+            found[f"{count} together"] = side_by_side(count)
     best = max(found["one after another"], found["side by side"])
     print(f"{preset}, {tokens} tokens a step: trials per hour, and against the better of the separate ways", flush=True)
     for way, rate in found.items():
         print(f"  {way:>18} {rate:8,.0f}  {rate / best:5.2f}", flush=True)
     return {"trials_per_hour": found}
+
+
+def run_one(jobs: list[Job]) -> None:
+    """In a process of its own."""
+    run_here(jobs[0])
+
+
+def train_together(jobs: list[Job]) -> None:
+    """In one process."""
+    device = default_device()
+    assert jobs[0].config.init_from
+    weights = {name: tensor.to(device) for name, tensor in read_weights(jobs[0].config.init_from).items()}
+    lockstep = Lockstep(weights, device, resolve_precision("auto", device))
+    for job in jobs:
+        lockstep.add(member(job, PlainFusedContext(weights, device)))
+    while lockstep.members:
+        for ended in lockstep.turn():
+            assert ended.error is None
 
 
 if __name__ == "__main__":
