@@ -314,10 +314,9 @@ def print_plan(plan: SweepPlan) -> None:
         places = int(torch.cuda.device_count() / (scale.most * scale.gpus_per_worker))
     places = max(1, places)
     fuse, why = together(plan)
-    at_once = min(places * fuse, search.concurrent or plan.count, plan.count)
-    pace = calibrate(jobs[0])
     # Trials that are trained together share a place's time; what they save is not counted.
-    at_once = min(at_once, places)
+    at_once = min(places, search.concurrent or plan.count, plan.count)
+    pace = calibrate(jobs[0])
     found = estimate(jobs, pace, search, at_once)
     metric, mode = search.judged_by(plan.base.stage)
     steps, tokens = jobs[0].plan.steps, train_tokens(jobs[0])
