@@ -44,6 +44,7 @@ def test_a_number_is_taken_or_refused(base: Path) -> None:
         together(planned(base, {"optim.lr": "1e-3,1e-2"}, {"fuse": 3, "scheduler": "pbt"}))
     with pytest.raises(UserError, match="fuse"):
         search_config({"fuse": 0})
+    assert search_config({"fuse": "4"}).fuse == 4 and search_config({"fuse": False}).fuse == "off"
 
 
 def test_auto_says_why(base: Path) -> None:
