@@ -38,6 +38,12 @@ from tests.track.endpoint import Endpoint
 KEY = "0" * 40
 
 
+def close_all() -> None:
+    for run in OPEN.values():
+        run.finish()
+    OPEN.clear()
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No key, no settings of this machine's user, no proxy, and afterwards no run left open."""
@@ -46,9 +52,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "nobody"))
     yield
-    for run in OPEN.values():
-        run.finish()
-    OPEN.clear()
+    close_all()
 
 
 @pytest.fixture
@@ -64,6 +68,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Endpoint]]
         return servers[-1]
 
     yield start
+    close_all()
     wandb.teardown()
     for server in servers:
         server.close()
