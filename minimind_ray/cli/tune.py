@@ -55,6 +55,7 @@ def tune(
     searcher: Annotated[str | None, typer.Option(help="grid or optuna")] = None,
     metric: Annotated[str | None, typer.Option(help="default: val/loss; for dpo val/accuracy")] = None,
     mode: Annotated[str | None, typer.Option(help="min or max; default: the metric's own")] = None,
+    fuse: Annotated[str | None, typer.Option(help="LoRA trials to train together: a number, auto or off")] = None,
     concurrent: Annotated[int | None, typer.Option(help="most trials at once; default: as many as fit")] = None,
     gpus_per_trial: Annotated[float | None, typer.Option(help="may be a part of one: 0.25")] = None,
     budget_hours: Annotated[float | None, typer.Option(help="stop cleanly after so many hours")] = None,
@@ -89,7 +90,7 @@ def tune(
     from minimind_ray.sweep.plan import check_free, reopen_sweep
 
     if resume:
-        may_change = ("stage", "resume", "concurrent", "budget_hours")
+        may_change = ("stage", "resume", "concurrent", "budget_hours", "fuse")
         if fixed := [name.strip("_") for name in given if name not in may_change]:
             raise UserError(
                 f"--resume goes on with the sweep as it was begun: leave --{fixed[0].replace('_', '-')} out, or start "
@@ -296,6 +297,7 @@ def print_plan(plan: SweepPlan) -> None:
 
     from minimind_ray.stages.run import Host
     from minimind_ray.sweep.estimate import calibrate, estimate
+    from minimind_ray.sweep.fuse import together
     from minimind_ray.sweep.plan import Preparation, train_tokens, within_budget
     from minimind_ray.sweep.text import count_text, duration_text, value_text
 
@@ -310,7 +312,10 @@ def print_plan(plan: SweepPlan) -> None:
         import torch
 
         places = int(torch.cuda.device_count() / (scale.most * scale.gpus_per_worker))
-    at_once = min(max(1, places), search.concurrent or plan.count, plan.count)
+    places = max(1, places)
+    fuse, why = together(plan)
+    # Trials that are trained together share a place's time; what they save is not counted.
+    at_once = min(places, search.concurrent or plan.count, plan.count)
     pace = calibrate(jobs[0])
     found = estimate(jobs, pace, search, at_once)
     metric, mode = search.judged_by(plan.base.stage)
@@ -326,6 +331,7 @@ def print_plan(plan: SweepPlan) -> None:
         print(f"asha       saves about {1 - found.kept:.0%} of that (if early validations tell the order)")
     elif search.scheduler != "none":
         print(f"{search.scheduler:<10} its savings cannot be foreseen; not counted")
+    print(f"together   {fuse} in one process: {why}" if fuse > 1 else f"together   no: {why}")
     print(f"shared     {', '.join(f'{count} {what}' for what, count in preparation.counts.items())}, made once")
     print(
         f"time       about {duration_text(found.hours(at_once) * 3600)} with {at_once} at once (measured here, on "

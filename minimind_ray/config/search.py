@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
@@ -34,10 +34,18 @@ class SearchConfig(Section):
     seeds: PositiveInt = Field(1, description="runs of every point, with train.seed and the seeds that follow")
     metric: Metric | None = Field(None, description="default: val/loss; for dpo val/accuracy")
     mode: Mode | None = Field(None, description="default: the metric's own")
+    fuse: Literal["auto", "off"] | Annotated[int, Field(gt=0, strict=False)] = Field(
+        "auto", description="adapters to train together on one base in one process: a number, auto or off"
+    )
     concurrent: PositiveInt | None = Field(None, description="most trials at once; default: as many as fit")
     budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours of this command")
     budget_tokens: PositiveInt | None = Field(None, description="tokens of all trials together; shortens the runs")
     price_per_hour: float | None = Field(None, ge=0, strict=False, description="of what one trial occupies")
+
+    @field_validator("fuse", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 takes off for false.
 
     def judged_by(self, stage: StageName) -> tuple[Metric, Mode]:
         """The metric and its mode.

@@ -74,5 +74,12 @@ class CausalLM:
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
         """Each document's `loss`, summed over its counted tokens without `aux`, and their `count`: float32 [D]."""
-        logp_D, counts_D = sequence_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch)
+        return self.of_documents(*self.log_probs(model, batch))
+
+    def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
+        return sequence_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch)
+
+    def of_documents(self, logp_D: Tensor, counts_D: Tensor, reference_D: Tensor | None = None) -> dict[str, Tensor]:
+        """As `examples`, of what `log_probs` gave."""
         return {"loss": -logp_D, "count": counts_D.float()}

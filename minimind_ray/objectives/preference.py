@@ -162,11 +162,18 @@ class Preference:
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
         """Each pair's `loss` without `aux`, `count` (1), and the metrics: float32 [P]."""
-        logp_D, counts_D = pair_log_probs(model, batch)
+        return self.of_documents(*self.log_probs(model, batch), batch.reference_D)
+
+    def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
+        return pair_log_probs(model, batch)
+
+    def of_documents(self, logp_D: Tensor, counts_D: Tensor, reference_D: Tensor | None) -> dict[str, Tensor]:
+        """As `examples`, of what `log_probs` gave."""
         score_D, values = logp_D, {}
         if self.needs_reference:
-            assert batch.reference_D is not None
-            score_D = logp_D - batch.reference_D
+            assert reference_D is not None
+            score_D = logp_D - reference_D
             values["kl"] = score_D.view(-1, 2).mean(1)
         if self.config.loss in PER_TOKEN:
             score_D = score_D / counts_D

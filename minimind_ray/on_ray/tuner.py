@@ -2,7 +2,8 @@
 
 A trial is a run directory, and a stage's train-loop function fills it: with one worker in the Tune trial's own process,
 which is reused from trial to trial (a Ray Train run of its own costs ten times as much to start); with more workers
-as a Ray Train run that the trial's process starts and waits for.
+as a Ray Train run that the trial's process starts and waits for; with `fuse` in a process that trains many trials
+together, which the trial's process asks for one validation after another (see fused.py).
 
 Tune decides who runs when and who is stopped early; what it keeps for itself is thrown away. A sweep that goes on gives
 Tune all its trials again: those that are done only repeat their validations, so that scheduler and searcher know of
@@ -45,6 +46,7 @@ from minimind_ray.config.load import load_config, to_yaml
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, SchedulerName
 from minimind_ray.model.checkpoint import read_weights
+from minimind_ray.on_ray.fused import run_fused, start_groups
 from minimind_ray.on_ray.session import Ending, configure_data, interruptible, room, worker_resources
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
@@ -157,10 +159,11 @@ class _Trial(tune.Trainable):
         search: Search | None = None,
         stop_file: Path | None = None,
         bases: Mapping[str, ray.ObjectRef] | None = None,
+        groups: Sequence[Any] = (),
     ) -> None:
         """Tune's: the first trial of this process."""
         assert search and stop_file and bases is not None
-        self.search, self.stop_file, self.bases = search, stop_file, bases
+        self.search, self.stop_file, self.bases, self.groups = search, stop_file, bases, groups
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -252,7 +255,9 @@ class _Trial(tune.Trainable):
         if done or self.context.should_stop():
             return
         self.run.update(state="running", error=None, traceback=None)
-        if self.job.config.scale.most == 1:
+        if self.groups:
+            run_fused(self.job, self.groups, self.context)
+        elif self.job.config.scale.most == 1:
             self.job.run(self.context, self.job.data(self.context))
         else:
             _run_nested(self.job, self.run, self.context, known)
@@ -333,10 +338,13 @@ def run_trials(
     search: Search,
     bases: Mapping[str, ray.ObjectRef],
     *,
+    fuse: int = 1,
     seconds: float | None = None,
     watch: Watch = lambda trial, event, metrics: None,
 ) -> Ending:
     """Run trials, whose run directories are made, until each has ended, if only by an error.
+
+    With `fuse` above 1 so many trials are trained together in each place that one would have alone.
 
     Ctrl-C, or the end of `seconds`, stops the running trials after their step with a checkpoint; a second Ctrl-C ends
     at once. `scale` is what each trial takes.
@@ -347,26 +355,31 @@ def run_trials(
     os.environ.update(SETTINGS)
     nested, stop_file, own = scale.most > 1, directory / STOP_FILE, directory / ".ray"
     stop_file.unlink(missing_ok=True)
-    at_once = min(places(scale), search.concurrent or math.inf)
+    count = len(trials) if isinstance(trials, Sequence) else trials.count
+    at_once = min(places(scale) * fuse, search.concurrent or count, count)
     resources = worker_resources(scale)
-    trainable = tune.with_parameters(_Trial, search=search, stop_file=stop_file, bases=bases)
+    groups: list[Any] = []
+    if fuse > 1:
+        size = -(-at_once // places(scale))
+        groups = start_groups(-(-at_once // size), size, directory, bases, scale)
+    trainable = tune.with_parameters(_Trial, search=search, stop_file=stop_file, bases=bases, groups=groups)
     if isinstance(trials, Sequence):
         keys = search.explore.keys if search.explore else ()
         configs = [{"job": job, "point": {key: attrgetter(key)(job.config) for key in keys}} for job in trials]
         space = {"trial": tune.grid_search(configs)}
-        searcher, count = None, 1
+        searcher, samples = None, 1
     else:
-        space, searcher, count = None, _Asking(trials, search), trials.count
+        space, searcher, samples = None, _Asking(trials, search), trials.count
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": NESTED_DRIVER_CPUS} if nested else resources),
+        tune.with_resources(trainable, {"CPU": NESTED_DRIVER_CPUS} if nested or groups else resources),
         param_space=space,
         tune_config=tune.TuneConfig(
             metric=search.metric,
             mode=search.mode,
             scheduler=_scheduler(search),
             search_alg=searcher,
-            num_samples=count,
-            max_concurrent_trials=int(at_once),
+            num_samples=samples,
+            max_concurrent_trials=at_once,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -383,6 +396,8 @@ def run_trials(
     try:
         return interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
     finally:
+        for group in groups:
+            ray.kill(group)
         stop_file.unlink(missing_ok=True)
         shutil.rmtree(own, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from minimind_ray.on_ray.trainer import RAY_HOST
 from minimind_ray.on_ray.tuner import Search, Watch, is_done, places, put_bases, run_trials
 from minimind_ray.stages.run import Job
 from minimind_ray.sweep.axes import PlannedTrial
+from minimind_ray.sweep.fuse import together
 from minimind_ray.sweep.plan import (
     Preparation,
     SweepPlan,
@@ -30,7 +31,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         UserError: data that cannot be prepared, a budget too small, or a cluster on which not one trial fits.
     """
     began = time.monotonic()
-    at_once = min(places(plan.base.scale), plan.search.concurrent or plan.count, plan.count)
+    fuse, why = together(plan)
+    at_once = min(places(plan.base.scale) * fuse, plan.search.concurrent or plan.count, plan.count)
     preparation = Preparation(RAY_HOST, say)
     # Points that are still to be found share the base's data.
     jobs = [preparation.job(trial.config) for trial in plan.trials] or [preparation.job(plan.base)]
@@ -47,6 +49,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         create_sweep(plan, jobs, shared)
     waiting = "" if at_once == plan.count else "; the others wait until there is room"
     say(f"{plan.count} trials, {at_once} at once{waiting} -> {plan.path}")
+    if fuse > 1:
+        say(f"up to {fuse} of them together in one process: {why}")
 
     metric, mode = plan.search.judged_by(plan.base.stage)
     pbt = plan.search.scheduler == "pbt"
@@ -65,7 +69,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         trials = trials if not pbt else [job for job in trials if not is_done(RunDirectory(job.config.out), "pbt")]
     hours = plan.search.budget_hours
     seconds = hours and hours * 3600 - (time.monotonic() - began)
-    return run_trials(trials, plan.base.scale, plan.path, search, bases, seconds=seconds, watch=watch)
+    return run_trials(trials, plan.base.scale, plan.path, search, bases, fuse=fuse, seconds=seconds, watch=watch)
 
 
 def _proposed(plan: SweepPlan, preparation: Preparation, jobs: Sequence[Job], maximize: bool) -> OptunaPoints:

@@ -66,7 +66,9 @@ class WandbTracker:
             ),
             dir=config.out,
             settings=self._settings(),
+            reinit="create_new",
         )
+        OPEN[config.out] = self.run
         # The steps that this run has already. W&B itself drops a step again only online.
         folders = "offline-run-*" if mode == "online" else "*run-*"
         files = (self.directory / FOLDER).glob(f"{folders}/run-{self.run.id}.wandb")
@@ -201,16 +203,22 @@ def _open_online(config: Config, info: Mapping[str, Any], base: Path | None) -> 
     return None
 
 
+OPEN: dict[str, Run] = {}
+"""The W&B runs of this process by run directory; runs that are trained together are open together."""
+
+
 @contextmanager
-def mark_failure() -> Generator[None]:
-    """Close the W&B run that an exception leaves open, as failed."""
+def mark_failure(directory: str) -> Generator[None]:
+    """Close the W&B run that an exception leaves open in a run directory, as failed."""
     try:
         yield
     except BaseException:
-        if (wandb := sys.modules.get("wandb")) and wandb.run:
-            wandb.run.summary["state"] = "failed"
-            _close(wandb.run, exit_code=1)
+        if run := OPEN.get(directory):
+            run.summary["state"] = "failed"
+            _close(run, exit_code=1)
         raise
+    finally:
+        OPEN.pop(directory, None)
 
 
 def _close(run: Run, exit_code: int) -> None:

@@ -60,7 +60,7 @@ class PlainContext:
         """True after the first Ctrl-C."""
         return self.stopping
 
-    def base_weights(self, directory: Path) -> None:
+    def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
         """Holds none."""
 
     @contextmanager

@@ -6,7 +6,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.optim import FlatGradients, build_adamw
 from minimind_ray.train.run import RunDirectory, resolve_model, sound
 from minimind_ray.train.schedule import lr_factor
-from minimind_ray.train.step import NonFiniteError, Objective, autocast, training_step
+from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast, training_step
 from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
 
 
@@ -99,7 +99,28 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-@mark_failure()
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A run wants this step trained on its `packs`; its answer is a StepResult, or the NonFiniteError it ended in."""
+
+    packs: list[Pack]
+    step: int
+    lr: float
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A run has validated, or written a checkpoint, or both; its answer is whether it is worth going on."""
+
+    metrics: dict[str, Any]
+    checkpoint: str | None
+
+
+Training = Generator[Step | Report, StepResult | NonFiniteError | bool | None, None]
+"""A run between its steps: what it asks for, and is answered."""
+
+
 def fit(
     model: Transformer,
     objective: Objective,
@@ -117,10 +138,58 @@ def fit(
     Raises:
         UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory.
     """
+    dtype = resolve_precision(config.train.precision, context.device)
+    optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
+
+    def answer(asked: Step | Report) -> StepResult | NonFiniteError | bool:
+        if isinstance(asked, Report):
+            return context.report(asked.metrics, asked.checkpoint)
+        try:
+            return training_step(
+                model, objective, asked.packs, optimizer, gradients,
+                step=asked.step, lr=asked.lr, clip=config.optim.clip, device=context.device, dtype=dtype,
+                stop=asked.stop,
+            )  # fmt: skip
+        except NonFiniteError as error:
+            return error
+
+    run = training(model, objective, optimizer, weights, config, context, data, tokenizer)
+    asked = next(run, None)
+    while asked:
+        try:
+            asked = run.send(answer(asked))
+        except StopIteration:
+            return
+
+
+def training(
+    model: Transformer,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    weights: Weights,
+    config: Config,
+    context: Context,
+    data: TrainingData,
+    tokenizer: Tokenizer,
+) -> Training:
+    """As `fit`, but whoever drives it trains the steps and passes the reports on, for many runs together too."""
+    with mark_failure(config.out):
+        yield from _training(model, objective, optimizer, weights, config, context, data, tokenizer)
+
+
+def _training(
+    model: Transformer,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    weights: Weights,
+    config: Config,
+    context: Context,
+    data: TrainingData,
+    tokenizer: Tokenizer,
+) -> Training:
     keep_freed_memory()
     run, plan, main = RunDirectory(config.out), data.plan, context.rank == 0
     dtype = resolve_precision(config.train.precision, context.device)
-    optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
     progress = Progress()
     if checkpoint := last_sound_checkpoint(run):
         weights.load(checkpoint)
@@ -145,19 +214,16 @@ def fit(
     for packs in data.steps(progress.step):
         torch.manual_seed(step_seed(config.train.seed, progress.step, context.rank))
         lr = config.optim.lr * lr_factor(config.schedule, progress.step, plan.steps)
-        try:
-            result = training_step(
-                model, objective, packs, optimizer, gradients,
-                step=progress.step, lr=lr, clip=config.optim.clip, device=context.device, dtype=dtype,
-                stop=context.should_stop() or (tracker is not None and tracker.stop_requested),
-            )  # fmt: skip
-        except NonFiniteError as error:
-            _keep_documents(run, error.step, context.rank, packs, tokenizer)
+        stop = context.should_stop() or (tracker is not None and tracker.stop_requested)
+        result = yield Step(packs, progress.step, lr, stop)
+        if isinstance(result, NonFiniteError):
+            _keep_documents(run, result.step, context.rank, packs, tokenizer)
             raise UserError(
-                f"step {error.step + 1}: the loss is {error.loss} and the gradient norm {error.grad_norm}; training "
+                f"step {result.step + 1}: the loss is {result.loss} and the gradient norm {result.grad_norm}; training "
                 f"stopped before the weights were touched. The step's documents are in {run.path}/nonfinite-*.jsonl, "
                 "the last good checkpoint is kept. Try a lower optim.lr, or train.precision float32"
-            ) from None
+            )
+        assert isinstance(result, StepResult)
         epoch = plan.epoch(progress.step)
         ledger.add(epoch, (pack.id for pack in packs))
         progress.step, progress.tokens = progress.step + 1, progress.tokens + result.tokens
@@ -167,7 +233,7 @@ def fit(
 
         metrics: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens, "epoch": epoch, "lr": lr}
         metrics |= {**result.means, "grad_norm": result.grad_norm}
-        metrics["timing"] = meter.read(result.tokens, packs, plan.steps - progress.step)
+        metrics["timing"] = meter.read(result.tokens, packs, plan.steps - progress.step, result.seconds)
         evaluation = validate() if validating else None
         if evaluation:
             metrics |= {f"val/{name}": value for name, value in evaluation.means.items()}
@@ -192,7 +258,7 @@ def fit(
                 run.save_checkpoint(progress.checkpoint, lambda path: _write(path, model, optimizer, weights, progress))
                 run.prune(config.checkpoint.keep, progress.best)
         if validating or saving:
-            worth_it = context.report(metrics, str(run.checkpoint_path(progress.checkpoint)) if saving else None)
+            worth_it = yield Report(metrics, str(run.checkpoint_path(progress.checkpoint)) if saving else None)
             meter.restart()
             if not (ending or worth_it):
                 state = "early-stopped"
@@ -291,10 +357,13 @@ class Meter:
         """Begin timing now."""
         self.start = time.perf_counter()
 
-    def read(self, tokens: int, packs: list[Pack], steps_left: int) -> dict[str, float]:
-        """Of the step since the last reading: all workers' `tokens`; `packs` are this worker's, for the contexts."""
+    def read(self, tokens: int, packs: list[Pack], steps_left: int, seconds: float | None = None) -> dict[str, float]:
+        """Of the step since the last reading: all workers' `tokens`; `packs` are this worker's, for the contexts.
+
+        `seconds` are this run's part of a step that others were trained in too.
+        """
         now = time.perf_counter()
-        seconds, self.start = now - self.start, now
+        seconds, self.start = now - self.start if seconds is None else seconds, now
         # The first step warms up; after it, a running mean for the time left.
         before = self.seconds_per_step
         self.seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds

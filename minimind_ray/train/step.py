@@ -37,6 +37,14 @@ class Objective(Protocol):
         """For each document or pair its `loss` and `count` of items, summed, and its metrics: float32 [examples]."""
         ...
 
+    def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
+        ...
+
+    def of_documents(self, logp_D: Tensor, counts_D: Tensor, reference_D: Tensor | None) -> dict[str, Tensor]:
+        """As `examples`, of what `log_probs` gave."""
+        ...
+
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient of a step is NaN or infinite."""
@@ -51,13 +59,17 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`means`: loss and metrics per counted item; `tokens`: all workers' positions; `stop`: some host wants to end."""
+    """`means`: loss and metrics per counted item; `tokens`: all workers' positions; `stop`: some host wants to end.
+
+    `seconds`: a run's part of a step that others were trained in too.
+    """
 
     means: dict[str, float]
     grad_norm: float
     count: float
     tokens: int
     stop: bool
+    seconds: float | None = None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

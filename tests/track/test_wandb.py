@@ -22,12 +22,26 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import Config
 from minimind_ray.stages.run import begin, run_here
-from minimind_ray.track.wandb import WandbTracker, log_records, mark_failure, open_tracker, parse_record, sync_command
+from minimind_ray.track.wandb import (
+    OPEN,
+    WandbTracker,
+    log_records,
+    mark_failure,
+    open_tracker,
+    parse_record,
+    sync_command,
+)
 from minimind_ray.train.context import PlainContext
 from tests.jobs import make_job
 from tests.track.endpoint import Endpoint
 
 KEY = "0" * 40
+
+
+def close_all() -> None:
+    for run in OPEN.values():
+        run.finish()
+    OPEN.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +52,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "nobody"))
     yield
-    if wandb.run:
-        wandb.run.finish()
+    close_all()
 
 
 @pytest.fixture
@@ -55,8 +68,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Endpoint]]
         return servers[-1]
 
     yield start
-    if wandb.run:
-        wandb.run.finish()
+    close_all()
     wandb.teardown()
     for server in servers:
         server.close()
@@ -208,10 +220,9 @@ def test_two_runs_are_two_also_in_one_directory_after_another(tmp_path: Path) ->
 
 @pytest.mark.unit
 def test_an_exception_marks_the_run_failed(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), mark_failure():
+    with pytest.raises(ZeroDivisionError), mark_failure(str(tmp_path)):
         start(tmp_path).log(line(1))
         raise ZeroDivisionError
-    assert wandb.run is None
     assert summary(tmp_path)["state"] == "failed"
     # The next trial in the same process has its own run.
     start(tmp_path / "next").log(line(1))

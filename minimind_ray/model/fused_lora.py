@@ -1,0 +1,136 @@
+"""The adapters of many runs on one frozen model, all in one pass.
+
+    K adapters   N tokens   L tokens of each adapter once padded, S = K · L   R the largest rank   I, O a projection's
+    inputs and outputs   P numbers of an adapter, ranks padded   V vocabulary
+
+Every adapter's tokens stand together in the batch, in the order of the adapters, and are padded to the longest part.
+So the frozen products see one [S, I], and the adapters are batched products over K. Ranks are padded with zeros, which
+stay zeros: A's rows get their gradient through B's columns, and those theirs through A's rows.
+
+A token names its adapter: token + V · adapter. So the batch needs no other field, and objectives no other code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind_ray.config.schema import ModelShape
+from minimind_ray.model.lora import adapters
+from minimind_ray.model.ops import product_dtype
+from minimind_ray.model.transformer import Attend, Transformer
+
+
+class AdapterStack:
+    """How the adapters of K models, on the same projections, lie in one array [K, P]; A is [K, R, I], B [K, R, O]."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.layers_K = [adapters(model) for model in models]
+        first = self.layers_K[0]
+        assert all(list(layers) == list(first) for layers in self.layers_K)
+        self.sizes = {name: tuple(layer.weight.shape) for name, layer in first.items()}
+        self.rank = max(next(iter(layers.values())).config.rank for layers in self.layers_K)
+        self.device = next(iter(first.values())).weight.device
+        scales = [next(iter(layers.values())).scale for layers in self.layers_K]
+        self.scale_K11 = torch.tensor(scales, device=self.device).view(-1, 1, 1)
+
+    def zeros(self) -> Tensor:
+        """An array, [K, P]."""
+        width = sum(self.rank * (rows + columns) for rows, columns in self.sizes.values())
+        return torch.zeros(len(self.layers_K), width, device=self.device)
+
+    def matrices(self, array_KP: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Views A [K, R, I] and B [K, R, O] of an array for each projection."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        start = 0
+        for name, (rows, columns) in self.sizes.items():
+            middle, end = start + self.rank * columns, start + self.rank * (columns + rows)
+            a_KRI = array_KP[:, start:middle].unflatten(1, (self.rank, columns))
+            found[name] = a_KRI, array_KP[:, middle:end].unflatten(1, (self.rank, rows))
+            start = end
+        return found
+
+    def of(self, adapter: int, array_KP: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter of one adapter, and the view of an array that is its place."""
+        matrices = self.matrices(array_KP)
+        for name, layer in self.layers_K[adapter].items():
+            a_KRI, b_KRO = matrices[name]
+            yield layer.lora_A, a_KRI[adapter, : layer.config.rank]
+            yield layer.lora_B, b_KRO[adapter, : layer.config.rank].t()
+
+
+class FusedTransformer(Transformer):
+    """A frozen model and the adapters in an array. A and B of each projection are its `leaves`, views of the array.
+
+    `weights` are the base's by name, shared with other models; products of frozen weights are in `dtype`.
+    """
+
+    def __init__(
+        self, shape: ModelShape, weights: Mapping[str, Tensor], stack: AdapterStack, values_KP: Tensor,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        with torch.device("meta"):
+            super().__init__(shape)
+        self.load_state_dict(weights, assign=True)
+        self.to(stack.device).requires_grad_(False)
+        for linear in self.model.modules():
+            if isinstance(linear, nn.Linear):  # Once, not in every pass.
+                linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+        self.layers, self.leaves = list[FusedLinear](), list[Tensor]()
+        for name, matrices in stack.matrices(values_KP).items():
+            linear = self.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            # Plain tensors: as parameters they would have to be contiguous.
+            a_KRI, b_KRO = (matrix.detach().requires_grad_() for matrix in matrices)
+            self.leaves += [a_KRI, b_KRO]
+            self.layers.append(fused := FusedLinear(linear.weight, a_KRI, b_KRO, stack.scale_K11))
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(parent), leaf, fused)
+
+    def stable_size(self, count: int) -> int:
+        """As many as they are: `decode` pads every adapter's part."""
+        return count
+
+    def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """As the base's, of tokens that name their adapters, in order; some adapters may have none."""
+        adapter_J, counts_J = (tokens_N // self.shape.vocab_size).unique_consecutive(return_counts=True)
+        tokens_N = tokens_N % self.shape.vocab_size
+        for layer in self.layers:
+            layer.present_J = adapter_J
+        length = super().stable_size(int(counts_J.max()))
+        starts_J1 = (counts_J.cumsum(0) - counts_J).unsqueeze(1)
+        columns_L = torch.arange(length, device=tokens_N.device)
+        real_S = (columns_L < counts_J.unsqueeze(1)).flatten()
+        row_S = (starts_J1 + torch.minimum(columns_L, counts_J.unsqueeze(1) - 1)).flatten()
+        place_N = real_S.nonzero().squeeze(1)
+
+        def attend_real(layer: int, q_SHK: Tensor, k_SGK: Tensor, v_SGK: Tensor) -> Tensor:
+            q_NHK, k_NGK, v_NGK = (x.index_select(0, place_N) for x in (q_SHK, k_SGK, v_SGK))
+            return attend(layer, q_NHK, k_NGK, v_NGK).index_select(0, row_S)
+
+        attend_S = attend if len(row_S) == len(tokens_N) else attend_real
+        return super().decode(tokens_N[row_S], positions_N[row_S], attend_S).index_select(0, place_N)
+
+
+class FusedLinear(nn.Module):
+    """A frozen projection with K adapters: x Wᵀ + s_k · x A_kᵀ B_kᵀ for the rows of adapter k."""
+
+    present_J: Tensor
+
+    def __init__(self, weight: Tensor, a_KRI: Tensor, b_KRO: Tensor, scale_K11: Tensor) -> None:
+        super().__init__()
+        self.weight, self.a_KRI, self.b_KRO, self.scale_K11 = weight, a_KRI, b_KRO, scale_K11
+
+    def forward(self, x_SI: Tensor) -> Tensor:
+        """[S, I] to [S, O]; the rows are those of the adapters `present_J`, L of each."""
+        x_SI = x_SI.to(product_dtype(x_SI))
+        matrices = self.a_KRI, self.b_KRO, self.scale_K11
+        if len(self.present_J) < len(self.a_KRI):
+            matrices = tuple(m.index_select(0, self.present_J) for m in matrices)
+        a_JRI, b_JRO, scale_J11 = matrices
+        h_JLR = torch.bmm(x_SI.unflatten(0, (len(a_JRI), -1)), a_JRI.mT) * scale_J11
+        y_SO = F.linear(x_SI, self.weight)
+        return torch.baddbmm(y_SO.unflatten(0, (len(a_JRI), -1)), h_JLR, b_JRO).flatten(0, 1)

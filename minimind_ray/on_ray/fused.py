@@ -1,0 +1,164 @@
+"""One process that trains many of Tune's trials together (see train/fused.py).
+
+Tune has a process for each trial still, which only passes its validations on: it asks the group to begin the run, and
+again and again to go on to the next validation with Tune's verdict of the last one. The group waits for the verdicts
+of all that have reported before it trains the next step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.model.checkpoint import read_weights
+from minimind_ray.on_ray.trainer import STOP_FILE
+from minimind_ray.stages.fused import member
+from minimind_ray.stages.run import Job
+from minimind_ray.train.context import Context, PlainContext, default_device, keep_freed_memory, resolve_precision
+from minimind_ray.train.fused import Lockstep, Member
+from minimind_ray.train.run import resolve_model
+
+VERDICT_SECONDS = 600
+"""After so long without a word a trial's process is taken for dead, and the others go on without it."""
+
+Answer = dict[str, Any] | BaseException | None
+"""A validation's metrics, what the run raised, or nothing more."""
+
+
+class GroupContext(PlainContext):
+    """A run's host in the group."""
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device, stop_file: Path) -> None:
+        super().__init__(device)
+        self.weights, self.stop_file = weights, stop_file
+        self.answers: SimpleQueue[Answer] = SimpleQueue()
+        self.verdicts: SimpleQueue[bool] = SimpleQueue()
+
+    def base_weights(self, directory: Path) -> Mapping[str, Tensor]:
+        """The group's own, not a copy."""
+        return self.weights
+
+    def should_stop(self) -> bool:
+        """Whether the sweep is to stop."""
+        self.stopping = self.stopping or self.stop_file.exists()
+        return self.stopping
+
+    def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+        """To the trial's process."""
+        self.answers.put(metrics)
+
+    def verdict(self) -> bool:
+        """From there."""
+        try:
+            return self.verdicts.get(timeout=VERDICT_SECONDS)
+        except Empty:
+            return False
+
+
+class Group:
+    """Up to `size` runs on one base, whose weights are in the object store or in its directory."""
+
+    def __init__(self, size: int, directory: Path, bases: Mapping[str, ray.ObjectRef], threads: int) -> None:
+        self.size, self.stop_file, self.bases, self.threads = size, directory / STOP_FILE, bases, threads
+        self.arrivals: SimpleQueue[Job] = SimpleQueue()
+        self.contexts: dict[str, GroupContext] = {}
+        self.taken: set[str] = set()
+        self.lock = threading.Lock()
+        self.device = default_device()
+        self.weights: Mapping[str, Tensor] = {}
+        threading.Thread(target=self._work, name="training", daemon=True).start()
+
+    def take(self, out: str) -> bool:
+        """A place for the run in this directory; False where all are taken."""
+        with self.lock:
+            if len(self.taken) < self.size:
+                self.taken.add(out)
+            return out in self.taken
+
+    def begin(self, job: Job) -> Answer:
+        """Take a run up; what it reports first."""
+        with self.lock:
+            self.weights = self.weights or self._load(job)
+        self.contexts[job.config.out] = GroupContext(self.weights, self.device, self.stop_file)
+        self.arrivals.put(job)
+        return self.contexts[job.config.out].answers.get()
+
+    def go_on(self, out: str, worth_it: bool) -> Answer:
+        """Tell a run the verdict of its last report; the next one."""
+        self.contexts[out].verdicts.put(worth_it)
+        return self.contexts[out].answers.get()
+
+    def _load(self, job: Job) -> Mapping[str, Tensor]:
+        base = resolve_model(str(job.config.init_from))
+        if str(base) not in self.bases:
+            return {name: tensor.to(self.device) for name, tensor in read_weights(base).items()}
+        arrays: Mapping[str, np.ndarray] = ray.get(self.bases[str(base)])
+        return {name: torch.from_numpy(array.copy()).to(self.device) for name, array in arrays.items()}
+
+    def _work(self) -> None:
+        keep_freed_memory()
+        torch.set_num_threads(self.threads)
+        lockstep, outs = None, dict[Member, str]()
+        while True:
+            # With nothing to train it waits; else it takes those that are there.
+            while not outs or not self.arrivals.empty():
+                job = self.arrivals.get()
+                out = job.config.out
+                try:
+                    new = member(job, self.contexts[out])
+                except BaseException as error:
+                    self._end(out, error)
+                    continue
+                dtype = resolve_precision(job.config.train.precision, self.device)
+                lockstep = lockstep or Lockstep(self.weights, self.device, dtype)
+                lockstep.add(new)
+                outs[new] = out
+            assert lockstep
+            try:
+                for ended in lockstep.turn():
+                    self._end(outs.pop(ended), ended.error)
+            except BaseException as error:  # Of the step that all were in.
+                for out in outs.values():
+                    self._end(out, error)
+                lockstep, outs = None, {}
+
+    def _end(self, out: str, error: BaseException | None) -> None:
+        with self.lock:
+            self.taken.discard(out)
+        self.contexts[out].answers.put(error)
+
+
+def start_groups(
+    count: int, size: int, directory: Path, bases: Mapping[str, ray.ObjectRef], scale: ScaleConfig
+) -> list[Any]:
+    """So many groups of `size` trials; each takes of the cluster what one trial alone would."""
+    actor = ray.remote(Group).options(
+        num_cpus=scale.cpus_per_worker, num_gpus=scale.gpus_per_worker or None, scheduling_strategy="SPREAD",
+        max_concurrency=2 * size + 1, max_restarts=-1,
+    )  # fmt: skip
+    threads = max(1, int(scale.cpus_per_worker))
+    return [actor.remote(size, directory, bases, threads) for _ in range(count)]
+
+
+def run_fused(job: Job, groups: Sequence[Any], context: Context) -> None:
+    """In a trial's process: the run in one of the groups.
+
+    Raises:
+        UserError: what the run raised.
+    """
+    out = job.config.out
+    group = next((group for group in groups if ray.get(group.take.remote(out))), groups[0])
+    answer: Answer = ray.get(group.begin.remote(job))
+    while isinstance(answer, dict):
+        answer = ray.get(group.go_on.remote(out, context.report(answer, None)))
+    if isinstance(answer, BaseException):
+        raise answer

@@ -1,0 +1,216 @@
+"""Many runs of adapters on one frozen base, step by step together: one pass over the base for all of them.
+
+    K runs   P numbers of an adapter, ranks padded   D documents
+
+Each run is the loop of a run alone (`training`), with its own packs, schedule, validations, checkpoints and run
+directory. Only its steps are trained here, together with the others': every run's i-th pack of the step is in the i-th
+micro-batch. Gradient norm, clipping, the check for what is not finite, and AdamW are each run's own, as vectors over K.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind_ray.config.schema import OptimConfig
+from minimind_ray.data.batch import batch_from_packs
+from minimind_ray.data.pack import Pack
+from minimind_ray.model.fused_lora import AdapterStack, FusedTransformer
+from minimind_ray.model.transformer import Transformer
+from minimind_ray.train.context import Context, PlainContext
+from minimind_ray.train.loop import Report, Step, Training
+from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast
+
+
+class FusedContext(Context, Protocol):
+    """A run's host that is asked for its verdict later, when the other runs have reported too."""
+
+    def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+        """As `report`, without waiting."""
+        ...
+
+    def verdict(self) -> bool:
+        """Of what was posted last."""
+        ...
+
+
+class PlainFusedContext(PlainContext):
+    """One process, no Ray, which holds the base's `weights`, on `device`, for all its runs."""
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+        super().__init__(device)
+        self.weights = weights
+
+    def base_weights(self, directory: Path) -> Mapping[str, Tensor]:
+        """Not a copy."""
+        return self.weights
+
+    def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
+        """Nothing waits for it."""
+
+    def verdict(self) -> bool:
+        """Always worth it."""
+        return True
+
+
+@dataclass(eq=False)
+class Member:
+    """One run. `optimizer` holds the state of its AdamW, which is updated here; `error` is what the run raised."""
+
+    model: Transformer
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    config: OptimConfig
+    context: FusedContext
+    run: Training
+    asked: Step | Report | None = None
+    answer: StepResult | NonFiniteError | bool | None = None
+    error: BaseException | None = field(default=None, init=False)
+
+    def go_on(self) -> None:
+        """To what the run asks for next; None when it has ended."""
+        try:
+            self.asked = self.run.send(self.answer)
+        except StopIteration:
+            self.asked = None
+        except BaseException as error:
+            self.asked, self.error = None, error
+
+
+class Lockstep:
+    """The runs that are under way on a base whose `weights`, by name, all share."""
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        self.weights, self.device, self.dtype = weights, device, dtype
+        self.members: list[Member] = []
+        self.together: Together | None = None
+
+    def add(self, member: Member) -> None:
+        """A run that takes part from the next turn on."""
+        self.members.append(member)
+
+    def turn(self) -> list[Member]:
+        """Bring each run to its next step, and train that step of all at once; the runs that have ended instead."""
+        waiting = self.members
+        while waiting:
+            for member in waiting:
+                member.go_on()
+                if isinstance(member.asked, Report):
+                    member.context.post(member.asked.metrics, member.asked.checkpoint)
+            waiting = [member for member in waiting if isinstance(member.asked, Report)]
+            for member in waiting:
+                member.answer = member.context.verdict()
+        ended = [member for member in self.members if member.asked is None]
+        self.members = [member for member in self.members if member.asked is not None]
+        if self.members:
+            if self.together is None or self.together.members != self.members:
+                self.together = Together(self.members, self.weights, self.device, self.dtype)
+            steps = [member.asked for member in self.members if isinstance(member.asked, Step)]
+            for member, answer in zip(self.members, self.together.step(steps), strict=True):
+                member.answer = answer
+        return ended
+
+
+class Together:
+    """The adapters of K runs and the state of their optimizers, moved into arrays [K, P]; the runs keep views."""
+
+    def __init__(
+        self, members: Sequence[Member], weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.members, self.device, self.dtype = list(members), device, dtype
+        stack = AdapterStack([member.model for member in members])
+        self.values_KP, self.gradients_KP, self.mean_KP, self.square_KP = (stack.zeros() for _ in range(4))
+        # One for each parameter, as AdamW has it.
+        self.steps_KT = torch.zeros(len(members), 2 * len(stack.sizes), device=device)
+        for k, member in enumerate(members):
+            state = member.optimizer.state
+            places = zip(*(stack.of(k, array) for array in (self.values_KP, self.mean_KP, self.square_KP)), strict=True)
+            for step, ((parameter, value), (_, mean), (_, square)) in zip(self.steps_KT[k], places, strict=True):
+                value.copy_(parameter.data)
+                parameter.data = value
+                if before := state[parameter]:
+                    mean.copy_(before["exp_avg"])
+                    square.copy_(before["exp_avg_sq"])
+                    step.copy_(before["step"])
+                state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        self.model = FusedTransformer(members[0].model.shape, weights, stack, self.values_KP, dtype)
+        self.gradients = [matrix for matrices in stack.matrices(self.gradients_KP).values() for matrix in matrices]
+        self.settings = [self._column([getattr(m.config, name) for m in members]) for name in SETTINGS]
+
+    def step(self, steps: Sequence[Step]) -> list[StepResult | NonFiniteError]:
+        """Train one step of every run. Runs whose loss or gradient is not finite are left as they are."""
+        start = time.perf_counter()
+        self.gradients_KP.zero_()
+        counts = [sum(map(m.objective.count, step.packs)) for m, step in zip(self.members, steps, strict=True)]
+        names = ["loss", *self.members[0].objective.metrics]
+        sums_KM = torch.zeros(len(steps), len(names), dtype=torch.float64, device=self.device)
+        for packs in zip_longest(*(step.packs for step in steps)):
+            sums_KM += self._micro_batch(packs, counts, names)
+        norm_K = torch.linalg.vector_norm(self.gradients_KP, dim=1)
+        means_KM = sums_KM / self._column(counts)
+        good_K = norm_K.isfinite() & means_KM[:, 0].isfinite()
+        clip_K1, beta1_K1, beta2_K1, eps_K1, decay_K1 = self.settings
+        # A clip of 0 leaves gradients as they are.
+        factor_K1 = torch.where(clip_K1 > 0, (clip_K1 / (norm_K.unsqueeze(1) + 1e-6)).clamp(max=1.0), 1.0)
+        self.gradients_KP.mul_(factor_K1)
+        self.gradients_KP.masked_fill_(~good_K.unsqueeze(1), 0.0)
+        lr_K1 = self._column([step.lr for step in steps]) * good_K.unsqueeze(1)
+        self._adamw(lr_K1, beta1_K1, beta2_K1, eps_K1, decay_K1)
+        found = torch.cat((means_KM, norm_K.unsqueeze(1), good_K.unsqueeze(1)), 1).tolist()
+        tokens = [sum(len(p.tokens) - len(p.lengths) for p in step.packs) for step in steps]
+        per_token = (time.perf_counter() - start) / sum(tokens)
+        return [
+            StepResult(dict(zip(names, means)), norm, count, own, step.stop, per_token * own)
+            if good
+            else NonFiniteError(step.step, means[0], norm)
+            for (*means, norm, good), step, count, own in zip(found, steps, counts, tokens, strict=True)
+        ]
+
+    def _micro_batch(self, packs: Sequence[Pack | None], counts: Sequence[float], names: Sequence[str]) -> Tensor:
+        """Add to the gradients; the sums of loss and metrics, float64 [K, M]."""
+        vocabulary = self.model.shape.vocab_size
+        batch = batch_from_packs([pack for pack in packs if pack])
+        lengths = [0 if pack is None else len(pack.tokens) - len(pack.lengths) for pack in packs]
+        adapter_N = torch.from_numpy(np.repeat(np.arange(len(packs)), lengths))
+        batch = replace(batch, tokens_N=batch.tokens_N + vocabulary * adapter_N).to(self.device)
+        with autocast(self.device, self.dtype):
+            logp_D, counts_D = self.members[0].objective.log_probs(self.model, batch)
+        documents = [0 if pack is None else len(pack.lengths) for pack in packs]
+        parts: list[Sequence[Tensor | None]] = [logp_D.split(documents), counts_D.split(documents)]
+        parts.append([None] * len(packs) if batch.reference_D is None else batch.reference_D.split(documents))
+        total = torch.zeros((), device=self.device)
+        sums_KM = torch.zeros(len(packs), len(names), dtype=torch.float64, device=self.device)
+        for k, (member, (logp, count, reference)) in enumerate(zip(self.members, zip(*parts), strict=True)):
+            if packs[k]:
+                values = member.objective.of_documents(logp, count, reference)
+                total = total + values["loss"].sum() / counts[k]
+                sums_KM[k] = torch.stack([values[name].detach().sum() for name in names])
+        # Not `backward`, which wants the gradient of a view to be contiguous.
+        for gradient, found in zip(self.gradients, torch.autograd.grad(total, self.model.leaves), strict=True):
+            gradient.add_(found)
+        return sums_KM
+
+    @torch.no_grad()
+    def _adamw(self, lr_K1: Tensor, beta1_K1: Tensor, beta2_K1: Tensor, eps_K1: Tensor, decay_K1: Tensor) -> None:
+        """AdamW (Loshchilov & Hutter 2019, algorithm 2) with each run's own settings; adapters are all matrices."""
+        self.steps_KT += 1
+        steps_K1 = self.steps_KT[:, :1]
+        self.values_KP.mul_(1 - lr_K1 * decay_K1)
+        self.mean_KP.lerp_(self.gradients_KP, (1 - beta1_K1).expand_as(self.mean_KP))
+        self.square_KP.mul_(beta2_K1).add_(self.gradients_KP.square() * (1 - beta2_K1))
+        root_KP = self.square_KP.sqrt().div_((1 - beta2_K1**steps_K1).sqrt()).add_(eps_K1)
+        self.values_KP.sub_(self.mean_KP * (lr_K1 / (1 - beta1_K1**steps_K1)) / root_KP)
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device).unsqueeze(1)
+
+
+SETTINGS = ("clip", "beta1", "beta2", "eps", "weight_decay")

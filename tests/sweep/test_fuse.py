@@ -1,0 +1,66 @@
+"""Which sweeps train their trials together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.search import SearchConfig, search_config
+from minimind_ray.stages.run import run_here
+from minimind_ray.sweep.axes import parse_axis
+from minimind_ray.sweep.fuse import together
+from minimind_ray.sweep.plan import SweepPlan, plan_sweep
+from tests.jobs import make_config, make_job, start
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("fuse")
+    job = make_job(directory, rows=60, eval__samples=0, train__max_steps=1)
+    start(job)
+    run_here(job)
+    return directory
+
+
+def planned(base: Path, axes: dict[str, Any], search: dict[str, Any] | None = None, **settings: Any) -> SweepPlan:
+    config = make_config(base, "lora", 20, init_from=str(base / "run-pretrain"), **settings)
+    return plan_sweep(
+        base / "sweep", config, [parse_axis(k, v) for k, v in axes.items()], SearchConfig(**(search or {}))
+    )
+
+
+def test_a_number_is_taken_or_refused(base: Path) -> None:
+    axes = {"lora.rank": "2,4", "optim.lr": "1e-3,1e-2"}
+    assert together(planned(base, axes, {"fuse": 3})) == (3, "as asked for")
+    assert together(planned(base, axes, {"fuse": "off"}))[0] == 1
+    with pytest.raises(UserError, match=r"fuse is 3, but .* lora.targets is not the same in all trials"):
+        together(planned(base, {"lora.targets": ["square", "all-linear"]}, {"fuse": 3}))
+    with pytest.raises(UserError, match="pbt changes settings"):
+        together(planned(base, {"optim.lr": "1e-3,1e-2"}, {"fuse": 3, "scheduler": "pbt"}))
+    with pytest.raises(UserError, match="fuse"):
+        search_config({"fuse": 0})
+    assert search_config({"fuse": "4"}).fuse == 4 and search_config({"fuse": False}).fuse == "off"
+
+
+def test_auto_says_why(base: Path) -> None:
+    axes = {"lora.rank": "2,4", "optim.lr": "1e-3,1e-2"}
+    assert together(planned(base, axes, lora__dropout=0.1)) == (
+        1, "lora.dropout and lora.dora are not there for many adapters at once",
+    )  # fmt: skip
+    on_gpu = planned(base, axes, scale__gpus_per_worker=1.0)
+    assert together(on_gpu) == (4, "one trial's packs leave the GPU waiting")
+    large = planned(base, axes, scale__gpus_per_worker=1.0, data__pack_tokens=32768, batch__tokens=32768)
+    assert together(large) == (1, "one trial's packs keep the GPU busy")
+
+
+def test_points_that_are_not_known_yet(base: Path) -> None:
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    search = {"searcher": "optuna", "trials": 4, "fuse": 2}
+    assert together(planned(base, {"lora.rank": "int(2,8)"}, search)) == (2, "as asked for")
+    with pytest.raises(UserError, match="the points of lora.dropout are found while the sweep runs"):
+        together(planned(base, {"lora.dropout": "uniform(0.0,0.2)"}, search))
