@@ -55,6 +55,8 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
                     position = f.tell()
                     metrics = json.loads(line)
                     bar.update(task, completed=metrics["step"], line=progress_line(metrics, steps))
+                    if "warning" in metrics:
+                        console.print(f"warning: {metrics['warning']}", highlight=False, markup=False, soft_wrap=True)
                     if "val/loss" in metrics:
                         console.print(validation_line(metrics, steps), highlight=False, soft_wrap=True)
         if ending:

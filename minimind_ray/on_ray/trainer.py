@@ -51,6 +51,8 @@ NOTICE_SECONDS = 2.0
 class RayTrainContext:
     """A Ray Train worker."""
 
+    reads_checkpoints = False
+
     def __init__(self, run_dir: str) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -109,9 +111,9 @@ def train_on_ray(job: Job) -> None:
         interruptible(partial(_keep_going, job), files[0].touch)
     except Exception as error:
         if found := _user_error(error):
-            run.update(state="failed", error=str(found))
+            run.fail(str(found))
             raise found from None
-        run.update(state="failed", error=told(error), traceback=traceback.format_exc())
+        run.fail(told(error), traceback=traceback.format_exc())
         again = f", after {scale.max_failures} restart(s) with no checkpoint between (scale.max_failures)"
         raise UserError(
             f"a worker ended before the run did: {told(error)}{'' if files[0].exists() else again}; "

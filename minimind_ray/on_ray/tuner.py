@@ -114,9 +114,10 @@ class TuneContext:
     rank = 0
     world_size = 1
 
-    def __init__(self, job: Job, metric: str, stop_file: Path, bases: Mapping[str, ray.ObjectRef]) -> None:
+    def __init__(self, job: Job, search: Search, stop_file: Path, bases: Mapping[str, ray.ObjectRef]) -> None:
         self.device = default_device()
-        self.steps, self.metric, self.stop_file, self.bases = job.plan.steps, metric, stop_file, bases
+        self.steps, self.metric, self.stop_file, self.bases = job.plan.steps, search.metric, stop_file, bases
+        self.reads_checkpoints = search.scheduler == "pbt"
         self.reports: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self.verdicts: SimpleQueue[bool] = SimpleQueue()
         self.stopping = self.closed = False
@@ -174,7 +175,7 @@ class _Trial(tune.Trainable):
         config_here = load_config(job.config.stage, overrides={**job.config.model_dump(), **point})
         self.job: Job = job.with_config(config_here)
         self.run = RunDirectory(self.job.config.out)
-        self.context = TuneContext(self.job, self.search.metric, self.stop_file, self.bases)
+        self.context = TuneContext(self.job, self.search, self.stop_file, self.bases)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.latest: dict[str, Any] = {"percent": 0.0}
@@ -232,7 +233,7 @@ class _Trial(tune.Trainable):
         try:
             self._train()
         except BaseException as error:
-            self.run.update(state="failed", error=told(error), traceback=traceback.format_exc())
+            self.run.fail(told(error), traceback=traceback.format_exc())
             self.error = error
         finally:
             self.context.reports.put(None)
@@ -481,7 +482,7 @@ class _Watcher(tune.Callback):
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
             error = trial.get_error()
-            run.update(state="failed", error=f"its process ended{f': {told(error)}' if error else ''}")
+            run.fail(f"its process ended{f': {told(error)}' if error else ''}")
         self.watch(run.path, "ended", {})
 
 

@@ -190,5 +190,5 @@ def run_here(job: Job) -> None:
         with context.stop_on_interrupt():
             job.run(context, job.data(context))
     except Exception as error:
-        RunDirectory(job.config.out).update(state="failed", error=str(error))
+        RunDirectory(job.config.out).fail(str(error))
         raise

@@ -15,6 +15,7 @@ from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.preference import Preference
 from minimind_ray.train.context import Context
 from minimind_ray.train.run import resolve_model
+from minimind_ray.train.writer import HostCopy, Write
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -86,11 +87,12 @@ class WholeModel:
     """Checkpoints of all weights, as a Hugging Face model directory."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.copy = model, tokenizer, HostCopy()
 
-    def save(self, directory: Path) -> None:
+    def snapshot(self) -> Write:
         """Weights, config and tokenizer."""
-        save_model(self.model, self.tokenizer, directory)
+        weights = self.copy(dict(self.model.named_parameters()))
+        return lambda directory: save_model(self.model, self.tokenizer, directory, weights)
 
     def load(self, directory: Path) -> None:
         """The weights of a checkpoint of the same model."""

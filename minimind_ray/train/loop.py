@@ -6,13 +6,15 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
@@ -22,7 +24,7 @@ from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.generate import generate
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.wandb import mark_failure, open_tracker
-from minimind_ray.train.checkpoint import load_resume, save_resume
+from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
 from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision
 from minimind_ray.train.evaluate import Evaluation, evaluate
 from minimind_ray.train.ledger import Ledger
@@ -31,6 +33,7 @@ from minimind_ray.train.run import RunDirectory, resolve_model, sound
 from minimind_ray.train.schedule import lr_factor
 from minimind_ray.train.step import NonFiniteError, Objective, autocast, training_step
 from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
+from minimind_ray.train.writer import CheckpointWriter, HostCopy, Write
 
 
 class Plan(Protocol):
@@ -65,12 +68,12 @@ class TrainingData:
 class Weights(Protocol):
     """How a stage's result is written and read: a whole model or an adapter."""
 
-    def save(self, directory: Path) -> None:
-        """Write what transformers or peft loads."""
+    def snapshot(self) -> Write:
+        """Copy the weights; what it returns writes them as transformers or peft loads them, until the next snapshot."""
         ...
 
     def load(self, directory: Path) -> None:
-        """Put back what `save` wrote."""
+        """Put back what was written."""
         ...
 
 
@@ -128,8 +131,9 @@ def fit(
     eval_every = config.eval.every or max(1, plan.steps // 10)
     checkpoint_every = config.checkpoint.every or eval_every
     validate = Validation(model, objective, config, context, data.val, tokenizer, dtype)
-    tracker = None
+    tracker, writer, optimizer_copy = None, None, HostCopy()
     if main:
+        writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
         run.forget_after(progress.step)
         base = resolve_model(config.init_from) if config.init_from else None
         tracker = open_tracker(config, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)
@@ -149,6 +153,8 @@ def fit(
                 stop=context.should_stop() or (tracker is not None and tracker.stop_requested),
             )  # fmt: skip
         except NonFiniteError as error:
+            if writer:
+                writer.settle()
             _keep_documents(run, error.step, context.rank, packs, tokenizer)
             raise UserError(
                 f"step {error.step + 1}: the loss is {error.loss} and the gradient norm {error.grad_norm}; training "
@@ -168,7 +174,9 @@ def fit(
         evaluation = validate() if validating else None
         if evaluation:
             metrics |= {f"val/{name}": value for name, value in evaluation.means.items()}
-        if main:
+        if writer:
+            if warning := writer.news():
+                metrics["warning"] = warning
             # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
             run.append("metrics.jsonl", metrics)
             samples: list[str] = []
@@ -179,15 +187,23 @@ def fit(
                 tracker.log(metrics, samples)
         if saving:
             progress.ledger = ledger.gather()
+            if writer:  # One at a time; and where the last one was lost, the best is another.
+                progress.best, progress.best_value = writer.settle()
             # Without validation data the last is the best; with them only what was validated can be.
             value = evaluation.means["loss"] if evaluation else math.nan if data.val else -float(progress.step)
-            if value <= progress.best_value:
+            better = value <= progress.best_value
+            if better:
                 progress.best, progress.best_value = progress.checkpoint, value
-                if main and evaluation:
-                    evaluation.write(run.path / "validation.parquet")
-            if main:
-                run.save_checkpoint(progress.checkpoint, lambda path: _write(path, model, optimizer, weights, progress))
-                run.prune(config.checkpoint.keep, progress.best)
+            if writer:
+                tensors = optimizer_copy(optimizer_tensors(model, optimizer))
+                writer.save(
+                    progress.checkpoint,
+                    partial(_write, weights.snapshot(), tensors, asdict(progress)),
+                    (progress.best, progress.best_value),
+                    evaluation.write if better and evaluation else None,
+                )
+                if context.reads_checkpoints:
+                    writer.settle()
         if validating or saving:
             worth_it = context.report(metrics, str(run.checkpoint_path(progress.checkpoint)) if saving else None)
             meter.restart()
@@ -197,7 +213,9 @@ def fit(
         if result.stop and progress.step < plan.steps:
             state = "stopped"
             break
-    if main:
+    if writer:
+        writer.close()
+        run.write_lines()
         best = run.checkpoint_path(progress.best) if progress.best else next(reversed(run.checkpoints()), None)
         result = best and str(best.relative_to(run.path))
         run.update(state=state, steps=progress.step, tokens=progress.tokens, result=result)
@@ -205,11 +223,9 @@ def fit(
             tracker.finish(state, best)
 
 
-def _write(
-    directory: Path, model: Transformer, optimizer: torch.optim.Optimizer, weights: Weights, progress: Progress
-) -> None:
-    weights.save(directory)
-    save_resume(directory, model, optimizer, asdict(progress))
+def _write(weights: Write, optimizer: Mapping[str, Tensor], state: dict[str, Any], directory: Path) -> None:
+    weights(directory)
+    save_resume(directory, optimizer, state)
 
 
 def last_sound_checkpoint(run: RunDirectory) -> Path | None:

@@ -18,7 +18,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +31,7 @@ from minimind_ray.config.load import read_yaml, to_yaml
 from minimind_ray.config.schema import Config
 
 CHECKPOINT_SUMS = "resume/sums.json"
+UNFINISHED = ".writing-"
 # What may change between stop and resume without making it another run.
 FREE_KEYS = ("scale.", "eval.", "checkpoint.", "track.", "out", "data.cache_dir")
 
@@ -38,6 +41,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._unwritten: dict[str, bytes] = {}
+        self._lock = threading.Lock()
 
     def create(self, config: Config, facts: dict[str, Any], *, resume: bool) -> None:
         """Make the directory, or with `resume` go on in one that holds the same run.
@@ -82,10 +87,32 @@ class RunDirectory:
         info = {**self.info(), **facts, "updated": datetime.now(UTC).isoformat(timespec="seconds")}
         write_atomically(self.path / "run.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
+    def fail(self, error: str, **facts: Any) -> None:
+        """Note in run.json that the run failed, if the disk takes it: what is wrong is told in any case."""
+        with suppress(OSError):
+            self.update(state="failed", error=error, **facts)
+
     def append(self, name: str, line: dict[str, Any]) -> None:
-        """Add one line to a .jsonl file of the run."""
-        with (self.path / name).open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        """Add one line to a .jsonl file of the run. What a full disk does not take waits for the next line."""
+        with self._lock:
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            self._unwritten[name] = self._unwritten.get(name, b"") + text.encode()
+        with suppress(OSError):
+            self.write_lines()
+
+    def write_lines(self) -> None:
+        """Write the lines that wait. Raises OSError where the disk does not take them; none is written in part."""
+        with self._lock:
+            for name, lines in list(self._unwritten.items()):
+                with (self.path / name).open("ab", buffering=0) as f:
+                    size, done = f.tell(), 0
+                    try:
+                        while done < len(lines):
+                            done += f.write(lines[done:])
+                    except OSError:
+                        f.truncate(size)
+                        raise
+                del self._unwritten[name]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that is not whole yet is left out."""
@@ -111,19 +138,37 @@ class RunDirectory:
         """Where the checkpoint of that name lies."""
         return self.path / "checkpoints" / name
 
-    def save_checkpoint(self, name: str, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a directory, then put it in place at once, with the sums of its files."""
+    def save_checkpoint(
+        self, name: str, write: Callable[[Path], None], validation: Callable[[Path], None] | None = None
+    ) -> None:
+        """Let `write` fill a directory, then put it in place at once, with the sums of its files.
+
+        `validation` writes the validation.parquet that belongs to it. When anything of it fails, all is as before.
+        """
         target = self.checkpoint_path(name)
-        temporary = target.with_name(f".writing-{target.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "resume").mkdir(parents=True)
-        write(temporary)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        sums = {str(p.relative_to(temporary)): file_sha256(p) for p in files}
-        write_atomically(temporary / CHECKPOINT_SUMS, json.dumps(sums, indent=2))
-        for p in files:
-            with p.open("rb") as f:
-                os.fsync(f.fileno())
+        temporary, examples = target.with_name(f"{UNFINISHED}{name}"), self.path / f"{UNFINISHED}validation.parquet"
+        for path in target.parent.glob(f"{UNFINISHED}*"):  # of a process that was killed
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            (temporary / "resume").mkdir(parents=True)
+            write(temporary)
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            self.write_lines()
+            sums = {str(p.relative_to(temporary)): file_sha256(p) for p in files}
+            write_atomically(temporary / CHECKPOINT_SUMS, json.dumps(sums, indent=2))
+            if validation:
+                validation(examples)
+                files.append(examples)
+            for p in (*files, temporary / CHECKPOINT_SUMS):
+                with p.open("rb") as f:
+                    os.fsync(f.fileno())
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            examples.unlink(missing_ok=True)
+            raise
+        # Before the checkpoint: a run that is killed here writes both again.
+        if validation:
+            examples.replace(self.path / "validation.parquet")
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -215,8 +260,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` at once: a reader sees the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def file_sha256(path: Path) -> str:
