@@ -31,7 +31,9 @@ from ray.train.v2.api.exceptions import PreemptionError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
+from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.on_ray.ingest import read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
@@ -39,7 +41,7 @@ from minimind_ray.on_ray.session import interruptible, require_cpus, room, worke
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
-from minimind_ray.train.run import RunDirectory, write_atomically
+from minimind_ray.train.run import RunDirectory
 from minimind_ray.train.step import all_reduce_sums
 
 # Files in the run directory, which all nodes see. The driver asks for the end of the run by the one, and of an attempt
@@ -57,7 +59,8 @@ class RayTrainContext:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
-        self.stop_file, self.again_file = (Path(run_dir) / name for name in (STOP_FILE, AGAIN_FILE))
+        self.again_file = flag(run_dir, AGAIN_FILE)
+        self.flags = [watched(flag(run_dir, STOP_FILE)), watched(self.again_file)]
         self.steps, self.look_after, self.looked = 0, 1, time.monotonic()
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
@@ -70,9 +73,9 @@ class RayTrainContext:
         self.steps += 1
         if self.steps == self.look_after and (info := self._notice()):
             if self.rank == 0:
-                write_atomically(self.again_file, json.dumps(info.preempted_node_ids))
+                self.again_file.write_text(json.dumps(info.preempted_node_ids))
             return True
-        return self.rank == 0 and (self.stop_file.exists() or self.again_file.exists())
+        return self.rank == 0 and any(up() for up in self.flags)
 
     def _notice(self) -> ray.train.PreemptionInfo | None:
         """Ask Ray Train. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
@@ -104,7 +107,7 @@ def train_on_ray(job: Job) -> None:
     scale, run = job.config.scale, RunDirectory(job.config.out)
     # Ray Data hangs without a CPU of its own beside the workers'.
     require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
-    files = [run.path / STOP_FILE, run.path / AGAIN_FILE]
+    files = [flag(run.where, STOP_FILE), flag(run.where, AGAIN_FILE)]
     for file in files:
         file.unlink(missing_ok=True)
     try:
@@ -117,7 +120,7 @@ def train_on_ray(job: Job) -> None:
         again = f", after {scale.max_failures} restart(s) with no checkpoint between (scale.max_failures)"
         raise UserError(
             f"a worker ended before the run did: {told(error)}{'' if files[0].exists() else again}; "
-            f"{run.path}/run.json has the traceback. What was saved is kept: the same command with --resume goes on "
+            f"{run.where}/run.json has the traceback. What was saved is kept: the same command with --resume goes on "
             "from the last checkpoint"
         ) from error
     finally:
@@ -130,7 +133,7 @@ def train_on_ray(job: Job) -> None:
 def _keep_going(job: Job) -> None:
     """Attempts until the run has ended, as it should or by the last loss that `scale.max_failures` allows."""
     scale, run = job.config.scale, RunDirectory(job.config.out)
-    stop_file, again_file = run.path / STOP_FILE, run.path / AGAIN_FILE
+    stop_file, again_file = flag(run.where, STOP_FILE), flag(run.where, AGAIN_FILE)
     failures, most, gone = 0, scale.most, set[str]()
     while True:
         before = _steps_done(run)
@@ -143,7 +146,7 @@ def _keep_going(job: Job) -> None:
                 _attempt(job, workers)
             if stop_file.exists() or not again_file.exists():
                 return
-            named = set(json.loads(again_file.read_text(encoding="utf-8") or "[]"))
+            named = set(json.loads(again_file.read_text() or "[]"))
             why = f"notice was given for {len(named)} node(s)" if named else "the cluster has room for more workers"
             gone |= named
             failures, most = 0, scale.most
@@ -167,7 +170,7 @@ def _keep_going(job: Job) -> None:
         print(f"{why}; going on from step {restart['step']}", file=sys.stderr)
 
 
-def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Path) -> int | None:
+def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> int | None:
     """How many workers to start, once the cluster's nodes but those `gone` have room; None: asked to stop meanwhile."""
     told_so = False
     while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
@@ -182,7 +185,7 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Path) -> i
 
 
 @contextmanager
-def _looking_for_room(scale: ScaleConfig, workers: int, gone: Collection[str], again_file: Path) -> Iterator[None]:
+def _looking_for_room(scale: ScaleConfig, workers: int, gone: Collection[str], again_file: Flag) -> Iterator[None]:
     """While inside, look every `scale.resize_seconds` for room for more workers, and if there is, end the attempt."""
     ended = threading.Event()
 
@@ -221,7 +224,7 @@ def _attempt(job: Job, workers: int) -> None:
         run_config=ray.train.RunConfig(
             # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
             name=f"attempt-{time.time_ns()}",
-            storage_path=str(Path(job.config.out) / ".ray"),
+            storage_path=join(job.config.out, ".ray"),
             worker_runtime_env={"env_vars": ONE_ARENA},
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0

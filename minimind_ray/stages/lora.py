@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minimind_ray.config.schema import Config
+from minimind_ray.data.storage import url_of
 from minimind_ray.model.checkpoint import weights_fingerprint
 from minimind_ray.model.lora import adapter_weights, add_lora, load_adapter, save_adapter
 from minimind_ray.model.transformer import Transformer
@@ -35,7 +36,7 @@ class Adapter:
     def snapshot(self) -> Write:
         """The adapters."""
         weights = self.copy(adapter_weights(self.model))
-        return lambda directory: save_adapter(self.model, directory, self.base, self.fingerprint, weights)
+        return lambda directory: save_adapter(self.model, directory, url_of(self.base), self.fingerprint, weights)
 
     def load(self, directory: Path) -> None:
         """The adapters of a checkpoint on the same base."""

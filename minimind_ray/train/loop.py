@@ -118,7 +118,8 @@ def fit(
         UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory.
     """
     keep_freed_memory()
-    run, plan, main = RunDirectory(config.out), data.plan, context.rank == 0
+    plan, main = data.plan, context.rank == 0
+    run = RunDirectory(config.out, writes=main)
     dtype = resolve_precision(config.train.precision, context.device)
     optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
     progress = Progress()
@@ -136,7 +137,8 @@ def fit(
         writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
         run.forget_after(progress.step)
         base = resolve_model(config.init_from) if config.init_from else None
-        tracker = open_tracker(config, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)
+        here = config.model_copy(update={"out": str(run.path)})
+        tracker = open_tracker(here, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)
         if tracker:
             run.update(wandb=tracker.identity)
     meter = Meter(model.shape, context, dtype)
@@ -158,7 +160,7 @@ def fit(
             _keep_documents(run, error.step, context.rank, packs, tokenizer)
             raise UserError(
                 f"step {error.step + 1}: the loss is {error.loss} and the gradient norm {error.grad_norm}; training "
-                f"stopped before the weights were touched. The step's documents are in {run.path}/nonfinite-*.jsonl, "
+                f"stopped before the weights were touched. The step's documents are in {run.where}/nonfinite-*.jsonl, "
                 "the last good checkpoint is kept. Try a lower optim.lr, or train.precision float32"
             ) from None
         epoch = plan.epoch(progress.step)
@@ -229,9 +231,9 @@ def _write(weights: Write, optimizer: Mapping[str, Tensor], state: dict[str, Any
 
 
 def last_sound_checkpoint(run: RunDirectory) -> Path | None:
-    """The newest checkpoint whose sums hold; damaged ones after it are named on stderr and passed over."""
+    """The newest checkpoint whose sums hold, here; damaged ones after it are named on stderr and passed over."""
     for checkpoint in reversed(run.checkpoints()):
-        if sound(checkpoint):
+        if sound(run.fetch(checkpoint)):
             return checkpoint
         print(f"{checkpoint} is damaged (its sums do not hold); going on from the one before", file=sys.stderr)
     return None

@@ -66,13 +66,14 @@ class CheckpointWriter:
             return
         self.lost, self.best = None, best
         self.run.prune(self.keep, best[0])
+        self.run.changed()
 
     def news(self) -> str | None:
-        """What there is to tell of a checkpoint since the last call. Raises what went wrong otherwise."""
+        """What there is to tell of checkpoints and the store since the last call. Raises what went wrong otherwise."""
         if self._writing and self._writing.done():
             self.settle()
         news, self._news = self._news, None
-        return news
+        return news or self.run.news()
 
     def settle(self) -> tuple[str | None, float]:
         """Wait for the checkpoint that is being written; the best one there is then, and its loss."""

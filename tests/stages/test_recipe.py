@@ -43,7 +43,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def run(recipe: Path, capsys: pytest.CaptureFixture[str], **overrides: Any) -> str:
     keys = {key.replace("__", "."): value for key, value in overrides.items()}
-    run_recipe(recipe, recipe.parent / "data", recipe.parent / "out", keys, ray=False)
+    run_recipe(recipe, recipe.parent / "data", str(recipe.parent / "out"), keys, ray=False)
     return capsys.readouterr().out
 
 
