@@ -20,6 +20,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.data import storage
 from minimind_ray.data.files import locate
 from minimind_ray.stages.run import Job, run_here
+from minimind_ray.train.bundle import pack, unpack
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory, file_sha256, resolve_model
 from tests.jobs import make_job, start
@@ -100,6 +101,8 @@ def test_a_run_in_a_store_is_the_run_on_a_local_disk(store: Store, local: Path, 
         start(job)
     command = CliRunner().invoke(app, ["verify", "checkpoint", URL])
     assert command.exit_code == 0 and command.output.startswith(f"{URL}/checkpoints/step-")
+    fetched = {str(path.relative_to(tmp_path / "home")) for path in unpack(pack(URL), tmp_path / "home")}
+    assert fetched == {"config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "validation.parquet"}
     command = CliRunner().invoke(app, ["runs", "s3://bucket"])
     assert command.exit_code == 0 and "finished" in command.output and "s3://bucket/run" in command.output
     command = CliRunner().invoke(app, ["generate", f"{URL}/{result}", "--prompt", "The", "--max-new-tokens", "4"])
