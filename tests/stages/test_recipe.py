@@ -91,7 +91,7 @@ def test_overrides_name_a_key_or_a_stage_and_a_key(recipe: Path) -> None:
 
     def config(index: int, **overrides: Any) -> Any:
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
-        return stage_config(parsed, index, recipe.parent, None, recipe.parent, keys)
+        return stage_config(parsed, index, str(recipe.parent), None, recipe.parent, keys)
 
     assert config(2, dpo__beta=0.7).dpo.beta == 0.7
     assert config(2, dpo__dpo__beta=0.7).dpo.beta == 0.7

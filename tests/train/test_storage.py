@@ -19,6 +19,7 @@ from minimind_ray.cli.main import app
 from minimind_ray.config.errors import UserError
 from minimind_ray.data import storage
 from minimind_ray.data.files import locate
+from minimind_ray.stages.recipe import set_aside
 from minimind_ray.stages.run import Job, run_here
 from minimind_ray.train.bundle import pack, unpack
 from minimind_ray.train.context import PlainContext
@@ -211,6 +212,32 @@ def test_a_store_that_stays_down_loses_nothing(
     assert f"checkpoints/step-00000012/{storage.MARK}" in names(bucket, "bucket/runs/x")
     run_here(job)
     check_same(local, bucket)
+
+
+def test_a_run_that_is_done_anew_is_set_aside(store: Store) -> None:
+    for number in (1, 2):
+        run = RunDirectory(URL)
+        run.write("config.yaml", f"number: {number}\n")
+        assert set_aside(run) == f"{URL}.before-{number}"
+        assert not run.file("config.yaml").exists()
+    assert names(store.open(), "bucket/runs") == {"x.before-1/config.yaml", "x.before-2/config.yaml"}
+    assert "number: 1" in RunDirectory(f"{URL}.before-1").file("config.yaml").read_text()
+
+
+def test_flags_are_seen_from_elsewhere(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "LOOK_S", 0.05)
+    sign = storage.flag(URL, ".stop")
+    up = storage.watched(storage.flag(URL, ".stop"))
+    assert not sign.exists() and not up()
+    sign.write_text("nodes")
+    assert sign.exists() and storage.flag(URL, ".stop").read_text() == "nodes"
+    deadline = time.monotonic() + 10
+    while not up() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert up()
+    sign.unlink()
+    sign.unlink()
+    assert not sign.exists()
 
 
 def test_what_a_store_holds_cannot_lead_out_of_the_copy(
