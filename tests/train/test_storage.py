@@ -44,7 +44,8 @@ def locate_impatiently(url: str) -> tuple[fs.FileSystem, str]:
     if not url.startswith("s3://"):
         return locate(url)
     once = fs.AwsStandardS3RetryStrategy(max_attempts=1)
-    return fs.S3FileSystem(retry_strategy=once), url.removeprefix("s3://")
+    s3 = fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], retry_strategy=once)
+    return s3, url.removeprefix("s3://")
 
 
 @pytest.fixture
