@@ -37,7 +37,7 @@ def bad(run: Path) -> dict[str, str]:
 def test_a_sound_checkpoint_passes(trained: Path) -> None:
     assert bad(trained) == {}
     result = CliRunner().invoke(app, ["verify", "checkpoint", str(trained)])
-    assert result.exit_code == 0 and result.output.count("ok ") == 4
+    assert result.exit_code == 0 and result.output.count("ok ") == 5
 
 
 @pytest.mark.unit
