@@ -83,7 +83,7 @@ def test_every_shipped_experiment_loads() -> None:
             recipe = read_recipe(path)
             for i in range(len(recipe.stages)):
                 base = {} if i or recipe.stages[0].name == "pretrain" else {"init_from": "runs/base"}
-                stage_config(recipe, i, Path("runs"), "tokenizer", Path("data"), base).packs_per_step()
+                stage_config(recipe, i, "runs", "tokenizer", Path("data"), base).packs_per_step()
             recipes.append(path.name)
         else:
             stage = path.stem

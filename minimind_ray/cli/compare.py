@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    sweeps: Annotated[list[Path], typer.Argument(metavar="SWEEP…", help="sweep directories, as tune makes them")],
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP…", help="sweep directories, as tune makes them")],
     json: Annotated[bool, typer.Option("--json", help="machine-readable, all that is known")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="machine-readable, one line per point")] = False,
 ) -> None:
@@ -43,12 +42,13 @@ def compare(
 
 
 def report(
-    sweep: Annotated[Path, typer.Argument(help="sweep directory, as tune makes it")],
+    sweep: Annotated[str, typer.Argument(help="sweep directory, as tune makes it")],
 ) -> None:
     """Write report.html, one self-contained page, and report.png into the sweep's directory."""
+    from minimind_ray.data.storage import url_of
     from minimind_ray.sweep.report import write_report
 
-    print(write_report(sweep))
+    print(url_of(write_report(sweep)))
 
 
 def print_comparison(comparison: Comparison) -> None:

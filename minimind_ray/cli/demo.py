@@ -37,7 +37,8 @@ def demo(
     if not recipe.exists():
         raise UserError(f"{recipe} is missing: the demo runs from a checkout of the repository")
     write_demo(out / "data")
-    runs = run_recipe(recipe, out / "data", out / "runs", {}, ray=ray)
+    runs = out / "runs"
+    run_recipe(recipe, out / "data", str(runs), {}, ray=ray)
     sweep_beta(out, runs, console)
     ask_questions(out, runs, console)
     console.print(f"the demo took {time.monotonic() - started:.0f} s; all of it is in {out}")
@@ -67,7 +68,7 @@ def sweep_beta(out: Path, runs: Path, console: Console) -> None:
     data = out / "data" / "dpo"
     flags = {"train": str(data / "train.jsonl"), "val": str(data / "val.jsonl"), "init_from": str(runs / "sft")}
     sweep = EXPERIMENTS / "sweeps" / "quickstart.yaml"
-    run_plan(new_plan(None, sweep, [], [], [], flags, {}, path), resume=False)
+    run_plan(new_plan(None, sweep, [], [], [], flags, {}, str(path)), resume=False)
 
 
 def ask_questions(out: Path, runs: Path, console: Console) -> None:

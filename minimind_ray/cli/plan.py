@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,10 +46,11 @@ def plan(config: Config) -> dict[str, str]:
     from minimind_ray.stages.start import load_tokenizer, model_shape, require_base
     from minimind_ray.train.context import default_device, resolve_precision
     from minimind_ray.train.footprint import footprint
+    from minimind_ray.train.run import RunDirectory
     from minimind_ray.train.throughput import parameter_counts, training_flops_per_token
 
     config = resolve_paths(config)
-    data, scale, out = config.data, config.scale, Path(config.out)
+    data, scale, run = config.data, config.scale, RunDirectory(config.out)
     packs_per_step = config.packs_per_step()
     if config.stage != "pretrain":
         require_base(config)
@@ -89,7 +89,7 @@ def plan(config: Config) -> dict[str, str]:
         f"gradients + {_size(memory.optimizer)} AdamW + {_size(memory.activations)} activations of a pack (estimated)",
         "workers": f"{scale.workers}, each with {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs; one "
         f"more CPU for the data; matrix products in {str(dtype).removeprefix('torch.')} where hardware is as here",
-        "run": f"{out}{', which holds a run already' if (out / 'config.yaml').exists() else ''}",
+        "run": f"{run.where}{', which holds a run already' if run.file('config.yaml').exists() else ''}",
     }
     if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
         lines["reference"] = "one forward pass over the data first, unless it was made for this data and base before"

@@ -6,16 +6,17 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from minimind_ray.data.files import join
+from minimind_ray.data.storage import StoreError
 from minimind_ray.stages.run import Job
 from minimind_ray.sweep.text import duration_text
 from minimind_ray.track.wandb import sync_command
-from minimind_ray.train.run import RunDirectory, read_jsonl
+from minimind_ray.train.run import RunDirectory
 
 
 @contextmanager
@@ -43,9 +44,13 @@ def watching(job: Job, console: Console) -> Iterator[None]:
 def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) -> None:
     steps = job.plan.steps
     task = bar.add_task(job.config.stage, total=steps, line="starting")
-    path, position = Path(job.config.out) / "metrics.jsonl", 0
+    run, position = RunDirectory(job.config.out), 0
     while True:
-        ending = stop.wait(0.25)
+        ending = stop.wait(run.poll_seconds)
+        try:
+            path = run.file("metrics.jsonl")
+        except StoreError:  # The run tells of it when it matters.
+            continue
         if path.exists():
             if path.stat().st_size < position:
                 position = 0  # A restart has dropped the lines after its checkpoint.
@@ -55,6 +60,8 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
                     position = f.tell()
                     metrics = json.loads(line)
                     bar.update(task, completed=metrics["step"], line=progress_line(metrics, steps))
+                    if "warning" in metrics:
+                        console.print(f"warning: {metrics['warning']}", highlight=False, markup=False, soft_wrap=True)
                     if "val/loss" in metrics:
                         console.print(validation_line(metrics, steps), highlight=False, soft_wrap=True)
         if ending:
@@ -79,16 +86,18 @@ def validation_line(metrics: dict[str, Any], steps: int) -> str:
     return f"{progress_line(metrics, steps)}  | validation: {values}"
 
 
-def print_result(out: Path, console: Console) -> None:
+def print_result(out: str, console: Console) -> None:
     """How the run ended, samples, and where the model is."""
     run = RunDirectory(out)
     info = run.info()
     console.print(f"{info['state']} after {info['steps']} steps, {info['tokens']:,} tokens", highlight=False)
-    for samples in list(read_jsonl(out / "samples.jsonl"))[-1:]:
+    for samples in list(run.samples())[-1:]:
         for text in samples["samples"]:
             console.print(f"  sample: {text!r}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"model: {out / info['result']}", highlight=False, soft_wrap=True)
-    if command := sync_command(out):
+    console.print(f"model: {join(run.where, info['result'])}", highlight=False, soft_wrap=True)
+    if run.mirror:
+        run.mirror.pull("wandb")
+    if command := sync_command(run.path):
         console.print(f"W&B, kept offline: {command}", highlight=False, soft_wrap=True)
     if info["state"] == "stopped":
         console.print("go on with the same command and --resume", highlight=False)

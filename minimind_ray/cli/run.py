@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as experiments/zero.yaml")],
     data_dir: Annotated[Path | None, typer.Option(help="where the recipe's data lies; default: what it says")] = None,
-    out: Annotated[Path | None, typer.Option(help="directory for all stages; default: runs/<recipe's name>")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="directory or URL for all stages; default: runs/<recipe's name>")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="[STAGE.]KEY=VALUE", help="any config key, for all stages or the one named"),
@@ -36,8 +38,8 @@ def run(
     run_recipe(recipe, data_dir, out, overrides, ray=ray)
 
 
-def run_recipe(path: Path, data_dir: Path | None, out: Path | None, overrides: dict[str, Any], *, ray: bool) -> Path:
-    """Run a recipe file, telling of each stage what is done and why; the directory of its runs.
+def run_recipe(path: Path, data_dir: Path | None, out: str | None, overrides: dict[str, Any], *, ray: bool) -> None:
+    """Run a recipe file, telling of each stage what is done and why.
 
     Stops after a stage that was interrupted.
     """
@@ -45,20 +47,21 @@ def run_recipe(path: Path, data_dir: Path | None, out: Path | None, overrides: d
 
     from minimind_ray.cli.train import host
     from minimind_ray.config.paths import input_path, output_path
+    from minimind_ray.data.files import join
     from minimind_ray.stages.recipe import read_recipe, stage_config
     from minimind_ray.stages.run import resolve_paths
 
     console = Console(highlight=False, soft_wrap=True)
     recipe = read_recipe(path)
-    out = Path(output_path(out or recipe.out or f"runs/{recipe.name}"))
+    out = output_path(out or recipe.out or f"runs/{recipe.name}")
     data_dir = Path(input_path(data_dir or recipe.data_dir))
     tokenizer = recipe.tokenizer
     config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
-    directory = tokenizer if isinstance(tokenizer, str) else str(out / "tokenizer") if tokenizer else None
+    directory = tokenizer if isinstance(tokenizer, str) else join(out, "tokenizer") if tokenizer else None
     # All configs are read before anything starts, so that a wrong key in the last stage is found now.
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
     if not isinstance(tokenizer, str) and tokenizer:
-        _make_tokenizer(tokenizer, out / "tokenizer", data_dir, console)
+        _make_tokenizer(tokenizer, join(out, "tokenizer"), data_dir, console)
     largest = max((c.scale for c in configs), key=lambda scale: scale.most * scale.cpus_per_worker)
     with host(largest, ray=ray) as (work, run_job):
         for step, config in zip(recipe.stages, configs):
@@ -66,7 +69,6 @@ def run_recipe(path: Path, data_dir: Path | None, out: Path | None, overrides: d
             if not _run_stage(config, work, run_job, console):
                 console.print(f"stopped; the same command goes on with {step.name}")
                 raise typer.Exit(130)
-    return out
 
 
 def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> bool:
@@ -87,21 +89,27 @@ def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> boo
     begin(job, resume=decision.action == "resume")
     with watching(job, console):
         run_job(job)
-    print_result(run.path, console)
+    print_result(run.where, console)
     return run.info()["state"] == "finished"
 
 
-def _make_tokenizer(step: TokenizerStep, directory: Path, data_dir: Path, console: Console) -> None:
+def _make_tokenizer(step: TokenizerStep, where: str, data_dir: Path, console: Console) -> None:
     from minimind_ray.cli import tokenizer
     from minimind_ray.data.records import discover
+    from minimind_ray.data.storage import copy_of, mirror_of
 
     paths = [step.train] if isinstance(step.train, str) else step.train
     files = [path if "://" in path else f"{data_dir}/{path}" for path in paths]
     sources = [[source.path, source.size, source.version] for source in discover(files)]
     made_from = {"sources": sources, "vocab_size": step.vocab_size, "max_bytes": step.max_bytes}
+    mirror, directory = mirror_of(where), copy_of(where)
+    if mirror:
+        mirror.pull()
     record = directory / "made_from.json"
     if record.exists() and json.loads(record.read_text()) == made_from:
-        console.print(f"tokenizer: {directory} is there and its sources are unchanged")
+        console.print(f"tokenizer: {where} is there and its sources are unchanged")
         return
     tokenizer.train(files, directory, step.vocab_size, step.max_bytes)
     record.write_text(json.dumps(made_from, indent=2))
+    if mirror:
+        mirror.put(*sorted(path.name for path in directory.iterdir() if path != record), record.name)

@@ -9,15 +9,19 @@ import typer
 
 
 def runs(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="look for runs here and below")] = Path("runs"),
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="look for runs here and below; or a URL")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False,
 ) -> None:
     """List runs, latest first: state, stage, steps, loss, last checkpoint."""
     from minimind_ray.config.errors import UserError
+    from minimind_ray.data.storage import copy_of, mirror_of
 
-    if not directory.is_dir():
+    folder = copy_of(directory)
+    if mirror := mirror_of(directory):
+        mirror.pull(wanted=lambda name: name.endswith(("run.json", "config.yaml", "metrics.jsonl")))
+    if not folder.is_dir():
         raise UserError(f"{directory} is no directory; name the one that holds the runs")
-    found = sorted((_facts(file.parent) for file in directory.rglob("run.json")), key=_updated, reverse=True)
+    found = sorted((_facts(file.parent) for file in folder.rglob("run.json")), key=_updated, reverse=True)
     if json:
         from json import dumps
 
@@ -44,7 +48,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
     run = RunDirectory(path)
     try:
-        info, stage = run.info(), read_yaml(path / "config.yaml").get("stage")
+        info, stage = run.info(), read_yaml(run.path / "config.yaml").get("stage")
     except (UserError, OSError) as error:
         info, stage = {"state": f"damaged: {error}"}, None
     last: dict[str, Any] = {}
@@ -52,7 +56,7 @@ def _facts(path: Path) -> dict[str, Any]:
         last |= line
     checkpoints = run.checkpoints()
     return {
-        "path": str(path), "stage": stage, "state": info.get("state"), "step": last.get("step"),
+        "path": run.where, "stage": stage, "state": info.get("state"), "step": last.get("step"),
         "loss": last.get("loss"), "val_loss": last.get("val/loss"), "updated": info.get("updated"),
         "checkpoint": checkpoints[-1].name if checkpoints else None,
     }  # fmt: skip

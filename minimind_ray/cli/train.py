@@ -81,7 +81,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
         begin(job, resume=resume)
         with watching(job, console):
             run_job(job)
-    print_result(Path(config.out), console)
+    print_result(config.out, console)
 
 
 @contextmanager

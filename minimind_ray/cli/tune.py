@@ -46,8 +46,8 @@ def tune(
         list[str] | None,
         typer.Option("--axis", metavar="KEY=VALUES", help="vary any config key: 1,2 or log(1e-6,1e-4), uniform, int"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="the sweep's directory; default: sweeps/STAGE")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="go on with the sweep in DIR")] = None,
+    out: Annotated[str | None, typer.Option(help="the sweep's directory or URL; default: sweeps/STAGE")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="DIR", help="go on with the sweep in DIR")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print plan and cost, and start nothing")] = False,
     trials: Annotated[int | None, typer.Option(help="points to draw from log(), uniform(), int()")] = None,
     seeds: Annotated[int | None, typer.Option(help="runs of every point")] = None,
@@ -134,7 +134,7 @@ def new_plan(
     axis_: list[str],
     flags: Mapping[str, str],
     search: Mapping[str, Any],
-    out: Path | None,
+    out: str | None,
 ) -> SweepPlan:
     """The sweep that a YAML file and the command line ask for; the command line wins, and replaces axes by key."""
     from minimind_ray.config.load import load_config, parse_override, parse_value
@@ -169,7 +169,7 @@ def new_plan(
     # A single value given on the command line takes the place of the file's axis.
     axes = {key: found for key, found in axes.items() if key not in overrides}
     base = load_config(stage, config, overrides, trees)
-    return plan_sweep(Path(out or f"sweeps/{stage}"), base, list(axes.values()), search_config({**told, **search}))
+    return plan_sweep(out or f"sweeps/{stage}", base, list(axes.values()), search_config({**told, **search}))
 
 
 def run_plan(plan: SweepPlan, *, resume: bool) -> None:
@@ -178,6 +178,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     from rich.console import Console
 
+    from minimind_ray.data.storage import url_of
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
     from minimind_ray.sweep.run import run_sweep
     from minimind_ray.train.run import RunDirectory
@@ -193,7 +194,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
         stop_ray()
     print_results(plan.path, console, "winner" if ending == "by itself" else "best so far")
     if ending != "by itself":
-        say(f"{ending}; go on with: minimind-ray tune --resume {quote(str(plan.path))}")
+        say(f"{ending}; go on with: minimind-ray tune --resume {quote(url_of(plan.path))}")
     if ending == "interrupted":
         raise typer.Exit(130)
     if any(RunDirectory(path).info()["state"] == "failed" for path in (plan.path / "trials").iterdir()):
@@ -259,6 +260,7 @@ def print_results(path: Path, console: Console, title: str) -> None:
     from functools import partial
 
     from minimind_ray.cli.compare import print_comparison
+    from minimind_ray.data.storage import url_of
     from minimind_ray.sweep.compare import compare
     from minimind_ray.sweep.report import write_report
     from minimind_ray.sweep.trials import read_sweep
@@ -273,13 +275,14 @@ def print_results(path: Path, console: Console, title: str) -> None:
         command = "generate" if sweep.info.stage == "pretrain" else "chat"
         longer = " --set train.max_steps=null" if winner_is_cut(winner.path) else ""
         say(f"\n{title}: {winner.id}")
-        say(f"  model: {winner.result}")
-        say(f"  talk to it: minimind-ray {command} {quote(str(winner.result))}")
+        model = url_of(winner.result or winner.path)
+        say(f"  model: {model}")
+        say(f"  talk to it: minimind-ray {command} {quote(model)}")
         say(
             f"  train it at full length: minimind-ray train {sweep.info.stage} --config "
             f"{quote(str(winner.path / 'config.yaml'))} --out runs/{sweep.info.stage}-{sweep.name}{longer}"
         )
-    say(f"report: {write_report(path)}")
+    say(f"report: {url_of(write_report(path))}")
     if command := sync_command(path):
         say(f"send it to W&B: {command}")
 
@@ -295,6 +298,7 @@ def print_plan(plan: SweepPlan) -> None:
     """What the sweep would do and cost, from prepared data and a few steps in this process."""
     import os
 
+    from minimind_ray.data.storage import url_of
     from minimind_ray.stages.run import Host
     from minimind_ray.sweep.estimate import calibrate, estimate
     from minimind_ray.sweep.fuse import together
@@ -343,4 +347,4 @@ def print_plan(plan: SweepPlan) -> None:
     if search.price_per_hour is not None:
         price = found.price(search.price_per_hour)
         print(f"price      about {price:.2f}, at {search.price_per_hour:g} a trial and hour")
-    print(f"sweep      {plan.path}")
+    print(f"sweep      {url_of(plan.path)}")

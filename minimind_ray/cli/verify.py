@@ -17,14 +17,15 @@ app = typer.Typer(help="Prove that a checkpoint is whole, and that resuming chan
 
 @app.command()
 def checkpoint(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a checkpoint, or a run: then its result")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="a checkpoint, or a run: then its result")],
 ) -> None:
     """Check sums, that the weights load and are finite, and that resume/ is complete. Exit code 1 where not."""
+    from minimind_ray.data.storage import url_of
     from minimind_ray.stages.verify import check_checkpoint
     from minimind_ray.train.run import resolve_model
 
     console = _console()
-    console.print(str(resolve_model(directory)))
+    console.print(url_of(resolve_model(directory)))
     findings = list(check_checkpoint(directory))
     for finding in findings:
         _print(finding, console)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
@@ -14,7 +15,7 @@ from minimind_ray.config.errors import UserError
 
 
 def locate(url: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path, `s3://`, `gs://` or `hf://` URL, and the path inside it.
+    """The file system of a path or URL (`s3://`, `gs://`, `hf://`, or what fsspec knows), and the path inside it.
 
     Credentials and endpoints are those of the environment (AWS_ENDPOINT_URL, HF_TOKEN, …).
 
@@ -35,7 +36,13 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
             return fs.FileSystem.from_uri(f"{scheme}://{rest.split('/')[0]}")[0], rest
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{url}: the object store cannot be used: {one_line(error)}") from None
-    raise UserError(f"{url}: no file system for {scheme}://; use a local path, s3://, gs:// or hf://datasets/…")
+    try:
+        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme))), rest
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise UserError(
+            f"{url}: no file system for {scheme}:// ({one_line(error)}); use a local path, s3://, gs://, "
+            "hf://datasets/… or what fsspec has a package for"
+        ) from None
 
 
 def absolute(url: str) -> str:
@@ -75,3 +82,10 @@ def exists(url: str) -> bool:
     """Whether there is a file or folder at a path or URL."""
     filesystem, path = locate(url)
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def remove(url: str) -> None:
+    """Delete a folder and what is in it, as far as that is possible."""
+    filesystem, path = locate(url)
+    with suppress(OSError):
+        filesystem.delete_dir(path)

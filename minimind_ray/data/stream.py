@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count, islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.encode import Tally
+from minimind_ray.data.files import atomic_output, join, locate
 from minimind_ray.data.pack import Group, Pack, pack_from_row, pack_groups, packs_table
 from minimind_ray.data.prepare import Encoding, Seen, Unit, unit_groups
 from minimind_ray.data.records import Reject
@@ -72,9 +72,9 @@ class Stream:
                 yield item
         if rejects:
             lines = (json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
-            file = Path(self.rejects) / f"{unit.key}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(lines), encoding="utf-8")  # An epoch later the same once more.
+            filesystem, folder = locate(self.rejects)
+            with atomic_output(filesystem, join(folder, f"{unit.key}.jsonl")) as stream:
+                stream.write("".join(lines).encode())  # An epoch later the same once more.
         if len(rejects) > self.encoding.config.max_reject_fraction * seen.rows:
             raise UserError(
                 f"{rejects[0].file}:{rejects[0].line}: {rejects[0].reason}; {len(rejects):,} of {seen.rows:,} rows of "

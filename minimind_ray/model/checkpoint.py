@@ -52,8 +52,16 @@ class Entry(NamedTuple):
     size: tuple[int, ...]
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path) -> None:
-    """Write the model, and the tokenizer where there is one, as a directory that `load_model` and transformers read."""
+def save_model(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    directory: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the model, and the tokenizer where there is one, as a directory that `load_model` and transformers read.
+
+    `weights`: a copy of the model's parameters by name (float32, on the CPU) to write in their place.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     ids: dict[str, int] = {}
@@ -64,8 +72,9 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, directory: str |
         tokenizer.save(folder)
     _write_json(folder / "config.json", {**config_of(model.shape), **ids})
     _write_json(folder / "generation_config.json", ids)
-    weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    if weights is None:
+        weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
+    save_file(dict(weights), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def config_of(shape: ModelShape) -> dict[str, Any]:

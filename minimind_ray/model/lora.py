@@ -140,8 +140,17 @@ def remove_lora(model: M) -> M:
     return _unwrap(model, lambda layer: layer.weight.detach())
 
 
-def save_adapter(model: nn.Module, directory: str | Path, base_path: str | Path, base_fingerprint: str) -> None:
-    """Write the model's adapters as a PEFT directory that refers to the base by path and by the hash of its weights."""
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    base_path: str | Path,
+    base_fingerprint: str,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the model's adapters as a PEFT directory that refers to the base by path and by the hash of its weights.
+
+    `weights`: a copy of `adapter_weights(model)` (float32, on the CPU) to write in their place.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     layers = adapters(model)
@@ -165,9 +174,10 @@ def save_adapter(model: nn.Module, directory: str | Path, base_path: str | Path,
         "bias": "none",
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    tensors = {key: p.detach().float().cpu().contiguous() for key, p in _parameters(layers).items()}
+    if weights is None:
+        weights = {key: p.detach().float().cpu().contiguous() for key, p in adapter_weights(model).items()}
     # One entry: safetensors writes several in any order, and the same adapter would have several hashes.
-    save_file(tensors, folder / WEIGHTS, metadata={"base_fingerprint": base_fingerprint})
+    save_file(dict(weights), folder / WEIGHTS, metadata={"base_fingerprint": base_fingerprint})
 
 
 class AdapterBase(NamedTuple):
@@ -215,7 +225,7 @@ def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str)
             )
     else:
         _wrap(model, names, config)
-    for key, parameter in _parameters(adapters(model)).items():
+    for key, parameter in adapter_weights(model).items():
         parameter.data.copy_(file.get_tensor(key))
 
 
@@ -283,11 +293,11 @@ def _projections(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
     }
 
 
-def _parameters(layers: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
+def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by PEFT's names."""
     return {
         f"{PREFIX}{name}.{suffix}": parameter
-        for name, layer in layers.items()
+        for name, layer in adapters(model).items()
         for own, suffix in SUFFIXES.items()
         if (parameter := getattr(layer, own)) is not None
     }

@@ -8,7 +8,7 @@ of all that have reported before it trains the next step.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.data.storage import flag, watched
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.trainer import STOP_FILE
 from minimind_ray.stages.fused import member
@@ -37,9 +38,9 @@ Answer = dict[str, Any] | BaseException | None
 class GroupContext(PlainContext):
     """A run's host in the group."""
 
-    def __init__(self, weights: Mapping[str, Tensor], device: torch.device, stop_file: Path) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device, stopped: Callable[[], bool]) -> None:
         super().__init__(device)
-        self.weights, self.stop_file = weights, stop_file
+        self.weights, self.stopped = weights, stopped
         self.answers: SimpleQueue[Answer] = SimpleQueue()
         self.verdicts: SimpleQueue[bool] = SimpleQueue()
 
@@ -49,7 +50,7 @@ class GroupContext(PlainContext):
 
     def should_stop(self) -> bool:
         """Whether the sweep is to stop."""
-        self.stopping = self.stopping or self.stop_file.exists()
+        self.stopping = self.stopping or self.stopped()
         return self.stopping
 
     def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
@@ -67,8 +68,8 @@ class GroupContext(PlainContext):
 class Group:
     """Up to `size` runs on one base, whose weights are in the object store or in its directory."""
 
-    def __init__(self, size: int, directory: Path, bases: Mapping[str, ray.ObjectRef], threads: int) -> None:
-        self.size, self.stop_file, self.bases, self.threads = size, directory / STOP_FILE, bases, threads
+    def __init__(self, size: int, sweep: str, bases: Mapping[str, ray.ObjectRef], threads: int) -> None:
+        self.size, self.stopped, self.bases, self.threads = size, watched(flag(sweep, STOP_FILE)), bases, threads
         self.arrivals: SimpleQueue[Job] = SimpleQueue()
         self.contexts: dict[str, GroupContext] = {}
         self.taken: set[str] = set()
@@ -88,7 +89,7 @@ class Group:
         """Take a run up; what it reports first."""
         with self.lock:
             self.weights = self.weights or self._load(job)
-        self.contexts[job.config.out] = GroupContext(self.weights, self.device, self.stop_file)
+        self.contexts[job.config.out] = GroupContext(self.weights, self.device, self.stopped)
         self.arrivals.put(job)
         return self.contexts[job.config.out].answers.get()
 
@@ -138,7 +139,7 @@ class Group:
 
 
 def start_groups(
-    count: int, size: int, directory: Path, bases: Mapping[str, ray.ObjectRef], scale: ScaleConfig
+    count: int, size: int, sweep: str, bases: Mapping[str, ray.ObjectRef], scale: ScaleConfig
 ) -> list[Any]:
     """So many groups of `size` trials; each takes of the cluster what one trial alone would."""
     actor = ray.remote(Group).options(
@@ -146,7 +147,7 @@ def start_groups(
         max_concurrency=2 * size + 1, max_restarts=-1,
     )  # fmt: skip
     threads = max(1, int(scale.cpus_per_worker))
-    return [actor.remote(size, directory, bases, threads) for _ in range(count)]
+    return [actor.remote(size, sweep, bases, threads) for _ in range(count)]
 
 
 def run_fused(job: Job, groups: Sequence[Any], context: Context) -> None:

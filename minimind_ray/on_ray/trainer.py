@@ -32,7 +32,9 @@ from ray.train.v2.api.exceptions import PreemptionError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
+from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.on_ray.ingest import read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
@@ -51,11 +53,14 @@ NOTICE_SECONDS = 2.0
 class RayTrainContext:
     """A Ray Train worker."""
 
+    reads_checkpoints = False
+
     def __init__(self, run_dir: str) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
-        self.stop_file, self.again_file = (Path(run_dir) / name for name in (STOP_FILE, AGAIN_FILE))
+        self.again_file = flag(run_dir, AGAIN_FILE)
+        self.flags = [watched(flag(run_dir, STOP_FILE)), watched(self.again_file)]
         self.steps, self.look_after, self.looked = 0, 1, time.monotonic()
         self.noticed: list[str] = []
 
@@ -68,7 +73,7 @@ class RayTrainContext:
         self.steps += 1
         if self.steps == self.look_after:
             self._look_for_notice()
-        return bool(self.noticed) or self.rank == 0 and (self.stop_file.exists() or self.again_file.exists())
+        return bool(self.noticed) or self.rank == 0 and any(up() for up in self.flags)
 
     def _look_for_notice(self) -> None:
         """Ask Ray Train. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
@@ -97,20 +102,20 @@ def train_on_ray(job: Job) -> None:
     scale, run = job.config.scale, RunDirectory(job.config.out)
     # Ray Data hangs without a CPU of its own beside the workers'.
     require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
-    files = [run.path / STOP_FILE, run.path / AGAIN_FILE]
+    files = [flag(run.where, STOP_FILE), flag(run.where, AGAIN_FILE)]
     for file in files:
         file.unlink(missing_ok=True)
     try:
         interruptible(partial(_keep_going, job), files[0].touch)
     except Exception as error:
         if found := _user_error(error):
-            run.update(state="failed", error=str(found))
+            run.fail(str(found))
             raise found from None
-        run.update(state="failed", error=told(error), traceback=traceback.format_exc())
+        run.fail(told(error), traceback=traceback.format_exc())
         again = f", after {scale.max_failures} restart(s) with no checkpoint between (scale.max_failures)"
         raise UserError(
             f"a worker ended before the run did: {told(error)}{'' if files[0].exists() else again}; "
-            f"{run.path}/run.json has the traceback. What was saved is kept: the same command with --resume goes on "
+            f"{run.where}/run.json has the traceback. What was saved is kept: the same command with --resume goes on "
             "from the last checkpoint"
         ) from error
     finally:
@@ -123,7 +128,7 @@ def train_on_ray(job: Job) -> None:
 def _keep_going(job: Job) -> None:
     """Attempts until the run has ended, as it should or by the last loss that `scale.max_failures` allows."""
     scale, run = job.config.scale, RunDirectory(job.config.out)
-    stop_file, again_file = run.path / STOP_FILE, run.path / AGAIN_FILE
+    stop_file, again_file = flag(run.where, STOP_FILE), flag(run.where, AGAIN_FILE)
     failures, most, gone = 0, scale.most, set[str]()
     while True:
         before = _steps_done(run)
@@ -157,7 +162,7 @@ def _keep_going(job: Job) -> None:
         print(f"{why}; going on from step {restart['step']}", file=sys.stderr)
 
 
-def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Path) -> int:
+def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> int:
     """How many workers to start, once the cluster's nodes but those `gone` have room.
 
     Raises:
@@ -178,7 +183,7 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Path) -> i
 
 
 @contextmanager
-def _looking_for_room(scale: ScaleConfig, workers: int, gone: Collection[str], again_file: Path) -> Generator[None]:
+def _looking_for_room(scale: ScaleConfig, workers: int, gone: Collection[str], again_file: Flag) -> Generator[None]:
     """While inside, look every `scale.resize_seconds` for room for more workers, and if there is, end the attempt."""
     ended = threading.Event()
 
@@ -217,7 +222,7 @@ def _attempt(job: Job, workers: int) -> list[str]:
         run_config=ray.train.RunConfig(
             # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
             name=f"attempt-{time.time_ns()}",
-            storage_path=str(Path(job.config.out) / ".ray"),
+            storage_path=join(job.config.out, ".ray"),
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),

@@ -45,6 +45,8 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, to_yaml
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, SchedulerName
+from minimind_ray.data.files import join, remove
+from minimind_ray.data.storage import copy_of, flag, url_of, watched
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.fused import run_fused, start_groups
 from minimind_ray.on_ray.session import Ending, configure_data, interruptible, room, worker_resources
@@ -52,7 +54,7 @@ from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import last_sound_checkpoint
-from minimind_ray.train.run import RunDirectory, resolve_model, write_atomically
+from minimind_ray.train.run import RunDirectory, resolve_model
 
 NESTED_DRIVER_CPUS = 0.001  # Zero is refused, and the default of 1 would take a worker's place.
 
@@ -116,9 +118,12 @@ class TuneContext:
     rank = 0
     world_size = 1
 
-    def __init__(self, job: Job, metric: str, stop_file: Path, bases: Mapping[str, ray.ObjectRef]) -> None:
+    def __init__(
+        self, job: Job, search: Search, stopped: Callable[[], bool], bases: Mapping[str, ray.ObjectRef]
+    ) -> None:
         self.device = default_device()
-        self.steps, self.metric, self.stop_file, self.bases = job.plan.steps, metric, stop_file, bases
+        self.steps, self.metric, self.stopped, self.bases = job.plan.steps, search.metric, stopped, bases
+        self.reads_checkpoints = search.scheduler == "pbt"
         self.reports: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self.verdicts: SimpleQueue[bool] = SimpleQueue()
         self.stopping = self.closed = False
@@ -133,7 +138,7 @@ class TuneContext:
 
     def should_stop(self) -> bool:
         """Whether the sweep is to stop."""
-        self.stopping = self.stopping or self.stop_file.exists()
+        self.stopping = self.stopping or self.stopped()
         return self.stopping
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
@@ -157,13 +162,14 @@ class _Trial(tune.Trainable):
         self,
         config: dict[str, Any],
         search: Search | None = None,
-        stop_file: Path | None = None,
+        sweep: str | None = None,
         bases: Mapping[str, ray.ObjectRef] | None = None,
         groups: Sequence[Any] = (),
     ) -> None:
         """Tune's: the first trial of this process."""
-        assert search and stop_file and bases is not None
-        self.search, self.stop_file, self.bases, self.groups = search, stop_file, bases, groups
+        assert search and sweep and bases is not None
+        self.search, self.stopped, self.bases = search, watched(flag(sweep, STOP_FILE)), bases
+        self.groups = groups
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -177,7 +183,7 @@ class _Trial(tune.Trainable):
         config_here = load_config(job.config.stage, overrides={**job.config.model_dump(), **point})
         self.job: Job = job.with_config(config_here)
         self.run = RunDirectory(self.job.config.out)
-        self.context = TuneContext(self.job, self.search.metric, self.stop_file, self.bases)
+        self.context = TuneContext(self.job, self.search, self.stopped, self.bases)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.latest: dict[str, Any] = {"percent": 0.0}
@@ -209,9 +215,10 @@ class _Trial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's, for pbt: what another trial goes on from, the last checkpoint and the best one, which it names."""
-        last = self.run.checkpoints()[-1]
-        best = self.run.checkpoint_path(_best(last))
-        (Path(checkpoint_dir) / "trial").write_text(str(self.run.path))
+        run = RunDirectory(self.job.config.out, writes=True)
+        last = run.checkpoints()[-1]
+        best = run.checkpoint_path(_best(last))
+        (Path(checkpoint_dir) / "trial").write_text(run.where)
         for path in {last, best}:
             shutil.copytree(path, Path(checkpoint_dir) / path.name)
 
@@ -219,23 +226,26 @@ class _Trial(tune.Trainable):
         """Tune's, for pbt: take another trial's checkpoints in place of one's own."""
         directory = Path(str(checkpoint))
         donor = (directory / "trial").read_text()
-        if donor == str(self.run.path):
+        run = RunDirectory(self.job.config.out, writes=True)
+        if donor == run.where:
             return
-        for path in self.run.checkpoints():
+        run.open()
+        for path in run.checkpoints():
             shutil.rmtree(path)
         for path in directory.glob("step-????????"):
-            shutil.copytree(path, self.run.checkpoint_path(path.name))
-        write_atomically(self.run.path / "config.yaml", to_yaml(self.job.config))
-        last = self.run.checkpoints()[-1].name
+            shutil.copytree(path, run.checkpoint_path(path.name))
+        run.write("config.yaml", to_yaml(self.job.config))
+        last = run.checkpoints()[-1].name
         line = {"from": Path(donor).name, "checkpoint": last, "point": self.config["trial"]["point"]}
-        self.run.append("lineage.jsonl", line)
+        run.append("lineage.jsonl", line)
+        run.send()
 
     def _work(self) -> None:
         torch.set_num_threads(max(1, int(self.job.config.scale.cpus_per_worker)))
         try:
             self._train()
         except BaseException as error:
-            self.run.update(state="failed", error=told(error), traceback=traceback.format_exc())
+            self.run.fail(told(error), traceback=traceback.format_exc())
             self.error = error
         finally:
             self.context.reports.put(None)
@@ -288,14 +298,14 @@ def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float)
     thread.start()
     worth_it = True
     while thread.is_alive():
-        thread.join(0.2)
+        thread.join(run.poll_seconds)
         for line in list(run.metrics()):
             if worth_it and line["step"] > known and context.metric in line:
                 known = line["step"]
                 worth_it = context.report(line, None)
         if not worth_it or context.should_stop():
-            (run.path / STOP_FILE).touch()
-    (run.path / STOP_FILE).unlink(missing_ok=True)
+            flag(run.where, STOP_FILE).touch()
+    flag(run.where, STOP_FILE).unlink(missing_ok=True)
     if failure:
         raise failure[0]
     if not worth_it and run.info()["state"] == "stopped":
@@ -353,7 +363,7 @@ def run_trials(
         UserError: not one trial fits on the cluster.
     """
     os.environ.update(SETTINGS)
-    nested, stop_file, own = scale.most > 1, directory / STOP_FILE, directory / ".ray"
+    nested, stop_file, own = scale.most > 1, flag(url_of(directory), STOP_FILE), join(url_of(directory), ".ray")
     stop_file.unlink(missing_ok=True)
     count = len(trials) if isinstance(trials, Sequence) else trials.count
     at_once = min(places(scale) * fuse, search.concurrent or count, count)
@@ -361,8 +371,8 @@ def run_trials(
     groups: list[Any] = []
     if fuse > 1:
         size = -(-at_once // places(scale))
-        groups = start_groups(-(-at_once // size), size, directory, bases, scale)
-    trainable = tune.with_parameters(_Trial, search=search, stop_file=stop_file, bases=bases, groups=groups)
+        groups = start_groups(-(-at_once // size), size, url_of(directory), bases, scale)
+    trainable = tune.with_parameters(_Trial, search=search, sweep=url_of(directory), bases=bases, groups=groups)
     if isinstance(trials, Sequence):
         keys = search.explore.keys if search.explore else ()
         configs = [{"job": job, "point": {key: attrgetter(key)(job.config) for key in keys}} for job in trials]
@@ -386,7 +396,7 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=f"attempt-{time.time_ns()}",
-            storage_path=str(own),
+            storage_path=own,
             callbacks=[_Watcher(watch, search.metric)],
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False),
@@ -399,7 +409,7 @@ def run_trials(
         for group in groups:
             ray.kill(group)
         stop_file.unlink(missing_ok=True)
-        shutil.rmtree(own, ignore_errors=True)
+        remove(own)
 
 
 def _scheduler(search: Search) -> TrialScheduler:
@@ -449,7 +459,7 @@ class _Asking(Searcher):
                 return Searcher.FINISHED
             self.waiting = asked
         job = self.waiting.pop(0)
-        self.trials[trial_id] = Path(job.config.out)
+        self.trials[trial_id] = copy_of(job.config.out)
         return {"trial": {"job": job, "point": {}}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -496,9 +506,9 @@ class _Watcher(tune.Callback):
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
             error = trial.get_error()
-            run.update(state="failed", error=f"its process ended{f': {told(error)}' if error else ''}")
+            run.fail(f"its process ended{f': {told(error)}' if error else ''}")
         self.watch(run.path, "ended", {})
 
 
 def _path(trial: Any) -> Path:
-    return Path(trial.config["trial"]["job"].config.out)
+    return copy_of(trial.config["trial"]["job"].config.out)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from minimind_ray.config.schema import Config
+from minimind_ray.data.storage import url_of
 from minimind_ray.model.checkpoint import weights_fingerprint
-from minimind_ray.model.lora import add_lora, load_adapter, save_adapter
+from minimind_ray.model.lora import adapter_weights, add_lora, load_adapter, save_adapter
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.stages.start import initial_model, load_tokenizer, require_base
 from minimind_ray.train.context import Context
 from minimind_ray.train.loop import TrainingData, fit
+from minimind_ray.train.writer import HostCopy, Write
 
 
 def lora(config: Config, context: Context, data: TrainingData) -> None:
@@ -28,12 +30,13 @@ class Adapter:
 
     def __init__(self, model: Transformer, config: Config) -> None:
         self.model, self.base = model, require_base(config)
-        self.fingerprint = weights_fingerprint(self.base)
+        self.fingerprint, self.copy = weights_fingerprint(self.base), HostCopy()
         add_lora(model, config.lora, seed=config.train.seed)
 
-    def save(self, directory: Path) -> None:
+    def snapshot(self) -> Write:
         """The adapters."""
-        save_adapter(self.model, directory, self.base, self.fingerprint)
+        weights = self.copy(adapter_weights(self.model))
+        return lambda directory: save_adapter(self.model, directory, url_of(self.base), self.fingerprint, weights)
 
     def load(self, directory: Path) -> None:
         """The adapters of a checkpoint on the same base."""

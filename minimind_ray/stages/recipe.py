@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import config_keys, load_config, merged, read_yaml
 from minimind_ray.config.schema import Config, Section, StageName
+from minimind_ray.data.files import exists, join
 from minimind_ray.stages.run import Job, changed_inputs
 from minimind_ray.train.run import RunDirectory
 
@@ -76,7 +77,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def stage_config(
-    recipe: Recipe, index: int, out: Path, tokenizer: str | None, data_dir: Path, overrides: Mapping[str, Any]
+    recipe: Recipe, index: int, out: str, tokenizer: str | None, data_dir: Path, overrides: Mapping[str, Any]
 ) -> Config:
     """The config of the recipe's stage number `index`; overrides are dotted keys, or `name.key` for one stage alone.
 
@@ -101,15 +102,15 @@ def stage_config(
             "tokenizer": config.data.tokenizer or (None if init_from else tokenizer),
         }
     )
-    return config.model_copy(update={"data": data, "init_from": init_from, "out": str(out / step.name)})
+    return config.model_copy(update={"data": data, "init_from": init_from, "out": join(out, step.name)})
 
 
-def _base(recipe: Recipe, index: int, out: Path) -> str | None:
+def _base(recipe: Recipe, index: int, out: str) -> str | None:
     step, earlier = recipe.stages[index], recipe.stages[:index]
     if step.init_from is not None:
-        return str(out / step.init_from) if step.init_from in [s.name for s in earlier] else step.init_from
+        return join(out, step.init_from) if step.init_from in [s.name for s in earlier] else step.init_from
     whole = [s.name for s in earlier if (s.stage or s.name) != "lora"]
-    return str(out / whole[-1]) if whole else None
+    return join(out, whole[-1]) if whole else None
 
 
 def _under(directory: Path, paths: str | list[str] | None) -> str | list[str] | None:
@@ -141,9 +142,13 @@ def decide(job: Job) -> Decision:
     return Decision("resume", f"its state is {info['state']}, before its end")
 
 
-def set_aside(run: RunDirectory) -> Path:
-    """Rename a run directory that is done anew, so that nothing is lost; its new path."""
+def set_aside(run: RunDirectory) -> str:
+    """Rename a run directory that is done anew, so that nothing is lost; its new path or URL."""
     number = 1
-    while (aside := run.path.with_name(f"{run.path.name}.before-{number}")).exists():
+    while exists(aside := f"{run.where}.before-{number}"):
         number += 1
-    return run.path.rename(aside)
+    if run.mirror:
+        run.mirror.move(aside)
+    else:
+        run.path.rename(aside)
+    return aside

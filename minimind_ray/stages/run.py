@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import input_path, output_path
 from minimind_ray.config.schema import Config
+from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import StepPlan, read_steps
 from minimind_ray.data.prepare import RunUnits, Split, encoding_of, plan_units, prepare, run_units_here
@@ -69,7 +70,9 @@ class Job:
 
     def run(self, context: Context, data: TrainingData) -> None:
         """The stage's train-loop function."""
-        STAGES[self.config.stage](self.config, context, data)
+        main = context.rank == 0
+        with RunDirectory(self.config.out, writes=True).writing() if main else nullcontext():
+            STAGES[self.config.stage](self.config, context, data)
 
 
 def resolve_paths(config: Config) -> Config:
@@ -148,7 +151,7 @@ def _stream(config: Config, tokenizer: Tokenizer) -> Stream:
             "leave data.cache out, or use simpo or orpo"
         )
     encoding, sources = encoding_of(config.stage, config.data, "train", tokenizer)
-    return Stream(tuple(plan_units(sources, encoding)), encoding, config.train.seed, str(Path(config.out) / "rejects"))
+    return Stream(tuple(plan_units(sources, encoding)), encoding, config.train.seed, join(config.out, "rejects"))
 
 
 def step_plan(config: Config, train: str | Stream) -> StepPlan | StreamPlan:
@@ -174,9 +177,11 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
         UserError: it holds another run (see `RunDirectory.create`), or one on data or a base with other content.
     """
     run = RunDirectory(job.config.out)
+    if resume:
+        run.recover(job.config)
     if resume and (changed := changed_inputs(job, run)):
         raise UserError(
-            f"{run.path}: {' and '.join(changed)} has other content than when the run began; choose another --out, "
+            f"{run.where}: {' and '.join(changed)} has other content than when the run began; choose another --out, "
             "or put the old files back"
         )
     run.create(job.config, {"inputs": job.inputs}, resume=resume)
@@ -190,5 +195,5 @@ def run_here(job: Job) -> None:
         with context.stop_on_interrupt():
             job.run(context, job.data(context))
     except Exception as error:
-        RunDirectory(job.config.out).update(state="failed", error=str(error))
+        RunDirectory(job.config.out).fail(str(error))
         raise

@@ -8,6 +8,7 @@ import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.data.storage import copy_of, mirror_of
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, load_shape, load_weights, save_model
 from minimind_ray.model.lora import add_lora
@@ -15,6 +16,7 @@ from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.preference import Preference
 from minimind_ray.train.context import Context
 from minimind_ray.train.run import resolve_model
+from minimind_ray.train.writer import HostCopy, Write
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -24,7 +26,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
         UserError: neither is given, or it cannot be read.
     """
     if config.data.tokenizer:
-        return Tokenizer.load(config.data.tokenizer)
+        if mirror := mirror_of(config.data.tokenizer):
+            mirror.pull(wanted=lambda name: "/" not in name)
+        return Tokenizer.load(copy_of(config.data.tokenizer))
     if config.init_from:
         return Tokenizer.load(resolve_model(config.init_from))
     raise UserError(
@@ -86,11 +90,12 @@ class WholeModel:
     """Checkpoints of all weights, as a Hugging Face model directory."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.copy = model, tokenizer, HostCopy()
 
-    def save(self, directory: Path) -> None:
+    def snapshot(self) -> Write:
         """Weights, config and tokenizer."""
-        save_model(self.model, self.tokenizer, directory)
+        weights = self.copy(dict(self.model.named_parameters()))
+        return lambda directory: save_model(self.model, self.tokenizer, directory, weights)
 
     def load(self, directory: Path) -> None:
         """The weights of a checkpoint of the same model."""

@@ -48,7 +48,7 @@ def check_checkpoint(path: str | Path) -> Iterator[Finding]:
     Raises:
         UserError: there is no checkpoint at all.
     """
-    directory = resolve_model(path)
+    directory = resolve_model(path, resume=True)
     wrong = damage(directory)
     yield Finding("sums", not wrong, "; ".join(wrong) or "every file as it was written")
     try:

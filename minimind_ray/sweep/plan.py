@@ -18,21 +18,26 @@ from minimind_ray.config.load import load_config, validate
 from minimind_ray.config.paths import output_path
 from minimind_ray.config.schema import Config
 from minimind_ray.config.search import SearchConfig
+from minimind_ray.data.files import join, remove
 from minimind_ray.data.plan import StepPlan
 from minimind_ray.data.prepare import Encoding, Unit
+from minimind_ray.data.storage import copy_of, url_of
 from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import Reference
 from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job, resolve_paths
 from minimind_ray.sweep.axes import Axis, Drawn, PlannedTrial, parse_axis, plan_trials
 from minimind_ray.sweep.searchers import Explorer, import_optuna
-from minimind_ray.sweep.trials import SweepInfo, TrialInfo
-from minimind_ray.train.run import RunDirectory, write_atomically
+from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
+from minimind_ray.train.run import RunDirectory
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep is to do. `trials` are all of them, or for optuna those that are known so far."""
+    """What a sweep is to do. `trials` are all of them, or for optuna those that are known so far.
+
+    `path` is the sweep's directory, or the local copy of one in an object store.
+    """
 
     path: Path
     base: Config
@@ -48,17 +53,17 @@ class SweepPlan:
     def in_place(self, trial: PlannedTrial) -> PlannedTrial:
         """The trial with its own directory in the sweep's, and in the sweep's W&B group."""
         track = trial.config.track.model_copy(update={"group": trial.config.track.group or self.path.name})
-        out = str(self.path / "trials" / trial.id)
+        out = join(url_of(self.path), "trials", trial.id)
         return replace(trial, config=trial.config.model_copy(update={"out": out, "track": track}))
 
 
-def plan_sweep(path: Path, base: Config, axes: Sequence[Axis], search: SearchConfig) -> SweepPlan:
+def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: SearchConfig) -> SweepPlan:
     """Check everything that can be checked before anything starts.
 
     Raises:
         UserError: see `plan_trials`, `SearchConfig.judged_by`, `Explorer` and `import_optuna`; no validation data.
     """
-    path = Path(output_path(path))
+    path = copy_of(output_path(url_of(path)))
     base = resolve_paths(base)
     search.judged_by(base.stage)
     if not base.data.val and not base.data.val_fraction:
@@ -175,10 +180,12 @@ def within_budget(jobs: Sequence[Job], tokens: int) -> list[Job]:
 
 def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -> None:
     """Make the directory with all trials that are known, waiting."""
+    open_sweep(plan.path)
     (plan.path / "trials").mkdir(parents=True, exist_ok=True)
     for path in (plan.path / "trials").iterdir():  # of a sweep that never was whole
         if RunDirectory(path).info().get("state") == "waiting":
             shutil.rmtree(path)
+            remove(url_of(path))
     for number, (trial, job) in enumerate(zip(plan.trials, jobs, strict=True)):
         create_trial(trial, job, number)
     metric, mode = plan.search.judged_by(plan.base.stage)
@@ -195,7 +202,7 @@ def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -
     )
     content = {**info.model_dump(mode="json"), "search": plan.search.model_dump(mode="json")}
     # Last, so that a sweep is there whole or not at all.
-    write_atomically(plan.path / "sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    RunDirectory(plan.path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
@@ -203,26 +210,27 @@ def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
     run = begin(job, resume=False)
     run.update(state="waiting")
     facts = {**TrialInfo(id=trial.id, point=trial.point, seed=trial.seed).model_dump(mode="json"), "number": number}
-    write_atomically(run.path / "trial.json", json.dumps(facts, ensure_ascii=False) + "\n")
+    run.write("trial.json", json.dumps(facts, ensure_ascii=False) + "\n")
 
 
 def check_free(path: Path) -> None:
     """Raises UserError where there is a sweep already."""
-    if (path / "sweep.json").exists():
+    if RunDirectory(path).file("sweep.json").exists():
         raise UserError(
-            f"{path} already holds a sweep: go on with minimind-ray tune --resume {path}, or choose another --out"
+            f"{url_of(path)} already holds a sweep: go on with minimind-ray tune --resume {url_of(path)}, or choose "
+            "another --out"
         )
 
 
-def reopen_sweep(path: Path) -> SweepPlan:
+def reopen_sweep(path: str | Path) -> SweepPlan:
     """The plan of a sweep that was started; its trials as they stand, in their order.
 
     Raises:
         UserError: no sweep there, or a damaged file.
     """
-    path = Path(output_path(path))
+    path = open_sweep(output_path(url_of(path)))
     if not (path / "sweep.json").exists():
-        raise UserError(f"{path} holds no sweep to go on with: leave --resume out to start one")
+        raise UserError(f"{url_of(path)} holds no sweep to go on with: leave --resume out to start one")
     content = _read(path / "sweep.json")
     try:
         info, search = SweepInfo.model_validate(content), SearchConfig.model_validate(content["search"])
@@ -248,7 +256,7 @@ def check_same_inputs(job: Job) -> None:
     run = RunDirectory(job.config.out)
     if changed := changed_inputs(job, run):
         raise UserError(
-            f"{run.path}: {' and '.join(changed)} has other content than when the sweep began; start a new sweep, "
+            f"{run.where}: {' and '.join(changed)} has other content than when the sweep began; start a new sweep, "
             "or put the old files back"
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
 from minimind_ray.sweep.axes import short_names
 from minimind_ray.sweep.compare import METHOD, Comparison, Row, compare
@@ -36,7 +37,7 @@ class Figure:
 
 
 def write_report(path: str | Path) -> Path:
-    """Write report.html and report.png into the sweep's directory; the page's path.
+    """Write report.html and report.png into the sweep's directory; the page's path, that of a copy for a URL.
 
     Raises:
         UserError: see `read_sweep` and `compare`.
@@ -46,6 +47,8 @@ def write_report(path: str | Path) -> Path:
     write_png(comparison, sweep.path / "report.png")
     page = sweep.path / "report.html"
     write_atomically(page, render(sweep, comparison))
+    if mirror := mirror_of(sweep.path):
+        mirror.put("report.html", "report.png")
     return page
 
 

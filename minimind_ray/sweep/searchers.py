@@ -11,6 +11,7 @@ import numpy as np
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
+from minimind_ray.data.storage import copy_of
 from minimind_ray.stages.run import Job
 from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, trial_at
 
@@ -106,7 +107,7 @@ class OptunaPoints:
             return None
         self.ids |= {trial.id for trial in trials}
         jobs = [self.make(trial) for trial in trials]
-        self.proposals |= {Path(job.config.out): proposal for job in jobs}
+        self.proposals |= {copy_of(job.config.out): proposal for job in jobs}
         self.values[proposal.number] = {}
         return jobs
 

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.data.storage import mirror_of, url_of
 from minimind_ray.train.run import read_jsonl
 
 State = Literal["waiting", "running", "finished", "early-stopped", "stopped", "failed"]
@@ -121,15 +122,23 @@ class Sweep:
         return self.path.name
 
 
+def open_sweep(path: str | Path) -> Path:
+    """A sweep's directory; of one in an object store a local copy, as it is now, of all but the checkpoints."""
+    if mirror := mirror_of(path):
+        mirror.pull(wanted=lambda name: not set(name.split("/")) & {"checkpoints", ".ray"})
+        return mirror.path
+    return Path(path).absolute()
+
+
 def read_sweep(path: str | Path) -> Sweep:
     """Read a sweep that is finished, stopped or still running.
 
     Raises:
         UserError: no sweep there, no trials yet, or a file that is damaged, by name.
     """
-    path = Path(path).absolute()
+    path = open_sweep(path)
     if not (path / "sweep.json").exists():
-        raise UserError(f"{path} holds no sweep.json: give a directory that minimind-ray tune has made")
+        raise UserError(f"{url_of(path)} holds no sweep.json: give a directory that minimind-ray tune has made")
     info = _read(path / "sweep.json", SweepInfo)
     trials = [read_trial(directory) for directory in sorted((path / "trials").glob("*/"))]
     if not trials:

@@ -8,7 +8,9 @@ import tarfile
 from pathlib import Path
 from typing import IO
 
-import fsspec
+from pyarrow import fs
+
+from minimind_ray.data.files import locate
 
 MARK = "packed:"
 LEFT = ("checkpoints", "wandb", "tokenizer", "rejects")
@@ -20,18 +22,19 @@ def pack(out: str) -> str:
 
     Left out: models, hidden folders, and files over 32 MiB. A directory that is not there is an empty one.
     """
-    files, root = fsspec.url_to_fs(out)
+    filesystem, root = locate(out)
+    found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for path in sorted(files.find(root)):
-            name = path.removeprefix(root).lstrip("/")
-            parts = Path(name).parts
-            if any(part.startswith(".") or part in LEFT for part in parts) or files.size(path) > LARGEST:
+        for info in sorted((info for info in found if info.type == fs.FileType.File), key=lambda info: info.path):
+            name = info.path.removeprefix(root).lstrip("/")
+            if any(part.startswith(".") or part in LEFT for part in Path(name).parts) or info.size > LARGEST:
                 continue
+            with filesystem.open_input_stream(info.path, compression=None) as content:
+                data = content.read()  # All there is now: a log may grow.
             member = tarfile.TarInfo(name)
-            member.size = files.size(path)
-            with files.open(path) as content:
-                tar.addfile(member, content)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     return MARK + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -10,6 +10,7 @@ Random state is not kept because there is none to keep: every step seeds the gen
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,19 @@ from torch import Tensor, nn
 from minimind_ray.config.errors import UserError
 
 
-def save_resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Write resume/ in a checkpoint `directory` (see the module's text)."""
-    tensors = {
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as it stands, by the names in optimizer.safetensors."""
+    return {
         f"{key}.{name}": value
         for name, p in model.named_parameters()
         if p in optimizer.state
         for key, value in optimizer.state[p].items()
     }
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, directory / "resume" / "optimizer.safetensors")
+
+
+def save_resume(directory: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """Write resume/ in a checkpoint `directory` (see the module's text); `tensors`: a copy of `optimizer_tensors`."""
+    save_file(dict(tensors), directory / "resume" / "optimizer.safetensors")
     (directory / "resume" / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 

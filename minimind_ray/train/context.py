@@ -25,6 +25,8 @@ class Context(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    reads_checkpoints: bool
+    """Whether a checkpoint must be there when it is reported; else it may still be on its way to the disk."""
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
         """Tell the host of a validation, and of the checkpoint directory written with it, if any. On every rank.
@@ -47,6 +49,7 @@ class PlainContext:
 
     rank = 0
     world_size = 1
+    reads_checkpoints = False
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or default_device()

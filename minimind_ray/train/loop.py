@@ -6,23 +6,26 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
 from minimind_ray.data.pack import Pack
+from minimind_ray.data.storage import copy_of
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.generate import generate
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.wandb import mark_failure, open_tracker
-from minimind_ray.train.checkpoint import load_resume, save_resume
+from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
 from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision
 from minimind_ray.train.evaluate import Evaluation, evaluate
 from minimind_ray.train.ledger import Ledger
@@ -31,6 +34,7 @@ from minimind_ray.train.run import RunDirectory, resolve_model, sound
 from minimind_ray.train.schedule import lr_factor
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast, training_step
 from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
+from minimind_ray.train.writer import CheckpointWriter, HostCopy, Write
 
 
 class Plan(Protocol):
@@ -68,12 +72,12 @@ class TrainingData:
 class Weights(Protocol):
     """How a stage's result is written and read: a whole model or an adapter."""
 
-    def save(self, directory: Path) -> None:
-        """Write what transformers or peft loads."""
+    def snapshot(self) -> Write:
+        """Copy the weights; what it returns writes them as transformers or peft loads them, until the next snapshot."""
         ...
 
     def load(self, directory: Path) -> None:
-        """Put back what `save` wrote."""
+        """Put back what was written."""
         ...
 
 
@@ -173,7 +177,7 @@ def training(
     tokenizer: Tokenizer,
 ) -> Training:
     """As `fit`, but whoever drives it trains the steps and passes the reports on, for many runs together too."""
-    with mark_failure(config.out):
+    with mark_failure(str(copy_of(config.out, "work"))):
         yield from _training(model, objective, optimizer, weights, config, context, data, tokenizer)
 
 
@@ -188,7 +192,8 @@ def _training(
     tokenizer: Tokenizer,
 ) -> Training:
     keep_freed_memory()
-    run, plan, main = RunDirectory(config.out), data.plan, context.rank == 0
+    plan, main = data.plan, context.rank == 0
+    run = RunDirectory(config.out, writes=main)
     dtype = resolve_precision(config.train.precision, context.device)
     progress = Progress()
     if checkpoint := last_sound_checkpoint(run):
@@ -200,11 +205,13 @@ def _training(
     eval_every = config.eval.every or max(1, plan.steps // 10)
     checkpoint_every = config.checkpoint.every or eval_every
     validate = Validation(model, objective, config, context, data.val, tokenizer, dtype)
-    tracker = None
+    tracker, writer, optimizer_copy = None, None, HostCopy()
     if main:
+        writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
         run.forget_after(progress.step)
         base = resolve_model(config.init_from) if config.init_from else None
-        tracker = open_tracker(config, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)
+        here = config.model_copy(update={"out": str(run.path)})
+        tracker = open_tracker(here, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)
         if tracker:
             run.update(wandb=tracker.identity)
     meter = Meter(model.shape, context, dtype)
@@ -217,10 +224,12 @@ def _training(
         stop = context.should_stop() or (tracker is not None and tracker.stop_requested)
         result = yield Step(packs, progress.step, lr, stop)
         if isinstance(result, NonFiniteError):
+            if writer:
+                writer.settle()
             _keep_documents(run, result.step, context.rank, packs, tokenizer)
             raise UserError(
                 f"step {result.step + 1}: the loss is {result.loss} and the gradient norm {result.grad_norm}; training "
-                f"stopped before the weights were touched. The step's documents are in {run.path}/nonfinite-*.jsonl, "
+                f"stopped before the weights were touched. The step's documents are in {run.where}/nonfinite-*.jsonl, "
                 "the last good checkpoint is kept. Try a lower optim.lr, or train.precision float32"
             )
         assert isinstance(result, StepResult)
@@ -237,7 +246,9 @@ def _training(
         evaluation = validate() if validating else None
         if evaluation:
             metrics |= {f"val/{name}": value for name, value in evaluation.means.items()}
-        if main:
+        if writer:
+            if warning := writer.news():
+                metrics["warning"] = warning
             # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
             run.append("metrics.jsonl", metrics)
             samples: list[str] = []
@@ -248,15 +259,23 @@ def _training(
                 tracker.log(metrics, samples)
         if saving:
             progress.ledger = ledger.gather()
+            if writer:  # One at a time; and where the last one was lost, the best is another.
+                progress.best, progress.best_value = writer.settle()
             # Without validation data the last is the best; with them only what was validated can be.
             value = evaluation.means["loss"] if evaluation else math.nan if data.val else -float(progress.step)
-            if value <= progress.best_value:
+            better = value <= progress.best_value
+            if better:
                 progress.best, progress.best_value = progress.checkpoint, value
-                if main and evaluation:
-                    evaluation.write(run.path / "validation.parquet")
-            if main:
-                run.save_checkpoint(progress.checkpoint, lambda path: _write(path, model, optimizer, weights, progress))
-                run.prune(config.checkpoint.keep, progress.best)
+            if writer:
+                tensors = optimizer_copy(optimizer_tensors(model, optimizer))
+                writer.save(
+                    progress.checkpoint,
+                    partial(_write, weights.snapshot(), tensors, asdict(progress)),
+                    (progress.best, progress.best_value),
+                    evaluation.write if better and evaluation else None,
+                )
+                if context.reads_checkpoints:
+                    writer.settle()
         if validating or saving:
             worth_it = yield Report(metrics, str(run.checkpoint_path(progress.checkpoint)) if saving else None)
             meter.restart()
@@ -266,7 +285,9 @@ def _training(
         if result.stop and progress.step < plan.steps:
             state = "stopped"
             break
-    if main:
+    if writer:
+        writer.close()
+        run.write_lines()
         best = run.checkpoint_path(progress.best) if progress.best else next(reversed(run.checkpoints()), None)
         result = best and str(best.relative_to(run.path))
         run.update(state=state, steps=progress.step, tokens=progress.tokens, result=result)
@@ -274,17 +295,15 @@ def _training(
             tracker.finish(state, best)
 
 
-def _write(
-    directory: Path, model: Transformer, optimizer: torch.optim.Optimizer, weights: Weights, progress: Progress
-) -> None:
-    weights.save(directory)
-    save_resume(directory, model, optimizer, asdict(progress))
+def _write(weights: Write, optimizer: Mapping[str, Tensor], state: dict[str, Any], directory: Path) -> None:
+    weights(directory)
+    save_resume(directory, optimizer, state)
 
 
 def last_sound_checkpoint(run: RunDirectory) -> Path | None:
-    """The newest checkpoint whose sums hold; damaged ones after it are named on stderr and passed over."""
+    """The newest checkpoint whose sums hold, here; damaged ones after it are named on stderr and passed over."""
     for checkpoint in reversed(run.checkpoints()):
-        if sound(checkpoint):
+        if sound(run.fetch(checkpoint)):
             return checkpoint
         print(f"{checkpoint} is damaged (its sums do not hold); going on from the one before", file=sys.stderr)
     return None

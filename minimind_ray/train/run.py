@@ -1,4 +1,4 @@
-"""The run directory, which explains itself.
+"""The run directory, which explains itself; on a local disk, or at a URL in an object store (data/storage.py).
 
 config.yaml     the resolved config
 run.json        command line, versions, git commit, data fingerprints, state, and where the result is
@@ -18,7 +18,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,17 +29,27 @@ from typing import Any
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml, to_yaml
 from minimind_ray.config.schema import Config
+from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_of
 
-CHECKPOINT_SUMS = "resume/sums.json"
+CHECKPOINT_SUMS = MARK
+UNFINISHED = ".writing-"
 # What may change between stop and resume without making it another run.
 FREE_KEYS = ("scale.", "eval.", "checkpoint.", "track.", "out", "data.cache_dir")
 
 
 class RunDirectory:
-    """Files of one run; only rank 0 writes."""
+    """Files of one run; only rank 0 writes, and begins with `writing`.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    `where` is a path or URL, `path` the directory to work in: with a URL a local copy, in which files are as they were
+    last asked for. All methods ask the store and tell it; those that do raise StoreError.
+    """
+
+    def __init__(self, path: str | Path, *, writes: bool = False) -> None:
+        self.where, self.mirror = url_of(path), mirror_of(path, "work" if writes else "read")
+        self.path = self.mirror.path if self.mirror else Path(path)
+        self.writes = writes
+        self._unwritten: dict[str, bytes] = {}
+        self._lock = threading.Lock()
 
     def create(self, config: Config, facts: dict[str, Any], *, resume: bool) -> None:
         """Make the directory, or with `resume` go on in one that holds the same run.
@@ -48,52 +60,126 @@ class RunDirectory:
         """
         self.check(config, resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "config.yaml", to_yaml(config))
+        self.write("config.yaml", to_yaml(config))
         self.update(state="running", command=sys.argv, versions=versions(), commit=git_commit(), **facts)
 
     def check(self, config: Config, *, resume: bool) -> None:
         """Whether `create` would be refused, without writing anything."""
-        holds_run = (self.path / "config.yaml").exists()
+        holds_run = self.file("config.yaml").exists()
         if holds_run and not resume:
-            raise UserError(f"{self.path} already holds a run: add --resume to go on with it, or choose another --out")
+            raise UserError(f"{self.where} already holds a run: add --resume to go on with it, or choose another --out")
         if resume and not holds_run:
-            raise UserError(f"{self.path} holds no run to resume: leave --resume out to start one")
+            raise UserError(f"{self.where} holds no run to resume: leave --resume out to start one")
         if resume and (changed := self.changes(config)):
             raise UserError(
-                f"{self.path} cannot be resumed with another {', '.join(changed)}; "
+                f"{self.where} cannot be resumed with another {', '.join(changed)}; "
                 "use the values in its config.yaml, or choose another --out"
             )
 
     def changes(self, config: Config) -> list[str]:
         """Keys whose values make `config` another run than the one in the directory."""
-        changed = sorted(_changed_keys(read_yaml(self.path / "config.yaml"), config.model_dump(mode="json")))
-        return [key for key in changed if not key.startswith(FREE_KEYS)]
+        return _other_run(self.file("config.yaml"), config)
+
+    def recover(self, config: Config) -> None:
+        """Send what a run of the same config on this machine could not, because the store was failing."""
+        own = RunDirectory(self.where, writes=True)
+        if not own.mirror or not (own.path / "config.yaml").exists() or _other_run(own.path / "config.yaml", config):
+            return
+        here = [path.name for path in own.checkpoints() if sound(path)]
+        if here and here[-1] > max((path.name for path in self.checkpoints()), default=""):
+            own.mirror.resend()
+
+    def file(self, name: str) -> Path:
+        """One of the files: as the store has it, or as the process that writes has it."""
+        if self.mirror and (not self.writes or name in DIRECT):
+            return self.mirror.pull_file(name)
+        return self.path / name
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file of the directory at once."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, text)
+        if self.mirror:
+            self.mirror.put(name)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """While inside, what rank 0 writes comes into the store, and all of it in the end; see `Mirror.kept_up`."""
+        return self.mirror.kept_up() if self.mirror else nullcontext()
+
+    def open(self) -> None:
+        """Have all files here, to change them."""
+        if self.mirror:
+            self.mirror.open()
+
+    def send(self) -> None:
+        """Bring all that was written into the store, now."""
+        if self.mirror and self.writes:
+            self.mirror.push_patiently()
+
+    def changed(self) -> None:
+        """Bring all that was written into the store, soon."""
+        if self.mirror:
+            self.mirror.changed()
+
+    def news(self) -> str | None:
+        """What there is to tell of the store since the last call."""
+        return self.mirror and self.mirror.news()
+
+    @property
+    def poll_seconds(self) -> float:
+        """How often to look for news from another process."""
+        return 5.0 if self.mirror else 0.2
 
     def info(self) -> dict[str, Any]:
         """What run.json says; empty without one. Raises UserError where it is no JSON."""
-        path = self.path / "run.json"
+        path = self.file("run.json")
         try:
             return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}") from None
 
     def update(self, **facts: Any) -> None:
-        """Add to run.json."""
+        """Add to run.json, and bring into the store what it speaks of."""
+        self.send()
         info = {**self.info(), **facts, "updated": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_atomically(self.path / "run.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        self.write("run.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+
+    def fail(self, error: str, **facts: Any) -> None:
+        """Note in run.json that the run failed, if disk and store take it: what is wrong is told in any case."""
+        with suppress(OSError, StoreError):
+            self.update(state="failed", error=error, **facts)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
-        """Add one line to a .jsonl file of the run."""
-        with (self.path / name).open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        """Add one line to a .jsonl file of the run. What a full disk does not take waits for the next line."""
+        with self._lock:
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            self._unwritten[name] = self._unwritten.get(name, b"") + text.encode()
+        with suppress(OSError):
+            self.write_lines()
+            if self.mirror and not self.writes:
+                self.mirror.put(name)
+
+    def write_lines(self) -> None:
+        """Write the lines that wait. Raises OSError where the disk does not take them; none is written in part."""
+        with self._lock:
+            for name, lines in list(self._unwritten.items()):
+                with (self.path / name).open("ab", buffering=0) as f:
+                    size, done = f.tell(), 0
+                    try:
+                        while done < len(lines):
+                            done += f.write(lines[done:])
+                    except OSError:
+                        f.truncate(size)
+                        raise
+                del self._unwritten[name]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that is not whole yet is left out."""
-        return read_jsonl(self.path / "metrics.jsonl")
+        return read_jsonl(self.file("metrics.jsonl"))
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """The whole lines of samples.jsonl."""
-        return read_jsonl(self.path / "samples.jsonl")
+        return read_jsonl(self.file("samples.jsonl"))
 
     def forget_after(self, step: int) -> None:
         """Drop what was logged after `step` steps were done, so that a resumed run logs no step twice."""
@@ -105,25 +191,57 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-????????"))
+        folder = self.path / "checkpoints"
+        if self.mirror and not self.writes:
+            marks = [name for name in self.mirror.files("checkpoints") if name.endswith(f"/{CHECKPOINT_SUMS}")]
+            there = sorted(self.path / name.removesuffix(f"/{CHECKPOINT_SUMS}") for name in marks)
+            for path in set(folder.glob("step-????????")) - set(there):
+                shutil.rmtree(path, ignore_errors=True)
+            return there
+        return sorted(folder.glob("step-????????"))
+
+    def fetch(self, checkpoint: Path, *, resume: bool = True) -> Path:
+        """Have one of `checkpoints` here as the store has it, with or without what a resume needs; its path."""
+        if self.mirror and not self.writes:
+            name = str(checkpoint.relative_to(self.path))
+            self.mirror.pull(name, lambda file: resume or not file.startswith(f"{name}/resume/"))
+        return checkpoint
 
     def checkpoint_path(self, name: str) -> Path:
         """Where the checkpoint of that name lies."""
         return self.path / "checkpoints" / name
 
-    def save_checkpoint(self, name: str, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a directory, then put it in place at once, with the sums of its files."""
+    def save_checkpoint(
+        self, name: str, write: Callable[[Path], None], validation: Callable[[Path], None] | None = None
+    ) -> None:
+        """Let `write` fill a directory, then put it in place at once, with the sums of its files.
+
+        `validation` writes the validation.parquet that belongs to it. When anything of it fails, all is as before.
+        """
         target = self.checkpoint_path(name)
-        temporary = target.with_name(f".writing-{target.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "resume").mkdir(parents=True)
-        write(temporary)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        sums = {str(p.relative_to(temporary)): file_sha256(p) for p in files}
-        write_atomically(temporary / CHECKPOINT_SUMS, json.dumps(sums, indent=2))
-        for p in files:
-            with p.open("rb") as f:
-                os.fsync(f.fileno())
+        temporary, examples = target.with_name(f"{UNFINISHED}{name}"), self.path / f"{UNFINISHED}validation.parquet"
+        for path in target.parent.glob(f"{UNFINISHED}*"):  # of a process that was killed
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            (temporary / "resume").mkdir(parents=True)
+            write(temporary)
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            self.write_lines()
+            sums = {str(p.relative_to(temporary)): file_sha256(p) for p in files}
+            write_atomically(temporary / CHECKPOINT_SUMS, json.dumps(sums, indent=2))
+            if validation:
+                validation(examples)
+                files.append(examples)
+            for p in (*files, temporary / CHECKPOINT_SUMS):
+                with p.open("rb") as f:
+                    os.fsync(f.fileno())
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            examples.unlink(missing_ok=True)
+            raise
+        # Before the checkpoint: a run that is killed here writes both again.
+        if validation:
+            examples.replace(self.path / "validation.parquet")
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -161,20 +279,31 @@ def sound(checkpoint: Path) -> bool:
     return not damage(checkpoint)
 
 
-def resolve_model(path: str | Path) -> Path:
-    """The model directory that `path` means: itself, or the result of the run it is.
+def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
+    """The model directory that `path` means: itself, or the result of the run it is. At a URL, its local copy.
+
+    With `resume`, such a copy has what a resume needs, too.
 
     Raises:
-        UserError: neither.
+        UserError: neither; StoreError.
     """
-    path = Path(path)
-    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
-        return path
     run = RunDirectory(path)
-    if (result := run.info().get("result")) and (path / result).is_dir():
-        return path / result
-    if checkpoints := run.checkpoints():
-        return checkpoints[-1]
+    if run.mirror and "checkpoints" in run.path.parts[-2:-1]:  # The run says which stage it was.
+        checkpoint, run = run.path, RunDirectory(run.where.rsplit("/", 2)[0])
+        run.file("config.yaml")
+        run.fetch(checkpoint, resume=resume)
+    elif run.mirror:
+        run.mirror.pull(wanted=lambda name: "/" not in name)
+        checkpoint = run.path
+    else:
+        checkpoint = run.path
+    if (checkpoint / "config.json").exists() or (checkpoint / "adapter_config.json").exists():
+        return checkpoint
+    checkpoints = run.checkpoints()
+    if (result := run.info().get("result")) and (run.path / result) in checkpoints:
+        return run.fetch(run.path / result, resume=resume)
+    if checkpoints:
+        return run.fetch(checkpoints[-1], resume=resume)
     raise UserError(
         f"{path} is no model: expected a directory with config.json and model.safetensors, or a run with a checkpoint"
     )
@@ -215,14 +344,23 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` at once: a reader sees the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, as hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _other_run(config_file: Path, config: Config) -> list[str]:
+    changed = sorted(_changed_keys(read_yaml(config_file), config.model_dump(mode="json")))
+    return [key for key in changed if not key.startswith(FREE_KEYS)]
 
 
 def _changed_keys(before: Any, after: Any, at: str = "") -> Iterator[str]:

@@ -43,7 +43,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def run(recipe: Path, capsys: pytest.CaptureFixture[str], **overrides: Any) -> str:
     keys = {key.replace("__", "."): value for key, value in overrides.items()}
-    run_recipe(recipe, recipe.parent / "data", recipe.parent / "out", keys, ray=False)
+    run_recipe(recipe, recipe.parent / "data", str(recipe.parent / "out"), keys, ray=False)
     return capsys.readouterr().out
 
 
@@ -91,7 +91,7 @@ def test_overrides_name_a_key_or_a_stage_and_a_key(recipe: Path) -> None:
 
     def config(index: int, **overrides: Any) -> Any:
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
-        return stage_config(parsed, index, recipe.parent, None, recipe.parent, keys)
+        return stage_config(parsed, index, str(recipe.parent), None, recipe.parent, keys)
 
     assert config(2, dpo__beta=0.7).dpo.beta == 0.7
     assert config(2, dpo__dpo__beta=0.7).dpo.beta == 0.7

@@ -1,0 +1,70 @@
+"""What a checkpoint costs the training of a 26M model: the pause of its step, and all of it until the file is there.
+
+    python tests/bench/bench_checkpoint.py [--out DIR] [--checkpoints 6]
+
+A plain process trains on random text. The host notes the time of every step; steps of which none is slowed down by a
+checkpoint give the usual time, and what the others take longer is what checkpoints cost. The part of training time is
+for one checkpoint a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from minimind_ray.stages.run import begin
+from minimind_ray.train.context import PlainContext
+from minimind_ray.train.run import RunDirectory
+from tests.jobs import make_job
+
+BETWEEN = 8
+
+
+class Clock(PlainContext):
+    """Notes when each step begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[float] = []
+
+    def should_stop(self) -> bool:
+        """Asked once in every step."""
+        self.steps.append(time.perf_counter())
+        return False
+
+
+def main() -> None:
+    """Run, and print the costs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="where the run is written; default: a temporary directory")
+    parser.add_argument("--checkpoints", type=int, default=6)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        steps = BETWEEN * (arguments.checkpoints + 2)
+        job = make_job(
+            place, rows=2000, model__preset="minimind-3-small", model__vocab_size=6400, data__val_fraction=0.0,
+            batch__tokens=256, train__epochs=20, train__max_steps=steps, checkpoint__every=BETWEEN,
+            track__wandb="off", out=str(arguments.out or place / "run"),
+        )  # fmt: skip
+        begin(job, resume=False)
+        clock = Clock()
+        job.run(clock, job.data(clock))
+        checkpoint = RunDirectory(job.config.out).checkpoints()[-1]
+        size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    # Row: the steps from one checkpoint to the next, the first of them with the pause of the checkpoint at its front.
+    seconds = np.diff(clock.steps)[BETWEEN - 1 :]
+    seconds = seconds[: len(seconds) // BETWEEN * BETWEEN].reshape(-1, BETWEEN)[1:]
+    usual = np.median(seconds[:, BETWEEN // 2 :])
+    pause, whole = np.median(seconds[:, 0]) - usual, np.median(seconds.sum(1)) - BETWEEN * usual
+    print(f"checkpoint of {size / 1e6:.0f} MB, a usual step {usual:.3f} s, {len(seconds)} checkpoints, medians:")
+    print(f"pause of the step      {pause:.3f} s   {pause / 60:.2%} of training time at one a minute")
+    print(f"cost until it is there {whole:.3f} s   {whole / 60:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""An S3 server on loopback (moto's) that can be told to fail."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pyarrow import fs
+
+
+class Store:
+    """One bucket, `bucket`; while `failing` every request is answered with 500. `requests` are method and path."""
+
+    def __init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self.failing, self.requests = False, list[str]()
+        self.app = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self.answer, threaded=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.server.server_port}",
+            "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+        }  # fmt: skip
+
+    def answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
+        if self.failing:
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return [b""]
+        return self.app(environ, start_response)
+
+    def open(self) -> fs.FileSystem:
+        """The file system; with the environment set."""
+        found = fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")[0]
+        found.create_dir("bucket")
+        return found
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+def names(filesystem: fs.FileSystem, folder: str) -> set[str]:
+    """The files in a folder, from it on."""
+    infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+    return {info.path.removeprefix(f"{folder}/") for info in infos if info.type == fs.FileType.File}

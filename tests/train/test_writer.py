@@ -1,0 +1,151 @@
+"""Checkpoints written while training goes on, on disks that have room and on one that has none."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.stages.run import Job, run_here
+from minimind_ray.train.context import PlainContext
+from minimind_ray.train.run import UNFINISHED, RunDirectory, file_sha256, sound
+from minimind_ray.train.writer import CheckpointWriter, HostCopy
+from tests.jobs import make_job, start
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_copy_stays_as_it_was_and_is_made_in_the_same_place_again() -> None:
+    copy, weight = HostCopy(), torch.ones(3, dtype=torch.bfloat16)
+    first = copy({"weight": weight})["weight"]
+    weight += 1
+    assert first.tolist() == [1, 1, 1] and first.dtype == torch.float32
+    assert copy({"weight": weight})["weight"] is first and first.tolist() == [2, 2, 2]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    run, may_write = RunDirectory(tmp_path), threading.Event()
+    writer = CheckpointWriter(run, keep=1, best=(None, 9.0))
+
+    def write(directory: Path) -> None:
+        may_write.wait(10)
+        (directory / "weights").write_text("1")
+
+    writer.save("step-00000001", write, ("step-00000001", 1.0), None)
+    assert writer.news() is None and not run.checkpoints()
+    may_write.set()
+    assert writer.settle() == ("step-00000001", 1.0)
+    assert sound(run.checkpoints()[0])
+    writer.save("step-00000002", write, ("step-00000001", 1.0), lambda path: (path / "no").write_text(""))
+    assert writer.settle() == ("step-00000001", 1.0)
+    assert "step-00000002 could not be written" in str(writer.news()) and writer.news() is None
+    writer.save("step-00000003", write, ("step-00000003", 0.5), lambda path: path.touch() or None)
+    writer.close()
+    # One is kept, and the best is that one.
+    assert [path.name for path in run.checkpoints()] == ["step-00000003"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "validation.parquet"}
+
+
+def test_what_is_no_fault_of_the_disk_is_raised(tmp_path: Path) -> None:
+    writer = CheckpointWriter(RunDirectory(tmp_path), keep=1, best=(None, 9.0))
+
+    def write(directory: Path) -> None:
+        raise KeyError("a mistake")
+
+    writer.save("step-00000001", write, (None, 9.0), None)
+    with pytest.raises(KeyError, match="a mistake"):
+        writer.close()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB: a checkpoint of the tiny model has a little over 1."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+class FullAfter(PlainContext):
+    """Fills the disk when the run reports a step, and makes room again at another."""
+
+    def __init__(self, disk: Path, full: int, room: int | None) -> None:
+        super().__init__()
+        self.filler, self.full, self.room = disk / "filler", full, room
+
+    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
+        run = RunDirectory(self.filler.parent / "run")
+        if metrics["step"] == self.full:
+            while len(run.checkpoints()) < 2:  # The step's own checkpoint is on its way.
+                pass
+            with pytest.raises(OSError, match="No space left"), self.filler.open("wb", buffering=0) as f:
+                while True:
+                    f.write(bytes(4096))
+            with self.filler.open("r+b") as f:  # Room for less than a checkpoint.
+                f.truncate(self.filler.stat().st_size - 400_000)
+        elif metrics["step"] == self.room:
+            self.filler.unlink()
+        return True
+
+
+def job_on(disk: Path, data: Path) -> Job:
+    settings = {"train__max_steps": 12, "eval__every": 2, "out": str(disk / "run"), "track__wandb": "off"}
+    return make_job(data, rows=200, checkpoint__keep=10, **settings)
+
+
+def sums(run: Path) -> dict[str, str]:
+    return {f"{p.parent.name}/{p.name}": file_sha256(p) for p in sorted(run.glob("checkpoints/*/*.safetensors"))}
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, small_disk: Path) -> None:
+    undisturbed = job_on(tmp_path, tmp_path)
+    start(undisturbed)
+    run_here(undisturbed)
+    job = job_on(small_disk, tmp_path)
+    run = RunDirectory(start(job))
+    context = FullAfter(small_disk, full=4, room=8)
+    job.run(context, job.data(context))
+    assert run.info()["state"] == "finished"
+    lines = list(run.metrics())
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    warnings = [line["warning"] for line in lines if "warning" in line]
+    assert warnings and all("could not be written" in w and "No space left" in w for w in warnings)
+    expected = sums(tmp_path / "run")
+    got = sums(run.path)
+    missing = {name.split("/")[0] for name in expected.keys() - got.keys()}
+    assert missing and missing <= {"step-00000006", "step-00000008"}
+    assert got == {name: value for name, value in expected.items() if name in got}
+    assert all(sound(path) for path in run.checkpoints())
+    assert not [path for path in run.path.rglob(f"{UNFINISHED}*")]
+    assert run.info()["result"] == RunDirectory(tmp_path / "run").info()["result"]
+    assert (run.path / "validation.parquet").read_bytes() == (tmp_path / "run/validation.parquet").read_bytes()
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_a_resume_ends_it_well(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    job = job_on(small_disk, tmp_path)
+    run = RunDirectory(start(job))
+    context = FullAfter(small_disk, full=4, room=None)
+    with pytest.raises(UserError, match=r"the last checkpoint, step-00000012 .*No space left.*make room.*--resume"):
+        job.run(context, job.data(context))
+    assert [path.name for path in run.checkpoints()] == ["step-00000002", "step-00000004"]
+    assert all(sound(path) for path in run.checkpoints())
+    context.filler.unlink()
+    start(job, resume=True)
+    run_here(job)
+    undisturbed = job_on(tmp_path, tmp_path)
+    start(undisturbed)
+    run_here(undisturbed)
+    assert sums(run.path) == sums(tmp_path / "run")
+    assert [line["step"] for line in run.metrics()] == list(range(1, 13))
