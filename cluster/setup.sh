@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Sets up one node: a virtual environment with MiniMind Ray at exactly the versions of requirements.txt.
+#
+#     bash ~/minimind-ray/cluster/setup.sh
+#
+# The cluster files run it on every node, from the copy of the checkout that their `file_mounts` made. Run again it
+# does nothing, unless the code, the versions or the interpreter changed. Set for another place or interpreter:
+#     MINIMIND_VENV   the virtual environment          (default: ~/minimind-ray-venv)
+#     PYTHON          Python 3.11 or newer, the same on all nodes (default: python3)
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${MINIMIND_VENV:-$HOME/minimind-ray-venv}
+python=${PYTHON:-python3}
+token=$HOME/.ray/auth_token
+
+fail() {
+    echo "setup.sh on $(hostname): $1" >&2
+    exit 1
+}
+
+# Without the token this node's Ray would refuse all others. Containers get it in RAY_AUTH_TOKEN, from a secret.
+if [ -s "$token" ]; then
+    chmod 600 "$token"
+elif [ -z "${RAY_AUTH_TOKEN:-}" ] && [ -z "${MINIMIND_IMAGE:-}" ]; then
+    fail "no $token; make one where you run \`ray up\` (ray get-auth-token --generate) and keep its line in file_mounts"
+fi
+
+command -v "$python" >/dev/null || fail "no $python; install Python 3.11 or newer, or set PYTHON"
+version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$python is $version and 3.11 or newer is needed; take a newer image, or set PYTHON"
+
+# What the environment was made of, as one hash.
+made_of=$({
+    echo "$version"
+    cat "$root/pyproject.toml" "$root/cluster/requirements.txt"
+    cd "$root/minimind_ray" && find . -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+} | sha256sum)
+
+if [ "$(cat "$venv/.made-of" 2>/dev/null)" != "$made_of" ]; then
+    if [ ! -x "$venv/bin/python" ]; then
+        # Debian and Ubuntu keep what `venv` needs in a package of its own.
+        if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+            minor=${version%.*}
+            sudo apt-get update -qq -o DPkg::Lock::Timeout=300
+            sudo DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o DPkg::Lock::Timeout=300 "python$minor-venv"
+        fi
+        "$python" -m venv "$venv"
+    fi
+    pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --retries 10)
+    "${pip[@]}" --requirement "$root/cluster/requirements.txt"
+    "${pip[@]}" --no-deps --no-build-isolation --force-reinstall "$root"
+    echo "$made_of" >"$venv/.made-of"
+fi
+
+# For every shell on this node, those of `ray exec` and `ray attach` too. First in .bashrc: Ubuntu's leaves early.
+cat >"$venv/cluster.env" <<EOF
+export PATH="$venv/bin:\$PATH" RAY_AUTH_MODE=\${RAY_AUTH_MODE:-token} RAY_USAGE_STATS_ENABLED=0
+EOF
+line=". \"$venv/cluster.env\""
+touch "$HOME/.bashrc"
+grep -qxF "$line" "$HOME/.bashrc" || printf '%s\n%s\n' "$line" "$(cat "$HOME/.bashrc")" >"$HOME/.bashrc"
+
+echo "$(hostname): MiniMind Ray in $venv, Python $version"
