@@ -19,10 +19,10 @@ fail() {
     exit 1
 }
 
-# Without the token this node's Ray would refuse all others. Containers get it in RAY_AUTH_TOKEN, from a secret.
+# Without the token this node's Ray would refuse all others. 
 if [ -s "$token" ]; then
     chmod 600 "$token"
-elif [ -z "${RAY_AUTH_TOKEN:-}" ] && [ -z "${MINIMIND_IMAGE:-}" ]; then
+elif [ -z "${RAY_AUTH_TOKEN:-}" ]; then
     fail "no $token; make one where you run \`ray up\` (ray get-auth-token --generate) and keep its line in file_mounts"
 fi
 
