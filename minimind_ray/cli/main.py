@@ -9,6 +9,7 @@ import typer
 
 from minimind_ray.cli import (
     chat,
+    cluster,
     compare,
     config,
     data,
@@ -44,6 +45,7 @@ app.command("eval")(evaluate.evaluate_)
 app.command("import")(transfer.import_)
 app.command("export")(transfer.export)
 app.command("runs")(runs.runs)
+app.add_typer(cluster.app, name="cluster")
 app.add_typer(verify.app, name="verify")
 app.add_typer(lora.app, name="lora")
 app.add_typer(data.app, name="data")

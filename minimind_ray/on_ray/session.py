@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from minimind_ray.config.errors import UserError
@@ -101,12 +104,50 @@ def require_cpus(cpus: float, gpus: float, what: str) -> None:
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than `what` needs, and no way to more.
     """
-    import ray
-
-    have = ray.cluster_resources()
+    have = room()
     for resource, need in (("CPU", cpus), ("GPU", gpus)):
-        if have.get(resource, 0) < need:
+        if have[resource] < need:
             raise UserError(
-                f"{what} needs {need:g} {resource}s and the cluster has {have.get(resource, 0):g}; "
+                f"{what} needs {need:g} {resource}s and the cluster has {have[resource]:g}; "
                 "lower scale.workers or scale.cpus_per_worker, or add nodes"
             )
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What each node has, of which at most `most` run at once."""
+
+    nodes: list[dict[str, float]]
+    most: int
+
+
+def machines() -> Machines:
+    """The cluster's nodes: where it starts them when they are asked for, those that it may start.
+
+    Ray itself does not tell. The head of a cluster made by `ray up` has its file in its home; on Kubernetes
+    MINIMIND_NODE_TYPES of the head's pod repeats the groups of cluster/kuberay.yaml.
+    """
+    import ray
+
+    if "RAY_ADDRESS" in os.environ:
+        if told := os.environ.get("MINIMIND_NODE_TYPES"):
+            types = json.loads(told)
+            nodes = [kind for kind in types for _ in range(kind["count"])]
+            return Machines(nodes, len(nodes))
+        file = Path.home() / "ray_bootstrap_config.yaml"
+        if file.is_file() and (config := json.loads(file.read_text()))["provider"]["type"] != "local":
+            types = {name: node for name, node in config["available_node_types"].items()}
+            types.pop(config["head_node_type"])
+            nodes = [node["resources"] for node in types.values() for _ in range(node["max_workers"])]
+            return Machines(nodes, config["max_workers"])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Machines(nodes, len(nodes))
+
+
+def room() -> dict[str, float]:
+    """CPUs and GPUs of the cluster, at its largest."""
+    found = machines()
+    return {
+        kind: sum(sorted((node.get(kind, 0) for node in found.nodes), reverse=True)[: found.most])
+        for kind in ("CPU", "GPU")
+    }

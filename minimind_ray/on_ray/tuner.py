@@ -45,14 +45,14 @@ from minimind_ray.config.load import load_config, to_yaml
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, SchedulerName
 from minimind_ray.model.checkpoint import read_weights
-from minimind_ray.on_ray.session import Ending, configure_data, interruptible
+from minimind_ray.on_ray.session import Ending, configure_data, interruptible, machines, room
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import last_sound_checkpoint
 from minimind_ray.train.run import RunDirectory, resolve_model, write_atomically
 
-NESTED_DRIVER_CPUS = 0.001  # Zero is refused, and the default of 1 would take a worker's place.
+NESTED_DRIVER = 0.001  # Zero is refused, and the default of 1 CPU would take a worker's place.
 
 # Read by Tune in this process: our run directories and progress replace its loggers and its snapshots.
 SETTINGS = {
@@ -303,7 +303,8 @@ def places(scale: ScaleConfig) -> int:
     Raises:
         UserError: not one.
     """
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    found = machines()
+    nodes = [dict(node) for node in found.nodes]
     if scale.workers > 1:  # Ray Data needs a CPU of its own, on any node.
         max(nodes, key=lambda node: node.get("CPU", 0))["CPU"] -= 1
     need = {"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}
@@ -311,16 +312,21 @@ def places(scale: ScaleConfig) -> int:
     def fit(node: Mapping[str, float]) -> int:
         return int(min(node.get(kind, 0) / amount for kind, amount in need.items() if amount) + 1e-6)
 
-    workers = sum(fit(node) for node in nodes)
+    workers = sum(sorted(map(fit, nodes), reverse=True)[: found.most])
     if workers < scale.workers:
-        have = ray.cluster_resources()
+        have = room()
         spare = " and 1 CPU beside" if scale.workers > 1 else ""
         raise UserError(
             f"one trial needs {scale.workers} worker(s) of {need['CPU']:g} CPUs and {need['GPU']:g} GPUs{spare}, which "
-            f"the cluster's {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs on {len(nodes)} node(s) "
+            f"the cluster's {have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {found.most} node(s) "
             "cannot give; lower --workers, scale.cpus_per_worker or --gpus-per-trial, or add nodes"
         )
     return workers // scale.workers
+
+
+def nested_driver() -> dict[str, float]:
+    """What the process that looks after a trial's workers takes: room on the head, where it says that it has some."""
+    return {"driver" if "driver" in ray.cluster_resources() else "CPU": NESTED_DRIVER}
 
 
 def put_bases(jobs: Sequence[Job]) -> dict[str, ray.ObjectRef]:
@@ -364,7 +370,7 @@ def run_trials(
     else:
         space, searcher, count = None, _Asking(trials, search), trials.count
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": NESTED_DRIVER_CPUS} if nested else resources),
+        tune.with_resources(trainable, nested_driver() if nested else resources),
         param_space=space,
         tune_config=tune.TuneConfig(
             metric=search.metric,
