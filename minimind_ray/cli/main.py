@@ -14,6 +14,7 @@ from minimind_ray.cli import (
     config,
     data,
     demo,
+    doctor,
     evaluate,
     generate,
     lora,
@@ -44,6 +45,7 @@ app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate_)
 app.command("import")(transfer.import_)
 app.command("export")(transfer.export)
+app.command("doctor")(doctor.doctor)
 app.command("runs")(runs.runs)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(verify.app, name="verify")

@@ -1,0 +1,58 @@
+"""`minimind-ray cluster check`: what it prints, and its exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minimind_ray.on_ray import cluster_check
+from tests.cli.conftest import Command
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the checkout's root, with a token in the home."""
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("x")
+    token.chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cluster_check, "_installed", lambda module: True)
+
+
+def test_the_file_at_the_root_is_checked_and_priced(command: Command) -> None:
+    outcome = command("cluster", "check")
+    assert outcome.code == 0
+    assert "0.20 USD an hour idle (144 a month), 13.63 at most" in outcome.out
+    assert outcome.out.endswith("ok\n")
+
+
+def test_errors_make_the_exit_code(command: Command, tmp_path: Path) -> None:
+    tree = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    tree["idle_timeout_minutes"] = 600
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    outcome = command("cluster", "check", tmp_path / "c.yaml")
+    assert outcome.code == 1
+    assert "kept for 600 minutes\n      -> set idle_timeout_minutes: 10" in outcome.out
+    assert "1 error(s)" in outcome.out
+
+
+def test_an_experiment_that_does_not_fit(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("scale: {gpus_per_worker: 8}\n")
+    outcome = command("cluster", "check", "--config", tmp_path / "e.yaml")
+    assert outcome.code == 1
+    assert "set max_workers of gpu-8-spot above 0" in outcome.out
+
+
+def test_what_is_no_cluster_file_is_said_in_a_sentence(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: 1\n")
+    outcome = command("cluster", "check", tmp_path / "x.yaml")
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"error: {tmp_path}/x.yaml: no cluster file")
