@@ -19,7 +19,7 @@ fail() {
     exit 1
 }
 
-# Without the token this node's Ray would refuse all others. 
+# Without the token this node's Ray would refuse all others.
 if [ -s "$token" ]; then
     chmod 600 "$token"
 elif [ -z "${RAY_AUTH_TOKEN:-}" ]; then
@@ -57,6 +57,8 @@ fi
 # For every shell on this node, those of `ray exec` and `ray attach` too. First in .bashrc: Ubuntu's leaves early.
 cat >"$venv/cluster.env" <<EOF
 export PATH="$venv/bin:\$PATH" RAY_AUTH_MODE=\${RAY_AUTH_MODE:-token} RAY_USAGE_STATS_ENABLED=0
+# Images of one distribution differ in Python's last number, which Ray would turn away.
+export RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor
 EOF
 line=". \"$venv/cluster.env\""
 touch "$HOME/.bashrc"

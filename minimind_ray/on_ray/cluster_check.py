@@ -290,7 +290,7 @@ def _ports(cluster: ClusterFile) -> Iterator[Finding]:
     if cluster.provider == "aws" and not group and not own:
         yield Finding(
             "Ray will make a security group with ssh open to the world, by key only",
-            "make one that lets in your address only (docs/cluster.md), and name it in provider.security_group",
+            "make one that lets in your address only (cluster/aws-account.cfn), and name it in provider.security_group",
             note=True,
         )
 
@@ -354,7 +354,7 @@ def _nodes(cluster: ClusterFile) -> Iterator[Finding]:
                     else "it cannot reach the bucket"
                 )
                 yield Finding(
-                    f"{name} has no IamInstanceProfile: {given}", "name the role of docs/cluster.md", note=True
+                    f"{name} has no IamInstanceProfile: {given}", "name a role of cluster/aws-account.cfn", note=True
                 )
     spot = {name: node for name, node in types.items() if _is_spot(node.get("node_config") or {})}
     for name, node in spot.items():

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minimind_ray.cli.tune import trial_price
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import cluster_check
 from tests.cli.conftest import Command
 
@@ -56,3 +59,19 @@ def test_what_is_no_cluster_file_is_said_in_a_sentence(command: Command, tmp_pat
     outcome = command("cluster", "check", tmp_path / "x.yaml")
     assert outcome.code == 1
     assert outcome.err.startswith(f"error: {tmp_path}/x.yaml: no cluster file")
+
+
+@pytest.mark.parametrize(("text", "price"), [("0.5", 0.5), ("cluster.yaml", 0.45)])
+def test_a_sweep_is_priced_by_a_number_or_by_a_cluster_file(text: str, price: float) -> None:
+    assert trial_price(text, ScaleConfig(gpus_per_worker=1.0)) == pytest.approx(price)
+
+
+def test_a_trial_without_gpus_is_priced_on_a_machine_without() -> None:
+    assert trial_price("cluster.yaml", ScaleConfig(workers=2, cpus_per_worker=4.0)) == pytest.approx(0.30 * 8 / 16)
+
+
+def test_a_price_that_cannot_be_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a number nor a cluster file"):
+        trial_price("cheap", ScaleConfig())
+    with pytest.raises(UserError, match="no node type that has a price has room"):
+        trial_price("cluster.yaml", ScaleConfig(gpus_per_worker=16.0))
