@@ -6,6 +6,7 @@
 # The cluster files run it on every node, from the copy of the checkout that their `file_mounts` made. Run again it
 # does nothing, unless the code, the versions or the interpreter changed. Set for another place or interpreter:
 #     MINIMIND_VENV   the virtual environment          (default: ~/minimind-ray-venv)
+#     MINIMIND_STORAGE   where runs, sweeps and prepared data go: a folder that all nodes see, or a URL
 #     PYTHON          Python 3.11 or newer, the same on all nodes (default: python3)
 set -euo pipefail
 
@@ -57,6 +58,7 @@ fi
 # For every shell on this node, those of `ray exec` and `ray attach` too. First in .bashrc: Ubuntu's leaves early.
 cat >"$venv/cluster.env" <<EOF
 export PATH="$venv/bin:\$PATH" RAY_AUTH_MODE=\${RAY_AUTH_MODE:-token} RAY_USAGE_STATS_ENABLED=0
+export RAY_ADDRESS=\${RAY_ADDRESS:-auto} MINIMIND_STORAGE=\${MINIMIND_STORAGE:-${MINIMIND_STORAGE:-}}
 # Images of one distribution differ in Python's last number, which Ray would turn away.
 export RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor
 EOF

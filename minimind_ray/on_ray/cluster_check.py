@@ -391,6 +391,15 @@ def _examples(cluster: ClusterFile) -> Iterator[Finding]:
         yield Finding(f"{found} is an address for examples", "put your machines' in: head_ip, worker_ips")
     if provider.get("project_id") == "my-project":
         yield Finding("provider.project_id is the example's", "put your project's in, in the account's address too")
+    setup = _commands(cluster.tree, "setup_commands")
+    if "MINIMIND_STORAGE=" not in setup:
+        yield Finding(
+            "MINIMIND_STORAGE is not set: runs stay on the machine that wrote them, and end with it",
+            "put it before setup.sh: a bucket, or a folder that all machines share",
+            note=True,
+        )
+    elif example := re.search(r"\S*(my-bucket|myaccount)", setup):
+        yield Finding(f"the storage is the example's: {example[0]}", "put your own in")
     if provider["type"] != "local":
         return
     if len(set(addresses)) < len(addresses):
@@ -423,6 +432,8 @@ def _kuberay_rules(cluster: ClusterFile) -> Iterator[Finding]:
         )
     yield from _skew({"the cluster": str(spec["rayVersion"])} if "rayVersion" in spec else {})
     environment = {e["name"]: e.get("value") for c in _containers(groups.values()) for e in c.get("env") or ()}
+    if "my-bucket" in (environment.get("MINIMIND_STORAGE") or ""):
+        yield Finding(f"the storage is the example's: {environment['MINIMIND_STORAGE']}", "put your own in")
     if (spec.get("authOptions") or {}).get("mode") != "token" and environment.get("RAY_AUTH_MODE") != "token":
         yield Finding(
             "token authentication is off: whoever reaches Ray's port runs code in the pods",

@@ -30,16 +30,27 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_check, "_installed", lambda module: True)
 
 
-def test_the_file_at_the_root_is_checked_and_priced(command: Command) -> None:
-    outcome = command("cluster", "check")
+def test_a_file_is_checked_and_priced(command: Command, tmp_path: Path) -> None:
+    text = (ROOT / "cluster.yaml").read_text()
+    (tmp_path / "c.yaml").write_text(text.replace("my-bucket", "own"))
+    outcome = command("cluster", "check", tmp_path / "c.yaml")
     assert outcome.code == 0
     assert "0.20 USD an hour idle (144 a month), 13.63 at most" in outcome.out
     assert outcome.out.endswith("ok\n")
 
 
+def test_the_file_at_the_root_is_the_default_and_wants_a_bucket(command: Command) -> None:
+    outcome = command("cluster", "check")
+    assert outcome.code == 1
+    assert (
+        "error the storage is the example's: MINIMIND_STORAGE=s3://my-bucket\n      -> put your own in" in outcome.out
+    )
+
+
 def test_errors_make_the_exit_code(command: Command, tmp_path: Path) -> None:
     tree = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     tree["idle_timeout_minutes"] = 600
+    tree["setup_commands"] = [line.replace("my-bucket", "own") for line in tree["setup_commands"]]
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
     outcome = command("cluster", "check", tmp_path / "c.yaml")
     assert outcome.code == 1
