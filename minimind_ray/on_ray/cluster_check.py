@@ -63,7 +63,9 @@ def _schema(cluster: ClusterFile) -> Iterator[Finding]:
 
 def prepared(cluster: ClusterFile) -> dict[str, Any]:
     """The file with Ray's defaults filled in. Raises what Ray raises where it refuses the file."""
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr,  # pyright: ignore[reportPrivateUsage]
+    )
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     tree = deepcopy(dict(cluster.tree))

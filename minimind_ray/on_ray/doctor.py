@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from packaging.requirements import Requirement
@@ -55,7 +56,8 @@ class Node:
 
 def probe(storage: Sequence[str] = ()) -> Node:
     """Look at the machine that this runs on."""
-    import torch
+    import torch.cuda.nccl
+    import torch.distributed
 
     disk = shutil.disk_usage("/tmp")
     shm = Path("/dev/shm")
@@ -170,12 +172,12 @@ class _Examiner:
 
 
 def _probe_all(
-    alive: Sequence[Mapping], storage: Sequence[str], marks: Mapping[str, str]
+    alive: Sequence[Mapping[str, Any]], storage: Sequence[str], marks: Mapping[str, str]
 ) -> Iterator[Node | Exception]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    examiner = ray.remote(num_cpus=0)(_Examiner)
+    examiner: Any = ray.remote(num_cpus=0)(_Examiner)
     placed = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
     actors = [examiner.options(scheduling_strategy=place).remote() for place in placed]
     answers = [actor.probe.remote(storage, marks) for actor in actors]
@@ -198,14 +200,14 @@ def _probe_all(
             ray.kill(actor)
 
 
-def _ahead(actor) -> float:  # noqa: ANN001  # Ray makes the actor's type as it runs.
+def _ahead(actor: Any) -> float:
     """Seconds that its clock is ahead of ours, by the fastest of a few exchanges; 0 where that explains it."""
     import ray
 
     best = (float("inf"), 0.0)
     for _ in range(5):
         before = time.time()
-        there = ray.get(actor.clock.remote(), timeout=PROBE_SECONDS)
+        there: float = ray.get(actor.clock.remote(), timeout=PROBE_SECONDS)
         after = time.time()
         best = min(best, (after - before, there - (before + after) / 2))
     return best[1] if abs(best[1]) > best[0] / 2 else 0.0
@@ -214,11 +216,13 @@ def _ahead(actor) -> float:  # noqa: ANN001  # Ray makes the actor's type as it 
 def _collective(node_ids: Sequence[str], gpus: bool) -> list[Finding]:
     """Let one process on each worker add up numbers with all others, as training does: it hangs where it would."""
     import ray
+    from ray.exceptions import GetTimeoutError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     backend = "nccl" if gpus else "gloo"
-    rank = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0, max_retries=0)(_add_up)
-    store = ray.remote(num_cpus=0)(_Meeting).remote()
+    rank: Any = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0, max_retries=0)(_add_up)
+    meeting: Any = ray.remote(num_cpus=0)(_Meeting)
+    store = meeting.remote()
     work = [
         rank.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
             store, number, len(node_ids), backend
@@ -230,7 +234,7 @@ def _collective(node_ids: Sequence[str], gpus: bool) -> list[Finding]:
         if all(total == len(node_ids) for total in totals):
             return []
         fault = f"adding 1 from each of {len(node_ids)} nodes gave {totals}"
-    except ray.exceptions.GetTimeoutError:
+    except GetTimeoutError:
         fault = f"no answer within {COLLECTIVE_SECONDS} seconds (GPUs in use by a run look the same)"
     except Exception as error:
         fault = one_line(error)
@@ -260,7 +264,7 @@ class _Meeting:
         return self.place
 
 
-def _add_up(store, rank: int, world: int, backend: str) -> float:  # noqa: ANN001  # an actor handle, as above
+def _add_up(store: Any, rank: int, world: int, backend: str) -> float:
     from datetime import timedelta
 
     import ray
@@ -272,8 +276,10 @@ def _add_up(store, rank: int, world: int, backend: str) -> float:  # noqa: ANN00
             free.bind(("", 0))
             port = free.getsockname()[1]
         ray.get(store.set.remote(f"tcp://{ray.util.get_node_ip_address()}:{port}"))
-    while not (place := ray.get(store.get.remote())):
+    place: str = ""
+    while not place:
         time.sleep(0.1)
+        place = ray.get(store.get.remote())
     limit = timedelta(seconds=COLLECTIVE_SECONDS - 10)
     dist.init_process_group(backend, init_method=place, rank=rank, world_size=world, timeout=limit)
     try:
