@@ -24,7 +24,7 @@ def spot_first(
     *,
     node_availability_summary: NodeAvailabilitySummary,
 ) -> tuple[Any, ...] | None:
-    """Ray's own rank of a type for the `resources` asked for; of types as good, one not refused lately, then a spot one.
+    """Ray's own rank of a type for the `resources` asked for; of equals, one not refused lately, then a spot one.
 
     The head's Ray is started with it in RAY_AUTOSCALER_UTILIZATION_SCORER. A refusal is forgotten after half an hour.
     """
