@@ -17,6 +17,7 @@ from minimind_ray.cli import (
     doctor,
     evaluate,
     generate,
+    jobs,
     lora,
     runs,
     tokenizer,
@@ -29,11 +30,11 @@ from minimind_ray.cli import run as run_recipe
 from minimind_ray.config.errors import UserError
 
 app = typer.Typer(
-    help="Train small language models from jsonl on Ray: pretrain, SFT, LoRA, DPO.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(jobs.everywhere)
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("run")(run_recipe.run)
@@ -47,6 +48,10 @@ app.command("import")(transfer.import_)
 app.command("export")(transfer.export)
 app.command("doctor")(doctor.doctor)
 app.command("runs")(runs.runs)
+app.command("jobs")(jobs.jobs)
+app.command("logs")(jobs.logs)
+app.command("stop")(jobs.stop)
+app.command("pack", hidden=True)(jobs.pack)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(verify.app, name="verify")
 app.add_typer(lora.app, name="lora")

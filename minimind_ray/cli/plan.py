@@ -83,7 +83,7 @@ def plan(config: Config) -> dict[str, str]:
         "data": f"{epoch.tokens:,} tokens an epoch in {epoch.documents:,} documents, {epoch.counted:,} of them carry "
         f"loss; {epoch.packs:,} packs, {fullness:.0%} full ({epoch.source})",
         "steps": f"{steps:,} ({steps_per_epoch:,} an epoch), each {config.batch.tokens:,} tokens = {packs_per_step} "
-        f"packs of {data.pack_tokens:,}, {math.ceil(packs_per_step / scale.workers)} on each worker",
+        f"packs of {data.pack_tokens:,}, {math.ceil(packs_per_step / scale.most)} on each worker",
         "compute": f"{flops / steps:.2g} FLOPs a step, {flops:.2g} in all, counted as for MFU",
         "memory": f"{_size(memory.total)} on each worker: {_size(memory.weights)} weights + {_size(memory.gradients)} "
         f"gradients + {_size(memory.optimizer)} AdamW + {_size(memory.activations)} activations of a pack (estimated)",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.config.load import parse_override
+from minimind_ray.config.load import parse_override, parse_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,13 +26,13 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="[STAGE.]KEY=VALUE", help="any config key, for all stages or the one named"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="scale.workers", show_default=False)] = None,
+    workers: Annotated[str | None, typer.Option(help="scale.workers", show_default=False)] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
     """Run a recipe's stages; what is finished and unchanged is skipped, what was interrupted goes on."""
     overrides: dict[str, Any] = dict(parse_override(text) for text in set_ or [])
     if workers is not None:
-        overrides["scale.workers"] = workers
+        overrides["scale.workers"] = parse_value(workers)
     run_recipe(recipe, data_dir, out, overrides, ray=ray)
 
 
@@ -44,13 +44,14 @@ def run_recipe(path: Path, data_dir: Path | None, out: Path | None, overrides: d
     from rich.console import Console
 
     from minimind_ray.cli.train import host
+    from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.stages.recipe import read_recipe, stage_config
     from minimind_ray.stages.run import resolve_paths
 
     console = Console(highlight=False, soft_wrap=True)
     recipe = read_recipe(path)
-    out = (out or Path(recipe.out or f"runs/{recipe.name}")).absolute()
-    data_dir = (data_dir or Path(recipe.data_dir)).absolute()
+    out = Path(output_path(out or recipe.out or f"runs/{recipe.name}"))
+    data_dir = Path(input_path(data_dir or recipe.data_dir))
     tokenizer = recipe.tokenizer
     config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
     directory = tokenizer if isinstance(tokenizer, str) else str(out / "tokenizer") if tokenizer else None
@@ -58,7 +59,7 @@ def run_recipe(path: Path, data_dir: Path | None, out: Path | None, overrides: d
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
     if not isinstance(tokenizer, str) and tokenizer:
         _make_tokenizer(tokenizer, out / "tokenizer", data_dir, console)
-    largest = max((c.scale for c in configs), key=lambda scale: scale.workers * scale.cpus_per_worker)
+    largest = max((c.scale for c in configs), key=lambda scale: scale.most * scale.cpus_per_worker)
     with host(largest, ray=ray) as (work, run_job):
         for step, config in zip(recipe.stages, configs):
             console.rule(f"{recipe.name}: {step.name}", align="left")

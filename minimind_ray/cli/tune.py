@@ -91,7 +91,6 @@ def tune(
     from minimind_ray.config.search import SearchConfig, search_config
     from minimind_ray.sweep.plan import check_free, reopen_sweep
 
-    search = {name: given[name] for name in SearchConfig.model_fields if name in given}
     if resume:
         may_change = ("stage", "resume", "concurrent", "budget_hours")
         if fixed := [name.strip("_") for name in given if name not in may_change]:
@@ -100,20 +99,33 @@ def tune(
                 "another sweep"
             )
         plan = reopen_sweep(resume)
+        search = {name: given[name] for name in SearchConfig.model_fields if name in given}
         plan = replace(plan, search=search_config({**plan.search.model_dump(), **search}))
         if stage and stage != plan.base.stage:
             raise UserError(f"{resume} is a sweep of {plan.base.stage}, not of {stage}")
         run_plan(plan, resume=True)
         return
-    flags = {name: given[name] for name in FLAGS if name in given and name != "out"}
-    if gpus_per_trial is not None:
-        flags["gpus_per_worker"] = str(gpus_per_trial)
-    plan = new_plan(stage, sweep, config or [], set_ or [], axis_ or [], flags, search, out)
+    plan = plan_of(given)
     check_free(plan.path)
     if dry_run:
         print_plan(plan)
     else:
         run_plan(plan, resume=False)
+
+
+def plan_of(given: Mapping[str, Any]) -> SweepPlan:
+    """The sweep that the command's parameters, those that were given, ask for."""
+    from minimind_ray.config.search import SearchConfig
+
+    search = {name: given[name] for name in SearchConfig.model_fields if name in given}
+    flags = {name: given[name] for name in FLAGS if name in given and name != "out"}
+    if "gpus_per_trial" in given:
+        flags["gpus_per_worker"] = str(given["gpus_per_trial"])
+    files = map(Path, given.get("config", []))
+    return new_plan(
+        given.get("stage"), given.get("sweep"), list(files), given.get("set_", []), given.get("axis_", []),
+        flags, search, given.get("out"),
+    )  # fmt: skip
 
 
 def new_plan(
@@ -161,7 +173,7 @@ def new_plan(
     base = load_config(stage, config, overrides, trees)
     if price := search.get("price_per_hour"):
         search = {**search, "price_per_hour": trial_price(price, base.scale)}
-    return plan_sweep(out or Path("sweeps") / stage, base, list(axes.values()), search_config({**told, **search}))
+    return plan_sweep(Path(out or f"sweeps/{stage}"), base, list(axes.values()), search_config({**told, **search}))
 
 
 def trial_price(text: str, scale: ScaleConfig) -> float:
@@ -198,7 +210,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    nested = plan.base.scale.workers > 1
+    nested = plan.base.scale.most > 1
     start_ray(local_cpus(plan.base.scale) if nested else None, dashboard=nested)
     try:
         with Board(plan, console) as board:
@@ -320,11 +332,11 @@ def print_plan(plan: SweepPlan) -> None:
     jobs = jobs or [preparation.job(plan.base)] * plan.count
     if search.budget_tokens:
         jobs = within_budget(jobs, search.budget_tokens)
-    places = int((os.cpu_count() or 1) / (scale.workers * scale.cpus_per_worker))
+    places = int((os.cpu_count() or 1) / (scale.most * scale.cpus_per_worker))
     if scale.gpus_per_worker:
         import torch
 
-        places = int(torch.cuda.device_count() / (scale.workers * scale.gpus_per_worker))
+        places = int(torch.cuda.device_count() / (scale.most * scale.gpus_per_worker))
     at_once = min(max(1, places), search.concurrent or plan.count, plan.count)
     pace = calibrate(jobs[0])
     found = estimate(jobs, pace, search, at_once)

@@ -40,6 +40,10 @@ def resume(
     kills: Annotated[int, typer.Option(min=1, help="how often the run is killed")] = 3,
     steps: Annotated[int, typer.Option(min=8, help="length of the run")] = 30,
     seed: Annotated[int, typer.Option(help="draws the moments")] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="for both runs, such as data.cache=false", show_default=False),
+    ] = None,
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="keep both runs there", show_default=False)] = None,
 ) -> None:
     """Train a small model twice, kill one of the two again and again, and compare. Exit code 1 where they differ."""
@@ -59,8 +63,9 @@ def resume(
     place = tempfile.TemporaryDirectory() if keep is None else nullcontext(str(keep.absolute()))
     with place as directory:
         proof = prove_resume(
-            name, Path(directory), workers=workers, ray=ray, kills=kills, steps=steps, seed=seed, say=console.print
-        )
+            name, Path(directory), workers=workers, ray=ray, kills=kills, steps=steps, seed=seed,
+            settings=set_ or [], say=console.print,
+        )  # fmt: skip
     host = f"{workers} Ray worker(s)" if ray else "a plain process"
     what = f"{name} on {host}, killed after steps {', '.join(map(str, proof.kills))}"
     if proof.differences:

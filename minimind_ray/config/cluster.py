@@ -82,7 +82,7 @@ class ClusterFile:
         able = [node for node in self.workers if node.most and node.fits(scale) and node.name in self.prices]
         if not scale.gpus_per_worker:
             able = [node for node in able if not node.gpus] or able
-        priced = [(scale.workers * node.share(scale) * self.prices[node.name], node.name) for node in able]
+        priced = [(scale.most * node.share(scale) * self.prices[node.name], node.name) for node in able]
         return min(priced, default=None)
 
     def _sum(self, count: Mapping[str, int]) -> float | None:

@@ -227,9 +227,33 @@ class TrainConfig(Section):
 class ScaleConfig(Section):
     """What the run may use of the cluster."""
 
-    workers: PositiveInt = 1
+    workers: PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = Field(
+        1, description="how many; 2:8 is as many as the cluster has room for, from 2 to 8"
+    )
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="restarts in a row, no checkpoint between them, after a worker or node is lost; notices are free"
+    )
+    resize_seconds: PositiveFloat = Field(60.0, description="with workers 2:8, how often to look for room for more")
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which the run does not start."""
+        return int(str(self.workers).split(":")[0])
+
+    @property
+    def most(self) -> int:
+        """Workers at most."""
+        return int(str(self.workers).split(":")[-1])
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScaleConfig:
+        if self.fewest > self.most:
+            raise ValueError(
+                f"scale.workers is {self.workers}; write the smaller number first: {self.most}:{self.fewest}"
+            )
+        return self
 
 
 class EvalConfig(Section):
@@ -325,7 +349,7 @@ class Config(Section):
         Raises:
             UserError: the budget is no whole number of packs, or gives some worker none.
         """
-        tokens, pack, workers = self.batch.tokens, self.data.pack_tokens, self.scale.workers
+        tokens, pack, workers = self.batch.tokens, self.data.pack_tokens, self.scale.most
         if tokens % pack:
             raise UserError(
                 f"batch.tokens {tokens} is not a multiple of data.pack_tokens {pack}; "

@@ -28,9 +28,14 @@ class StepPlan:
     max_steps: int | None = None
 
     @property
+    def packs_per_epoch(self) -> int:
+        """Packs in one pass over the data."""
+        return sum(self.row_groups)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the data."""
-        return -(-sum(self.row_groups) // self.packs_per_step)
+        return -(-self.packs_per_epoch // self.packs_per_step)
 
     @property
     def steps(self) -> int:

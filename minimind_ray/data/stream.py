@@ -30,6 +30,7 @@ class StreamPlan:
 
     packs_per_step: int
     steps: int
+    packs_per_epoch: None = None  # Not known beforehand.
 
     def epoch(self, step: int) -> None:
         """Not known: epochs end inside steps."""

@@ -10,6 +10,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Nothing phones home.
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # The new Parquet reader costs seconds per epoch.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks for one poll, 2 s by default.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",  # A spot instance may have 30 s left, 5 s of which are much.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Workers without GPUs keep CUDA_VISIBLE_DEVICES as it is.
     "RAY_DATA_LOG_LEVEL": "ERROR",  # Its own log file has the rest; the terminal is for our progress.
     # A warning about more worker processes than cores: here that is meant, on a machine with few.

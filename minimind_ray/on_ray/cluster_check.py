@@ -130,9 +130,9 @@ def _capacity(cluster: ClusterFile, scale: ScaleConfig) -> Iterator[Finding]:
     for node in sorted(able, key=lambda node: node.fits(scale), reverse=True):
         count = min(node.most, left)
         places, left = places + count * node.fits(scale), left - count
-    if places < scale.workers:
+    if places < scale.fewest:
         yield Finding(
-            f"the experiment asks for {scale.workers} workers of {one}, and the largest cluster has room for {places}",
+            f"the experiment asks for {scale.fewest} workers of {one}, and the largest cluster has room for {places}",
             "raise max_workers (the file's and the node type's), or lower scale.workers",
         )
 

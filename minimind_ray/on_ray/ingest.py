@@ -22,12 +22,12 @@ from minimind_ray.data.stream import Stream
 from minimind_ray.stages.run import Job
 
 
-def step_dataset(job: Job, start: int) -> ray.data.Dataset:
-    """All workers' shares of the steps from `start` on; see the module's text for the order of rows."""
-    return stream_dataset(job) if isinstance(job.train, Stream) else prepared_dataset(job, start)
+def step_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
+    """The shares of all `workers` of the steps from `start` on; see the module's text for the order of rows."""
+    return stream_dataset(job, workers) if isinstance(job.train, Stream) else prepared_dataset(job, start, workers)
 
 
-def stream_dataset(job: Job) -> ray.data.Dataset:
+def stream_dataset(job: Job, workers: int) -> ray.data.Dataset:
     """Shares out of a stream from its first step on: units encoded by tasks side by side, dealt out in order."""
     stream, plan = job.train, job.plan
     assert isinstance(stream, Stream)
@@ -39,9 +39,7 @@ def stream_dataset(job: Job) -> ray.data.Dataset:
         ray.data.range(units, override_num_blocks=units)
         .map_batches(_make_packs, batch_size=1, fn_kwargs={"stream": stream})
         .repartition(target_num_rows_per_block=plan.packs_per_step, strict=True)
-        .map_batches(
-            _share_out, batch_size=None, batch_format="pyarrow", fn_kwargs={"workers": job.config.scale.workers}
-        )
+        .map_batches(_share_out, batch_size=None, batch_format="pyarrow", fn_kwargs={"workers": workers})
         .repartition(target_num_rows_per_block=1)
     )
 
@@ -61,10 +59,9 @@ def _share_out(step: pa.Table, workers: int) -> Iterator[pa.Table]:
         yield share_table(None, rank, packs[rank::workers])
 
 
-def prepared_dataset(job: Job, start: int) -> ray.data.Dataset:
+def prepared_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
     """Shares of prepared packs, each read by its number."""
-    plan, workers = job.plan, job.config.scale.workers
-    rows = (plan.steps - start) * workers
+    rows = (job.plan.steps - start) * workers
     # A task reads the shares of some steps; enough tasks to stream, each long enough to pay for its start.
     per_task = max(workers, min(64, -(-rows // 8)))
     return (
@@ -72,14 +69,14 @@ def prepared_dataset(job: Job, start: int) -> ray.data.Dataset:
         .map_batches(
             _read_shares,
             batch_size=per_task,
-            fn_kwargs={"job": job, "start": start},
+            fn_kwargs={"job": job, "start": start, "workers": workers},
         )
         .repartition(target_num_rows_per_block=1)
     )
 
 
-def _read_shares(batch: dict[str, np.ndarray], job: Job, start: int) -> Iterator[pa.Table]:
-    plan, workers = job.plan, job.config.scale.workers
+def _read_shares(batch: dict[str, np.ndarray], job: Job, start: int, workers: int) -> Iterator[pa.Table]:
+    plan = job.plan
     assert isinstance(plan, StepPlan) and isinstance(job.train, str)
     store = PackStore(job.train, job.train_reference)
     for row in batch["id"].tolist():
@@ -119,4 +116,6 @@ def read_shares(shard: Iterable[Any], job: Job, start: int, rank: int) -> Iterat
         assert found == expected, f"Ray Data dealt (step, rank) {found} where {expected} was due"
         names = [name for name in row.column_names if name not in ("step", "rank", "id")]
         packs = pa.table({name: row[name].combine_chunks().values for name in names})
-        yield [pack_from_row(packs, i, id) for i, id in enumerate(row["id"][0].as_py())]
+        # A stream's packs come numbered within their step.
+        first = step * job.plan.packs_per_step if streaming else 0
+        yield [pack_from_row(packs, i, first + id) for i, id in enumerate(row["id"][0].as_py())]

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -95,7 +95,7 @@ def interruptible(work: Callable[[], object], stop: Callable[[], object], second
 
 def local_cpus(scale: ScaleConfig) -> int:
     """Logical CPUs for a Ray in this machine's processes: at least what a run needs, however few there are."""
-    return max(os.cpu_count() or 1, math.ceil(scale.workers * scale.cpus_per_worker) + 2)
+    return max(os.cpu_count() or 1, math.ceil(scale.most * scale.cpus_per_worker) + 2)
 
 
 def require_cpus(cpus: float, gpus: float, what: str) -> None:
@@ -104,7 +104,7 @@ def require_cpus(cpus: float, gpus: float, what: str) -> None:
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than `what` needs, and no way to more.
     """
-    have = room()
+    have = machines().resources()
     for resource, need in (("CPU", cpus), ("GPU", gpus)):
         if have[resource] < need:
             raise UserError(
@@ -120,9 +120,22 @@ class Machines:
     nodes: list[dict[str, float]]
     most: int
 
+    def resources(self) -> dict[str, float]:
+        """CPUs and GPUs of all, at the cluster's largest."""
+        return {kind: sum(self._largest(node.get(kind, 0) for node in self.nodes)) for kind in ("CPU", "GPU")}
 
-def machines() -> Machines:
-    """The cluster's nodes: where it starts them when they are asked for, those that it may start.
+    def workers(self, scale: ScaleConfig) -> int:
+        """How many of `scale`'s workers fit."""
+        need = worker_resources(scale)
+        fit = (max(0, int(min(node.get(kind, 0) / n for kind, n in need.items()) + 1e-6)) for node in self.nodes)
+        return int(sum(self._largest(fit)))
+
+    def _largest(self, values: Iterable[float]) -> list[float]:
+        return sorted(values, reverse=True)[: self.most]
+
+
+def machines(without: Collection[str] = ()) -> Machines:
+    """The cluster's nodes, without some, by id; where it starts nodes when they are asked for, those it may start.
 
     Ray itself does not tell. The head of a cluster made by `ray up` has its file in its home; on Kubernetes
     MINIMIND_NODE_TYPES of the head's pod repeats the groups of cluster/kuberay.yaml.
@@ -131,23 +144,30 @@ def machines() -> Machines:
 
     if "RAY_ADDRESS" in os.environ:
         if told := os.environ.get("MINIMIND_NODE_TYPES"):
-            types = json.loads(told)
-            nodes = [kind for kind in types for _ in range(kind["count"])]
+            nodes = [dict(kind) for kind in json.loads(told) for _ in range(kind["count"])]
             return Machines(nodes, len(nodes))
         file = Path.home() / "ray_bootstrap_config.yaml"
         if file.is_file() and (config := json.loads(file.read_text()))["provider"]["type"] != "local":
-            types = {name: node for name, node in config["available_node_types"].items()}
-            types.pop(config["head_node_type"])
-            nodes = [node["resources"] for node in types.values() for _ in range(node["max_workers"])]
+            types = [node for name, node in config["available_node_types"].items() if name != config["head_node_type"]]
+            nodes = [dict(node["resources"]) for node in types for _ in range(node["max_workers"])]
             return Machines(nodes, config["max_workers"])
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [dict(n["Resources"]) for n in ray.nodes() if n["Alive"] and n["NodeID"] not in without]
     return Machines(nodes, len(nodes))
 
 
-def room() -> dict[str, float]:
-    """CPUs and GPUs of the cluster, at its largest."""
-    found = machines()
-    return {
-        kind: sum(sorted((node.get(kind, 0) for node in found.nodes), reverse=True)[: found.most])
-        for kind in ("CPU", "GPU")
-    }
+def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) -> int:
+    """How many of `scale`'s workers fit on the cluster, leaving `spare_cpus` on one node and out some nodes, by id.
+
+    Counts what nodes have, whoever uses it now.
+    """
+    found = machines(without)
+    if not found.nodes:
+        return 0
+    largest = max(found.nodes, key=lambda node: node.get("CPU", 0))
+    largest["CPU"] = largest.get("CPU", 0) - spare_cpus
+    return found.workers(scale)
+
+
+def worker_resources(scale: ScaleConfig) -> dict[str, float]:
+    """What one worker takes, as Ray has it."""
+    return {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})

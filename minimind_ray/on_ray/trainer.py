@@ -1,10 +1,23 @@
-"""A stage's train-loop function on Ray Train workers."""
+"""A stage's train-loop function on Ray Train workers, kept going whatever becomes of them.
+
+A run is attempts in a row, each a Ray Train run of its own on as many workers as there is room for, each from the run
+directory's last sound checkpoint on. Attempts end, and the next one begins, when a worker, a node or Ray Train's
+controller is lost, when a notice says that a node will be, and when `scale.workers` leaves room for more workers and
+the cluster has it by now. In the last two cases with a checkpoint, so that no step is done twice. Ray Train's own
+restarts and elastic sizes are not used: they take the CPU that Ray Data needs, repeat what a user got wrong, lose the
+steps since the last checkpoint whenever the size changes, and end with the controller.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,30 +25,38 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import PreemptionError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.pack import Pack
 from minimind_ray.on_ray.ingest import read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
-from minimind_ray.on_ray.session import interruptible, require_cpus
+from minimind_ray.on_ray.session import interruptible, require_cpus, room, worker_resources
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
-from minimind_ray.train.run import RunDirectory
+from minimind_ray.train.run import RunDirectory, write_atomically
+from minimind_ray.train.step import all_reduce_sums
 
-STOP_FILE = ".stop"
+# Files in the run directory, which all nodes see. The driver asks for the end of the run by the one, and of an attempt
+# by the other, where a worker that was given notice names the nodes that the next attempt is to do without.
+STOP_FILE, AGAIN_FILE = ".stop", ".again"
+NOTICE_SECONDS = 2.0
 
 
 class RayTrainContext:
-    """A Ray Train worker. The driver asks for a stop by a file in the run directory, which all nodes see."""
+    """A Ray Train worker."""
 
     def __init__(self, run_dir: str) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
-        self.stop_file = Path(run_dir) / STOP_FILE
+        self.stop_file, self.again_file = (Path(run_dir) / name for name in (STOP_FILE, AGAIN_FILE))
+        self.steps, self.look_after, self.looked = 0, 1, time.monotonic()
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
         """Metrics to Ray Train's controller. The checkpoint is in the run directory, which alone is resumed from."""
@@ -43,8 +64,20 @@ class RayTrainContext:
         return True
 
     def should_stop(self) -> bool:
-        """Rank 0 looks for the driver's file; the step tells the other workers."""
-        return self.rank == 0 and self.stop_file.exists()
+        """Whether a notice was given; rank 0 also looks for the driver's files. The step tells the other workers."""
+        self.steps += 1
+        if self.steps == self.look_after and (info := self._notice()):
+            if self.rank == 0:
+                write_atomically(self.again_file, json.dumps(info.preempted_node_ids))
+            return True
+        return self.rank == 0 and (self.stop_file.exists() or self.again_file.exists())
+
+    def _notice(self) -> ray.train.PreemptionInfo | None:
+        """Ask Ray Train. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
+        now = time.monotonic()
+        (seconds,) = all_reduce_sums([(now - self.looked) / self.steps / self.world_size], self.device)
+        self.steps, self.looked, self.look_after = 0, now, max(1, int(NOTICE_SECONDS / seconds))
+        return ray.train.get_preemption_info()
 
     def base_weights(self, directory: Path) -> None:
         """Holds none."""
@@ -58,48 +91,143 @@ RAY_HOST = Host(run_units_on_ray, compute_on_ray)
 
 
 def train_on_ray(job: Job) -> None:
-    """Run the stage on `scale.workers` workers.
+    """Run the stage on `scale.workers` workers, through losses of workers and nodes; see the module's text.
 
     The first Ctrl-C stops after the step with a checkpoint, the second one at once.
 
     Raises:
-        UserError: too few resources, what a worker found wrong, or a worker that ended otherwise.
+        UserError: too few resources, what a worker found wrong, or losses with no checkpoint between them, more than
+            `scale.max_failures` in a row.
     """
-    config = job.config
-    scale, run = config.scale, RunDirectory(config.out)
+    scale, run = job.config.scale, RunDirectory(job.config.out)
     # Ray Data hangs without a CPU of its own beside the workers'.
-    require_cpus(scale.workers * scale.cpus_per_worker + 1, scale.workers * scale.gpus_per_worker, "this run")
-    (run.path / STOP_FILE).unlink(missing_ok=True)
-    resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-    trainer = TorchTrainer(
-        partial(_worker, job),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
-            name=f"attempt-{time.time_ns()}",
-            storage_path=str(run.path / ".ray"),
-            worker_runtime_env={"env_vars": ONE_ARENA},
-            failure_config=ray.train.FailureConfig(max_failures=0),
-        ),
-        datasets={"train": partial(_dataset, job)},
-        torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
-    )
-    stop_file = run.path / STOP_FILE
+    require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
+    files = [run.path / STOP_FILE, run.path / AGAIN_FILE]
+    for file in files:
+        file.unlink(missing_ok=True)
     try:
-        interruptible(trainer.fit, stop_file.touch)
+        interruptible(partial(_keep_going, job), files[0].touch)
     except Exception as error:
         if found := _user_error(error):
             run.update(state="failed", error=str(found))
             raise found from None
         run.update(state="failed", error=told(error), traceback=traceback.format_exc())
+        again = f", after {scale.max_failures} restart(s) with no checkpoint between (scale.max_failures)"
         raise UserError(
-            f"a worker ended before the run did: {told(error)}; {run.path}/run.json has the traceback. What was saved "
-            "is kept: the same command with --resume goes on from the last checkpoint"
+            f"a worker ended before the run did: {told(error)}{'' if files[0].exists() else again}; "
+            f"{run.path}/run.json has the traceback. What was saved is kept: the same command with --resume goes on "
+            "from the last checkpoint"
         ) from error
     finally:
-        stop_file.unlink(missing_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)
+        if scale.fewest < scale.most:
+            request_resources(bundles=[])
+
+
+def _keep_going(job: Job) -> None:
+    """Attempts until the run has ended, as it should or by the last loss that `scale.max_failures` allows."""
+    scale, run = job.config.scale, RunDirectory(job.config.out)
+    stop_file, again_file = run.path / STOP_FILE, run.path / AGAIN_FILE
+    failures, most, gone = 0, scale.most, set[str]()
+    while True:
+        before = _steps_done(run)
+        workers = _await_room(scale, gone, stop_file)
+        if workers is None:
+            return
+        workers = min(workers, most)
+        try:
+            with _looking_for_room(scale, workers, gone, again_file):
+                _attempt(job, workers)
+            if stop_file.exists() or not again_file.exists():
+                return
+            named = set(json.loads(again_file.read_text(encoding="utf-8") or "[]"))
+            why = f"notice was given for {len(named)} node(s)" if named else "the cluster has room for more workers"
+            gone |= named
+            failures, most = 0, scale.most
+        except Exception as error:
+            if _user_error(error) or stop_file.exists():
+                raise
+            why = told(error)
+            if any(type(cause).__name__ == "WorkerGroupStartupTimeoutError" for cause in causes(error)):
+                # Others use the cluster too, or it does not know yet that a node is gone.
+                most = max(scale.fewest, workers - 1)
+                why = f"{workers} worker(s) could not be started in time"
+            elif notice := next((cause for cause in causes(error) if isinstance(cause, PreemptionError)), None):
+                gone |= set(notice.preemption_info.preempted_node_ids)
+            elif not any(getattr(cause, "preempted", False) for cause in causes(error)):
+                failures = failures + 1 if _steps_done(run) == before else 1
+                if failures > scale.max_failures:
+                    raise
+        again_file.unlink(missing_ok=True)
+        restart = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": _steps_done(run), "why": why}
+        run.update(restarts=[*run.info().get("restarts", []), restart])
+        print(f"{why}; going on from step {restart['step']}", file=sys.stderr)
+
+
+def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Path) -> int | None:
+    """How many workers to start, once the cluster's nodes but those `gone` have room; None: asked to stop meanwhile."""
+    told_so = False
+    while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
+        if stop_file.exists():
+            return None
+        if not told_so:
+            told_so = True
+            print(f"the cluster has room for {workers} of {scale.workers} workers; waiting for nodes", file=sys.stderr)
+            _ask_for(scale)
+        time.sleep(1)
+    return min(workers, scale.most)
+
+
+@contextmanager
+def _looking_for_room(scale: ScaleConfig, workers: int, gone: Collection[str], again_file: Path) -> Iterator[None]:
+    """While inside, look every `scale.resize_seconds` for room for more workers, and if there is, end the attempt."""
+    ended = threading.Event()
+
+    def look() -> None:
+        _ask_for(scale)
+        while not ended.wait(scale.resize_seconds):
+            if min(room(scale, spare_cpus=1, without=gone), scale.most) > workers:
+                again_file.touch()
+                return
+            _ask_for(scale)
+
+    thread = threading.Thread(target=look, daemon=True)
+    if workers < scale.most:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if workers < scale.most:
+            thread.join()
+
+
+def _ask_for(scale: ScaleConfig) -> None:
+    """Tell Ray's autoscaler what the whole run would use."""
+    request_resources(bundles=[worker_resources(scale)] * scale.most + [{"CPU": 1}])
+
+
+def _attempt(job: Job, workers: int) -> None:
+    """One Ray Train run, from the last sound checkpoint on."""
+    scale = job.config.scale
+    TorchTrainer(
+        partial(_worker, job),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=worker_resources(scale)
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(Path(job.config.out) / ".ray"),
+            worker_runtime_env={"env_vars": ONE_ARENA},
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
+        ),
+        datasets={"train": partial(_dataset, job, workers)},
+        torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
+    ).fit()
 
 
 def _steps_done(run: RunDirectory) -> int:
@@ -107,9 +235,9 @@ def _steps_done(run: RunDirectory) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def _dataset(job: Job) -> ray.data.Dataset:
-    """Evaluated anew at each start of the worker group: from the run's last checkpoint on."""
-    return step_dataset(job, _steps_done(RunDirectory(job.config.out)))
+def _dataset(job: Job, workers: int) -> ray.data.Dataset:
+    """Evaluated as the workers start: from the run's last checkpoint on."""
+    return step_dataset(job, _steps_done(RunDirectory(job.config.out)), workers)
 
 
 def _worker(job: Job) -> None:
@@ -128,19 +256,32 @@ def told(error: BaseException) -> str:
     """An error in a line; Ray's begin with long ones about other processes."""
     if isinstance(error, UserError):
         return str(error)
-    for cause in [*getattr(error, "worker_failures", {}).values(), error]:
+    for cause in causes(error):
         if isinstance(cause, ray.exceptions.OutOfMemoryError):
             return "a machine ran out of memory, and Ray ended the process"
+    for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
+        if any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes(failure)):
+            return f"worker {rank}'s process, or the node it was on, is gone"
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "the process of Ray Train's controller, or the node it was on, is gone"
     last = (str(error).strip() or "no message").splitlines()[-1]
+    if "gloo" in last or "NCCL" in last:
+        return "a worker's connection to the others broke, as when one of them ends"
     return f"{type(error).__name__}: {last}"
 
 
 def _user_error(error: BaseException) -> UserError | None:
     """A UserError that some worker raised, out of Ray's wrappings."""
-    causes = [error, *getattr(error, "worker_failures", {}).values()]
-    while causes:
-        cause = causes.pop()
-        if isinstance(cause, UserError):
-            return cause
-        causes += [c for c in (cause.__cause__, getattr(cause, "cause", None)) if isinstance(c, BaseException)]
-    return None
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what Ray wrapped into it."""
+    yield error
+    inner = [error.__cause__, *(getattr(error, name, None) for name in ("cause", *WRAPPED))]
+    for cause in [*inner, *getattr(error, "worker_failures", {}).values()]:
+        if isinstance(cause, BaseException):
+            yield from causes(cause)
+
+
+WRAPPED = ("controller_failure", "health_check_failure")

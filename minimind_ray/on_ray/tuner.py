@@ -45,7 +45,7 @@ from minimind_ray.config.load import load_config, to_yaml
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, SchedulerName
 from minimind_ray.model.checkpoint import read_weights
-from minimind_ray.on_ray.session import Ending, configure_data, interruptible, machines, room
+from minimind_ray.on_ray.session import Ending, configure_data, interruptible, machines, room, worker_resources
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.context import default_device
@@ -252,7 +252,7 @@ class _Trial(tune.Trainable):
         if done or self.context.should_stop():
             return
         self.run.update(state="running", error=None, traceback=None)
-        if self.job.config.scale.workers == 1:
+        if self.job.config.scale.most == 1:
             self.job.run(self.context, self.job.data(self.context))
         else:
             _run_nested(self.job, self.run, self.context, known)
@@ -303,25 +303,18 @@ def places(scale: ScaleConfig) -> int:
     Raises:
         UserError: not one.
     """
-    found = machines()
-    nodes = [dict(node) for node in found.nodes]
-    if scale.workers > 1:  # Ray Data needs a CPU of its own, on any node.
-        max(nodes, key=lambda node: node.get("CPU", 0))["CPU"] -= 1
-    need = {"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}
-
-    def fit(node: Mapping[str, float]) -> int:
-        return int(min(node.get(kind, 0) / amount for kind, amount in need.items() if amount) + 1e-6)
-
-    workers = sum(sorted(map(fit, nodes), reverse=True)[: found.most])
-    if workers < scale.workers:
-        have = room()
-        spare = " and 1 CPU beside" if scale.workers > 1 else ""
+    # With more workers a trial Ray Data needs a CPU of its own, on any node.
+    workers = room(scale, spare_cpus=int(scale.most > 1))
+    if workers < scale.most:
+        have, nodes = machines().resources(), machines().most
+        spare = " and 1 CPU beside" if scale.most > 1 else ""
         raise UserError(
-            f"one trial needs {scale.workers} worker(s) of {need['CPU']:g} CPUs and {need['GPU']:g} GPUs{spare}, which "
-            f"the cluster's {have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {found.most} node(s) "
+            f"one trial needs {scale.most} worker(s) of {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} "
+            f"GPUs{spare}, which "
+            f"the cluster's {have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {nodes} node(s) "
             "cannot give; lower --workers, scale.cpus_per_worker or --gpus-per-trial, or add nodes"
         )
-    return workers // scale.workers
+    return workers // scale.most
 
 
 def nested_driver() -> dict[str, float]:
@@ -357,10 +350,10 @@ def run_trials(
         UserError: not one trial fits on the cluster.
     """
     os.environ.update(SETTINGS)
-    nested, stop_file, own = scale.workers > 1, directory / STOP_FILE, directory / ".ray"
+    nested, stop_file, own = scale.most > 1, directory / STOP_FILE, directory / ".ray"
     stop_file.unlink(missing_ok=True)
     at_once = min(places(scale), search.concurrent or math.inf)
-    resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+    resources = worker_resources(scale)
     trainable = tune.with_parameters(_Trial, search=search, stop_file=stop_file, bases=bases)
     if isinstance(trials, Sequence):
         keys = search.explore.keys if search.explore else ()
@@ -492,7 +485,8 @@ class _Watcher(tune.Callback):
         """Tune's."""
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
-            run.update(state="failed", error=f"its process ended: {told(trial.get_error())}")
+            error = trial.get_error()
+            run.update(state="failed", error=f"its process ended{f': {told(error)}' if error else ''}")
         self.watch(run.path, "ended", {})
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import input_path, output_path
 from minimind_ray.config.schema import Config
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import StepPlan, read_steps
@@ -74,22 +75,19 @@ class Job:
 def resolve_paths(config: Config) -> Config:
     """The same config with absolute paths, since workers run in other directories."""
 
-    def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
-
-    def absolutes(paths: str | list[str] | None) -> str | list[str] | None:
-        return [absolute(p) or p for p in paths] if isinstance(paths, list) else absolute(paths)
+    def inputs(paths: str | list[str] | None) -> str | list[str] | None:
+        return [input_path(p) for p in paths] if isinstance(paths, list) else paths and input_path(paths)
 
     data = config.data.model_copy(
         update={
-            "train": absolutes(config.data.train),
-            "val": absolutes(config.data.val),
-            "tokenizer": absolute(config.data.tokenizer),
-            "cache_dir": absolute(config.data.cache_dir),
+            "train": inputs(config.data.train),
+            "val": inputs(config.data.val),
+            "tokenizer": inputs(config.data.tokenizer),
+            "cache_dir": output_path(config.data.cache_dir),
         }
     )
-    out = absolute(config.out.replace("{stage}", config.stage))
-    return config.model_copy(update={"data": data, "out": out, "init_from": absolute(config.init_from)})
+    out = output_path(config.out.replace("{stage}", config.stage))
+    return config.model_copy(update={"data": data, "out": out, "init_from": inputs(config.init_from)})
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from minimind_ray.model.checkpoint import load_model, weights_fingerprint
 from minimind_ray.model.lora import load_adapter
 from minimind_ray.stages.use import base_of, is_adapter
 from minimind_ray.train.checkpoint import STATE
+from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.run import RunDirectory, damage, file_sha256, resolve_model
 
 
@@ -64,20 +65,28 @@ def check_checkpoint(path: str | Path) -> Iterator[Finding]:
         yield Finding("weights", False, str(error))
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    yield _check_resume(directory, names)
+    yield from _check_resume(directory, names)
 
 
-def _check_resume(directory: Path, names: Sequence[str]) -> Finding:
+def _check_resume(directory: Path, names: Sequence[str]) -> Iterator[Finding]:
     try:
         state = json.loads((directory / "resume" / "state.json").read_text(encoding="utf-8"))
         with safe_open(directory / "resume" / "optimizer.safetensors", "pt") as file:
             held = set(file.keys())
     except (OSError, ValueError, SafetensorError) as error:
-        return Finding("resume", False, f"cannot be resumed: {error}")
+        yield Finding("resume", False, f"cannot be resumed: {error}")
+        return
     missing = [f"{key}.{name}" for name in names for key in STATE if f"{key}.{name}" not in held]
-    if missing:
-        return Finding("resume", False, f"optimizer.safetensors has no {missing[0]}")
-    return Finding("resume", True, f"after step {state['step']}, {state['tokens']:,} tokens; optimizer state complete")
+    complete = f"after step {state['step']}, {state['tokens']:,} tokens; optimizer state complete"
+    yield Finding("resume", not missing, f"optimizer.safetensors has no {missing[0]}" if missing else complete)
+    try:
+        ledger = Ledger(**state["ledger"])
+        problem = ledger.problem(state["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        yield Finding("ledger", False, f"resume/state.json has no ledger that can be read: {error!r}")
+        return
+    packs = f"each of {ledger.packs_per_epoch:,} packs" if ledger.packs_per_epoch else "each pack"
+    yield Finding("ledger", not problem, problem or f"{packs} exactly once an epoch, up to step {state['step']}")
 
 
 @dataclass(frozen=True)
@@ -98,9 +107,12 @@ def prove_resume(
     kills: int = 3,
     steps: int = 30,
     seed: int = 0,
+    settings: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Proof:
     """Train twins under `directory`, one of them killed `kills` times; see the module's text.
+
+    `settings` are `key=value` for both, such as `data.cache=false`.
 
     Raises:
         UserError: a run failed by itself, or ended before it could be killed.
@@ -122,6 +134,7 @@ def prove_resume(
         return ["train", stage, *host, *files, *origin, *common, "--max-steps", str(steps), "--out", str(out)]
 
     often = ["--set", "eval.every=4", "--set", "checkpoint.every=3"]
+    often += [word for setting in settings for word in ("--set", setting)]
     if stage != "pretrain":
         say("a base to start from")
         _run(command("pretrain", directory / "base", 4))

@@ -162,6 +162,6 @@ def calibrate(job: Job) -> Pace:
     return Pace(
         start=watch.steps[0] - started,
         # The first step warms up.
-        step=statistics.median(seconds[1:] or seconds) / job.config.scale.workers,
+        step=statistics.median(seconds[1:] or seconds) / job.config.scale.most,
         validation=watch.reported - watch.steps[-1] - seconds[-1],
     )

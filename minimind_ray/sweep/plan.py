@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, validate
+from minimind_ray.config.paths import output_path
 from minimind_ray.config.schema import Config
 from minimind_ray.config.search import SearchConfig
 from minimind_ray.data.plan import StepPlan
@@ -57,11 +58,13 @@ def plan_sweep(path: Path, base: Config, axes: Sequence[Axis], search: SearchCon
     Raises:
         UserError: see `plan_trials`, `SearchConfig.judged_by`, `Explorer` and `import_optuna`; no validation data.
     """
-    path = path.absolute()
+    path = Path(output_path(path))
     base = resolve_paths(base)
     search.judged_by(base.stage)
     if not base.data.val and not base.data.val_fraction:
         raise UserError("a sweep compares trials on validation data: set data.val, or data.val_fraction above 0")
+    if base.scale.fewest < base.scale.most:
+        raise UserError(f"a sweep compares trials on the same number of workers: --workers {base.scale.most}, say")
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
     drawn = any(isinstance(axis, Drawn) for axis in axes)
@@ -85,7 +88,7 @@ def plan_sweep(path: Path, base: Config, axes: Sequence[Axis], search: SearchCon
 
 def _check_pbt(base: Config, axes: Sequence[Axis]) -> None:
     Explorer(axes, 0)
-    if base.scale.workers > 1:
+    if base.scale.most > 1:
         raise UserError("pbt exchanges checkpoints between trials of one worker; set --workers 1")
     if base.checkpoint.every not in (None, base.eval.every):
         raise UserError("pbt exchanges checkpoints at validations: leave checkpoint.every out")
@@ -217,7 +220,7 @@ def reopen_sweep(path: Path) -> SweepPlan:
     Raises:
         UserError: no sweep there, or a damaged file.
     """
-    path = path.absolute()
+    path = Path(output_path(path))
     if not (path / "sweep.json").exists():
         raise UserError(f"{path} holds no sweep to go on with: leave --resume out to start one")
     content = _read(path / "sweep.json")

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, save_resume
 from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision
 from minimind_ray.train.evaluate import Evaluation, evaluate
+from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.optim import FlatGradients, build_adamw
 from minimind_ray.train.run import RunDirectory, resolve_model, sound
 from minimind_ray.train.schedule import lr_factor
@@ -33,11 +34,18 @@ from minimind_ray.train.throughput import measure_matmul_flops, training_flops_p
 
 
 class Plan(Protocol):
-    """How many steps there are, and which epoch (from 0) a step belongs to, where that is known."""
+    """How many steps and packs there are, and which epoch (from 0) a step belongs to, where that is known."""
+
+    packs_per_step: int
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
+        ...
+
+    @property
+    def packs_per_epoch(self) -> int | None:
+        """Packs in one pass over the data."""
         ...
 
     def epoch(self, step: int) -> int | None:
@@ -74,6 +82,7 @@ class Progress:
     tokens: int = 0
     best: str | None = None
     best_value: float = math.inf
+    ledger: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> str:
@@ -113,6 +122,7 @@ def fit(
     if checkpoint := last_sound_checkpoint(run):
         weights.load(checkpoint)
         progress = Progress(**load_resume(checkpoint, model, optimizer))
+    ledger = Ledger(plan.packs_per_step, plan.packs_per_epoch, progress.ledger.get("epochs"))
     if config.train.compile:
         model.compile_blocks()
     eval_every = config.eval.every or max(1, plan.steps // 10)
@@ -146,6 +156,7 @@ def fit(
                 "the last good checkpoint is kept. Try a lower optim.lr, or train.precision float32"
             ) from None
         epoch = plan.epoch(progress.step)
+        ledger.add(epoch, (pack.id for pack in packs))
         progress.step, progress.tokens = progress.step + 1, progress.tokens + result.tokens
         ending = progress.step == plan.steps or result.stop
         validating = data.val is not None and (ending or progress.step % eval_every == 0)
@@ -167,6 +178,7 @@ def fit(
             if tracker:
                 tracker.log(metrics, samples)
         if saving:
+            progress.ledger = ledger.gather()
             # Without validation data the last is the best; with them only what was validated can be.
             value = evaluation.means["loss"] if evaluation else math.nan if data.val else -float(progress.step)
             if value <= progress.best_value:

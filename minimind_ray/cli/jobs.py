@@ -1,0 +1,226 @@
+"""Commands on a cluster, as Ray jobs: `minimind-ray --cluster FILE COMMAND…`, and `jobs`, `logs`, `stop`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind_ray.cli.flags import FLAGS, config_from_flags
+from minimind_ray.config.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from minimind_ray.on_ray.jobs import Client
+
+ClusterFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="run the command on the cluster that was started with `ray up FILE`, as a job: the working directory is "
+        "sent there, output comes here, and so do results in the end",
+        show_default=False,
+    ),
+]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="its name, as `minimind-ray jobs` tells it")]
+
+# They are about jobs themselves, or about what is here.
+STAY_HERE = ("jobs", "logs", "stop", "pack", "cluster", "config", "chat")
+# What RAY_ADDRESS=http://… sends, as it does for `ray job`; other commands are sent by --cluster alone.
+ON_RAY = ("train", "tune", "run", "data")
+FETCHED = "fetched.json"
+
+
+def everywhere(context: typer.Context, cluster: ClusterFile = None) -> None:
+    """Train small language models from jsonl on Ray: pretrain, SFT, LoRA, DPO."""
+    name = context.invoked_subcommand
+    if name in STAY_HERE or (cluster is None and name not in ON_RAY):
+        if cluster and name in ("chat", "config"):
+            raise UserError(f"{name} runs here: leave --cluster out")
+        return
+    if cluster or os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
+        _send(context, cluster, _command(sys.argv[1:]))
+        raise typer.Exit
+
+
+def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False) -> None:
+    """List the cluster's jobs, latest first."""
+    from datetime import datetime
+
+    from minimind_ray.on_ray.jobs import connect
+    from minimind_ray.sweep.text import duration_text
+
+    with connect(_cluster(context)) as client:
+        found = sorted((j for j in client.list_jobs() if j.submission_id), key=lambda j: -(j.start_time or 0))
+    if json:
+        from json import dumps
+
+        facts = [
+            {
+                "job": j.submission_id, "state": j.status, "command": j.entrypoint, "started": j.start_time,
+                "ended": j.end_time, "out": (j.metadata or {}).get("out"), "message": j.message,
+            }
+            for j in found
+        ]  # fmt: skip
+        print(dumps(facts, ensure_ascii=False, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("job", "state", "started", "took", "command", box=None, header_style="dim")
+    for j in found:
+        began = (j.start_time or 0) / 1000
+        took = duration_text((j.end_time or datetime.now().timestamp() * 1000) / 1000 - began)
+        cells = (str(j.submission_id), str(j.status), f"{datetime.fromtimestamp(began):%d %b %H:%M}", took)
+        table.add_row(*cells, Text(j.entrypoint))
+    Console(highlight=False, soft_wrap=True).print(table if found else "no jobs")
+
+
+def logs(context: typer.Context, job: Job) -> None:
+    """Show a job's output from its beginning, follow it to its end, and fetch its results."""
+    from minimind_ray.on_ray.jobs import connect, details
+
+    with connect(_cluster(context)) as client:
+        details(client, job)
+        _watch(client, job, _cluster(context))
+
+
+def stop(context: typer.Context, job: Job) -> None:
+    """Stop a job as Ctrl-C would: after the step, with a checkpoint."""
+    from minimind_ray.on_ray.jobs import connect
+    from minimind_ray.on_ray.jobs import stop as stop_job
+
+    with connect(_cluster(context)) as client:
+        running = stop_job(client, job)
+    print(
+        f"{job} is told to stop; see it end: {_ours(_cluster(context))} logs {job}" if running else f"{job} has ended"
+    )
+
+
+def pack(out: Annotated[str, typer.Argument(metavar="DIR", help="a run, a sweep, or a recipe's directory")]) -> None:
+    """Print what is worth fetching of DIR, without models: one line that `logs` understands."""
+    from minimind_ray.config.paths import output_path
+    from minimind_ray.train.bundle import pack as packed
+
+    print(packed(output_path(out)))
+
+
+def _send(context: typer.Context, cluster: Path | None, command: Sequence[str]) -> None:
+    """Check the command, send it, and follow it."""
+    params = _parse(context, command)
+    metadata = _plan(command[0], params)
+    if out := metadata.get("out"):
+        _check_target(_target(out))
+    from minimind_ray.on_ray.jobs import connect, submit
+
+    with connect(cluster) as client:
+        job = submit(client, command, metadata)
+        print(f"job {job}: minimind-ray {' '.join(command)}\nCtrl-C leaves it running", flush=True)
+        _watch(client, job, cluster)
+
+
+def _watch(client: Client, job: str, cluster: Path | None) -> None:
+    """Show the job's output until it has ended, and bring home what it made; exits as the job did."""
+    from minimind_ray.on_ray.jobs import fetch, follow
+
+    try:
+        info = follow(client, job, _write)
+    except KeyboardInterrupt:
+        ours = _ours(cluster)
+        print(f"\n{job} goes on without this terminal. See it again: {ours} logs {job}; stop it: {ours} stop {job}")
+        raise typer.Exit(130) from None
+    if out := (info.metadata or {}).get("out"):
+        target = _target(out)
+        _check_target(target)
+        if files := fetch(client, info, out, target):
+            (target / FETCHED).write_text(f'{{"job": "{job}", "out": "{out}"}}\n', encoding="utf-8")
+            pages = [file for file in files if file.name == "report.html"]
+            print(f"fetched {len(files)} files into {target}" + "".join(f"; report: {page}" for page in pages))
+    print(f"job {job}: {info.status}" + (f": {info.message}" if info.status == "FAILED" else ""))
+    if info.status != "SUCCEEDED":
+        raise typer.Exit(130 if info.status == "STOPPED" else info.driver_exit_code or 1)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """The arguments without our own option, which stands before the command."""
+    while arguments and arguments[0].startswith("-"):
+        arguments = arguments[1 if "=" in arguments[0] else 2 :]
+    return arguments
+
+
+def _parse(context: typer.Context, command: Sequence[str]) -> dict[str, Any]:
+    """The command's parameters: what is misspelt is told here, and --help needs no cluster."""
+    inner: Any = context
+    rest = list(command)
+    while hasattr(inner.command, "commands"):
+        name, found, rest = inner.command.resolve_command(inner, rest)
+        inner = found.make_context(name, list(rest), parent=inner)
+    return inner.params
+
+
+def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
+    """What the job's record says beside the command: the config, checked here, and where its results lie."""
+    from minimind_ray.config.load import to_yaml
+
+    if params.get("dry_run"):
+        return {}
+    paths = [*(params.get("config") or []), params.get("sweep"), params.get("recipe")]
+    for path in map(Path, filter(None, paths)):
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{path} does not lie in the working directory, which is all that the cluster gets")
+    if name == "train":
+        flags = {flag: params[flag] for flag in FLAGS if flag in params}
+        config = config_from_flags(
+            params["stage"], list(map(Path, params["config"] or [])), params["set_"] or [], flags
+        )
+        return {"out": config.out.replace("{stage}", config.stage), "config": to_yaml(config)}
+    if name == "tune" and params["resume"]:
+        return {"out": str(params["resume"])}
+    if name == "tune":
+        from minimind_ray.cli.tune import plan_of
+
+        plan = plan_of({key: value for key, value in params.items() if not (value is None or value == [])})
+        return {"out": str(params["out"] or Path("sweeps") / plan.base.stage), "config": to_yaml(plan.base)}
+    if name == "run":
+        from minimind_ray.stages.recipe import read_recipe
+
+        recipe = read_recipe(params["recipe"])
+        return {"out": str(params["out"] or recipe.out or f"runs/{recipe.name}")}
+    return {}
+
+
+def _target(out: str) -> Path:
+    """Where results come to: the same relative path here; of others the last part, under fetched/."""
+    path = Path(out)
+    return path if "://" not in out and not path.is_absolute() else Path("fetched") / path.name
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not (target / FETCHED).exists():
+        raise UserError(
+            f"{target} here is of this machine, and the cluster's results would come there: choose another --out"
+        )
+
+
+def _cluster(context: typer.Context) -> Path | None:
+    cluster = context.find_root().params["cluster"]
+    if not cluster and not os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
+        raise UserError(
+            f"which cluster? minimind-ray --cluster FILE {context.info_name}, or set RAY_ADDRESS to its dashboard, "
+            "such as http://127.0.0.1:8265"
+        )
+    return Path(cluster) if cluster else None
+
+
+def _ours(cluster: Path | None) -> str:
+    return f"minimind-ray --cluster {cluster}" if cluster else "minimind-ray"

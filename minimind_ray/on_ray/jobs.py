@@ -1,0 +1,126 @@
+"""Commands as Ray jobs on a cluster: sent from here with the working directory, followed, and their results fetched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.on_ray.tunnel import tunnel
+from minimind_ray.train.bundle import unpack
+
+Client = JobSubmissionClient
+
+# What stays here, as in .gitignore, beside all that .gitignore and .rayignore name.
+STAYS = [
+    "/runs/", "/sweeps/", "/.cache/", "/wandb/", ".git/", ".venv/", "__pycache__/", ".pytest_cache/", ".ruff_cache/",
+]  # fmt: skip
+# To stop a job is to press Ctrl-C: a checkpoint is written first.
+STOP_AS_BY_HAND = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "300"}
+
+
+@contextmanager
+def connect(cluster: Path | None) -> Generator[Client]:
+    """The jobs of the cluster that a file describes, through a tunnel; without one, of RAY_ADDRESS (http://…).
+
+    Raises:
+        UserError: no way there, or another token than the cluster's.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
+    try:
+        if cluster:
+            # Ray's client would take it for the one that is meant.
+            os.environ.pop("RAY_ADDRESS", None)
+            with tunnel(cluster) as (address, token):
+                yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+        else:
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            yield JobSubmissionClient()
+    except AuthenticationError as error:
+        raise UserError(f"the cluster does not take this token: {str(error).splitlines()[0]}") from None
+    except ConnectionError as error:
+        raise UserError(f"the cluster cannot be reached: {str(error).splitlines()[0]}") from None
+
+
+def submit(client: Client, command: Sequence[str], metadata: Mapping[str, str]) -> str:
+    """Send the working directory and start `minimind-ray command` there; the job's name.
+
+    Raises:
+        UserError: the working directory is too large.
+    """
+    try:
+        return client.submit_job(
+            entrypoint=shlex.join(["minimind-ray", *command]),
+            submission_id=f"{command[0]}-{secrets.token_hex(3)}",
+            runtime_env={"working_dir": str(Path.cwd()), "excludes": STAYS, "env_vars": STOP_AS_BY_HAND},
+            metadata=dict(metadata),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"{Path.cwd()} cannot be sent to the cluster: {error} Name in .rayignore what the command does not need, "
+            "and put large data into the cluster's storage"
+        ) from None
+
+
+def details(client: Client, job: str) -> JobDetails:
+    """What the cluster knows of a job. Raises UserError if there is none of that name."""
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        raise UserError(f"the cluster has no job {job}: see minimind-ray jobs") from error
+
+
+def follow(client: Client, job: str, write: Callable[[str], object]) -> JobDetails:
+    """Hand all output of the job to `write`, from its beginning and until it has ended; how it ended.
+
+    Raises:
+        UserError: the connection was lost. KeyboardInterrupt leaves the job running, too.
+    """
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job):
+            write(text)
+
+    try:
+        asyncio.run(tail())
+        return _ended(client, job)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"the connection was lost ({error}); job {job} goes on") from None
+
+
+def stop(client: Client, job: str) -> bool:
+    """Ask a job to stop, as Ctrl-C does; whether it was running."""
+    details(client, job)
+    return client.stop_job(job)
+
+
+def fetch(client: Client, job: JobDetails, out: str, target: Path) -> list[Path]:
+    """Bring what `pack` takes of the job's directory `out` into `target`; the files.
+
+    A job of its own sends them, so it works wherever they lie, and for a job that failed, too.
+    """
+    packer = client.submit_job(
+        entrypoint=shlex.join(["minimind-ray", "pack", out]), runtime_env=job.runtime_env, metadata={}
+    )
+    _ended(client, packer)
+    text = client.get_job_logs(packer)
+    client.delete_job(packer)
+    return unpack(text, target)
+
+
+def _ended(client: Client, job: str) -> JobDetails:
+    while not (info := client.get_job_info(job)).status.is_terminal():
+        time.sleep(0.2)
+    return info

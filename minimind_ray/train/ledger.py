@@ -1,0 +1,95 @@
+"""Which packs a run has trained on, by their numbers: what makes "each pack of an epoch exactly once" checkable.
+
+Written down as pages are listed: `0-1023 1030 1040-1047*2` is the packs 0 to 1023 and 1030 once, 1040 to 1047 twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+
+class Ledger:
+    """How often each pack was trained on, in each epoch, by all workers of all attempts that a checkpoint stands on.
+
+    `packs_per_epoch` is None for a stream, whose packs are numbered through as if in one epoch.
+    """
+
+    def __init__(
+        self, packs_per_step: int, packs_per_epoch: int | None, epochs: Mapping[str, str] | None = None
+    ) -> None:
+        self.packs_per_step, self.packs_per_epoch = packs_per_step, packs_per_epoch
+        self.counts_of = {int(epoch): parse_counts(text) for epoch, text in (epochs or {}).items()}
+        self.since: dict[int, list[int]] = defaultdict(list)
+
+    def add(self, epoch: int | None, packs: Iterable[int]) -> None:
+        """Packs that this worker has trained on."""
+        self.since[epoch or 0] += packs
+
+    def gather(self) -> dict[str, Any]:
+        """Bring all workers' packs together, on every worker; as JSON, which `Ledger(**…)` reads."""
+        workers = [self.since]
+        if dist.is_initialized():
+            workers = [None] * dist.get_world_size()
+            dist.all_gather_object(workers, self.since)
+        for epoch in sorted({epoch for worker in workers for epoch in worker}):
+            packs = [pack for worker in workers for pack in worker.get(epoch, ())]
+            before = self.counts_of.get(epoch, np.zeros(0, np.int64))
+            after = np.bincount(packs, minlength=len(before))
+            after[: len(before)] += before
+            self.counts_of[epoch] = after
+        self.since = defaultdict(list)
+        epochs = {str(epoch): counts_text(counts) for epoch, counts in sorted(self.counts_of.items())}
+        return {"packs_per_step": self.packs_per_step, "packs_per_epoch": self.packs_per_epoch, "epochs": epochs}
+
+    def problem(self, step: int) -> str | None:
+        """What keeps this from being each pack exactly once up to `step`, mid-epoch or not; None where nothing does."""
+        per_epoch, due = self.packs_per_epoch, step * self.packs_per_step
+        if per_epoch is None:
+            expected = {0: due}
+        else:
+            done, rest = divmod(step, -(-per_epoch // self.packs_per_step))
+            expected = dict.fromkeys(range(done), per_epoch) | {done: rest * self.packs_per_step}
+        for epoch in sorted({*expected, *self.counts_of}):
+            counts = self.counts_of.get(epoch, np.zeros(0, np.int64))
+            if len(again := np.flatnonzero(counts > 1)):
+                return f"epoch {epoch + 1}: pack {again[0]} was trained on {counts[again[0]]} times"
+            most = expected.get(epoch, 0) if per_epoch is None else per_epoch
+            if len(counts) > most:
+                return f"epoch {epoch + 1}: pack {len(counts) - 1} was trained on, and there are {most}"
+            if (found := np.count_nonzero(counts)) != expected.get(epoch, 0):
+                return f"epoch {epoch + 1}: {found} packs were trained on, not {expected.get(epoch, 0)}"
+        return None
+
+
+def counts_text(counts: np.ndarray) -> str:
+    """Runs of packs that were trained on equally often; see the module's text. `counts` is int64 [packs]."""
+    starts = np.flatnonzero(np.diff(counts, prepend=0))
+    ends = [*starts[1:], len(counts)]
+    words = [
+        (f"{start}-{end - 1}" if end > start + 1 else f"{start}") + (f"*{counts[start]}" if counts[start] > 1 else "")
+        for start, end in zip(starts, ends)
+        if counts[start]
+    ]
+    return " ".join(words)
+
+
+def parse_counts(text: str) -> np.ndarray:
+    """Back from `counts_text`: int64 [last pack + 1].
+
+    Raises:
+        ValueError: it was not written by `counts_text`.
+    """
+    runs: list[tuple[int, int, int]] = []
+    for word in text.split():
+        span, _, times = word.partition("*")
+        first, _, last = span.partition("-")
+        runs.append((int(first), int(last or first), int(times or 1)))
+    counts = np.zeros(1 + max((last for _, last, _ in runs), default=-1), np.int64)
+    for first, last, times in runs:
+        counts[first : last + 1] += times
+    return counts

@@ -1,0 +1,158 @@
+"""`ray up` on machines of one's own, jobs from the laptop, a machine whose power goes, `ray down`: all for real."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.machines import ROOT, Machine, Machines, require_machines, until
+from tests.jobs import make_tokenizer, rows_of, write_jsonl
+
+pytestmark = pytest.mark.cluster
+
+PROJECT = "/root/project"
+FILE = "cluster/local.yaml"
+CPUS = 2
+TINY = (
+    "--tokenizer data/tokenizer --max-seq-len 64 --pack-tokens 256 --batch-tokens 1024 --precision float32 "
+    "--set data.val_fraction=0.1 --set eval.samples=1 --set eval.sample_tokens=8"
+)
+
+
+def prepare_laptop(machines: Machines) -> None:
+    """A checkout, the cluster's token, and the cluster file with these machines in it: what docs/cluster.md says."""
+    project = machines.laptop.disk / "root" / "project"
+    project.mkdir()
+    for name in ("minimind_ray", "cluster", "experiments"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    head, *workers = (host.address for host in machines.hosts)
+    cluster = yaml.safe_load((project / FILE).read_text())
+    cluster["provider"] |= {"head_ip": head, "worker_ips": workers}
+    cluster["auth"]["ssh_user"] = "root"
+    for kind in ("head", "worker"):
+        commands = cluster[f"{kind}_start_ray_commands"]
+        commands[-1] = f"export GLOO_SOCKET_IFNAME=eth0; {commands[-1]}"
+    # Whatever this machine has, these have two CPUs.
+    cluster["worker_start_ray_commands"][-1] += f" --num-cpus={CPUS}"
+    (project / FILE).write_text(yaml.safe_dump(cluster))
+
+
+def install(host: Machine, project: Path) -> None:
+    """Leave cluster/setup.sh nothing to download: the environment that it would make is this one."""
+    environment = host.disk / "root" / "minimind-ray-venv"
+    environment.mkdir()
+    (environment / "bin").symlink_to(Path(sys.prefix) / "bin")
+    (host.disk / "root" / ".bashrc").write_text(f"export PYTHON={sys.prefix}/bin/python\n")
+    script = (project / "cluster" / "setup.sh").read_text()
+    [made_of] = re.findall(r"^made_of=.*?^} \| sha256sum\)\n", script, re.DOTALL | re.MULTILINE)
+    version = ".".join(map(str, sys.version_info[:3]))
+    told = subprocess.run(
+        ["bash", "-c", f'root={project} version={version}\n{made_of}echo "$made_of"'],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (environment / ".made-of").write_text(told.stdout)
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    require_machines()
+    with Machines(tmp_path_factory.mktemp("machines"), hosts=3) as machines:
+        prepare_laptop(machines)
+        for host in machines.hosts:
+            install(host, machines.laptop.disk / "root" / "project")
+        yield machines
+
+
+def on_laptop(machines: Machines, command: str) -> list[str]:
+    settings = f"PATH={sys.prefix}/bin:$PATH PYTHONPATH={PROJECT} RAY_USAGE_STATS_ENABLED=0"
+    return machines.laptop.command(f"cd {PROJECT} && export {settings} && {command}")
+
+
+def laptop(machines: Machines, command: str, code: int = 0, seconds: float = 120) -> str:
+    began = time.monotonic()
+    done = subprocess.run(
+        on_laptop(machines, command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=seconds, check=False,
+    )  # fmt: skip
+    print(f"{time.monotonic() - began:6.1f} s  {command}")
+    assert done.returncode == code, f"{command}: exit code {done.returncode}\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+def test_a_sweep_on_machines_that_fail(machines: Machines) -> None:
+    shared, home = machines.shared, machines.laptop.disk / "root" / "project"
+    write_jsonl(shared / "data" / "pretrain.jsonl", rows_of("pretrain", 400))
+    write_jsonl(shared / "data" / "dpo.jsonl", rows_of("dpo", 200))
+    make_tokenizer(shared / "data" / "tokenizer")
+    ours = f"minimind-ray --cluster {FILE}"
+    base = shared / "runs" / "base"
+
+    laptop(machines, "ray get-auth-token --generate")
+    refused = laptop(machines, f"{ours} jobs", code=1)
+    assert "ray up cluster/local.yaml" in refused
+    laptop(machines, f"ray up {FILE} --no-config-cache -y", seconds=180)
+    head = machines.hosts[0]
+    until(lambda: f"/{2 * CPUS}.0 CPU" in head.run(". ~/.bashrc; ray status"), "the workers do not join", seconds=40)
+
+    # A run over both worker hosts; its terminal goes, then the power of one of them.
+    command = (
+        f"{ours} train pretrain --train data/pretrain.jsonl --out runs/base {TINY} --workers 1:3 --epochs 1000 "
+        "--max-steps 600 --lr 3e-3 --set checkpoint.every=25 --set eval.every=300"
+    )
+    began = time.monotonic()
+    terminal = subprocess.Popen(
+        on_laptop(machines, f"exec {command}"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    until(lambda: list(base.glob("checkpoints/step-*")) or terminal.poll() is not None, "no checkpoint", seconds=90)
+    print(f"{time.monotonic() - began:6.1f} s  to the first checkpoint")
+    terminal.send_signal(signal.SIGINT)
+    told = terminal.communicate(timeout=30)[0]
+    print(told)
+    assert terminal.returncode == 130
+    [job] = re.findall(r"logs (train-[0-9a-f]{6});", told)
+    training = [host for host in machines.hosts[1:] if "RayTrainWorker" in host.run("ps ax")]
+    assert len(training) == 2, "the three workers are to be on both hosts"
+    training[0].cut()
+    began = time.monotonic()
+    print(laptop(machines, f"{ours} jobs"))
+    followed = laptop(machines, f"{ours} logs {job}", seconds=200)
+    print(followed)
+    print(f"{time.monotonic() - began:6.1f} s  from the cut to the end of the run")
+    info = json.loads((home / "runs" / "base" / "run.json").read_text())
+    print(info)
+    assert (info["state"], info["steps"]) == ("finished", 600)
+    assert len(info["restarts"]) >= 1
+    assert not list(home.rglob("*.safetensors"))
+
+    # A sweep on what is left.
+    out = laptop(
+        machines,
+        f"{ours} tune dpo --train data/dpo.jsonl --init-from runs/base {TINY.replace('--tokenizer data/tokenizer', '')}"
+        " --beta 0.05,0.1 --epochs 1",
+        seconds=150,
+    )
+    print(out)
+    assert "report: sweeps/dpo/report.html" in out
+    assert "0.05" in laptop(machines, "minimind-ray compare sweeps/dpo")
+
+    # As people know it: `ray job submit`, and a shell on the head.
+    print(
+        head.run(
+            ". ~/.bashrc; env | grep -i 'ray\\|mini'; cd /tmp; minimind-ray data prepare /mnt/minimind/data/dpo.jsonl --stage dpo --tokenizer data/tokenizer"
+        )
+    )
+    laptop(machines, f"ray down {FILE} -y")

@@ -1,0 +1,112 @@
+"""A Ray cluster of several nodes on this machine, and processes of it to kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minimind_ray.train.run import RunDirectory
+
+WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
+
+
+class LocalCluster:
+    """Nodes that this process started; drivers are processes of their own, so that they can be killed as well."""
+
+    def __init__(self, head_cpus: int) -> None:
+        from ray._private.authentication.authentication_token_setup import (
+            enable_token_auth_by_default,
+            ensure_token_if_auth_enabled,
+        )
+        from ray.cluster_utils import Cluster
+
+        # As ray.init does for a cluster on this machine: nodes and drivers need this user's token.
+        enable_token_auth_by_default()
+        ensure_token_if_auth_enabled()
+        # A lost node is noticed within two seconds, not thirty.
+        settings = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "_system_config": settings})
+        self.nodes: list[Any] = []
+
+    def add(self, cpus: int) -> Any:
+        """One more node."""
+        self.nodes.append(self.cluster.add_node(num_cpus=cpus))
+        return self.nodes[-1]
+
+    def lose(self, node: Any) -> None:
+        """A node's processes are gone from one moment to the next."""
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def processes(self, title: str, nodes: Sequence[Any] | None = None) -> list[int]:
+        """Ids of the nodes' processes (default: of all) whose title begins so."""
+        nodes = [self.cluster.head_node, *self.nodes] if nodes is None else nodes
+        raylets = {node.all_processes["raylet"][0].process.pid for node in nodes}
+        found: list[int] = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if parent in raylets and (entry / "cmdline").read_text().startswith(title):
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # It has just ended.
+        return sorted(found)
+
+    def kill(self, title: str) -> int:
+        """SIGKILL to the first process of that title; how many were there."""
+        found = self.processes(title)
+        if found:
+            os.kill(found[0], signal.SIGKILL)
+        return len(found)
+
+    def drain(self, node: Any, seconds: float) -> None:
+        """Give notice for a node, as the autoscaler does when a spot instance is about to be taken away."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        client = GcsClient(address=self.cluster.address)
+        deadline = int((time.time() + seconds) * 1000)
+        accepted, why = client.drain_node(
+            node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot notice", deadline
+        )
+        assert accepted, why
+
+    @contextmanager
+    def driver(self, *arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """`minimind-ray …` on this cluster; killed at the end if it still runs."""
+        code = "from minimind_ray.cli.main import run; run()"
+        with log.open("ab") as f:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, *arguments],
+                stdout=f, stderr=f, env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+            )  # fmt: skip
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait()
+
+    def shutdown(self) -> None:
+        """End all nodes."""
+        self.cluster.shutdown()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
+    """Look every two milliseconds until it holds; its value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what or condition}"
+        time.sleep(0.002)
+    return value
+
+
+def logged(run: Path) -> int:
+    """The last step in a run's metrics.jsonl, 0 before the first."""
+    return max((line["step"] for line in RunDirectory(run).metrics()), default=0)
