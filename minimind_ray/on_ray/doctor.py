@@ -139,8 +139,10 @@ def examine_cluster(storage: Sequence[str]) -> tuple[list[Node], list[Finding]]:
             else:
                 nodes.append(found)
         workers = [node for node in alive if not _is_head(node)]
-        if len(workers) > 1:
-            findings += _collective([node["NodeID"] for node in workers], any("GPU" in n["Resources"] for n in workers))
+        for backend, gpus in (("nccl", True), ("gloo", False)):
+            alike = [node["NodeID"] for node in workers if ("GPU" in node["Resources"]) == gpus]
+            if len(alike) > 1:
+                findings += _collective(alike, backend)
     finally:
         for mark in marks.values():
             Path(mark).unlink(missing_ok=True)
@@ -213,14 +215,13 @@ def _ahead(actor: Any) -> float:
     return best[1] if abs(best[1]) > best[0] / 2 else 0.0
 
 
-def _collective(node_ids: Sequence[str], gpus: bool) -> list[Finding]:
-    """Let one process on each worker add up numbers with all others, as training does: it hangs where it would."""
+def _collective(node_ids: Sequence[str], backend: str) -> list[Finding]:
+    """Let one process on each of these nodes add up numbers with all others, as training does: it hangs where that would."""
     import ray
     from ray.exceptions import GetTimeoutError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    backend = "nccl" if gpus else "gloo"
-    rank: Any = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0, max_retries=0)(_add_up)
+    rank: Any = ray.remote(num_cpus=0, num_gpus=int(backend == "nccl"), max_retries=0)(_add_up)
     meeting: Any = ray.remote(num_cpus=0)(_Meeting)
     store = meeting.remote()
     work = [
