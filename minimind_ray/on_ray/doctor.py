@@ -216,7 +216,7 @@ def _ahead(actor: Any) -> float:
 
 
 def _collective(node_ids: Sequence[str], backend: str) -> list[Finding]:
-    """Let one process on each of these nodes add up numbers with all others, as training does: it hangs where that would."""
+    """Let one process on each of these nodes add up a number with the others: it hangs where training would."""
     import ray
     from ray.exceptions import GetTimeoutError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
