@@ -61,9 +61,9 @@ export PATH="$venv/bin:\$PATH" RAY_AUTH_MODE=\${RAY_AUTH_MODE:-token} RAY_USAGE_
 export MINIMIND_STORAGE=\${MINIMIND_STORAGE:-${MINIMIND_STORAGE:-}}
 # What is run here by hand uses the cluster; not \`ray start\`, which would look for it here.
 if [ -e /tmp/ray/ray_current_cluster ]; then export RAY_ADDRESS=\${RAY_ADDRESS:-auto}; fi
-# Images of one distribution differ in Python's last number, which Ray would turn away.
-export RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor
 EOF
+# Images of one distribution differ in Python's last number, for which Ray would turn a node away.
+echo 'export RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor' >>"$venv/cluster.env"
 line=". \"$venv/cluster.env\""
 touch "$HOME/.bashrc"
 grep -qxF "$line" "$HOME/.bashrc" || printf '%s\n%s\n' "$line" "$(cat "$HOME/.bashrc")" >"$HOME/.bashrc"
