@@ -20,7 +20,7 @@ fail() {
     exit 1
 }
 
-# Without the token this node's Ray would refuse all others. 
+# Without the token this node's Ray would refuse all others.
 if [ -s "$token" ]; then
     chmod 600 "$token"
 elif [ -z "${RAY_AUTH_TOKEN:-}" ]; then
@@ -58,8 +58,12 @@ fi
 # For every shell on this node, those of `ray exec` and `ray attach` too. First in .bashrc: Ubuntu's leaves early.
 cat >"$venv/cluster.env" <<EOF
 export PATH="$venv/bin:\$PATH" RAY_AUTH_MODE=\${RAY_AUTH_MODE:-token} RAY_USAGE_STATS_ENABLED=0
-export RAY_ADDRESS=\${RAY_ADDRESS:-auto} MINIMIND_STORAGE=\${MINIMIND_STORAGE:-${MINIMIND_STORAGE:-}}
+export MINIMIND_STORAGE=\${MINIMIND_STORAGE:-${MINIMIND_STORAGE:-}}
+# What is run here by hand uses the cluster; not \`ray start\`, which would look for it here.
+if [ -e /tmp/ray/ray_current_cluster ]; then export RAY_ADDRESS=\${RAY_ADDRESS:-auto}; fi
 EOF
+# Images of one distribution differ in Python's last number, for which Ray would turn a node away.
+echo 'export RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor' >>"$venv/cluster.env"
 line=". \"$venv/cluster.env\""
 touch "$HOME/.bashrc"
 grep -qxF "$line" "$HOME/.bashrc" || printf '%s\n%s\n' "$line" "$(cat "$HOME/.bashrc")" >"$HOME/.bashrc"

@@ -9,10 +9,12 @@ import typer
 
 from minimind_ray.cli import (
     chat,
+    cluster,
     compare,
     config,
     data,
     demo,
+    doctor,
     evaluate,
     generate,
     jobs,
@@ -44,11 +46,13 @@ app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate_)
 app.command("import")(transfer.import_)
 app.command("export")(transfer.export)
+app.command("doctor")(doctor.doctor)
 app.command("runs")(runs.runs)
 app.command("jobs")(jobs.jobs)
 app.command("logs")(jobs.logs)
 app.command("stop")(jobs.stop)
 app.command("pack", hidden=True)(jobs.pack)
+app.add_typer(cluster.app, name="cluster")
 app.add_typer(verify.app, name="verify")
 app.add_typer(lora.app, name="lora")
 app.add_typer(data.app, name="data")

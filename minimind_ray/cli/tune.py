@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from minimind_ray.config.schema import ScaleConfig
     from minimind_ray.sweep.axes import Axis
     from minimind_ray.sweep.plan import SweepPlan
 
@@ -60,7 +61,9 @@ def tune(
     gpus_per_trial: Annotated[float | None, typer.Option(help="may be a part of one: 0.25")] = None,
     budget_hours: Annotated[float | None, typer.Option(help="stop cleanly after so many hours")] = None,
     budget_tokens: Annotated[int | None, typer.Option(help="of all trials together; shortens them")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="of what one trial occupies")] = None,
+    price_per_hour: Annotated[
+        str | None, typer.Option(metavar="USD|FILE", help="of what one trial occupies, or a cluster file with prices")
+    ] = None,
     train: Annotated[str | None, setting("data.train")] = None,
     val: Annotated[str | None, setting("data.val")] = None,
     tokenizer: Annotated[str | None, setting("data.tokenizer")] = None,
@@ -169,7 +172,31 @@ def new_plan(
     # A single value given on the command line takes the place of the file's axis.
     axes = {key: found for key, found in axes.items() if key not in overrides}
     base = load_config(stage, config, overrides, trees)
+    if price := search.get("price_per_hour"):
+        search = {**search, "price_per_hour": trial_price(price, base.scale)}
     return plan_sweep(out or f"sweeps/{stage}", base, list(axes.values()), search_config({**told, **search}))
+
+
+def trial_price(text: str, scale: ScaleConfig) -> float:
+    """USD an hour: a number, or what a trial of this scale occupies of the machines of a cluster file.
+
+    Raises:
+        UserError: neither, or no machine of the file has both room for a worker and a price.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    from minimind_ray.config.cluster import read_cluster
+
+    if not Path(text).is_file():
+        raise UserError(f"--price-per-hour {text}: neither a number nor a cluster file")
+    if (found := read_cluster(text).trial_price(scale)) is None:
+        raise UserError(
+            f"{text}: no node type that has a price has room for a worker of {scale.cpus_per_worker:g} CPUs and "
+            f"{scale.gpus_per_worker:g} GPUs; set metadata.price_per_hour"
+        )
+    return found[0]
 
 
 def run_plan(plan: SweepPlan, *, resume: bool) -> None:

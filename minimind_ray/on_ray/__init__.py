@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Found out by measuring Ray 2.60: the reasons stand beside each.
 SETTINGS = {
@@ -22,3 +23,7 @@ SETTINGS = {
 
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
+
+# Ray turns token authentication on by itself where it starts a cluster, but not where it joins one.
+if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").exists():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")

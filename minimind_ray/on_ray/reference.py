@@ -11,7 +11,7 @@ import ray
 from ray.util.annotations import RayDeprecationWarning
 
 from minimind_ray.data.store import PackStore
-from minimind_ray.on_ray.session import require_cpus
+from minimind_ray.on_ray.session import machines, require_cpus
 from minimind_ray.stages.reference import Reference, ReferenceModel
 
 
@@ -31,7 +31,7 @@ def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
     """Each pack's log-probabilities in the order of the packs, as `stages.reference.ComputeReference`."""
     require_cpus(1, reference.gpus, "computing reference log-probabilities")
     groups = len(PackStore(reference.store).row_groups)
-    have = ray.cluster_resources()
+    have = machines().resources()
     processes = int(have["GPU"] / reference.gpus) if reference.gpus else int(have["CPU"]) - 1
     with warnings.catch_warnings():  # The option has no other name yet, though Ray says so.
         warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from minimind_ray.config.errors import UserError
@@ -101,15 +104,55 @@ def require_cpus(cpus: float, gpus: float, what: str) -> None:
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than `what` needs, and no way to more.
     """
-    import ray
-
-    have = ray.cluster_resources()
+    have = machines().resources()
     for resource, need in (("CPU", cpus), ("GPU", gpus)):
-        if have.get(resource, 0) < need:
+        if have[resource] < need:
             raise UserError(
-                f"{what} needs {need:g} {resource}s and the cluster has {have.get(resource, 0):g}; "
+                f"{what} needs {need:g} {resource}s and the cluster has {have[resource]:g}; "
                 "lower scale.workers or scale.cpus_per_worker, or add nodes"
             )
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What each node has, of which at most `most` run at once."""
+
+    nodes: list[dict[str, float]]
+    most: int
+
+    def resources(self) -> dict[str, float]:
+        """CPUs and GPUs of all, at the cluster's largest."""
+        return {kind: sum(self._largest(node.get(kind, 0) for node in self.nodes)) for kind in ("CPU", "GPU")}
+
+    def workers(self, scale: ScaleConfig) -> int:
+        """How many of `scale`'s workers fit."""
+        need = worker_resources(scale)
+        fit = (max(0, int(min(node.get(kind, 0) / n for kind, n in need.items()) + 1e-6)) for node in self.nodes)
+        return int(sum(self._largest(fit)))
+
+    def _largest(self, values: Iterable[float]) -> list[float]:
+        return sorted(values, reverse=True)[: self.most]
+
+
+def machines(without: Collection[str] = ()) -> Machines:
+    """The cluster's nodes, without some, by id; where it starts nodes when they are asked for, those it may start.
+
+    Ray itself does not tell. The head of a cluster made by `ray up` has its file in its home; on Kubernetes
+    MINIMIND_NODE_TYPES of the head's pod repeats the groups of cluster/kuberay.yaml.
+    """
+    import ray
+
+    if "RAY_ADDRESS" in os.environ:
+        if told := os.environ.get("MINIMIND_NODE_TYPES"):
+            nodes = [dict(kind) for kind in json.loads(told) for _ in range(kind["count"])]
+            return Machines(nodes, len(nodes))
+        file = Path.home() / "ray_bootstrap_config.yaml"
+        if file.is_file() and (config := json.loads(file.read_text()))["provider"]["type"] != "local":
+            types = [node for name, node in config["available_node_types"].items() if name != config["head_node_type"]]
+            nodes = [dict(node["resources"]) for node in types for _ in range(node["max_workers"])]
+            return Machines(nodes, config["max_workers"])
+    nodes = [dict(n["Resources"]) for n in ray.nodes() if n["Alive"] and n["NodeID"] not in without]
+    return Machines(nodes, len(nodes))
 
 
 def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) -> int:
@@ -117,19 +160,12 @@ def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) 
 
     Counts what nodes have, whoever uses it now.
     """
-    import ray
-
-    nodes = [dict(n["Resources"]) for n in ray.nodes() if n["Alive"] and n["NodeID"] not in without]
-    if not nodes:
+    found = machines(without)
+    if not found.nodes:
         return 0
-    largest = max(nodes, key=lambda node: node.get("CPU", 0))
+    largest = max(found.nodes, key=lambda node: node.get("CPU", 0))
     largest["CPU"] = largest.get("CPU", 0) - spare_cpus
-    need = worker_resources(scale)
-
-    def fit(node: Mapping[str, float]) -> int:
-        return max(0, int(min(node.get(kind, 0) / amount for kind, amount in need.items()) + 1e-6))
-
-    return sum(fit(node) for node in nodes)
+    return found.workers(scale)
 
 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:

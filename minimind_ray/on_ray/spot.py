@@ -9,20 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
-from ray.autoscaler._private.resource_demand_scheduler import _resource_based_utilization_scorer
+from ray.autoscaler._private.resource_demand_scheduler import (
+    _resource_based_utilization_scorer,  # pyright: ignore[reportPrivateUsage]
+)
 
 SPOT = "-spot"
 """Names of node types that are spot machines end so."""
 
 
 def spot_first(
-    node_resources: dict[str, float],
-    resources: list[dict[str, float]],
+    node_resources: Any,
+    resources: Any,
     node_type: str,
     *,
     node_availability_summary: NodeAvailabilitySummary,
 ) -> tuple[Any, ...] | None:
-    """Ray's own rank; of types as good, one that was not refused lately, and then a spot one.
+    """Ray's own rank of a type for the `resources` asked for; of equals, one not refused lately, then a spot one.
 
     The head's Ray is started with it in RAY_AUTOSCALER_UTILIZATION_SCORER. A refusal is forgotten after half an hour.
     """

@@ -49,14 +49,14 @@ from minimind_ray.data.files import join, remove
 from minimind_ray.data.storage import copy_of, flag, url_of, watched
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.fused import run_fused, start_groups
-from minimind_ray.on_ray.session import Ending, configure_data, interruptible, room, worker_resources
+from minimind_ray.on_ray.session import Ending, configure_data, interruptible, machines, room, worker_resources
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import last_sound_checkpoint
 from minimind_ray.train.run import RunDirectory, resolve_model
 
-NESTED_DRIVER_CPUS = 0.001  # Zero is refused, and the default of 1 would take a worker's place.
+NESTED_DRIVER = 0.001  # Zero is refused, and the default of 1 CPU would take a worker's place.
 
 # Read by Tune in this process: our run directories and progress replace its loggers and its snapshots.
 SETTINGS = {
@@ -321,15 +321,20 @@ def places(scale: ScaleConfig) -> int:
     # With more workers a trial Ray Data needs a CPU of its own, on any node.
     workers = room(scale, spare_cpus=int(scale.most > 1))
     if workers < scale.most:
-        have, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+        have, nodes = machines().resources(), machines().most
         spare = " and 1 CPU beside" if scale.most > 1 else ""
         raise UserError(
             f"one trial needs {scale.most} worker(s) of {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} "
             f"GPUs{spare}, which "
-            f"the cluster's {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs on {nodes} node(s) "
+            f"the cluster's {have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {nodes} node(s) "
             "cannot give; lower --workers, scale.cpus_per_worker or --gpus-per-trial, or add nodes"
         )
     return workers // scale.most
+
+
+def nested_driver() -> dict[str, float]:
+    """What the process that looks after a trial's workers takes: room on the head, where it says that it has some."""
+    return {"driver" if "driver" in ray.cluster_resources() else "CPU": NESTED_DRIVER}
 
 
 def put_bases(jobs: Sequence[Job]) -> dict[str, ray.ObjectRef]:
@@ -381,7 +386,7 @@ def run_trials(
     else:
         space, searcher, samples = None, _Asking(trials, search), trials.count
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": NESTED_DRIVER_CPUS} if nested or groups else resources),
+        tune.with_resources(trainable, nested_driver() if nested or groups else resources),
         param_space=space,
         tune_config=tune.TuneConfig(
             metric=search.metric,

@@ -1,0 +1,73 @@
+"""`minimind-ray doctor`: is everything there that a run needs, on every node?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    storage: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="a bucket or shared folder that every node has to read and write"),
+    ] = None,
+) -> None:
+    """Look at this machine, or with RAY_ADDRESS at every node of a cluster. Exit code 1 where something is wrong."""
+    import os
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from minimind_ray.on_ray.cluster_check import Finding
+    from minimind_ray.on_ray.doctor import diagnose, examine_cluster, examine_here
+    from minimind_ray.on_ray.session import machines, start_ray, stop_ray
+
+    more: list[Finding] = []
+    if "RAY_ADDRESS" in os.environ:
+        start_ray()
+        try:
+            nodes, more = examine_cluster(storage or [])
+            may_come = machines().most
+        finally:
+            stop_ray()
+    else:
+        nodes, may_come = examine_here(storage or []), 0
+    console = Console(highlight=False)
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in (
+        "node",
+        "role",
+        "Python",
+        "Ray",
+        "torch",
+        "CPUs",
+        "GPUs",
+        "NCCL",
+        "disk free",
+        "object store",
+        "clock",
+    ):
+        table.add_column(column, overflow="fold")
+    for node in nodes:
+        gpus = f"{len(node.gpus)} x {node.gpus[0]}" if node.gpus else "-"
+        table.add_row(
+            node.name, node.role, node.python, node.versions["ray"], node.versions["torch"], str(node.cpus), gpus,
+            node.nccl or "-", f"{node.disk_free / 1e9:.0f} GB",
+            f"{node.object_store / 1e9:.1f} GB" if node.object_store else "-", f"{node.clock:+.2f} s",
+        )  # fmt: skip
+    console.print(table)
+    for url in storage or []:
+        able = sum(url not in node.storage for node in nodes)
+        console.print(f"storage {escape(url)}: written and read on {able} of {len(nodes)} node(s)")
+    if may_come >= len(nodes):
+        console.print(f"up to {may_come} workers come when a run asks for them")
+    findings = sorted([*more, *diagnose(nodes)], key=lambda finding: finding.note)
+    for finding in findings:
+        mark = "[yellow]note[/] " if finding.note else "[red]error[/]"
+        console.print(f"{mark} {escape(finding.what)}\n      -> {escape(finding.fix)}", soft_wrap=True)
+    errors = sum(not finding.note for finding in findings)
+    console.print(f"[red]{errors} error(s)[/]" if errors else "[green]ok[/]")
+    if errors:
+        raise typer.Exit(1)

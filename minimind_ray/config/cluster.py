@@ -1,0 +1,185 @@
+"""A cluster file as far as a bill needs it: which machines there may be, what they hold, what they cost.
+
+Cluster files are Ray's (`ray up`) or KubeRay's (kind: RayCluster). Prices are the user's, in USD an hour for each node
+type: `metadata: {price_per_hour: {NAME: USD}}`, a place that Ray leaves alone; on Kubernetes the annotation
+`minimind-ray/price-per-hour`, the same as YAML text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import merged, read_yaml
+from minimind_ray.config.schema import ScaleConfig
+
+PRICE_ANNOTATION = "minimind-ray/price-per-hour"
+KUBERAY_HEAD = "headgroup"
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """A kind of worker: what one has (None: not said, own machines), how many there are at least and at most."""
+
+    name: str
+    cpus: float | None
+    gpus: float | None
+    least: int
+    most: int
+
+    def fits(self, scale: ScaleConfig) -> int:
+        """How many training workers fit on one machine; 0 where it has too little."""
+        if self.cpus is None or self.gpus is None:
+            return 0
+        places = self.cpus / scale.cpus_per_worker
+        if scale.gpus_per_worker:
+            places = min(places, self.gpus / scale.gpus_per_worker)
+        return int(places + 1e-6)
+
+    def share(self, scale: ScaleConfig) -> float:
+        """The part of a machine that one training worker takes, of what it takes most of."""
+        assert self.cpus is not None and self.gpus is not None
+        return max(scale.cpus_per_worker / self.cpus, scale.gpus_per_worker / self.gpus if self.gpus else 0)
+
+
+@dataclass(frozen=True)
+class ClusterFile:
+    """`max_workers` bounds all types together. `prices` are by the names of node types; the head's is `head`'s."""
+
+    path: Path
+    provider: str
+    tree: Mapping[str, Any]
+    head: str
+    workers: tuple[NodeType, ...]
+    max_workers: int
+    prices: Mapping[str, float]
+
+    def cost_idle(self) -> float | None:
+        """USD an hour while nothing runs: the head, and the workers that are kept; None without prices."""
+        return self._sum({self.head: 1} | {node.name: node.least for node in self.workers if node.least})
+
+    def cost_at_most(self) -> float | None:
+        """USD an hour with the dearest machines that may run at once; None without prices."""
+        if self.head not in self.prices or any(node.most and node.name not in self.prices for node in self.workers):
+            return None
+        count, left = {self.head: 1}, self.max_workers
+        for node in sorted(self.workers, key=lambda node: self.prices.get(node.name, 0), reverse=True):
+            count[node.name] = min(node.most, left)
+            left -= count[node.name]
+        return self._sum({name: number for name, number in count.items() if number})
+
+    def trial_price(self, scale: ScaleConfig) -> tuple[float, str] | None:
+        """USD an hour for what one run of this scale occupies, and on which node type: the cheapest that has a price.
+
+        Runs without GPUs are priced on machines without, if there are any, since Ray prefers those.
+        """
+        able = [node for node in self.workers if node.most and node.fits(scale) and node.name in self.prices]
+        if not scale.gpus_per_worker:
+            able = [node for node in able if not node.gpus] or able
+        priced = [(scale.most * node.share(scale) * self.prices[node.name], node.name) for node in able]
+        return min(priced, default=None)
+
+    def _sum(self, count: Mapping[str, int]) -> float | None:
+        if any(name not in self.prices for name in count):
+            return None
+        return sum(self.prices[name] * number for name, number in count.items())
+
+
+def read_cluster(path: str | Path) -> ClusterFile:
+    """A cluster file, not yet checked further than it needs to be understood.
+
+    Raises:
+        UserError: it cannot be read, or is no cluster file.
+    """
+    path, tree = Path(path), read_yaml(path)
+    try:
+        if tree.get("kind") == "RayCluster":
+            return _kuberay(path, tree)
+        if "provider" in tree:
+            return _launched(path, tree)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not a cluster file as it should be: {type(error).__name__}: {error}") from None
+    raise UserError(f"{path}: no cluster file: it has neither `provider` (ray up) nor `kind: RayCluster` (KubeRay)")
+
+
+def _launched(path: Path, tree: dict[str, Any]) -> ClusterFile:
+    provider = tree["provider"]["type"]
+    prices = _prices(path, (tree.get("metadata") or {}).get("price_per_hour") or {})
+    if provider == "local":
+        count = len(tree["provider"].get("worker_ips") or ())
+        worker = NodeType("worker", None, None, count, min(count, tree.get("max_workers", count)))
+        return ClusterFile(path, provider, tree, "head", (worker,), count, prices)
+    most, head = tree.get("max_workers", 2), tree.get("head_node_type", "")
+    workers = tuple(
+        NodeType(
+            name,
+            float((node.get("resources") or {}).get("CPU", 0)),
+            float((node.get("resources") or {}).get("GPU", 0)),
+            node.get("min_workers", 0),
+            min(node.get("max_workers", most), most),
+        )
+        for name, node in (tree.get("available_node_types") or {}).items()
+        if name != head
+    )
+    return ClusterFile(path, provider, tree, head, workers, most, prices)
+
+
+def _kuberay(path: Path, tree: dict[str, Any]) -> ClusterFile:
+    text = (tree["metadata"].get("annotations") or {}).get(PRICE_ANNOTATION, "{}")
+    workers: list[NodeType] = []
+    for group in tree["spec"].get("workerGroupSpecs") or ():
+        container = group["template"]["spec"]["containers"][0].get("resources") or {}
+        size = {**(container.get("requests") or {}), **(container.get("limits") or {})}
+        start = group.get("rayStartParams") or {}
+        cpus = float(start.get("num-cpus", _quantity(size.get("cpu", 0))))
+        gpus = float(start.get("num-gpus", size.get("nvidia.com/gpu", 0)))
+        hosts = group.get("numOfHosts", 1)
+        least, most = group.get("minReplicas", 0) * hosts, group["maxReplicas"] * hosts
+        workers.append(NodeType(group["groupName"], cpus, gpus, least, most))
+    most = sum(node.most for node in workers)
+    return ClusterFile(path, "kuberay", tree, "head", tuple(workers), most, _prices(path, yaml.safe_load(text)))
+
+
+def _quantity(text: object) -> float:
+    """A number of CPUs as Kubernetes writes it: 3, "3" or 500m."""
+    text = str(text)
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+
+
+def _prices(path: Path, prices: object) -> dict[str, float]:
+    if not isinstance(prices, dict) or any(
+        isinstance(p, bool) or not isinstance(p, int | float) or p < 0 for p in prices.values()
+    ):
+        raise UserError(
+            f"{path}: price_per_hour: should give each node type's USD an hour, {{head: 0.2}}, not {prices!r}"
+        )
+    return {str(name): float(price) for name, price in prices.items()}
+
+
+def scales(path: str | Path) -> list[ScaleConfig]:
+    """What an experiment asks for: a stage's config, a sweep's file, or a recipe's, one for each of its stages.
+
+    Raises:
+        UserError: the file cannot be read, or its `scale` section is wrong.
+    """
+    tree = read_yaml(path)
+    common: dict[str, Any] = tree.get("settings") or tree
+    stages: Iterable[Mapping[str, Any]] = tree.get("stages") or [{}]
+    try:
+        return [
+            ScaleConfig.model_validate(
+                merged(common.get("scale") or {}, (stage.get("settings") or {}).get("scale") or {}), strict=False
+            )
+            for stage in stages
+        ]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: scale.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except AttributeError:
+        raise UserError(f"{path}: not a stage's config, a sweep or a recipe") from None

@@ -1,0 +1,36 @@
+"""`minimind-ray doctor` on this machine, and on a cluster of several nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Command
+
+
+@pytest.mark.slow
+def test_the_command_here(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    outcome = command("doctor", "--storage", tmp_path)
+    assert "written and read on 1 of 1 node(s)" in outcome.out
+    (tmp_path / "file").write_text("")
+    outcome = command("doctor", "--storage", tmp_path / "file" / "below")
+    assert outcome.code == 1
+    assert "cannot use" in outcome.out
+
+
+@pytest.mark.cluster
+def test_the_command_on_a_cluster(
+    three_nodes: str,
+    command: Command,
+    tmp_path: Path,
+) -> None:
+    """Every node answers, its storage is the one that is seen here, and the two workers train together."""
+    outcome = command("doctor", "--storage", tmp_path)
+    assert "written and read on 3 of 3 node(s)" in outcome.out
+    assert outcome.out.count(" head ") == 1
+    assert outcome.out.count(" cpu ") == 2
+    assert "does not answer" not in outcome.out
+    assert "cannot train together" not in outcome.out
+    assert not list(tmp_path.iterdir())

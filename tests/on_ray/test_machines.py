@@ -1,0 +1,48 @@
+"""What a cluster may become, where it starts its nodes when they are asked for; nothing here starts Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.on_ray.session import machines, require_cpus, room
+
+pytestmark = pytest.mark.unit
+
+TYPES = {
+    "head": {"resources": {"CPU": 0, "driver": 1000}, "max_workers": 0},
+    "cpu": {"resources": {"CPU": 16}, "max_workers": 2},
+    "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 4},
+}
+
+
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home of a head that `ray up` made, of whose 6 workers 3 may run at once."""
+    config = {"provider": {"type": "aws"}, "head_node_type": "head", "available_node_types": TYPES, "max_workers": 3}
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.delenv("MINIMIND_NODE_TYPES", raising=False)
+
+
+@pytest.mark.usefixtures("head")
+def test_workers_that_may_come_count_up_to_the_files_limit() -> None:
+    assert machines().resources() == {"CPU": 16 + 16 + 8, "GPU": 3}
+    assert room(ScaleConfig(gpus_per_worker=1.0), spare_cpus=0) == 3
+    assert room(ScaleConfig(cpus_per_worker=8.0), spare_cpus=0) == 2 + 2 + 1
+    assert room(ScaleConfig(cpus_per_worker=8.0), spare_cpus=1) == 2 + 1 + 1
+    require_cpus(40, 3, "a run")
+    with pytest.raises(UserError, match="needs 4 GPUs and the cluster has 3"):
+        require_cpus(1, 4, "a run")
+
+
+@pytest.mark.usefixtures("head")
+def test_on_kubernetes_the_head_is_told_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIMIND_NODE_TYPES", json.dumps([{"CPU": 7, "GPU": 1, "count": 4}]))
+    assert machines().resources() == {"CPU": 28, "GPU": 4}
+    assert room(ScaleConfig(gpus_per_worker=0.5), spare_cpus=0) == 8
