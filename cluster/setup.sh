@@ -58,7 +58,9 @@ fi
 # For every shell on this node, those of `ray exec` and `ray attach` too. First in .bashrc: Ubuntu's leaves early.
 cat >"$venv/cluster.env" <<EOF
 export PATH="$venv/bin:\$PATH" RAY_AUTH_MODE=\${RAY_AUTH_MODE:-token} RAY_USAGE_STATS_ENABLED=0
-export RAY_ADDRESS=\${RAY_ADDRESS:-auto} MINIMIND_STORAGE=\${MINIMIND_STORAGE:-${MINIMIND_STORAGE:-}}
+export MINIMIND_STORAGE=\${MINIMIND_STORAGE:-${MINIMIND_STORAGE:-}}
+# What is run here by hand uses the cluster; not \`ray start\`, which would look for it here.
+if [ -e /tmp/ray/ray_current_cluster ]; then export RAY_ADDRESS=\${RAY_ADDRESS:-auto}; fi
 EOF
 line=". \"$venv/cluster.env\""
 touch "$HOME/.bashrc"

@@ -150,9 +150,6 @@ def test_a_sweep_on_machines_that_fail(machines: Machines) -> None:
     assert "0.05" in laptop(machines, "minimind-ray compare sweeps/dpo")
 
     # As people know it: `ray job submit`, and a shell on the head.
-    print(
-        head.run(
-            ". ~/.bashrc; env | grep -i 'ray\\|mini'; cd /tmp; minimind-ray data prepare /mnt/minimind/data/dpo.jsonl --stage dpo --tokenizer data/tokenizer"
-        )
-    )
+    prepare = "minimind-ray data prepare data/dpo.jsonl --stage dpo --tokenizer data/tokenizer"
+    print(laptop(machines, f"ray exec {FILE} {shlex.quote(prepare)}"))
     laptop(machines, f"ray down {FILE} -y")
