@@ -45,6 +45,7 @@ HOST = """
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip address add $ADDRESS/24 dev eth0
 ip link set eth0 up
+ip route add default via $GATEWAY  # It leads nowhere; Ray looks at it for this machine's address.
 mkdir -p /run/sshd
 /usr/sbin/sshd -D -e -f /root/.sshd/config -E /root/.sshd/log &
 """
@@ -95,6 +96,7 @@ class Machine:
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "KEEP": " ".join(keep),
             "SHARE": str(share or ""), "DISK": str(disk), "NAME": name, "ADDRESS": self.address,
+            "GATEWAY": f"{NETWORK}.1",
         }  # fmt: skip
         # It ends with this process, however that ends, and everything in its namespaces with it.
         self.process = subprocess.Popen(
