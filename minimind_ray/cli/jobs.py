@@ -137,7 +137,7 @@ def _watch(client: Client, job: str, cluster: Path | None) -> None:
     if out := (info.metadata or {}).get("out"):
         target = _target(out)
         _check_target(target)
-        if files := fetch(client, info, out, target):
+        if files := fetch(client, out, target):
             (target / FETCHED).write_text(f'{{"job": "{job}", "out": "{out}"}}\n', encoding="utf-8")
             pages = [file for file in files if file.name == "report.html"]
             print(f"fetched {len(files)} files into {target}" + "".join(f"; report: {page}" for page in pages))

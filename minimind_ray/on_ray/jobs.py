@@ -106,14 +106,12 @@ def stop(client: Client, job: str) -> bool:
     return client.stop_job(job)
 
 
-def fetch(client: Client, job: JobDetails, out: str, target: Path) -> list[Path]:
-    """Bring what `pack` takes of the job's directory `out` into `target`; the files.
+def fetch(client: Client, out: str, target: Path) -> list[Path]:
+    """Bring what `pack` takes of a job's directory `out` into `target`; the files.
 
-    A job of its own sends them, so it works wherever they lie, and for a job that failed, too.
+    A job of its own sends them, so it works wherever they lie, and after a job that failed, too.
     """
-    packer = client.submit_job(
-        entrypoint=shlex.join(["minimind-ray", "pack", out]), runtime_env=job.runtime_env, metadata={}
-    )
+    packer = client.submit_job(entrypoint=shlex.join(["minimind-ray", "pack", out]))
     _ended(client, packer)
     text = client.get_job_logs(packer)
     client.delete_job(packer)

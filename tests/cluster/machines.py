@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +45,7 @@ HOST = """
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip address add $ADDRESS/24 dev eth0
 ip link set eth0 up
+ip route add default via $GATEWAY  # It leads nowhere; Ray looks at it for this machine's address.
 mkdir -p /run/sshd
 /usr/sbin/sshd -D -e -f /root/.sshd/config -E /root/.sshd/log &
 """
@@ -93,6 +96,7 @@ class Machine:
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "KEEP": " ".join(keep),
             "SHARE": str(share or ""), "DISK": str(disk), "NAME": name, "ADDRESS": self.address,
+            "GATEWAY": f"{NETWORK}.1",
         }  # fmt: skip
         # It ends with this process, however that ends, and everything in its namespaces with it.
         self.process = subprocess.Popen(
@@ -105,9 +109,7 @@ class Machine:
     @property
     def init(self) -> int:
         """The process id, as this machine counts, of its process 1."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        until(lambda: bool(children.read_text().split()), f"{self.name} does not start")
-        return int(children.read_text().split()[0])
+        return child_of(self.process)
 
     def ready(self) -> None:
         until(lambda: (self.disk / "root" / ".ready").exists(), f"{self.name}: see {self.disk}/out", self.process)
@@ -116,7 +118,17 @@ class Machine:
         """The command line, for this machine, that runs one in a shell there."""
         enter = ["nsenter", "--target", str(self.init), "--net", "--pid", "--mount", "--uts", "--ipc"]
         environment = {"HOME": "/root", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-        return [*enter, "env", "-i", *(f"{k}={v}" for k, v in environment.items()), "bash", "-c", command]
+        # A shell's background jobs ignore Ctrl-C, and so would all that they start.
+        return [
+            *enter,
+            "env",
+            "-i",
+            "--default-signal=INT",
+            *(f"{k}={v}" for k, v in environment.items()),
+            "bash",
+            "-c",
+            command,
+        ]
 
     def run(self, command: str, seconds: float = 120) -> str:
         """The output of a command there, which must succeed."""
@@ -179,9 +191,17 @@ class Machines:
             machine.process.wait()
 
 
-def until(true: object, failing: str, process: subprocess.Popen[bytes] | None = None, seconds: float = 30) -> None:
+def child_of(process: subprocess.Popen[Any]) -> int:
+    """The process id of what `unshare` or `nsenter` runs."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: bool(children.read_text().split()), "the process does not start")
+    return int(children.read_text().split()[0])
+
+
+def until(
+    true: Callable[[], object], failing: str, process: subprocess.Popen[Any] | None = None, seconds: float = 30
+) -> None:
     """Wait for a condition."""
-    assert callable(true)
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end and (process is None or process.poll() is None), failing
