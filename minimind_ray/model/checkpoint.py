@@ -1,6 +1,7 @@
 """Models as Hugging Face directories, which transformers, vLLM and llama.cpp read as they are.
 
-    config.json               the shape: Qwen3ForCausalLM, LlamaForCausalLM or Qwen3MoeForCausalLM
+    config.json               the shape: Qwen3ForCausalLM, LlamaForCausalLM, Qwen3MoeForCausalLM, or
+                              GraniteMoeSharedForCausalLM, which with its multipliers at 1 is MiniMind-2's MoE
     generation_config.json    the tokenizer's control ids
     model.safetensors         float32 weights (read: shards with model.safetensors.index.json, 16-bit weights too)
     tokenizer.json, tokenizer_config.json
@@ -27,15 +28,27 @@ from torch import Tensor
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.granite import (
+    from_granite,
+    granite_fields,
+    granite_tensors,
+    is_granite,
+    read_granite_fields,
+    to_granite,
+)
 from minimind_ray.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "granitemoeshared": "GraniteMoeSharedForCausalLM",
+}  # fmt: skip
 
 # What the fields mean only with these values is what this model computes; anything else would change the result.
 FIXED: dict[str, Any] = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
     "mlp_only_layers": [], "decoder_sparse_step": 1, "quantization_config": None, "partial_rotary_factor": 1.0,
+    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
 }  # fmt: skip
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -65,14 +78,19 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, directory: str |
     _write_json(folder / "config.json", {**config_of(model.shape), **ids})
     _write_json(folder / "generation_config.json", ids)
     weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
+    if is_granite(model.shape):
+        weights = to_granite(weights, model.shape)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def config_of(shape: ModelShape) -> dict[str, Any]:
     """config.json of a shape, in the keys that every reader since transformers 4 knows."""
-    model_type = "qwen3_moe" if shape.num_experts else "qwen3" if shape.qk_norm else "llama"
-    fields = shape.model_dump(exclude={"qk_norm", "dropout", "rope_scaling"})
+    kinds = ("qwen3_moe", "granitemoeshared") if shape.num_experts else ("qwen3", "llama")
+    model_type = kinds[0] if shape.qk_norm else kinds[1]
+    fields = shape.model_dump(exclude={"qk_norm", "dropout", "rope_scaling", "n_shared_experts"})
     experts = {k: fields.pop(k) for k in list(fields) if "expert" in k or k in MOE_FIELDS}
+    if is_granite(shape):
+        experts = granite_fields(shape)
     return {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
@@ -94,7 +112,7 @@ def load_shape(directory: str | Path) -> ModelShape:
     """The shape that config.json describes.
 
     Raises:
-        UserError: no such file, an architecture that is not one of the three, or a field missing or impossible.
+        UserError: no such file, an architecture that is not one of those above, or a field missing or impossible.
     """
     path = Path(directory) / "config.json"
     config = _read_json(path)
@@ -108,7 +126,7 @@ def load_shape(directory: str | Path) -> ModelShape:
         raise UserError(f"{path}: layer_types has other than full_attention, which is not supported")
 
     fields = {key: _required(config, key, path) for key in SIZES}
-    if model_type == "llama":
+    if model_type in ("llama", "granitemoeshared"):
         heads = fields["num_attention_heads"]
         fields["num_key_value_heads"] = config.get("num_key_value_heads") or heads
         fields["head_dim"] = config.get("head_dim") or _head_dim(fields, path)
@@ -118,9 +136,11 @@ def load_shape(directory: str | Path) -> ModelShape:
         count = "num_experts" if "num_experts" in config else "num_local_experts"
         fields["num_experts"] = _required(config, count, path)
         fields |= {key: _required(config, key, path) for key in ("num_experts_per_tok", *MOE_FIELDS)}
+    if model_type == "granitemoeshared":
+        fields |= read_granite_fields({**config, **fields}, path)
     fields["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
     fields["initializer_range"] = config.get("initializer_range", 0.02)
-    fields["qk_norm"] = model_type != "llama"
+    fields["qk_norm"] = model_type.startswith("qwen3")
     fields["dropout"] = config.get("dropout", 0.0)
     fields |= _read_rope(config, path)
     try:
@@ -204,7 +224,7 @@ def weights_fingerprint(directory: str | Path) -> str:
 
 
 def expected_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and size of every weight of a model, without making it."""
+    """Name and size of every weight of a model, without making it; MiniMind's files hold the same."""
     hidden, head = shape.hidden_size, shape.head_dim
     query, key = shape.num_attention_heads * head, shape.num_key_value_heads * head
     yield "model.embed_tokens.weight", (shape.vocab_size, hidden)
@@ -223,12 +243,24 @@ def expected_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]
         networks, width = [f"{at}.mlp"], shape.intermediate_size
         if shape.num_experts:
             yield f"{at}.mlp.gate.weight", (shape.num_experts, hidden)
-            networks = (f"{at}.mlp.experts.{expert}" for expert in range(shape.num_experts))
+            counts = {"experts": shape.num_experts, "shared_experts": shape.n_shared_experts}
+            networks = (f"{at}.mlp.{kind}.{expert}" for kind, count in counts.items() for expert in range(count))
             width = shape.moe_intermediate_size or width
         for network in networks:
             yield f"{network}.gate_proj.weight", (width, hidden)
             yield f"{network}.up_proj.weight", (width, hidden)
             yield f"{network}.down_proj.weight", (hidden, width)
+
+
+def stored_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and size of every weight in a model's directory."""
+    if not is_granite(shape):
+        yield from expected_tensors(shape)
+        return
+    for name, size in expected_tensors(shape.model_copy(update={"num_experts": 0})):
+        if ".mlp." not in name:
+            yield name, size
+    yield from granite_tensors(shape)
 
 
 def _read_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
@@ -239,7 +271,7 @@ def _read_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
     names: set[str] = set()
     problems: list[str] = []
     # Ends with the third problem: a shape of absurd size costs no more than the headers are long.
-    for name, size in expected_tensors(shape):
+    for name, size in stored_tensors(shape):
         entry = entries.get(name)
         if entry is None:
             problems.append(f"{name} is missing")
@@ -254,7 +286,8 @@ def _read_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
         problems += [f"{name} is unknown" for name in sorted(entries.keys() - names)[: 3 - len(problems)]]
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
-    return {name: entry.file.get_tensor(name).float() for name, entry in entries.items()}
+    weights = {name: entry.file.get_tensor(name).float() for name, entry in entries.items()}
+    return from_granite(weights, shape) if is_granite(shape) else weights
 
 
 def _read_headers(folder: Path) -> dict[str, Entry]:

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import LoraConfig
+from minimind_ray.model.granite import is_granite
+from minimind_ray.model.moe import MixtureOfExperts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -276,10 +278,14 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _projections(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
     """What can be adapted, or is, by full name."""
+    # PEFT would look for GraniteMoeShared's experts, which are other tensors under other names.
+    never = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, MixtureOfExperts) and is_granite(m.shape))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | LoraLinear) and _leaf(name) not in NEVER_ADAPTED
+        if isinstance(module, nn.Linear | LoraLinear)
+        and _leaf(name) not in NEVER_ADAPTED
+        and not name.startswith(never)
     }
 
 
