@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.granite import (
@@ -115,7 +116,7 @@ def load_shape(directory: str | Path) -> ModelShape:
         UserError: no such file, an architecture that is not one of those above, or a field missing or impossible.
     """
     path = Path(directory) / "config.json"
-    config = _read_json(path)
+    config = read_json(path, "; name a Hugging Face model directory")
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise UserError(f"{path}: model_type is {model_type!r}; this reads {', '.join(ARCHITECTURES)}")
@@ -309,7 +310,7 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
         raise UserError(f"{folder}: no {WEIGHTS} and no {INDEX}; name a Hugging Face model directory")
     entries: dict[str, Entry] = {}
     for path in files:
-        _check_link(path)
+        require_own(path)
         try:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -325,7 +326,7 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
 def _shards(folder: Path) -> list[Path]:
     """The files that the index names, all of them inside the directory."""
     path = folder / INDEX
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{path}: weight_map is missing or no object")
     names = sorted({str(name) for name in cast("dict[str, Any]", weight_map).values()})
@@ -335,29 +336,10 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _check_link(path: Path) -> None:
-    """Only Hugging Face's cache may keep a file elsewhere: snapshots/REVISION/x is a link to ../../blobs/HASH."""
-    folder = path.parent.resolve()
-    if path.is_symlink() and path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
-        raise UserError(f"{path}: links to a file outside of its directory; copy the file there")
-
-
 def _required(config: Mapping[str, Any], key: str, path: Path) -> Any:
     if config.get(key) is None:
         raise UserError(f"{path}: {key} is missing")
     return config[key]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; name a Hugging Face model directory") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return cast("dict[str, Any]", content)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

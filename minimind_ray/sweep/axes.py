@@ -21,6 +21,7 @@ import yaml
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, parse_value
+from minimind_ray.config.reading import parse_yaml
 from minimind_ray.config.schema import Config
 from minimind_ray.sweep.text import number_text, value_text
 
@@ -98,7 +99,7 @@ def parse_axis(key: str, spec: Any) -> Axis:
         return _drawn(key, spec, match[1], match[2].split(","))
     try:
         # As a YAML list, so that a value may itself be a list: [q_proj, v_proj],all-linear
-        values = yaml.safe_load(f"[{spec}]")
+        values = parse_yaml(f"[{spec}]")
     except yaml.YAMLError:
         raise UserError(f"{key}={spec}: not an axis; expected {FORMS}") from None
     return _grid(key, [parse_value(v) if isinstance(v, str) else v for v in values])

@@ -87,6 +87,14 @@ class Progress:
     best_value: float = math.inf
     ledger: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, state: dict[str, Any], checkpoint: Path) -> Progress:
+        """What `checkpoint` says. Raises UserError where another version wrote it."""
+        try:
+            return cls(**state)
+        except TypeError:
+            raise UserError(f"{checkpoint}/resume/state.json holds {', '.join(state)}: another version's") from None
+
     @property
     def checkpoint(self) -> str:
         """Name of the checkpoint written after this step."""
@@ -193,7 +201,7 @@ def _training(
     progress = Progress()
     if checkpoint := last_sound_checkpoint(run):
         weights.load(checkpoint)
-        progress = Progress(**load_resume(checkpoint, model, optimizer))
+        progress = Progress.of(load_resume(checkpoint, model, optimizer), checkpoint)
     ledger = Ledger(plan.packs_per_step, plan.packs_per_epoch, progress.ledger.get("epochs"))
     if config.train.compile:
         model.compile_blocks()

@@ -26,6 +26,7 @@ from typing import Any
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml, to_yaml
+from minimind_ray.config.reading import parse_json, read_json
 from minimind_ray.config.schema import Config
 
 CHECKPOINT_SUMS = "resume/sums.json"
@@ -70,12 +71,9 @@ class RunDirectory:
         return [key for key in changed if not key.startswith(FREE_KEYS)]
 
     def info(self) -> dict[str, Any]:
-        """What run.json says; empty without one. Raises UserError where it is no JSON."""
+        """What run.json says; empty without one. Raises UserError where it cannot be read."""
         path = self.path / "run.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+        return read_json(path) if path.exists() else {}
 
     def update(self, **facts: Any) -> None:
         """Add to run.json."""
@@ -138,16 +136,16 @@ class RunDirectory:
 def damage(checkpoint: Path) -> list[str]:
     """What is not as `save_checkpoint` wrote it, a few words each; empty for a sound checkpoint."""
     file = checkpoint / CHECKPOINT_SUMS
-    try:
-        sums: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return [f"{file} is missing: no checkpoint of a run, or not all of one"]
-    except (OSError, ValueError) as error:
-        return [f"{file} cannot be read: {error}"]
+    try:
+        sums = read_json(file)
+    except UserError as error:
+        return [str(error)]
     wrong: list[str] = []
     for name, value in sums.items():
         target = checkpoint / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or target.is_symlink():
+        if not inside(name) or target.is_symlink():
             wrong.append(f"{name} leads out of the checkpoint")
         elif not target.is_file():
             wrong.append(f"{name} is missing")
@@ -171,13 +169,21 @@ def resolve_model(path: str | Path) -> Path:
     if (path / "config.json").exists() or (path / "adapter_config.json").exists():
         return path
     run = RunDirectory(path)
-    if (result := run.info().get("result")) and (path / result).is_dir():
-        return path / result
+    if result := run.info().get("result"):
+        if not (isinstance(result, str) and inside(result)):
+            raise UserError(f"{path}/run.json: its result {result!r} is no place in the run's directory")
+        if (path / result).is_dir():
+            return path / result
     if checkpoints := run.checkpoints():
         return checkpoints[-1]
     raise UserError(
         f"{path} is no model: expected a directory with config.json and model.safetensors, or a run with a checkpoint"
     )
+
+
+def inside(name: str) -> bool:
+    """Whether a path that a file names stays in the directory it is relative to."""
+    return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
 
 
 def versions() -> dict[str, str]:
@@ -204,12 +210,21 @@ def git_commit() -> str | None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a .jsonl file that is perhaps still being written; nothing when there is none."""
-    if path.exists():
-        with path.open(encoding="utf-8") as f:
-            for line in f:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+    """The whole lines of a run's .jsonl file that is perhaps still being written; nothing when there is none.
+
+    Raises:
+        UserError: a line is no JSON object with a step.
+    """
+    if not path.exists():
+        return
+    # Bytes that are no UTF-8 stand only in a line that is no JSON.
+    with path.open(encoding="utf-8", errors="surrogateescape") as f:
+        for number, line in enumerate(f, 1):
+            if line.endswith("\n"):
+                content = parse_json(line, f"{path}:{number}")
+                if type(content.get("step")) is not int:
+                    raise UserError(f"{path}:{number}: expected an object with a step")
+                yield content
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -145,7 +145,8 @@ def test_config_is_read_strictly(changes: dict[str, Any], words: str, saved: Pat
         ({"shared_intermediate_size": 25}, "shared_intermediate_size 25 is not a multiple of intermediate_size 24"),
         ({"shared_intermediate_size": None}, "shared_intermediate_size None is not a multiple"),
         ({"num_local_experts": 10**9}, "router.layer.weight is [3, 16], not [1000000000, 16]"),
-        ({"head_dim": 10**400}, "attention_multiplier is"),
+        ({"head_dim": 10**400}, "a whole number of more than 64 bits"),
+        ({"head_dim": 2**63}, "attention_multiplier is"),
     ],
     ids=lambda value: f"{value:.40}" if isinstance(value, str) else str(value)[:40],
 )
