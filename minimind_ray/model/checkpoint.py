@@ -118,7 +118,7 @@ def load_shape(directory: str | Path) -> ModelShape:
     path = Path(directory) / "config.json"
     config = read_json(path, "; name a Hugging Face model directory")
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if model_type not in list(ARCHITECTURES):  # of a list, as it may be something that a dict cannot look up
         raise UserError(f"{path}: model_type is {model_type!r}; this reads {', '.join(ARCHITECTURES)}")
     for key, value in FIXED.items():
         if config.get(key, value) != value:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from pydantic import BaseModel
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, parse_value
@@ -216,11 +217,11 @@ def trial_config(base: Config, point: Mapping[str, Any], seed: int) -> Config:
 
 
 def setting(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
+    """The value of a dotted key, as JSON can hold it."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
-    return value
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
