@@ -210,6 +210,11 @@ def load_weights(model: Transformer, directory: str | Path) -> None:
     model.load_state_dict(_read_weights(Path(directory), model.shape))
 
 
+def check_model(directory: str | Path) -> None:
+    """Check that the weights fit config.json, from their files' headers. Raises as `load_model`."""
+    _fitting(Path(directory), load_shape(directory))
+
+
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
     """A directory's weights by name, float32. Raises as `load_model`."""
     return _read_weights(Path(directory), load_shape(directory))
@@ -266,6 +271,12 @@ def stored_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _read_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
     """All weights as float32, after their headers were found to fit the shape."""
+    weights = {name: entry.file.get_tensor(name).float() for name, entry in _fitting(folder, shape).items()}
+    return from_granite(weights, shape) if is_granite(shape) else weights
+
+
+def _fitting(folder: Path, shape: ModelShape) -> dict[str, Entry]:
+    """Every weight of a model of this shape, none missing and none too many."""
     entries = _read_headers(folder)
     if shape.tie_word_embeddings:
         entries.pop("lm_head.weight", None)  # Some directories store the tied matrix twice; transformers reads one too.
@@ -287,8 +298,7 @@ def _read_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
         problems += [f"{name} is unknown" for name in sorted(entries.keys() - names)[: 3 - len(problems)]]
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
-    weights = {name: entry.file.get_tensor(name).float() for name, entry in entries.items()}
-    return from_granite(weights, shape) if is_granite(shape) else weights
+    return entries
 
 
 def _read_headers(folder: Path) -> dict[str, Entry]:
