@@ -56,7 +56,7 @@ class MetricsLine(BaseModel):
     """A line of metrics.jsonl. All other keys have numbers."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float | None]
+    __pydantic_extra__: dict[str, float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     step: int = Field(ge=0)
     tokens: int = Field(ge=0)
@@ -89,9 +89,9 @@ class RunInfo(BaseModel):
 
     state: State = "waiting"
     error: str | None = None
-    steps: int | None = Field(None, ge=0)
-    tokens: int | None = Field(None, ge=0)
-    seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
+    steps: Annotated[int, Field(ge=0)] | None = None
+    tokens: Annotated[int, Field(ge=0)] | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     result: str | None = None
     inputs: dict[str, str | None] = Field(default_factory=dict)
 
