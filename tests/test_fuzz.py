@@ -105,7 +105,7 @@ NUMBERS = [0, 1, -1, 2, 3, 7, 63, 64, 2**31, 2**53, 2**63 - 1, 2**64, 10**9, 10*
 TEXTS = [
     "", " ", "\0", "..", "../../x", "/etc/passwd", "\ud800", "\udc80x", "a" * 100_000, "[red]", "[/x]", "{{ 1/0 }}",
     "{% for i in range(10**9) %}x{% endfor %}", "$\\frac$", "1e999", "\n\x1b[2J", "<|im_end|>", "step-00000001", "F32",
-    "val/loss", "log(1,2)", "int(1,1e300)", "\u202e", "é" * 50,
+    "val/loss", "0-99999999999", "log(1,2)", "int(1,1e300)", "\u202e", "é" * 50,
 ]  # fmt: skip
 ALIASES = b"a: &a [x]\n" + b"".join(b"b: &%c [%s]\n" % (i + 1, b", ".join([b"*%c" % i] * 9)) for i in b"abcdefghijkl")
 SPECIAL = [
@@ -205,6 +205,9 @@ def mostly(usual: st.SearchStrategy[bytes], other: st.SearchStrategy[bytes]) -> 
 # What is read, and how
 
 
+LEDGER = {"packs_per_step": 2, "packs_per_epoch": 5, "epochs": {"0": "0-1 3*2"}}
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint to go on from, an adapter, a .pth file, a sweep, configs and rows."""
@@ -227,7 +230,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def write(directory: Path) -> None:
         save_model(model, tokenizer, directory)
-        save_resume(directory, model, optimizer, vars(Progress(1, 9, "step-00000001", 2.5)))
+        save_resume(directory, model, optimizer, vars(Progress(1, 9, "step-00000001", 2.5, LEDGER)))
 
     run.save_checkpoint("step-00000001", write)
     base = run.checkpoint_path("step-00000001")

@@ -82,7 +82,7 @@ def _check_resume(directory: Path, names: Sequence[str]) -> Iterator[Finding]:
     try:
         ledger = Ledger(**state["ledger"])
         problem = ledger.problem(state["step"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         yield Finding("ledger", False, f"resume/state.json has no ledger that can be read: {error!r}")
         return
     packs = f"each of {ledger.packs_per_epoch:,} packs" if ledger.packs_per_epoch else "each pack"

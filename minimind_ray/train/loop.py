@@ -91,9 +91,12 @@ class Progress:
     def of(cls, state: dict[str, Any], checkpoint: Path) -> Progress:
         """What `checkpoint` says. Raises UserError where another version wrote it."""
         try:
-            return cls(**state)
-        except TypeError:
-            raise UserError(f"{checkpoint}/resume/state.json holds {', '.join(state)}: another version's") from None
+            progress = cls(**state)
+            if progress.ledger:
+                Ledger(**progress.ledger)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{checkpoint}/resume/state.json: not what this version writes: {error}") from None
+        return progress
 
     @property
     def checkpoint(self) -> str:
