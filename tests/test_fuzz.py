@@ -92,7 +92,6 @@ def guarded() -> Iterator[None]:
         yield
     except UserError as error:
         assert str(error).strip()
-        str(error).encode(errors="surrogateescape")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.alarm(0)
