@@ -27,7 +27,10 @@ from minimind_ray.cli import (
     verify,
 )
 from minimind_ray.cli import run as run_recipe
+from minimind_ray.cli.options import printable
 from minimind_ray.config.errors import UserError
+
+LONGEST_ERROR = 2000
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,7 +75,9 @@ def run() -> None:
     except UserError as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # What it cites of a file could steer a terminal, or fill it.
+        text = printable(" ".join(str(error).split()))
+        print(f"error: {text if len(text) <= LONGEST_ERROR else f'{text[:LONGEST_ERROR]} …'}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

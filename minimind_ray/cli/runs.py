@@ -29,16 +29,18 @@ def runs(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("run", "stage", "state", "step", "loss", "val loss", "last checkpoint", box=None, header_style="dim")
     for run in found:
         cells = [run[key] for key in ("path", "stage", "state", "step", "loss", "val_loss", "checkpoint")]
-        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell or "") for cell in cells))
+        # Text, not markup: what the files say may hold brackets.
+        table.add_row(*(Text(f"{cell:.4f}" if isinstance(cell, float) else str(cell or "")) for cell in cells))
     Console(highlight=False).print(table if found else f"no runs under {directory}")
 
 
 def _updated(run: dict[str, Any]) -> str:
-    return run["updated"] or ""
+    return str(run["updated"] or "")
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -46,14 +48,13 @@ def _facts(path: Path) -> dict[str, Any]:
     from minimind_ray.config.load import read_yaml
     from minimind_ray.train.run import RunDirectory
 
-    run = RunDirectory(path)
+    run, last, info, stage = RunDirectory(path), {}, {}, None
     try:
         info, stage = run.info(), read_yaml(run.path / "config.yaml").get("stage")
+        for line in run.metrics():
+            last |= line
     except (UserError, OSError) as error:
-        info, stage = {"state": f"damaged: {error}"}, None
-    last: dict[str, Any] = {}
-    for line in run.metrics():
-        last |= line
+        info = {**info, "state": f"damaged: {error}"}
     checkpoints = run.checkpoints()
     return {
         "path": run.where, "stage": stage, "state": info.get("state"), "step": last.get("step"),

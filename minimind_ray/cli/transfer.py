@@ -26,7 +26,10 @@ def import_(
     heads: Annotated[
         int | None, typer.Option(min=1, help="attention heads of a MiniMind-2 model; default: 8", show_default=False)
     ] = None,
-    experts_per_token: Annotated[int, typer.Option(min=1, help="of a .pth model with experts")] = 1,
+    experts_per_token: Annotated[
+        int | None,
+        typer.Option(min=1, help="of a .pth model; default: 2 for MiniMind-2, 1 for 3", show_default=False),
+    ] = None,
     rope_theta: Annotated[float, typer.Option(min=1, help="of a .pth model")] = 1e6,
     rms_norm_eps: Annotated[
         float | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import LARGEST_YAML, parse_yaml, read_text
 from minimind_ray.config.schema import Config
 
 # What a stage does differently from the schema's defaults: MiniMind's own hyperparameters.
@@ -23,27 +23,16 @@ STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without the base-60 integers of YAML 1.1, which make 128 of `workers: 2:8`."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, re.compile(rf"(?!.*:)(?:{regexp.pattern})", regexp.flags)) if tag.endswith((":int", ":float"))
-                else (tag, regexp) for tag, regexp in resolvers]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }  # fmt: skip
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping.
 
     Raises:
         UserError: no such file, no valid YAML (with the line), or not a mapping.
     """
+    text = read_text(Path(path), LARGEST_YAML)
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = parse_yaml(text)
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
@@ -65,7 +54,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 def parse_value(text: str) -> Any:
     """A scalar or list as YAML reads it, and numbers such as 1e-4, which YAML 1.1 takes for a string."""
     try:
-        value = yaml.load(text, _Loader)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):

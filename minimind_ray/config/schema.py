@@ -69,7 +69,10 @@ class RopeScaling(Section):
 
 
 class ModelShape(Section):
-    """A model's full shape, by Hugging Face's names. Qwen3 with qk_norm, Llama without, Qwen3-MoE with experts."""
+    """A model's full shape, by Hugging Face's names.
+
+    Qwen3 with qk_norm and Llama without; with experts Qwen3-MoE and GraniteMoeShared, which is MiniMind-2's MoE.
+    """
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -88,6 +91,7 @@ class ModelShape(Section):
     dropout: Probability = 0.0
     num_experts: Annotated[int, Field(ge=0)] = 0
     num_experts_per_tok: PositiveInt = 1
+    n_shared_experts: Annotated[int, Field(ge=0)] = 0
     moe_intermediate_size: PositiveInt | None = None
     norm_topk_prob: bool = True
     router_aux_loss_coef: NonNegativeFloat = 5e-4
@@ -106,8 +110,13 @@ class ModelShape(Section):
                 f"model.num_experts_per_tok {self.num_experts_per_tok} is more than "
                 f"model.num_experts {self.num_experts}"
             )
-        if self.num_experts and not self.qk_norm:
-            raise ValueError("model.qk_norm must be true with experts: Qwen3-MoE is the only MoE layout saved here")
+        if self.n_shared_experts and (self.qk_norm or not self.num_experts):
+            raise ValueError(
+                "model.n_shared_experts needs model.num_experts and model.qk_norm false: "
+                "no Hugging Face model has both shared experts and Qwen3's attention as they are here"
+            )
+        if self.num_experts and not (self.qk_norm or self.norm_topk_prob):
+            raise ValueError("model.norm_topk_prob must be true without qk_norm: GraniteMoeShared knows nothing else")
         return self
 
 
@@ -117,6 +126,8 @@ MINIMIND_3: dict[str, Any] = {
 MINIMIND_2: dict[str, Any] = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "qk_norm": False, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+
+MINIMIND_2_MOE: dict[str, Any] = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
 
 # MiniMind draws its weights with 0.02; narrow models learn far sooner from 1 / sqrt(hidden_size).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -129,6 +140,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "minimind-3-moe": {**MINIMIND_3, "hidden_size": 768, "intermediate_size": 2432, "num_experts": 4},
     "minimind-2": {**MINIMIND_2, "hidden_size": 768, "num_hidden_layers": 16, "intermediate_size": 2048},
     "minimind-2-small": {**MINIMIND_2, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408},
+    "minimind-2-moe": {**MINIMIND_2, **MINIMIND_2_MOE, "hidden_size": 640, "num_hidden_layers": 8,
+                       "intermediate_size": 1728, "num_experts": 4, "n_shared_experts": 1},
 }  # fmt: skip
 
 
@@ -136,7 +149,14 @@ class ModelConfig(Section):
     """The model to make: a preset, and fields that replace the preset's. With init_from the directory says it all."""
 
     preset: Literal[
-        "tiny", "small", "minimind-3", "minimind-3-small", "minimind-3-moe", "minimind-2", "minimind-2-small"
+        "tiny",
+        "small",
+        "minimind-3",
+        "minimind-3-small",
+        "minimind-3-moe",
+        "minimind-2",
+        "minimind-2-small",
+        "minimind-2-moe",
     ] = "minimind-3-small"
     vocab_size: PositiveInt | None = Field(None, description="default: the tokenizer's size")
     hidden_size: PositiveInt | None = None
@@ -155,6 +175,7 @@ class ModelConfig(Section):
     dropout: Probability | None = None
     num_experts: Annotated[int, Field(ge=0)] | None = None
     num_experts_per_tok: PositiveInt | None = None
+    n_shared_experts: Annotated[int, Field(ge=0)] | None = Field(None, description="experts that every token goes to")
     moe_intermediate_size: PositiveInt | None = None
     norm_topk_prob: bool | None = None
     router_aux_loss_coef: NonNegativeFloat | None = None

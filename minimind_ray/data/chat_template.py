@@ -1,17 +1,21 @@
 """Chat templates: a conversation as the text a model reads, rendered as Hugging Face renders it, in a sandbox.
 
-A template comes with a tokenizer, from anywhere; it is a program in Jinja. Here it can neither reach Python nor loop
-for ever.
+A template comes with a tokenizer, from anywhere; it is a program in Jinja. Here it can neither reach Python, nor loop
+for ever, nor make values that fill the memory: what a step is given bounds what it makes, but for repeating, padding,
+replacing and joining, and those are checked before they are done.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.nodes import EvalContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from minimind_ray.config.errors import UserError
@@ -19,6 +23,7 @@ from minimind_ray.config.errors import UserError
 Message = dict[str, Any]
 
 LARGEST_TEMPLATE = 1_000_000  # characters; the largest in use have some 20,000
+LARGEST_VALUE = 1 << 24  # characters of a text, items of a list
 MOST_STEPS = 100_000  # turns of loops and calls of macros in one rendering; a conversation takes a few hundred
 
 CHATML = """\
@@ -63,10 +68,15 @@ CHATML = """\
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """With a count of the steps a template takes."""
+    """With a count of the steps a template takes, and a bound on the size of what they make."""
+
+    intercepted_binops = frozenset(["*", "**", "+", "%"])
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        del self.globals["lipsum"]
+        for name in ("center", "indent", "replace", "join", "format"):
+            self.filters[name] = _bounded(name, self.filters[name])
         self.filters["tojson"] = _to_json
         self.steps_left = MOST_STEPS
 
@@ -75,6 +85,37 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if self.steps_left < 0:
             raise SecurityError(f"it takes more than {MOST_STEPS} steps")
 
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Jinja's hook for the operators above."""
+        if operator == "%" and isinstance(left, str):
+            _require_small(_widths(left))
+        elif operator == "*":
+            _require_small(max(_size(left) * _factor(right), _factor(left) * _size(right)))
+        elif operator == "**":
+            _require_small(_factor(left).bit_length() * _factor(right))
+        else:
+            _require_small(_size(left) + _size(right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (Jinja's hook)
+        text = getattr(obj, "__self__", None)
+        if isinstance(text, str):
+            _require_small(_makes(str(getattr(obj, "__name__", "")), text, [*args, *kwargs.values()]))
+        return super().call(context, obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:  # noqa: D102 (Jinja's hook)
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _require_small(_widths(value.__self__))
+        return wrapped
+
+    @staticmethod
+    def concat_values(*values: Any) -> str:
+        """What ~ makes."""
+        texts = [str(value) for value in values]
+        _require_small(sum(map(len, texts)))
+        return "".join(texts)
+
     def _generate(
         self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False
     ) -> str:
@@ -82,7 +123,63 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for node in source.find_all((nodes.For, nodes.Macro)):
             count = nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None)
             node.body.insert(0, nodes.ExprStmt(count).set_lineno(node.lineno))
+        for node in source.find_all(nodes.Concat):
+            node.nodes = [nodes.Call(nodes.EnvironmentAttribute("concat_values"), node.nodes, [], None, None)]
         return super()._generate(source, name, filename, defer_init)
+
+
+def _require_small(size: int) -> None:
+    if size > LARGEST_VALUE:
+        raise SecurityError(f"it makes a value of more than {LARGEST_VALUE:,} characters")
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, str | list | tuple) else 0
+
+
+def _factor(value: Any) -> int:
+    return abs(value) if isinstance(value, int) else 0
+
+
+def _widths(form: str) -> int:
+    """The largest number in a format, which pads to it; * takes it from elsewhere."""
+    digits = max((len(number) for number in re.findall(r"\d+|\*", form)), default=0)
+    return LARGEST_VALUE + 1 if digits > 6 or "*" in form else len(form)
+
+
+def _makes(name: str, text: str, args: list[Any]) -> int:
+    """Characters, at most, that a method or filter of that name makes of a text."""
+    given = max(map(_factor, args), default=0)
+    longest = max(map(_size, args), default=0)
+    match name:
+        case "format":
+            return _widths(text) + sum(map(_widths, (a for a in args if isinstance(a, str))))
+        case "replace":
+            return len(text) + (len(text) + 1) * longest
+        case "join":
+            return len(text) * longest
+        case "expandtabs" | "indent":
+            return (text.count("\t") + text.count("\n") + 1) * max(given, longest) + len(text)
+        case _:
+            return max(len(text), given)
+
+
+def _bounded(name: str, function: Any) -> Any:
+    """Jinja's filter, refused where it would make too much."""
+
+    @functools.wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        context = [a for a in args[:1] if isinstance(a, EvalContext)]
+        value, *rest = args[len(context) :]
+        if name == "join":
+            value = list(value)  # which may be there only once
+            separator = str(next(iter([*rest, *kwargs.values()]), ""))
+            _require_small(_makes(name, separator, [value]))
+        else:
+            _require_small(_makes(name, str(value), [*rest, *kwargs.values()]))
+        return function(*context, value, *rest, **kwargs)
+
+    return bounded
 
 
 class ChatTemplate:

@@ -20,6 +20,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow import fs
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import deeper
 from minimind_ray.data.files import locate, one_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -289,7 +290,7 @@ def parse_row(path: str, raw: RawRow) -> Row | Reject:
         value = _decode(raw.content.decode())
         if not isinstance(value, dict):
             reason = f"not a JSON object, but {type(value).__name__}"
-        elif raw.content.count(b"[") + raw.content.count(b"{") > DEPTH_LIMIT and _deeper(value, DEPTH_LIMIT):
+        elif raw.content.count(b"[") + raw.content.count(b"{") > DEPTH_LIMIT and deeper(value, DEPTH_LIMIT):
             reason = TOO_DEEP
         else:
             if b"\\u" in raw.content:
@@ -306,12 +307,6 @@ def parse_row(path: str, raw: RawRow) -> Row | Reject:
     except ValueError as error:
         reason = f"not valid JSON: {one_line(error)}"
     return Reject(path, raw.line, reason)
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    """The value nests lists and objects deeper than so many levels."""
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return children is not None and (levels == 0 or any(_deeper(child, levels - 1) for child in children))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

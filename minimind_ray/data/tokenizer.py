@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import parse_json, read_json, read_text, require_own
 from minimind_ray.data.chat_template import CHATML, ChatTemplate, Message
 
 # MiniMind's, in the order of their ids: models and data made with one tokenizer layout stay usable with the other.
@@ -35,6 +36,8 @@ MARKUP_TOKENS = (
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
     *(f"<|buffer{i}|>" for i in range(1, 10)),
 )  # fmt: skip
+
+NO_TOKENIZER = "; it is no tokenizer directory, name one that holds tokenizer.json and tokenizer_config.json"
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ANSWER_HEADER = f"{TURN_START}assistant\n"
@@ -57,17 +60,22 @@ class Tokenizer:
         self._definition = definition
         self._settings = settings
         try:
-            layout = json.loads(definition)
+            layout = parse_json(definition, f"{name}: tokenizer.json")
             self._full = tokenizers.Tokenizer.from_str(definition)
             # The same without added tokens: nothing in a text is matched by it.
             self._plain = tokenizers.Tokenizer.from_str(
                 json.dumps({**layout, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
             )
             added: list[dict[str, Any]] = layout["added_tokens"]
+        except UserError:
+            raise
         except Exception as error:  # the library raises bare exceptions
             raise UserError(f"{name}: tokenizer.json is broken ({error}); give another tokenizer directory") from error
         self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
-        self.vocab_size = 1 + max(self._full.get_vocab().values())
+        ids = self._full.get_vocab().values()
+        self.vocab_size = 1 + max(ids, default=0)
+        if not 0 < len(ids) <= self.vocab_size <= 2 * len(ids) + 1024:
+            raise UserError(f"{name}: tokenizer.json has {len(ids)} tokens, with ids up to {self.vocab_size - 1}")
         bos_id, eos_id, pad_id = (self._special_id(key) for key in ("bos_token", "eos_token", "pad_token"))
         if eos_id is None:
             raise UserError(f"{name}: tokenizer_config.json names no eos_token, which ends every document; add one")
@@ -104,15 +112,10 @@ class Tokenizer:
         """
         folder = Path(directory)
         definition = _read(folder / "tokenizer.json")
-        try:
-            settings = json.loads(_read(folder / "tokenizer_config.json"))
-        except ValueError as error:
-            raise UserError(f"{folder / 'tokenizer_config.json'} is not JSON ({error}); mend it") from error
-        if not isinstance(settings, dict):
-            raise UserError(f"{folder / 'tokenizer_config.json'} is not a JSON object; mend it")
+        settings = read_json(folder / "tokenizer_config.json", NO_TOKENIZER)
         if (folder / "chat_template.jinja").exists():
             settings["chat_template"] = _read(folder / "chat_template.jinja")
-        return cls(definition, cast("dict[str, Any]", settings), str(folder))
+        return cls(definition, settings, str(folder))
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `load` and transformers' AutoTokenizer read."""
@@ -278,15 +281,8 @@ class Tokenizer:
 
 
 def _read(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{file.parent} is no tokenizer directory: {file.name} cannot be read ({error.strerror}); "
-            "name one that holds tokenizer.json and tokenizer_config.json"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text; give another tokenizer directory") from error
+    require_own(file)
+    return read_text(file, hint=NO_TOKENIZER)
 
 
 def _any_of(contents: Iterable[str], swallowed: dict[str, tuple[bool, bool]] | None = None) -> re.Pattern[str]:

@@ -1,6 +1,7 @@
 """Models as Hugging Face directories, which transformers, vLLM and llama.cpp read as they are.
 
-    config.json               the shape: Qwen3ForCausalLM, LlamaForCausalLM or Qwen3MoeForCausalLM
+    config.json               the shape: Qwen3ForCausalLM, LlamaForCausalLM, Qwen3MoeForCausalLM, or
+                              GraniteMoeSharedForCausalLM, which with its multipliers at 1 is MiniMind-2's MoE
     generation_config.json    the tokenizer's control ids
     model.safetensors         float32 weights (read: shards with model.safetensors.index.json, 16-bit weights too)
     tokenizer.json, tokenizer_config.json
@@ -25,17 +26,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.granite import (
+    from_granite,
+    granite_fields,
+    granite_tensors,
+    is_granite,
+    read_granite_fields,
+    to_granite,
+)
 from minimind_ray.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "granitemoeshared": "GraniteMoeSharedForCausalLM",
+}  # fmt: skip
 
 # What the fields mean only with these values is what this model computes; anything else would change the result.
 FIXED: dict[str, Any] = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
     "mlp_only_layers": [], "decoder_sparse_step": 1, "quantization_config": None, "partial_rotary_factor": 1.0,
+    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
 }  # fmt: skip
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -74,14 +88,19 @@ def save_model(
     _write_json(folder / "generation_config.json", ids)
     if weights is None:
         weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
+    if is_granite(model.shape):
+        weights = to_granite(weights, model.shape)
     save_file(dict(weights), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def config_of(shape: ModelShape) -> dict[str, Any]:
     """config.json of a shape, in the keys that every reader since transformers 4 knows."""
-    model_type = "qwen3_moe" if shape.num_experts else "qwen3" if shape.qk_norm else "llama"
-    fields = shape.model_dump(exclude={"qk_norm", "dropout", "rope_scaling"})
+    kinds = ("qwen3_moe", "granitemoeshared") if shape.num_experts else ("qwen3", "llama")
+    model_type = kinds[0] if shape.qk_norm else kinds[1]
+    fields = shape.model_dump(exclude={"qk_norm", "dropout", "rope_scaling", "n_shared_experts"})
     experts = {k: fields.pop(k) for k in list(fields) if "expert" in k or k in MOE_FIELDS}
+    if is_granite(shape):
+        experts = granite_fields(shape)
     return {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
@@ -103,12 +122,12 @@ def load_shape(directory: str | Path) -> ModelShape:
     """The shape that config.json describes.
 
     Raises:
-        UserError: no such file, an architecture that is not one of the three, or a field missing or impossible.
+        UserError: no such file, an architecture that is not one of those above, or a field missing or impossible.
     """
     path = Path(directory) / "config.json"
-    config = _read_json(path)
+    config = read_json(path, "; name a Hugging Face model directory")
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if model_type not in list(ARCHITECTURES):  # of a list, as it may be something that a dict cannot look up
         raise UserError(f"{path}: model_type is {model_type!r}; this reads {', '.join(ARCHITECTURES)}")
     for key, value in FIXED.items():
         if config.get(key, value) != value:
@@ -117,7 +136,7 @@ def load_shape(directory: str | Path) -> ModelShape:
         raise UserError(f"{path}: layer_types has other than full_attention, which is not supported")
 
     fields = {key: _required(config, key, path) for key in SIZES}
-    if model_type == "llama":
+    if model_type in ("llama", "granitemoeshared"):
         heads = fields["num_attention_heads"]
         fields["num_key_value_heads"] = config.get("num_key_value_heads") or heads
         fields["head_dim"] = config.get("head_dim") or _head_dim(fields, path)
@@ -127,9 +146,11 @@ def load_shape(directory: str | Path) -> ModelShape:
         count = "num_experts" if "num_experts" in config else "num_local_experts"
         fields["num_experts"] = _required(config, count, path)
         fields |= {key: _required(config, key, path) for key in ("num_experts_per_tok", *MOE_FIELDS)}
+    if model_type == "granitemoeshared":
+        fields |= read_granite_fields({**config, **fields}, path)
     fields["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
     fields["initializer_range"] = config.get("initializer_range", 0.02)
-    fields["qk_norm"] = model_type != "llama"
+    fields["qk_norm"] = model_type.startswith("qwen3")
     fields["dropout"] = config.get("dropout", 0.0)
     fields |= _read_rope(config, path)
     try:
@@ -198,6 +219,11 @@ def load_weights(model: Transformer, directory: str | Path) -> None:
     model.load_state_dict(_read_weights(Path(directory), model.shape))
 
 
+def check_model(directory: str | Path) -> None:
+    """Check that the weights fit config.json, from their files' headers. Raises as `load_model`."""
+    _fitting(Path(directory), load_shape(directory))
+
+
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
     """A directory's weights by name, float32. Raises as `load_model`."""
     return _read_weights(Path(directory), load_shape(directory))
@@ -213,7 +239,7 @@ def weights_fingerprint(directory: str | Path) -> str:
 
 
 def expected_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and size of every weight of a model, without making it."""
+    """Name and size of every weight of a model, without making it; MiniMind's files hold the same."""
     hidden, head = shape.hidden_size, shape.head_dim
     query, key = shape.num_attention_heads * head, shape.num_key_value_heads * head
     yield "model.embed_tokens.weight", (shape.vocab_size, hidden)
@@ -232,7 +258,8 @@ def expected_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]
         networks, width = [f"{at}.mlp"], shape.intermediate_size
         if shape.num_experts:
             yield f"{at}.mlp.gate.weight", (shape.num_experts, hidden)
-            networks = (f"{at}.mlp.experts.{expert}" for expert in range(shape.num_experts))
+            counts = {"experts": shape.num_experts, "shared_experts": shape.n_shared_experts}
+            networks = (f"{at}.mlp.{kind}.{expert}" for kind, count in counts.items() for expert in range(count))
             width = shape.moe_intermediate_size or width
         for network in networks:
             yield f"{network}.gate_proj.weight", (width, hidden)
@@ -240,15 +267,32 @@ def expected_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]
             yield f"{network}.down_proj.weight", (hidden, width)
 
 
+def stored_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and size of every weight in a model's directory."""
+    if not is_granite(shape):
+        yield from expected_tensors(shape)
+        return
+    for name, size in expected_tensors(shape.model_copy(update={"num_experts": 0})):
+        if ".mlp." not in name:
+            yield name, size
+    yield from granite_tensors(shape)
+
+
 def _read_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
     """All weights as float32, after their headers were found to fit the shape."""
+    weights = {name: entry.file.get_tensor(name).float() for name, entry in _fitting(folder, shape).items()}
+    return from_granite(weights, shape) if is_granite(shape) else weights
+
+
+def _fitting(folder: Path, shape: ModelShape) -> dict[str, Entry]:
+    """Every weight of a model of this shape, none missing and none too many."""
     entries = _read_headers(folder)
     if shape.tie_word_embeddings:
         entries.pop("lm_head.weight", None)  # Some directories store the tied matrix twice; transformers reads one too.
     names: set[str] = set()
     problems: list[str] = []
     # Ends with the third problem: a shape of absurd size costs no more than the headers are long.
-    for name, size in expected_tensors(shape):
+    for name, size in stored_tensors(shape):
         entry = entries.get(name)
         if entry is None:
             problems.append(f"{name} is missing")
@@ -263,7 +307,7 @@ def _read_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
         problems += [f"{name} is unknown" for name in sorted(entries.keys() - names)[: 3 - len(problems)]]
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
-    return {name: entry.file.get_tensor(name).float() for name, entry in entries.items()}
+    return entries
 
 
 def _read_headers(folder: Path) -> dict[str, Entry]:
@@ -285,7 +329,7 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
         raise UserError(f"{folder}: no {WEIGHTS} and no {INDEX}; name a Hugging Face model directory")
     entries: dict[str, Entry] = {}
     for path in files:
-        _check_link(path)
+        require_own(path)
         try:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -301,7 +345,7 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
 def _shards(folder: Path) -> list[Path]:
     """The files that the index names, all of them inside the directory."""
     path = folder / INDEX
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{path}: weight_map is missing or no object")
     names = sorted({str(name) for name in cast("dict[str, Any]", weight_map).values()})
@@ -311,29 +355,10 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _check_link(path: Path) -> None:
-    """Only Hugging Face's cache may keep a file elsewhere: snapshots/REVISION/x is a link to ../../blobs/HASH."""
-    folder = path.parent.resolve()
-    if path.is_symlink() and path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
-        raise UserError(f"{path}: links to a file outside of its directory; copy the file there")
-
-
 def _required(config: Mapping[str, Any], key: str, path: Path) -> Any:
     if config.get(key) is None:
         raise UserError(f"{path}: {key} is missing")
     return config[key]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; name a Hugging Face model directory") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return cast("dict[str, Any]", content)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import LoraConfig
+from minimind_ray.model.granite import is_granite
+from minimind_ray.model.moe import MixtureOfExperts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -286,10 +289,14 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _projections(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
     """What can be adapted, or is, by full name."""
+    # PEFT would look for GraniteMoeShared's experts, which are other tensors under other names.
+    never = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, MixtureOfExperts) and is_granite(m.shape))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | LoraLinear) and _leaf(name) not in NEVER_ADAPTED
+        if isinstance(module, nn.Linear | LoraLinear)
+        and _leaf(name) not in NEVER_ADAPTED
+        and not name.startswith(never)
     }
 
 
@@ -333,20 +340,12 @@ def _lora_config(folder: Path) -> LoraConfig:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; name a PEFT adapter directory") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return cast("dict[str, Any]", content)
+    return read_json(folder / CONFIG, "; name a PEFT adapter directory")
 
 
 def _open(folder: Path) -> Any:
     path = folder / WEIGHTS
+    require_own(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

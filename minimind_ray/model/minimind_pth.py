@@ -1,4 +1,5 @@
-"""MiniMind's .pth files to our directories and back: MiniMind-2 (Llama's shape) and 3 (Qwen3's), dense, MoE and LoRA.
+"""MiniMind's .pth files to our directories and back: MiniMind-2 (Llama's shape, with experts GraniteMoeShared's) and 3
+(Qwen3's), dense, MoE and LoRA.
 
 A .pth file is a dict of tensors by name, as torch.save writes it, mostly in half precision; it says nothing of the
 model's shape, which is read off the tensors. Files are mapped, never unpickled beyond tensors.
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import MINIMIND_2, MINIMIND_3, LoraConfig, ModelShape
+from minimind_ray.config.schema import MINIMIND_2, MINIMIND_2_MOE, MINIMIND_3, LoraConfig, ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import expected_tensors, load_model, save_model, weights_fingerprint
 from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter, target_names
@@ -36,14 +37,14 @@ def import_pth(
     out_dir: str | Path,
     *,
     heads: int | None = None,
-    experts_per_token: int = 1,
+    experts_per_token: int | None = None,
     rope_theta: float = 1e6,
     rms_norm_eps: float | None = None,
 ) -> ModelShape:
     """Write a MiniMind model file as a Hugging Face model directory, and return its shape.
 
-    What tensors do not show is MiniMind's default unless given: `experts_per_token` and `rope_theta`, `rms_norm_eps`
-    (1e-5 for MiniMind-2, 1e-6 for 3), and `heads` for MiniMind-2 (8; MiniMind-3's follow from its q_norm).
+    What tensors do not show is MiniMind's default unless given: `experts_per_token` (2 for MiniMind-2, 1 for 3),
+    `rope_theta`, `rms_norm_eps` (1e-5 and 1e-6), and `heads` for MiniMind-2 (8; MiniMind-3's follow from its q_norm).
 
     Raises:
         UserError: the file cannot be read, holds other things than tensors, or is no MiniMind model; or the tokenizer
@@ -73,9 +74,12 @@ def export_pth(directory: str | Path, path: str | Path, dtype: Literal["half", "
     MiniMind takes the number of heads and the like from its command line, not from the file.
 
     Raises:
-        UserError: the directory cannot be read, or a weight is too large for half precision.
+        UserError: the directory cannot be read, a weight is too large for half precision, or MiniMind has no such
+            model.
     """
     model = load_model(directory)
+    if not model.shape.qk_norm:
+        _require_normalised(directory, model.shape.num_experts, model.shape.num_experts_per_tok)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     tensors.setdefault(HEAD, tensors[EMBEDDING])
     _write(tensors, Path(path), dtype)
@@ -176,15 +180,13 @@ def _shape_of(
     tensors: Mapping[str, Tensor],
     path: Path,
     heads: int | None,
-    experts_per_token: int,
+    experts_per_token: int | None,
     rope_theta: float,
     rms_norm_eps: float | None,
 ) -> ModelShape:
     """The shape that the tensors have, once every one of them was found to fit it."""
     if any(LORA_KEY.fullmatch(key) for key in tensors):
         raise UserError(f"{path}: a LoRA file, not a model; import it as an adapter, with its base")
-    if shared := [key for key in tensors if ".shared_experts." in key]:
-        raise UserError(f"{path}: {shared[0]}: MiniMind-2's shared experts have no Hugging Face form and are not read")
 
     def size(name: str, dimensions: int = 2) -> list[int]:
         if name not in tensors:
@@ -203,10 +205,18 @@ def _shape_of(
             raise UserError(f"{path}: has {query // head_dim} heads of {head_dim}, not {heads}; leave heads out")
     else:
         head_dim = max(1, query // (heads or MINIMIND_2["num_attention_heads"]))
-    experts = {int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.0\.mlp\.experts\.(\d{1,4})\.", name))}
+    experts, shared = (
+        {int(m[1]) for name in tensors if (m := re.match(rf"model\.layers\.0\.mlp\.{kind}\.(\d{{1,4}})\.", name))}
+        for kind in ("experts", "shared_experts")
+    )
     layers = [int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,4})\.", name))]
     network = "model.layers.0.mlp.experts.0" if experts else "model.layers.0.mlp"
     width = size(f"{network}.gate_proj.weight")[0]
+    more: dict[str, Any] = {}
+    if experts and not qk_norm:
+        more = {**MINIMIND_2_MOE, "n_shared_experts": len(shared)}
+    if experts_per_token:
+        more["num_experts_per_tok"] = experts_per_token
     try:
         shape = ModelShape(
             vocab_size=vocab_size,
@@ -221,8 +231,8 @@ def _shape_of(
             tie_word_embeddings=HEAD not in tensors or torch.equal(tensors[HEAD].float(), tensors[EMBEDDING].float()),
             qk_norm=qk_norm,
             num_experts=len(experts),
-            num_experts_per_tok=experts_per_token,
             moe_intermediate_size=width if experts else None,
+            **more,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -230,11 +240,21 @@ def _shape_of(
         raise UserError(
             f"{path}: {f'{where}: ' if where else ''}{first['msg']}; give the number of heads, if it is another"
         ) from None
+    if not qk_norm:
+        _require_normalised(path, shape.num_experts, shape.num_experts_per_tok)
     sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shape.tie_word_embeddings:
         sizes.pop(HEAD, None)
     _require_fit(path, sizes, dict(expected_tensors(shape)))
     return shape
+
+
+def _require_normalised(path: str | Path, experts: int, per_token: int) -> None:
+    if experts and per_token == 1:
+        raise UserError(
+            f"{path}: MiniMind-2 weights a token's only expert by its probability, which no Hugging Face form of it "
+            "does; with 2 or more experts per token the weights add up to 1 in both"
+        )
 
 
 def _require_fit(path: Path, sizes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

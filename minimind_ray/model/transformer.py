@@ -1,10 +1,10 @@
-"""The decoder-only transformer in the shapes of Qwen3, Llama and Qwen3-MoE, with Hugging Face's parameter names.
+"""The decoder-only transformer in the shapes of Qwen3, Llama, Qwen3-MoE and GraniteMoeShared.
 
     N tokens of the batch   M some of them   C channels   V vocabulary   F feed-forward
     H query heads   G key/value heads   K head size   R = K / 2 rotary pairs   D documents
 
 A batch is ragged: documents one after another, no padding. Attention stays within a document and positions start at
-0 in each; everything else sees [N, C].
+0 in each; everything else sees [N, C]. Parameters have Hugging Face's names, which are MiniMind's too.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ class Transformer(nn.Module):
         extra = self.stable_size(count) - count
         if extra:  # one more document
             tokens_N, bounds_D1 = F.pad(tokens_N, (0, extra)), F.pad(bounds_D1, (0, 1), value=count + extra)
+        self.lengths_D = bounds_D1.diff().long()
         layout = Layout(bounds_D1, tokens_N.device)
         hidden_NC = self.decode(tokens_N, layout.positions_N, lambda layer, q, k, v: layout.attend(q, k, v))
         return hidden_NC[:count]
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
 
     def aux_loss(self) -> Tensor:
         """The routers' load-balancing loss, a mean over the last forward pass's tokens, summed over layers."""
-        losses = [m.aux_loss for m in self.modules() if isinstance(m, MixtureOfExperts) and m.aux_loss is not None]
+        losses = [m.aux_loss(self.lengths_D) for m in self.modules() if isinstance(m, MixtureOfExperts)]
         return torch.stack(losses).sum() if losses else self.vocab_weight.new_zeros(())
 
 

@@ -13,7 +13,6 @@ them, and the others go on from their last checkpoint.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import shutil
@@ -52,6 +51,7 @@ from minimind_ray.on_ray.fused import run_fused, start_groups
 from minimind_ray.on_ray.session import Ending, configure_data, interruptible, machines, room, worker_resources
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
+from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import last_sound_checkpoint
 from minimind_ray.train.run import RunDirectory, resolve_model
@@ -275,7 +275,7 @@ class _Trial(tune.Trainable):
 
 def _best(checkpoint: Path) -> str:
     """The name of the best checkpoint up to this one; this one's where none was validated."""
-    return json.loads((checkpoint / "resume" / "state.json").read_text(encoding="utf-8"))["best"] or checkpoint.name
+    return read_state(checkpoint)["best"] or checkpoint.name
 
 
 def is_done(run: RunDirectory, scheduler: SchedulerName) -> bool:

@@ -10,7 +10,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
 from minimind_ray.data.storage import copy_of, mirror_of
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import load_model, load_shape, load_weights, save_model
+from minimind_ray.model.checkpoint import check_model, load_model, load_shape, load_weights, save_model
 from minimind_ray.model.lora import add_lora
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.preference import Preference
@@ -66,6 +66,8 @@ def check_stage(config: Config, tokenizer: Tokenizer) -> None:
         UserError: no base where one is needed, a shape, adapter or loss that does not fit.
     """
     shape = model_shape(config, tokenizer)
+    if config.init_from:
+        check_model(resolve_model(config.init_from))
     if config.stage in ("lora", "dpo"):
         require_base(config)
     if config.stage == "lora" or (config.stage == "dpo" and config.dpo.lora):

@@ -28,7 +28,7 @@ from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, weights_fingerprint
 from minimind_ray.model.lora import load_adapter
 from minimind_ray.stages.use import base_of, is_adapter
-from minimind_ray.train.checkpoint import STATE
+from minimind_ray.train.checkpoint import STATE, read_state
 from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.run import RunDirectory, damage, file_sha256, resolve_model
 
@@ -70,7 +70,7 @@ def check_checkpoint(path: str | Path) -> Iterator[Finding]:
 
 def _check_resume(directory: Path, names: Sequence[str]) -> Iterator[Finding]:
     try:
-        state = json.loads((directory / "resume" / "state.json").read_text(encoding="utf-8"))
+        state = read_state(directory)
         with safe_open(directory / "resume" / "optimizer.safetensors", "pt") as file:
             held = set(file.keys())
     except (OSError, ValueError, SafetensorError) as error:
@@ -82,7 +82,7 @@ def _check_resume(directory: Path, names: Sequence[str]) -> Iterator[Finding]:
     try:
         ledger = Ledger(**state["ledger"])
         problem = ledger.problem(state["step"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         yield Finding("ledger", False, f"resume/state.json has no ledger that can be read: {error!r}")
         return
     packs = f"each of {ledger.packs_per_epoch:,} packs" if ledger.packs_per_epoch else "each pack"

@@ -18,9 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from pydantic import BaseModel
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, parse_value
+from minimind_ray.config.reading import parse_yaml
 from minimind_ray.config.schema import Config
 from minimind_ray.sweep.text import number_text, value_text
 
@@ -98,7 +100,7 @@ def parse_axis(key: str, spec: Any) -> Axis:
         return _drawn(key, spec, match[1], match[2].split(","))
     try:
         # As a YAML list, so that a value may itself be a list: [q_proj, v_proj],all-linear
-        values = yaml.safe_load(f"[{spec}]")
+        values = parse_yaml(f"[{spec}]")
     except yaml.YAMLError:
         raise UserError(f"{key}={spec}: not an axis; expected {FORMS}") from None
     return _grid(key, [parse_value(v) if isinstance(v, str) else v for v in values])
@@ -215,11 +217,11 @@ def trial_config(base: Config, point: Mapping[str, Any], seed: int) -> Config:
 
 
 def setting(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
+    """The value of a dotted key, as JSON can hold it."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
-    return value
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, validate
 from minimind_ray.config.paths import output_path
+from minimind_ray.config.reading import read_json
 from minimind_ray.config.schema import Config
 from minimind_ray.config.search import SearchConfig
 from minimind_ray.data.files import join, remove
@@ -231,17 +231,21 @@ def reopen_sweep(path: str | Path) -> SweepPlan:
     path = open_sweep(output_path(url_of(path)))
     if not (path / "sweep.json").exists():
         raise UserError(f"{url_of(path)} holds no sweep to go on with: leave --resume out to start one")
-    content = _read(path / "sweep.json")
+    content = read_json(path / "sweep.json")
     try:
         info, search = SweepInfo.model_validate(content), SearchConfig.model_validate(content["search"])
     except (ValidationError, KeyError) as error:
         raise UserError(f"{path / 'sweep.json'} is damaged: {str(error).splitlines()[0]}") from None
     found: list[tuple[int, PlannedTrial]] = []
     for file in (path / "trials").glob("*/trial.json"):
-        facts = _read(file)
+        facts = read_json(file)
+        try:
+            trial, number = TrialInfo.model_validate(facts), int(facts["number"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
         # What is trained, not what was planned: budgets and pbt change it.
         config = load_config(info.stage, [file.with_name("config.yaml")])
-        found.append((facts["number"], PlannedTrial(facts["id"], facts["point"], facts["seed"], config)))
+        found.append((number, PlannedTrial(trial.id, trial.point, trial.seed, config)))
     trials = tuple(trial for _, trial in sorted(found, key=lambda pair: pair[0]))
     axes = tuple(parse_axis(key, spec) for key, spec in info.axes.items())
     return SweepPlan(path, validate(info.config), axes, search, trials)
@@ -259,10 +263,3 @@ def check_same_inputs(job: Job) -> None:
             f"{run.where}: {' and '.join(changed)} has other content than when the sweep began; start a new sweep, "
             "or put the old files back"
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None

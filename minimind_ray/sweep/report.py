@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -173,4 +174,7 @@ def write_png(comparison: Comparison, path: Path) -> None:
         curves.plot([], [], color=COLOURS[standing], label=labels[standing])
     if rows:
         curves.legend(frameon=False)
-    canvas.savefig(path, dpi=150)
+    # Not through a link that may lie there.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    canvas.savefig(temporary, dpi=150, format="png")
+    temporary.replace(path)

@@ -10,18 +10,21 @@ report.html, report.png
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import read_json, require_own
+from minimind_ray.config.schema import StageName
 from minimind_ray.data.storage import mirror_of, url_of
-from minimind_ray.train.run import read_jsonl
+from minimind_ray.train.run import inside, read_jsonl
 
+Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str | None | list[str | int | float]
+"""What an axis may hold."""
 State = Literal["waiting", "running", "finished", "early-stopped", "stopped", "failed"]
 """`early-stopped` by the sweep's scheduler, for good; `stopped` by hand or a budget, to be gone on with."""
 
@@ -31,15 +34,43 @@ class SweepInfo(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    stage: str
+    stage: StageName
     metric: str
     mode: Literal["min", "max"]
-    axes: dict[str, list[Any] | str]
-    seeds: int
+    axes: dict[str, list[Value] | str]
+    seeds: int = Field(ge=1)
     shared: dict[str, Any] = Field(default_factory=dict)
     created: str
     config: dict[str, Any]
     price_per_hour: float | None = Field(None, ge=0, strict=False, description="of what one trial occupies")
+
+
+class Timing(BaseModel):
+    """How long a step took."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+
+class MetricsLine(BaseModel):
+    """A line of metrics.jsonl. All other keys have numbers."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    step: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    timing: Timing | None = None
+
+
+class SamplesLine(BaseModel):
+    """A line of samples.jsonl."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    step: int = Field(ge=0)
+    samples: list[str]
 
 
 class TrialInfo(BaseModel):
@@ -48,7 +79,7 @@ class TrialInfo(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     id: str
-    point: dict[str, Any]
+    point: dict[str, Value]
     seed: int
 
 
@@ -59,9 +90,9 @@ class RunInfo(BaseModel):
 
     state: State = "waiting"
     error: str | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    seconds: float | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None
+    tokens: Annotated[int, Field(ge=0)] | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     result: str | None = None
     inputs: dict[str, str | None] = Field(default_factory=dict)
 
@@ -156,7 +187,9 @@ def read_trial(path: Path) -> Trial:
     """One trial; what it has not written yet is empty or None. Raises as `read_sweep`."""
     trial = _read(path / "trial.json", TrialInfo)
     run = _read(path / "run.json", RunInfo) if (path / "run.json").exists() else RunInfo()
-    metrics = _read_lines(path / "metrics.jsonl", ("step", "tokens"))
+    if run.result and not inside(run.result):
+        raise UserError(f"{path}/run.json: its result {run.result!r} is no place in the run's directory")
+    metrics = _read_lines(path / "metrics.jsonl", MetricsLine)
     last = metrics[-1] if metrics else {"step": 0, "tokens": 0}
     timed = [m["timing"]["seconds"] for m in metrics if "timing" in m]
     return Trial(
@@ -173,7 +206,7 @@ def read_trial(path: Path) -> Trial:
         result=path / run.result if run.result else None,
         validated_on=Path(val).name if (val := run.inputs.get("data.val")) else None,
         metrics=metrics,
-        samples=_read_lines(path / "samples.jsonl", ("step", "samples")),
+        samples=_read_lines(path / "samples.jsonl", SamplesLine),
         validation=read_validation(path / "validation.parquet"),
     )
 
@@ -186,8 +219,15 @@ def read_validation(path: Path) -> Validation | None:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path).sort_by("example")
-        columns: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
+        require_own(path)
+        file = pq.ParquetFile(path)
+        if file.metadata.num_rows > MOST_EXAMPLES:
+            raise pa.ArrowInvalid(f"{file.metadata.num_rows:,} rows")
+        table = file.read().sort_by("example")
+        columns: dict[str, np.ndarray] = {
+            name: column.cast(pa.int64() if name == "example" else pa.float64()).combine_chunks().to_numpy(False)
+            for name, column in zip(table.column_names, table.columns)
+        }
         example_E, _, _ = columns.pop("example"), columns["loss"], columns["count"]
     except (OSError, pa.ArrowException, KeyError) as error:
         detail = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
@@ -197,30 +237,25 @@ def read_validation(path: Path) -> Validation | None:
     return Validation(path, example_E, columns)
 
 
+MOST_EXAMPLES = 10_000_000
 Info = TypeVar("Info", bound=BaseModel)
 
 
 def _read(path: Path, kind: type[Info]) -> Info:
+    return _checked(read_json(path, "; the directory is no trial of a sweep"), kind, str(path))
+
+
+def _read_lines(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:
+    lines = list(read_jsonl(path))
+    for number, line in enumerate(lines, 1):
+        _checked(line, kind, f"{path}:{number}")
+    return lines
+
+
+def _checked(content: dict[str, Any], kind: type[Info], origin: str) -> Info:
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; the directory is no trial of a sweep") from None
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-
-
-def _read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    lines: list[Any] = []
-    try:
-        for line in read_jsonl(path):
-            lines.append(line)
-    except ValueError as error:
-        raise UserError(f"{path}:{len(lines) + 1}: not valid JSON: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or any(key not in line for key in keys):
-            raise UserError(f"{path}:{number}: expected an object with {' and '.join(keys)}")
-    return lines
+        raise UserError(f"{origin}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None

@@ -8,7 +8,6 @@ sent: no machine or system data, no code, no console, no crash reports.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import read_json
 from minimind_ray.config.schema import Config
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ def model_artifact(directory: Path) -> Artifact:
     import wandb
 
     run = directory.parents[1] / "run.json"
-    identity = json.loads(run.read_text(encoding="utf-8")).get("wandb") if run.exists() else None
+    identity = read_json(run).get("wandb") if run.exists() else None
     name = identity["id"] if identity else re.sub(r"[^\w.-]", "-", directory.name)
     artifact = wandb.Artifact(f"model-{name}", type="model", metadata={"path": str(directory)})
     for file in sorted(directory.iterdir()):

@@ -10,15 +10,18 @@ Random state is not kept because there is none to keep: every step seeds the gen
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import read_json, require_own
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -43,18 +46,43 @@ def load_resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
     Raises:
         UserError: the files do not belong to this model.
     """
-    tensors = load_file(directory / "resume" / "optimizer.safetensors")
+    tensors = _read_tensors(directory / "resume" / "optimizer.safetensors")
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         found: dict[str, Tensor] = {k: tensors.pop(f"{k}.{name}", torch.empty(0)) for k in STATE}
-        if any(found[k].shape != p.shape for k in STATE if k != "step"):
+        sizes = {k: torch.Size() if k == "step" else p.shape for k in STATE}
+        if any(found[k].shape != size or found[k].dtype != torch.float32 for k, size in sizes.items()):
             raise UserError(f"{directory}/resume/optimizer.safetensors does not fit the model: {name}")
         # Fused AdamW keeps its step count on the parameter's device.
         optimizer.state[p] = {k: v.to(p.device) for k, v in found.items()}
     if tensors:
         raise UserError(f"{directory}/resume/optimizer.safetensors has a state for {next(iter(tensors))}, unknown here")
-    return json.loads((directory / "resume" / "state.json").read_text(encoding="utf-8"))
+    return read_state(directory)
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """What the loop remembers of a checkpoint `directory`: `step`, `tokens`, `best` and `best_value`.
+
+    Raises:
+        UserError: state.json cannot be read, or says other things.
+    """
+    path = directory / "resume" / "state.json"
+    state = read_json(path)
+    best, value = state.get("best"), state.get("best_value")
+    whole = all(type(state.get(key)) is int and state[key] >= 0 for key in ("step", "tokens"))
+    named = best is None or (isinstance(best, str) and re.fullmatch(r"step-\d{8}", best))
+    if not (whole and named and isinstance(value, float)):
+        raise UserError(f"{path}: not what a run wrote: expected step, tokens, best and best_value")
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    require_own(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # What torch's AdamW keeps per parameter.

@@ -23,11 +23,16 @@ class Ledger:
     """How often each pack was trained on, in each epoch, by all workers of all attempts that a checkpoint stands on.
 
     `packs_per_epoch` is None for a stream, whose packs are numbered through as if in one epoch.
+
+    Raises:
+        ValueError: not what `gather` gave.
     """
 
     def __init__(
         self, packs_per_step: int, packs_per_epoch: int | None, epochs: Mapping[str, str] | None = None
     ) -> None:
+        if not (is_count(packs_per_step) and (packs_per_epoch is None or is_count(packs_per_epoch))):
+            raise ValueError(f"{packs_per_step!r} packs per step, {packs_per_epoch!r} per epoch: not numbers above 0")
         self.packs_per_step, self.packs_per_epoch = packs_per_step, packs_per_epoch
         self.counts_of = {int(epoch): parse_counts(text) for epoch, text in (epochs or {}).items()}
         self.since: dict[int, list[int]] = defaultdict(list)
@@ -70,6 +75,11 @@ class Ledger:
             if (found := np.count_nonzero(counts)) != expected.get(epoch, 0):
                 return f"epoch {epoch + 1}: {found} packs were trained on, not {expected.get(epoch, 0)}"
         return None
+
+
+def is_count(value: Any) -> bool:
+    """A whole number above 0."""
+    return type(value) is int and value > 0
 
 
 def counts_text(counts: np.ndarray) -> str:

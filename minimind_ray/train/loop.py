@@ -91,6 +91,17 @@ class Progress:
     best_value: float = math.inf
     ledger: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, state: dict[str, Any], checkpoint: Path) -> Progress:
+        """What `checkpoint` says. Raises UserError where another version wrote it."""
+        try:
+            progress = cls(**state)
+            if progress.ledger:
+                Ledger(**progress.ledger)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{checkpoint}/resume/state.json: not what this version writes: {error}") from None
+        return progress
+
     @property
     def checkpoint(self) -> str:
         """Name of the checkpoint written after this step."""
@@ -198,7 +209,7 @@ def _training(
     progress = Progress()
     if checkpoint := last_sound_checkpoint(run):
         weights.load(checkpoint)
-        progress = Progress(**load_resume(checkpoint, model, optimizer))
+        progress = Progress.of(load_resume(checkpoint, model, optimizer), checkpoint)
     ledger = Ledger(plan.packs_per_step, plan.packs_per_epoch, progress.ledger.get("epochs"))
     if config.train.compile:
         model.compile_blocks()

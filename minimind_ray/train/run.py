@@ -28,6 +28,7 @@ from typing import Any
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml, to_yaml
+from minimind_ray.config.reading import parse_json, read_json
 from minimind_ray.config.schema import Config
 from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_of
 
@@ -131,12 +132,9 @@ class RunDirectory:
         return 5.0 if self.mirror else 0.2
 
     def info(self) -> dict[str, Any]:
-        """What run.json says; empty without one. Raises UserError where it is no JSON."""
+        """What run.json says; empty without one. Raises UserError where it cannot be read."""
         path = self.file("run.json")
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+        return read_json(path) if path.exists() else {}
 
     def update(self, **facts: Any) -> None:
         """Add to run.json, and bring into the store what it speaks of."""
@@ -256,16 +254,16 @@ class RunDirectory:
 def damage(checkpoint: Path) -> list[str]:
     """What is not as `save_checkpoint` wrote it, a few words each; empty for a sound checkpoint."""
     file = checkpoint / CHECKPOINT_SUMS
-    try:
-        sums: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return [f"{file} is missing: no checkpoint of a run, or not all of one"]
-    except (OSError, ValueError) as error:
-        return [f"{file} cannot be read: {error}"]
+    try:
+        sums = read_json(file)
+    except UserError as error:
+        return [str(error)]
     wrong: list[str] = []
     for name, value in sums.items():
         target = checkpoint / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or target.is_symlink():
+        if not inside(name) or target.is_symlink():
             wrong.append(f"{name} leads out of the checkpoint")
         elif not target.is_file():
             wrong.append(f"{name} is missing")
@@ -300,13 +298,21 @@ def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
     if (checkpoint / "config.json").exists() or (checkpoint / "adapter_config.json").exists():
         return checkpoint
     checkpoints = run.checkpoints()
-    if (result := run.info().get("result")) and (run.path / result) in checkpoints:
-        return run.fetch(run.path / result, resume=resume)
+    if result := run.info().get("result"):
+        if not (isinstance(result, str) and inside(result)):
+            raise UserError(f"{path}/run.json: its result {result!r} is no place in the run's directory")
+        if (run.path / result) in checkpoints:
+            return run.fetch(run.path / result, resume=resume)
     if checkpoints:
         return run.fetch(checkpoints[-1], resume=resume)
     raise UserError(
         f"{path} is no model: expected a directory with config.json and model.safetensors, or a run with a checkpoint"
     )
+
+
+def inside(name: str) -> bool:
+    """Whether a path that a file names stays in the directory it is relative to."""
+    return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
 
 
 def versions() -> dict[str, str]:
@@ -333,12 +339,21 @@ def git_commit() -> str | None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a .jsonl file that is perhaps still being written; nothing when there is none."""
-    if path.exists():
-        with path.open(encoding="utf-8") as f:
-            for line in f:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+    """The whole lines of a run's .jsonl file that is perhaps still being written; nothing when there is none.
+
+    Raises:
+        UserError: a line is no JSON object with a step.
+    """
+    if not path.exists():
+        return
+    # Bytes that are no UTF-8 stand only in a line that is no JSON.
+    with path.open(encoding="utf-8", errors="surrogateescape") as f:
+        for number, line in enumerate(f, 1):
+            if line.endswith("\n"):
+                content = parse_json(line, f"{path}:{number}")
+                if type(content.get("step")) is not int:
+                    raise UserError(f"{path}:{number}: expected an object with a step")
+                yield content
 
 
 def write_atomically(path: Path, text: str) -> None:

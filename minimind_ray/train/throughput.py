@@ -18,7 +18,8 @@ def parameter_counts(shape: ModelShape) -> tuple[int, int]:
     if shape.num_experts:
         expert = 3 * c * (shape.moe_intermediate_size or shape.intermediate_size)
         router = c * shape.num_experts
-        mlp, active_mlp = expert * shape.num_experts + router, expert * shape.num_experts_per_tok + router
+        always = expert * shape.n_shared_experts + router
+        mlp, active_mlp = expert * shape.num_experts + always, expert * shape.num_experts_per_tok + always
     else:
         mlp = active_mlp = 3 * c * shape.intermediate_size
     outside = shape.vocab_size * c * (1 if shape.tie_word_embeddings else 2) + c

@@ -158,7 +158,7 @@ BAD = [
     (["--train", "/nowhere"], "/nowhere: no such file"),
     (["--batch-tokens", "1000"], "batch.tokens 1000 is not a multiple"),
     (["--set", "lr=1"], "no such setting; did you mean optim.lr?"),
-    (["--tokenizer", "/nowhere"], "is no tokenizer directory"),
+    (["--tokenizer", "/nowhere"], "it is no tokenizer directory"),
     (["--set", "model.num_attention_heads=3"], "model.num_attention_heads"),
     (["--set", "data.cache=false"], "train.max_steps is not set"),
 ]

@@ -33,6 +33,7 @@ SHAPES = [
     ModelShape(**BASE),
     ModelShape(**BASE, qk_norm=False, tie_word_embeddings=False, dropout=0.1),
     ModelShape(**BASE, num_experts=3, moe_intermediate_size=8),
+    ModelShape(**BASE, num_experts=3, moe_intermediate_size=24, qk_norm=False, n_shared_experts=2),
 ]
 
 
@@ -62,7 +63,7 @@ def shard(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["qwen3", "llama", "moe"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["qwen3", "llama", "moe", "granite"])
 def test_round_trip(shape: ModelShape, tmp_path: Path) -> None:
     model = Transformer(shape)
     save_model(model, None, tmp_path)
@@ -112,7 +113,7 @@ def test_tied_matrix_stored_twice(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; this reads qwen3, llama, qwen3_moe"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; this reads qwen3, llama, qwen3_moe, granitemoeshared"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": "remove"}, "hidden_size is missing"),
         ({"hidden_size": "big"}, "hidden_size: Input should be a valid integer"),
@@ -133,6 +134,28 @@ def test_config_is_read_strictly(changes: dict[str, Any], words: str, saved: Pat
     with pytest.raises(UserError) as error:
         load_model(saved)
     assert str(error.value).startswith(str(saved / "config.json")) and words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22; only 1.0 is supported"),
+        ({"attention_multiplier": 0.25}, "attention_multiplier is 0.25; only 1 / sqrt(head_dim) is supported"),
+        ({"attention_multiplier": "remove"}, "attention_multiplier is missing"),
+        ({"shared_intermediate_size": 25}, "shared_intermediate_size 25 is not a multiple of intermediate_size 24"),
+        ({"shared_intermediate_size": None}, "shared_intermediate_size None is not a multiple"),
+        ({"num_local_experts": 10**9}, "router.layer.weight is [3, 16], not [1000000000, 16]"),
+        ({"head_dim": 10**400}, "a whole number of more than 64 bits"),
+        ({"head_dim": 2**63}, "attention_multiplier is"),
+    ],
+    ids=lambda value: f"{value:.40}" if isinstance(value, str) else str(value)[:40],
+)
+def test_multipliers_that_the_model_has_not_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    save_model(Transformer(SHAPES[3]), None, tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path)
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ BOUNDS_D1 = torch.tensor([0, 11], dtype=torch.int32)
 DENSE = {"preset": "tiny"}
 EXPERTS = {"preset": "tiny", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
+GRANITE = {**EXPERTS, "intermediate_size": 48, "qk_norm": False, "n_shared_experts": 1}
+
 
 def make_model(fields: dict[str, Any] = DENSE) -> Transformer:
     torch.manual_seed(0)
@@ -167,6 +169,7 @@ def test_targets() -> None:
     assert leaves("square", {**DENSE, "num_key_value_heads": 4}) == attention
     assert leaves("all-linear") == leaves("all-linear", {**DENSE, "tie_word_embeddings": False})
     assert leaves("all-linear") == leaves("all-linear", EXPERTS) == attention | feed_forward
+    assert leaves("all-linear", GRANITE) == attention  # PEFT knows its feed-forwards by other names
     assert leaves(["v_proj", "down_proj"]) == {"v_proj", "down_proj"}
     assert leaves("v_proj") == {"v_proj"}
     assert len(target_names(make_model(EXPERTS), "up_proj")) == 2 * 4
@@ -201,6 +204,8 @@ VARIANTS = {
     "experts-rslora": (EXPERTS, LoraConfig(targets="all-linear", rank=3, alpha=4, rslora=True)),
     "experts-attention-only": (EXPERTS, LoraConfig(rank=3, rslora=True, dora=True)),
     "experts-down": (EXPERTS, LoraConfig(rank=3, targets=["down_proj"])),
+    "granite": (GRANITE, LoraConfig(rank=3)),
+    "granite-all-linear": (GRANITE, LoraConfig(targets="all-linear", rank=3, dora=True)),
 }
 
 

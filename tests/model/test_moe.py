@@ -41,6 +41,25 @@ def test_aux_loss_by_hand(per_token: int) -> None:
     assert model.aux_loss().item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_aux_loss_of_minimind_2_by_hand() -> None:
+    """Of each document: coef · E / X · Σ_e load_e · probability_e; then their mean by length."""
+    model = make(num_experts_per_tok=2, router_aux_loss_coef=0.01, qk_norm=False, n_shared_experts=1)
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, logits: seen.append(logits.detach()))
+    model(torch.arange(31), torch.tensor([0, 11, 11, 31], dtype=torch.int32))
+    expected = 0.0
+    for logits_NE in seen:
+        for part in (logits_NE[:11], logits_NE[11:]):
+            probabilities = part.softmax(-1)
+            chosen = probabilities.topk(2).indices.flatten().tolist()
+            loads = [chosen.count(expert) / len(part) for expert in range(4)]
+            balance = sum(load * p for load, p in zip(loads, probabilities.mean(0).tolist()))
+            expected += 0.01 * 4 / 2 * balance * len(part) / 31
+    assert len(seen) == 2
+    assert model.aux_loss().item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_balanced_routers_have_the_least_loss() -> None:
     model = make(router_aux_loss_coef=1.0)
     for layer in model.model.layers:

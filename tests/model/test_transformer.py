@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from minimind_ray.config.schema import ModelShape, RopeScaling
 from minimind_ray.model.checkpoint import load_model, load_shape, save_model, weights_fingerprint
+from minimind_ray.model.granite import is_granite, to_granite
 from minimind_ray.model.transformer import Transformer
 
 pytestmark = pytest.mark.unit
@@ -21,6 +22,7 @@ BASE: dict[str, Any] = {
     "head_dim": 16, "intermediate_size": 80, "max_position_embeddings": 512,
 }  # fmt: skip
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=128, attention_factor=1.2, beta_fast=24.0)
+GRANITE: dict[str, Any] = {"qk_norm": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80}
 SHAPES = {
     "qwen3": ModelShape(**BASE),
     "qwen3-untied": ModelShape(**BASE, tie_word_embeddings=False, rope_theta=1e4),
@@ -30,6 +32,9 @@ SHAPES = {
     "moe": ModelShape(**BASE, num_experts=4, moe_intermediate_size=40),
     "moe-top2": ModelShape(**BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40,
                            norm_topk_prob=False, tie_word_embeddings=False),
+    "granite": ModelShape(**BASE, **GRANITE, n_shared_experts=1, rope_scaling=YARN),
+    "granite-2-shared": ModelShape(**BASE, **GRANITE, n_shared_experts=2, tie_word_embeddings=False),
+    "granite-none-shared": ModelShape(**BASE, **GRANITE),
 }  # fmt: skip
 LENGTHS = (1, 37, 5, 130, 2)
 
@@ -88,6 +93,8 @@ def gradients(model: torch.nn.Module) -> list[Tensor]:
 def hugging_face_gradients(model: Transformer) -> list[Tensor]:
     """Ours with each layer's experts stacked, which is how transformers holds them in memory."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if is_granite(model.shape):
+        return [grad for _, grad in sorted((in_memory(k), v) for k, v in to_granite(found, model.shape).items())]
     for layer in range(model.shape.num_hidden_layers if model.shape.num_experts else 0):
         at = f"model.layers.{layer}.mlp.experts"
         each = [
@@ -97,6 +104,13 @@ def hugging_face_gradients(model: Transformer) -> list[Tensor]:
         found[f"{at}.down_proj"] = torch.stack([e["down"] for e in each])
         found[f"{at}.gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in each])
     return [grad for _, grad in sorted(found.items())]
+
+
+def in_memory(name: str) -> str:
+    """What transformers 5 names a tensor of GraniteMoeShared's files."""
+    for stored, name_in_memory in (("input_linear.weight", "gate_up_proj"), ("output_linear.weight", "down_proj")):
+        name = name.replace(f"block_sparse_moe.{stored}", f"block_sparse_moe.experts.{name_in_memory}")
+    return name.replace("router.layer.weight", "router.weight")
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -60,6 +60,16 @@ def test_lora_starts_as_the_base_and_leaves_it_alone(base: Path, tmp_path: Path)
     assert all(torch.equal(weights[k], v) for k, v in load_file(before / "model.safetensors").items())
 
 
+def test_minimind_2_with_experts_learns_and_is_a_base_for_the_next_stage(tmp_path: Path) -> None:
+    shape = {"qk_norm": False, "num_experts": 3, "num_experts_per_tok": 2, "n_shared_experts": 1,
+             "intermediate_size": 64, "router_aux_loss_coef": 0.01}  # fmt: skip
+    model = {f"model__{key}": value for key, value in shape.items()}
+    lines = train(make_job(tmp_path, rows=200, **model))
+    assert lines[-1]["loss"] < lines[0]["loss"] and 0 < lines[-1]["aux"] < 0.1
+    out = {"out": str(tmp_path / "sft"), "init_from": str(tmp_path / "run-pretrain")}
+    assert train(make_job(tmp_path, "sft", 60, **out))[0]["loss"] < lines[0]["loss"]
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_dpo_starts_at_ln_2_and_prefers_the_chosen(base: Path, tmp_path: Path, adapters: bool) -> None:
     settings = {"init_from": str(base / "run-pretrain"), "dpo__lora": adapters, "dpo__beta": 0.5, "train__epochs": 3}

@@ -55,12 +55,12 @@ def test_examples_are_sorted(tmp_path: Path) -> None:
     [
         ("sweep.json", "{", "not valid JSON"),
         ("sweep.json", "{}", "stage"),
-        ("trials/beta=0.1,seed=0/trial.json", "[1]", "valid dictionary"),
+        ("trials/beta=0.1,seed=0/trial.json", "[1]", "not a JSON object"),
         ("trials/beta=0.1,seed=0/trial.json", '{"id": "a", "point": {"x": 1}, "seed": 0}', "another sweep"),
         ("trials/beta=0.1,seed=0/run.json", '{"state": "odd"}', "state"),
         ("trials/beta=0.1,seed=0/metrics.jsonl", '{"step": 1, "tokens": 2}\n{oops}\n', "jsonl:2: not valid JSON"),
-        ("trials/beta=0.1,seed=0/metrics.jsonl", '{"step": 1}\n', "jsonl:1: expected an object with step and tokens"),
-        ("trials/beta=0.1,seed=0/samples.jsonl", "3\n", "jsonl:1: expected an object"),
+        ("trials/beta=0.1,seed=0/metrics.jsonl", '{"step": 1}\n', "jsonl:1: tokens: field required"),
+        ("trials/beta=0.1,seed=0/samples.jsonl", "3\n", "jsonl:1: not a JSON object"),
         ("trials/beta=0.1,seed=0/validation.parquet", "PAR1", "cannot be read"),
     ],
 )
@@ -85,7 +85,7 @@ def test_no_sweep(tmp_path: Path) -> None:
         read_sweep(tmp_path)
     path = small(tmp_path)
     (path / "trials" / "stray").mkdir()
-    with pytest.raises(UserError, match=r"stray/trial.json cannot be read"):
+    with pytest.raises(UserError, match=r"stray/trial.json: cannot be read"):
         read_sweep(path)
     (path / "trials").rename(path / "elsewhere")
     with pytest.raises(UserError, match="no trial"):

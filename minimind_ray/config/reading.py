@@ -1,0 +1,179 @@
+"""JSON and YAML that may come from anyone: what is absurd ends in a sentence before it costs time or memory.
+
+Bounded are a file's size, how deep it nests, how large a whole number is (64 bits), and what YAML's aliases multiply
+to. Texts are such that they can be written again: no halves of surrogate pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from minimind_ray.config.errors import UserError
+
+LARGEST_JSON, LARGEST_YAML = 64 << 20, 1 << 20  # bytes; tokenizers of 250,000 tokens take 35 MB
+DEEPEST = 64
+MOST_NODES = 100_000
+WORD = range(-(2**63), 2**64)
+
+
+def read_text(path: Path, largest: int = LARGEST_JSON, hint: str = "") -> str:
+    """A regular file's UTF-8 text.
+
+    Raises:
+        UserError: it cannot be read, is no regular file or larger than `largest` bytes, or is no UTF-8. `hint` says
+            what to do where there is no such file.
+    """
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise UserError(f"{path}: cannot be read: it is no regular file{hint}")
+        if info.st_size > largest:
+            raise UserError(f"{path}: is {info.st_size:,} bytes long, more than the {largest:,} that are read")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text, at byte {error.start + 1}") from None
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}{hint}") from None
+
+
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """A file's JSON object. `hint` as in `read_text`.
+
+    Raises:
+        UserError: as `read_text`; it is a link that leads elsewhere, or no JSON object, or an absurd one.
+    """
+    require_own(path)
+    return parse_json(read_text(path, hint=hint), str(path))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A text's JSON object; `where` is for errors. Raises as `read_json`."""
+    try:
+        content = _decode(text)
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: not valid JSON: half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: not a JSON object")
+    if deeper(content, DEEPEST):
+        raise UserError(f"{where}: not valid JSON: nested deeper than {DEEPEST} levels")
+    return cast("dict[str, Any]", content)
+
+
+def deeper(value: Any, levels: int) -> bool:
+    """The value nests lists and objects deeper than so many levels."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return children is not None and (levels == 0 or any(deeper(child, levels - 1) for child in children))
+
+
+def require_own(path: Path) -> None:
+    """Check that a file is no link to elsewhere. Only Hugging Face's cache may keep a file out of its directory:
+    snapshots/REVISION/x is a link to ../../blobs/HASH.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        if not path.is_symlink():
+            return
+        folder, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if target.parent not in (folder, folder.parent.parent / "blobs"):
+        raise UserError(f"{path}: links to a file outside of its directory; copy the file there")
+
+
+def parse_yaml(text: str) -> Any:
+    """As yaml.safe_load.
+
+    Raises:
+        yaml.YAMLError: no YAML, or an absurd one.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {}, 0)
+        return loader.construct_document(node)
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:  # a date of 99 months
+        raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """With whole numbers of 64 bits, and texts that can be encoded, and without the base-60 numbers of YAML 1.1, which
+    make 128 of `workers: 2:8`."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, re.compile(rf"(?!.*:)(?:{regexp.pattern})", regexp.flags)) if tag.endswith((":int", ":float"))
+                else (tag, regexp) for tag, regexp in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }  # fmt: skip
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value = super().construct_yaml_int(node)
+        if value not in WORD:
+            raise yaml.constructor.ConstructorError(None, None, "a whole number of more than 64 bits", node.start_mark)
+        return value
+
+    def construct_yaml_str(self, node: Any) -> str:
+        value = super().construct_yaml_str(node)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise yaml.constructor.ConstructorError(
+                None, None, "half of a surrogate pair, which is no character", node.start_mark
+            ) from None
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+
+
+def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
+    """How many nodes there are with every alias written out."""
+    size = sizes.get(id(node))
+    if size == 0 or depth > DEEPEST:  # 0: we are inside of it
+        problem = "an alias of what it stands in" if size == 0 else f"nested deeper than {DEEPEST} levels"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    if size is None:
+        sizes[id(node)] = 0
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        size = sizes[id(node)] = 1 + sum(_measure(child, sizes, depth + 1) for child in children)
+    if size > MOST_NODES:
+        problem = f"more than {MOST_NODES:,} values, counted with every alias written out"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return size
+
+
+def _int(text: str) -> int:
+    if len(text) > 20 or (value := int(text)) not in WORD:
+        raise ValueError("a whole number of more than 64 bits")
+    return value
+
+
+_decode = json.JSONDecoder(parse_int=_int).decode

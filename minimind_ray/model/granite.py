@@ -1,0 +1,133 @@
+"""MiniMind-2's mixture of experts as GraniteMoeShared, the Hugging Face architecture that computes the same.
+
+Both are Llama, with shared experts of weight 1, and a softmax over the scores of the experts chosen: MiniMind takes it
+over all experts and normalises over the chosen, which is the same. Granite's multipliers are set to what leaves no
+trace. The weights lie otherwise: a layer's experts in one tensor, gate above up, its shared experts as one network.
+
+E experts   C channels   F feed-forward of one expert   S that of all shared experts
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ModelShape
+
+NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+HEAD_SIZES = range(2, 2**16, 2)
+KINDS = ("gate", "up", "down")
+
+
+def is_granite(shape: ModelShape) -> bool:
+    """Whether a model of this shape is saved as GraniteMoeShared."""
+    return shape.num_experts > 0 and not shape.qk_norm
+
+
+def granite_fields(shape: ModelShape) -> dict[str, Any]:
+    """What config.json says of the experts, and the multipliers."""
+    width = _width(shape)
+    return {
+        "intermediate_size": width,
+        "num_local_experts": shape.num_experts,
+        "num_experts_per_tok": shape.num_experts_per_tok,
+        "shared_intermediate_size": shape.n_shared_experts * width,
+        "router_aux_loss_coef": shape.router_aux_loss_coef,
+        "attention_multiplier": shape.head_dim**-0.5,
+        **NEUTRAL,
+    }
+
+
+def read_granite_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of the shape that `granite_fields` wrote; a shared network n experts wide is n shared experts.
+
+    Raises:
+        UserError: a field of config.json is missing, or is not what this model computes.
+    """
+    fields = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "attention_multiplier", *NEUTRAL)
+    if missing := [key for key in fields if config.get(key) is None]:
+        raise UserError(f"{path}: {missing[0]} is missing")
+    for key, value in NEUTRAL.items():
+        if config[key] != value:
+            raise UserError(f"{path}: {key} is {config[key]!r}; only {value!r} is supported")
+    multiplier, head_dim = config["attention_multiplier"], config["head_dim"]
+    if not (isinstance(multiplier, float) and head_dim in HEAD_SIZES and math.isclose(multiplier, head_dim**-0.5)):
+        raise UserError(f"{path}: attention_multiplier is {multiplier!r}; only 1 / sqrt(head_dim) is supported")
+    shared, width = config.get("shared_intermediate_size", 0), config["intermediate_size"]
+    if not (isinstance(shared, int) and isinstance(width, int) and width > 0 and shared % width == 0):
+        raise UserError(f"{path}: shared_intermediate_size {shared!r} is not a multiple of intermediate_size {width!r}")
+    return {
+        "num_experts": config["num_local_experts"],
+        "num_experts_per_tok": config["num_experts_per_tok"],
+        "n_shared_experts": shared // width,
+        "moe_intermediate_size": width,
+        "router_aux_loss_coef": config["router_aux_loss_coef"],
+    }
+
+
+def granite_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and size of the experts' tensors in a directory."""
+    hidden, width = shape.hidden_size, _width(shape)
+    for layer in range(shape.num_hidden_layers):
+        experts, shared = _names(layer)
+        yield f"{experts}.router.layer.weight", (shape.num_experts, hidden)
+        yield f"{experts}.input_linear.weight", (shape.num_experts, 2 * width, hidden)
+        yield f"{experts}.output_linear.weight", (shape.num_experts, hidden, width)
+        if all_shared := shape.n_shared_experts * width:
+            yield f"{shared}.input_linear.weight", (2 * all_shared, hidden)
+            yield f"{shared}.output_linear.weight", (hidden, all_shared)
+
+
+def to_granite(weights: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """Our weights by Granite's names."""
+    stored = {name: tensor for name, tensor in weights.items() if ".mlp." not in name}
+    for layer in range(shape.num_hidden_layers):
+        mlp, (experts, shared) = f"model.layers.{layer}.mlp", _names(layer)
+        gate_EFC, up_EFC, down_ECF = _stacked(weights, f"{mlp}.experts", shape.num_experts)
+        stored[f"{experts}.router.layer.weight"] = weights[f"{mlp}.gate.weight"]
+        stored[f"{experts}.input_linear.weight"] = torch.cat([gate_EFC, up_EFC], 1)
+        stored[f"{experts}.output_linear.weight"] = down_ECF
+        if shape.n_shared_experts:
+            gate_EFC, up_EFC, down_ECF = _stacked(weights, f"{mlp}.shared_experts", shape.n_shared_experts)
+            stored[f"{shared}.input_linear.weight"] = torch.cat([gate_EFC, up_EFC]).flatten(0, 1)
+            stored[f"{shared}.output_linear.weight"] = down_ECF.transpose(0, 1).flatten(1).contiguous()
+    return stored
+
+
+def _stacked(weights: Mapping[str, Tensor], at: str, count: int) -> list[Tensor]:
+    return [torch.stack([weights[f"{at}.{i}.{kind}_proj.weight"] for i in range(count)]) for kind in KINDS]
+
+
+def from_granite(stored: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """Granite's weights by our names, each a tensor of its own."""
+    own = {name for name, _ in granite_tensors(shape)}
+    weights = {name: tensor for name, tensor in stored.items() if name not in own}
+    for layer in range(shape.num_hidden_layers):
+        mlp, (experts, shared) = f"model.layers.{layer}.mlp", _names(layer)
+        weights[f"{mlp}.gate.weight"] = stored[f"{experts}.router.layer.weight"]
+        gate_EFC, up_EFC = stored[f"{experts}.input_linear.weight"].chunk(2, 1)
+        parts = {"experts": (gate_EFC, up_EFC, stored[f"{experts}.output_linear.weight"])}
+        if count := shape.n_shared_experts:
+            gate_EFC, up_EFC = stored[f"{shared}.input_linear.weight"].unflatten(0, (2, count, -1))
+            down_CEF = stored[f"{shared}.output_linear.weight"].unflatten(1, (count, -1))
+            parts["shared_experts"] = (gate_EFC, up_EFC, down_CEF.transpose(0, 1))
+        for kind, projections in parts.items():
+            for name, stacked in zip(KINDS, projections):
+                for expert, weight in enumerate(stacked):
+                    copy = weight.clone(memory_format=torch.contiguous_format)
+                    weights[f"{mlp}.{kind}.{expert}.{name}_proj.weight"] = copy
+    return weights
+
+
+def _names(layer: int) -> tuple[str, str]:
+    return f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.shared_mlp"
+
+
+def _width(shape: ModelShape) -> int:
+    return shape.moe_intermediate_size or shape.intermediate_size
