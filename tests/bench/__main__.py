@@ -63,7 +63,7 @@ def main() -> None:
         here = {"ours": True, "minimind": args.minimind is not None, "trl": importlib.util.find_spec("trl") is not None}
         args.sides = ",".join(side for side in SIDES if here[side])
     args.corpus, args.minimind = (path and path.absolute() for path in map(_path, (args.corpus, args.minimind)))
-    report = Report(args.report, sys.argv)
+    report = Report(args.report, sys.argv[1:])
     with tempfile.TemporaryDirectory() as scratch:
         find_data(args, Path(scratch))
         args.tokenizer = args.tokenizer.absolute()
