@@ -12,15 +12,9 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
-# CORPUS: a folder with pretrain/, sft/, lora/ and dpo/; TOKENIZER: a directory; MINIMIND: a checkout of MiniMind;
-# with BASE, an SFT run or model, sweeps too.
+# Options and parts: make bench ARGS="--help". MINIMIND_REPO: a checkout of MiniMind; MINIMIND_CORPUS: a corpus folder.
 bench: .venv/.installed-dev
-	@test "$(CORPUS)" -a "$(TOKENIZER)" -a "$(MINIMIND)" || \
-		{ echo "usage: make bench CORPUS=FOLDER TOKENIZER=DIRECTORY MINIMIND=CHECKOUT"; exit 2; }
-	$(BIN)/python tests/bench/bench_training.py --corpus $(CORPUS) --tokenizer $(TOKENIZER) --minimind $(MINIMIND)
-	$(BIN)/python tests/bench/bench_ray_overhead.py --corpus $(CORPUS) --tokenizer $(TOKENIZER)
-	$(BIN)/python tests/bench/bench_prepare.py $(CORPUS)/pretrain --tokenizer $(TOKENIZER)
-	@test -z "$(BASE)" || $(BIN)/python tests/bench/bench_sweep.py --corpus $(CORPUS) --base $(BASE)
+	$(BIN)/python -m tests.bench $(ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

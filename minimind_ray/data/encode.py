@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -45,8 +45,7 @@ class _BadRowError(ValueError):
     """Why a row cannot be used."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
+class _Draft(NamedTuple):
     """A row checked: the texts to tokenize, and for conversations how many answers are in each, and how many of the
     first carry no loss."""
 
@@ -88,16 +87,16 @@ def whole_documents(
 ) -> Iterator[tuple[Row, Group] | Reject]:
     """The first half of `encode_rows`: each row with its documents, of whatever length."""
     if stage == "pretrain":
-        encode = tokenizer.encode
+        documents = _text_documents
     else:
         tokenizer.require_chatml()
-        encode = tokenizer.encode_rendered
+        documents = _chat_documents
     remaining = iter(rows)
     while chunk := list(islice(remaining, ROWS_AT_ONCE)):
         drafts = [row if isinstance(row, Reject) else _draft(stage, row, tokenizer) for row in chunk]
-        ids = iter(encode([text for draft in drafts if not isinstance(draft, Reject) for text in draft[1].texts]))
+        groups = documents([draft for draft in drafts if not isinstance(draft, Reject)], tokenizer)
         for draft in drafts:
-            yield draft if isinstance(draft, Reject) else _finish(*draft, ids, tokenizer)
+            yield draft if isinstance(draft, Reject) else next(groups)
 
 
 def fit(stage: StageName, row: Row, group: Group, config: DataConfig, tally: Tally) -> list[Group] | Reject:
@@ -179,21 +178,30 @@ def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
     )
 
 
-def _finish(row: Row, draft: _Draft, ids: Iterator[list[int]], tokenizer: Tokenizer) -> tuple[Row, Group] | Reject:
-    own = [next(ids) for _ in draft.texts]
-    if not draft.answers:
-        return row, (_text_document(own[0], tokenizer),)
-    try:
-        return row, tuple(_chat_document(i, n, draft.shared, tokenizer) for i, n in zip(own, draft.answers))
-    except _BadRowError as error:
-        return Reject(row.file, row.line, str(error))
+def _text_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> Iterator[tuple[Row, Group]]:
+    flat: list[int] = []
+    ends: list[int] = []
+    for ids in tokenizer.encode([draft.texts[0] for _, draft in drafts]):
+        flat.append(tokenizer.bos_id)
+        flat += ids
+        flat.append(tokenizer.eos_id)
+        ends.append(len(flat))
+    # One call of numpy's for all texts; copies, so that a document that waits for its pack keeps no others alive.
+    tokens, weights, start = np.array(flat, np.int32), np.ones(len(flat), np.uint8), 0
+    weights[[0, *ends[:-1]]] = 0
+    for (row, _), end in zip(drafts, ends, strict=True):
+        yield row, (Document(tokens[start:end].copy(), weights[start:end].copy()),)
+        start = end
 
 
-def _text_document(ids: list[int], tokenizer: Tokenizer) -> Document:
-    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
-    weights = np.ones(len(tokens), np.uint8)
-    weights[0] = 0
-    return Document(tokens, weights)
+def _chat_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> Iterator[tuple[Row, Group] | Reject]:
+    ids = iter(tokenizer.encode_rendered([text for _, draft in drafts for text in draft.texts]))
+    for row, draft in drafts:
+        own = [next(ids) for _ in draft.texts]
+        try:
+            yield row, tuple(_chat_document(i, n, draft.shared, tokenizer) for i, n in zip(own, draft.answers))
+        except _BadRowError as error:
+            yield Reject(row.file, row.line, str(error))
 
 
 def _chat_document(ids: list[int], answers: int, shared: int, tokenizer: Tokenizer) -> Document:

@@ -11,13 +11,13 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """`tokens` int32 [L]; `weights` uint8 [L], 1 where predicting that token counts. The first is never predicted."""
 
     tokens: np.ndarray
