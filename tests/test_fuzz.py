@@ -52,7 +52,7 @@ from minimind_ray.sweep.compare import compare, to_json, to_records
 from minimind_ray.sweep.plan import reopen_sweep
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.trials import read_sweep
-from minimind_ray.train.checkpoint import load_resume, save_resume
+from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
 from minimind_ray.train.loop import Progress
 from minimind_ray.train.optim import build_adamw
 from minimind_ray.train.run import RunDirectory, resolve_model
@@ -229,7 +229,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def write(directory: Path) -> None:
         save_model(model, tokenizer, directory)
-        save_resume(directory, model, optimizer, vars(Progress(1, 9, "step-00000001", 2.5, LEDGER)))
+        save_resume(directory, optimizer_tensors(model, optimizer), vars(Progress(1, 9, "step-00000001", 2.5, LEDGER)))
 
     run.save_checkpoint("step-00000001", write)
     base = run.checkpoint_path("step-00000001")
@@ -330,7 +330,7 @@ def use_config(root: Path) -> None:
 def use_recipe(root: Path) -> None:
     recipe = read_recipe(root / "configs" / "recipe.yaml")
     for index in range(len(recipe.stages)):
-        stage_config(recipe, index, Path("runs"), "tokenizer", Path("data"), {})
+        stage_config(recipe, index, "runs", "tokenizer", Path("data"), {})
 
 
 def use_sweep_file(root: Path) -> None:

@@ -347,14 +347,6 @@ class Flag(Protocol):
         """Put it up."""
         ...
 
-    def write_text(self, data: str) -> object:
-        """Put it up, with a text."""
-        ...
-
-    def read_text(self) -> str:
-        """Its text."""
-        ...
-
     def unlink(self, missing_ok: bool = False) -> None:
         """Take it down."""
         ...
@@ -372,17 +364,9 @@ class StoreFlag:
 
     def touch(self) -> None:
         """Put it up."""
-        self.write_text("")
-
-    def write_text(self, data: str) -> None:
-        """Put it up, with a text."""
         self.mirror.path.mkdir(parents=True, exist_ok=True)
-        (self.mirror.path / self.name).write_text(data, encoding="utf-8")
+        (self.mirror.path / self.name).touch()
         self.mirror.put(self.name)
-
-    def read_text(self) -> str:
-        """Its text."""
-        return self.mirror.pull_file(self.name).read_text(encoding="utf-8")
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Take it down, if it is up."""

@@ -94,7 +94,7 @@ class FusedTransformer(Transformer):
         """As many as they are: `decode` pads every adapter's part."""
         return count
 
-    def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+    def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, lengths_D: Tensor | None = None) -> Tensor:
         """As the base's, of tokens that name their adapters, in order; some adapters may have none."""
         adapter_J, counts_J = (tokens_N // self.shape.vocab_size).unique_consecutive(return_counts=True)
         tokens_N = tokens_N % self.shape.vocab_size
@@ -112,7 +112,7 @@ class FusedTransformer(Transformer):
             return attend(layer, q_NHK, k_NGK, v_NGK).index_select(0, row_S)
 
         attend_S = attend if len(row_S) == len(tokens_N) else attend_real
-        return super().decode(tokens_N[row_S], positions_N[row_S], attend_S).index_select(0, place_N)
+        return super().decode(tokens_N[row_S], positions_N[row_S], attend_S, lengths_D).index_select(0, place_N)
 
 
 class FusedLinear(nn.Module):

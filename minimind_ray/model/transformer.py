@@ -129,7 +129,7 @@ class Transformer(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.lengths_D = shape, None
         self.model = Decoder(shape)
         if not shape.tie_word_embeddings:
             self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
@@ -145,9 +145,12 @@ class Transformer(nn.Module):
         extra = self.stable_size(count) - count
         if extra:  # one more document
             tokens_N, bounds_D1 = F.pad(tokens_N, (0, extra)), F.pad(bounds_D1, (0, 1), value=count + extra)
-        self.lengths_D = bounds_D1.diff().long()
         layout = Layout(bounds_D1, tokens_N.device)
-        hidden_NC = self.decode(tokens_N, layout.positions_N, lambda layer, q, k, v: layout.attend(q, k, v))
+
+        def attend(_: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+            return layout.attend(q_NHK, k_NGK, v_NGK)
+
+        hidden_NC = self.decode(tokens_N, layout.positions_N, attend, layout.lengths_D)
         return hidden_NC[:count]
 
     def stable_size(self, count: int) -> int:
@@ -159,8 +162,12 @@ class Transformer(nn.Module):
         grain = 1 if self.shape.num_experts else 1 << max(0, count.bit_length() - 6)
         return -(-count // grain) * grain
 
-    def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
-        """As `forward`, with positions and attention left to the caller (generation keeps a cache there)."""
+    def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, lengths_D: Tensor | None = None) -> Tensor:
+        """As `forward`, with positions and attention left to the caller (generation keeps a cache there).
+
+        `lengths_D`, how many of the tokens each document has, is what `aux_loss` needs.
+        """
+        self.lengths_D = lengths_D
         angles_NR = positions_N.unsqueeze(-1).float() * self.frequencies
         rotary = (angles_NR.cos() * self.rotary_scale, angles_NR.sin() * self.rotary_scale)
         return self.model(tokens_N, rotary, attend)
@@ -184,8 +191,11 @@ class Transformer(nn.Module):
 
     def aux_loss(self) -> Tensor:
         """The routers' load-balancing loss, a mean over the last forward pass's tokens, summed over layers."""
-        losses = [m.aux_loss(self.lengths_D) for m in self.modules() if isinstance(m, MixtureOfExperts)]
-        return torch.stack(losses).sum() if losses else self.vocab_weight.new_zeros(())
+        experts = [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+        if not experts:
+            return self.vocab_weight.new_zeros(())
+        assert self.lengths_D is not None, "no forward pass yet"
+        return torch.stack([each.aux_loss(self.lengths_D) for each in experts]).sum()
 
 
 def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:

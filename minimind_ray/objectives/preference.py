@@ -60,7 +60,9 @@ def pair_hidden(model: Transformer, batch: Batch) -> Tensor:
         q_NHK, k_NGK, v_NGK = (x.index_select(0, row_N) for x in (q_UHK, k_UGK, v_UGK))
         return layout.attend(q_NHK, k_NGK, v_NGK).index_select(0, computed_U)
 
-    return model.decode(tokens_N[computed_U], layout.positions_N[computed_U], attend).index_select(0, row_N)
+    computed_D = torch.segment_reduce(computed_N.float(), "sum", lengths=lengths_D.to(computed_N.device)).long()
+    hidden_UC = model.decode(tokens_N[computed_U], layout.positions_N[computed_U], attend, computed_D)
+    return hidden_UC.index_select(0, row_N)
 
 
 def sigmoid_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:

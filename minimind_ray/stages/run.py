@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -70,9 +69,7 @@ class Job:
 
     def run(self, context: Context, data: TrainingData) -> None:
         """The stage's train-loop function."""
-        main = context.rank == 0
-        with RunDirectory(self.config.out, writes=True).writing() if main else nullcontext():
-            STAGES[self.config.stage](self.config, context, data)
+        STAGES[self.config.stage](self.config, context, data)
 
 
 def resolve_paths(config: Config) -> Config:

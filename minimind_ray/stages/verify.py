@@ -147,7 +147,7 @@ def prove_resume(
     for number in range(kills):
         # Somewhere in the next part of what is left: in a step, a validation or the writing of a checkpoint.
         reached = at[-1] if at else 0
-        target = reached + moments.randint(1, max(1, (steps - 1 - reached) // (kills - number)))
+        target = reached + moments.randint(1, max(1, (steps - 1 - reached) // (kills - number + 1)))
         resume = ["--resume"] if (killed / "run.json").exists() else []
         at.append(_run_and_kill([*command(stage, killed, steps), *often, *resume], killed, target, moments.random()))
         say(f"killed after step {at[-1]}")

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ from torch import Tensor
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
 from minimind_ray.data.pack import Pack
-from minimind_ray.data.storage import copy_of
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.generate import generate
@@ -188,7 +188,8 @@ def training(
     tokenizer: Tokenizer,
 ) -> Training:
     """As `fit`, but whoever drives it trains the steps and passes the reports on, for many runs together too."""
-    with mark_failure(str(copy_of(config.out, "work"))):
+    run = RunDirectory(config.out, writes=context.rank == 0)
+    with run.writing() if run.writes else nullcontext(), mark_failure(str(run.path)):
         yield from _training(model, objective, optimizer, weights, config, context, data, tokenizer)
 
 

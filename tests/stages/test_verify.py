@@ -105,6 +105,6 @@ def test_twins_are_compared_in_weights_and_metrics(trained: Path, copy: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "lora"])
 def test_a_killed_run_ends_as_its_twin(stage: str, tmp_path: Path) -> None:
-    proof = prove_resume(stage, tmp_path, kills=2, steps=12)  # type: ignore[arg-type]
+    proof = prove_resume(stage, tmp_path, kills=2, steps=24)  # type: ignore[arg-type]
     assert proof.differences == []
-    assert len(proof.kills) == 2 and all(step < 12 for step in proof.kills)
+    assert len(proof.kills) == 2 and all(step < 24 for step in proof.kills)
