@@ -46,7 +46,7 @@ def _chosen(plan: SweepPlan) -> tuple[int, str]:
     if not config.scale.gpus_per_worker:
         return (
             1,
-            "on a CPU it gains 10 to 18 %, less than the processes of more trials at once cost (docs/performance.md)",
+            "on a CPU it gains 18 % at most, less than the processes of more trials at once cost (docs/performance.md)",
         )
     size = min(MOST, GPU_TOKENS // max(trial.config.data.pack_tokens for trial in plan.trials or ()), plan.count)
     if size < 2:

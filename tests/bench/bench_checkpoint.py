@@ -1,6 +1,6 @@
-"""What a checkpoint costs the training of a 26M model: the pause of its step, and all of it until the file is there.
+"""What a checkpoint costs the training of minimind-3-small: the pause of its step, and all until the file is there.
 
-    python tests/bench/bench_checkpoint.py [--out DIR] [--checkpoints 6]
+    python -m tests.bench.bench_checkpoint [--out DIR] [--checkpoints 6]
 
 A plain process trains on random text. The host notes the time of every step; steps of which none is slowed down by a
 checkpoint give the usual time, and what the others take longer is what checkpoints cost. The part of training time is

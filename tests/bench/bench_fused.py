@@ -1,6 +1,6 @@
 """LoRA trials per hour on one device: one process that trains K together, against runs of their own.
 
-    python tests/bench/bench_fused.py --rows CORPUS/sft/train-00000.jsonl --tokenizer DIR [--presets small]
+    python -m tests.bench.bench_fused --rows CORPUS/sft/train-00000.jsonl --tokenizer DIR [--presets small]
 
 A trial is `--steps` optimizer steps of one pack and a validation, from its start to its result on disk. Separate runs
 go one after another in this process with all threads, or side by side in as many processes as there are cores (on a
