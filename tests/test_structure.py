@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,20 @@ def test_files_import_only_from_layers_above(path: Path) -> None:
         if top in ONLY_IN:
             assert relative[0] == ONLY_IN[top], f"{top} is imported outside {ONLY_IN[top]}/"
         assert top not in TESTS_ONLY
+
+
+def test_readme_lists_every_file_below_what_it_imports() -> None:
+    folder, listed = "", list[str]()
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r" {6}(?:(\w+)/)? +(\w+\.[\w.]+)", line):
+            folder = found[1] or folder
+            listed.append(f"{folder}/{found[2]}")
+    there = {str(p.relative_to(PACKAGE)) for p in [*FILES, *PACKAGE.rglob("*.j2")] if p.name != "__init__.py"}
+    assert sorted(listed) == sorted(there)
+    for place, file in enumerate(listed):
+        for name in imports(PACKAGE / file) if file.endswith(".py") else ():
+            other = name.removeprefix("minimind_ray.").replace(".", "/") + ".py"
+            assert other not in listed[place:], f"{file} imports {other}, which stands below"
 
 
 def test_help_needs_neither_ray_nor_torch() -> None:
