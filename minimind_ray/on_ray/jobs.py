@@ -110,11 +110,17 @@ def fetch(client: Client, out: str, target: Path) -> list[Path]:
     """Bring what `pack` takes of a job's directory `out` into `target`; the files.
 
     A job of its own sends them, so it works wherever they lie, and after a job that failed, too.
+
+    Raises:
+        UserError: they cannot be read there.
     """
     packer = client.submit_job(entrypoint=shlex.join(["minimind-ray", "pack", out]))
-    _ended(client, packer)
+    info = _ended(client, packer)
     text = client.get_job_logs(packer)
     client.delete_job(packer)
+    if info.status != "SUCCEEDED":
+        why = (text.strip() or info.message or "").splitlines()[-1:]
+        raise UserError(f"what the job made, in {out} on the cluster, was not fetched: {' '.join(why)}")
     return unpack(text, target)
 
 
