@@ -236,8 +236,8 @@ class _Trial(tune.Trainable):
             shutil.copytree(path, run.checkpoint_path(path.name))
         run.write("config.yaml", to_yaml(self.job.config))
         last = run.checkpoints()[-1].name
-        line = {"from": Path(donor).name, "checkpoint": last, "point": self.config["trial"]["point"]}
-        run.append("lineage.jsonl", line)
+        lineage = {"step": int(last.removeprefix("step-")), "from": Path(donor).name, "checkpoint": last}
+        run.append("lineage.jsonl", {**lineage, "point": self.config["trial"]["point"]})
         run.send()
 
     def _work(self) -> None:

@@ -57,22 +57,22 @@ def content(store: fs.FileSystem, path: str) -> str:
 def test_train_is_stopped_and_goes_on(store: fs.FileSystem, tmp_path: Path) -> None:
     run, log = "bucket/runs/x", tmp_path / "log"
     common = ["train", "pretrain", *settings(tmp_path), "--workers", "2", "--out", f"s3://{run}"]
-    common += ["--set", "eval.every=20", "--max-steps", "400"]
+    common += ["--set", "eval.every=50", "--max-steps", "1000"]
     process = minimind(*common, log=log)
-    while "step-00000020/resume/sums.json" not in " ".join(names(store, run)):
+    while "step-00000050/resume/sums.json" not in " ".join(names(store, run)):
         assert process.poll() is None, log.read_text()
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) in (0, 130), log.read_text()
     info = json.loads(content(store, f"{run}/run.json"))
-    assert info["state"] == "stopped" and info["steps"] >= 20, log.read_text()
+    assert info["state"] == "stopped" and info["steps"] >= 50, log.read_text()
     assert ".stop" not in names(store, run)
     process = minimind(*common, "--resume", log=log)
     assert process.wait(200) == 0, log.read_text()
     info = json.loads(content(store, f"{run}/run.json"))
     assert info["state"] == "finished" and f"{info['result']}/model.safetensors" in names(store, run)
     lines = [json.loads(line) for line in content(store, f"{run}/metrics.jsonl").splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 401))
+    assert [line["step"] for line in lines] == list(range(1, 1001))
     assert f"model: s3://{run}/{info['result']}" in log.read_text()
 
 

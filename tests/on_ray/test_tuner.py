@@ -296,8 +296,9 @@ def test_what_does_not_fit_is_refused(ray_session: None, monkeypatch: pytest.Mon
     assert places(ScaleConfig(cpus_per_worker=0.5)) == 16
     assert places(ScaleConfig(workers=3, cpus_per_worker=1.0)) == 2
     halves = {"CPU": 8.0, "GPU": 2.0}
+    nodes = [{"NodeID": "a", "Alive": True, "Resources": halves}, {"NodeID": "b", "Alive": False, "Resources": {}}]
     with monkeypatch.context() as patched:
-        patched.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": halves}, {"Alive": False, "Resources": {}}])
+        patched.setattr(ray, "nodes", lambda: nodes)
         assert places(ScaleConfig(gpus_per_worker=0.25)) == 8
         assert places(ScaleConfig(gpus_per_worker=2.0)) == 1
     for scale in (
