@@ -1,11 +1,10 @@
-"""`ray up` on machines of one's own, jobs from the laptop, a machine whose power goes, `ray down`: all for real."""
+"""`ray up` on machines of one's own, jobs from the laptop, a machine whose power goes: all for real."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -125,7 +124,7 @@ def test_a_sweep_on_machines_that_fail(machines: Machines) -> None:
     # A run over both worker hosts; its terminal goes, then the power of one of them; it goes on until told to stop.
     command = (
         f"{ours} train pretrain --train data/pretrain.jsonl --out runs/base {TINY} --tokenizer data/tokenizer "
-        "--preset tiny --workers 1:2 --set scale.cpus_per_worker=2 --epochs 2000 --lr 1e-3 "
+        "--preset tiny --workers 1:2 --set scale.cpus_per_worker=1.6 --epochs 2000 --lr 1e-3 "
         "--set checkpoint.every=50"
     )
     began = time.monotonic()
@@ -165,8 +164,3 @@ def test_a_sweep_on_machines_that_fail(machines: Machines) -> None:
     print(out)
     assert "report: sweeps/dpo/report.html" in out
     assert "0.05" in laptop(machines, "minimind-ray compare sweeps/dpo")
-
-    # As people know it: a shell on the head, and `ray job submit`.
-    prepare = "ray job submit -- minimind-ray data prepare data/dpo.jsonl --stage dpo --tokenizer data/tokenizer"
-    print(laptop(machines, f"ray exec {FILE} {shlex.quote(prepare)}"))
-    laptop(machines, f"ray down {FILE} -y")
