@@ -65,11 +65,12 @@ def prepare(
 
     from minimind_ray.data.prepare import prepare, run_units_here
     from minimind_ray.data.tokenizer import Tokenizer
+    from minimind_ray.stages.run import resolve_paths
 
     flags = {"train": files, "val": val, "tokenizer": tokenizer, "max_seq_len": max_seq_len}
     flags |= {"pack_tokens": pack_tokens, "cache_dir": cache_dir}
-    config = config_from_flags(stage, [], set_ or [], flags)
-    loaded = Tokenizer.load(tokenizer)
+    config = resolve_paths(config_from_flags(stage, [], set_ or [], flags))
+    loaded = Tokenizer.load(config.data.tokenizer)
     splits = ("train", "val") if val or config.data.val_fraction else ("train",)
     console = Console(highlight=False, soft_wrap=True)
     prepared: list[Prepared] = []
