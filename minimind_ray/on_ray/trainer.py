@@ -59,8 +59,9 @@ class RayTrainContext:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
-        self.again_file = flag(run_dir, AGAIN_FILE)
-        self.flags = [watched(flag(run_dir, STOP_FILE)), watched(self.again_file)]
+        # Rank 0 looks for the driver's files, and the step tells the other workers.
+        names = (STOP_FILE, AGAIN_FILE) if self.rank == 0 else ()
+        self.flags = [watched(flag(run_dir, name)) for name in names]
         self.steps, self.look_after, self.looked = 0, 1, time.monotonic()
         self.noticed: list[str] = []
 
@@ -69,11 +70,11 @@ class RayTrainContext:
         return True
 
     def should_stop(self) -> bool:
-        """Whether a notice was given; rank 0 also looks for the driver's files. The step tells the other workers."""
+        """Whether a notice was given, or the driver asks."""
         self.steps += 1
         if self.steps == self.look_after:
             self._look_for_notice()
-        return bool(self.noticed) or self.rank == 0 and any(up() for up in self.flags)
+        return bool(self.noticed) or any(up() for up in self.flags)
 
     def _look_for_notice(self) -> None:
         """Ask Ray Train. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
