@@ -14,11 +14,13 @@ class Store:
     """One bucket, `bucket`; while `failing` every request is answered with 500. `requests` are method and path."""
 
     def __init__(self) -> None:
+        from moto.moto_api._internal import moto_api_backend
         from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.failing, self.requests = False, list[str]()
+        moto_api_backend.reset()  # All servers of a process have the same buckets, an earlier test's among them.
         self.app = DomainDispatcherApplication(create_backend_app)
         self.server = make_server("127.0.0.1", 0, self.answer, threaded=True)
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
