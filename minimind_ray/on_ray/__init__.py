@@ -10,6 +10,9 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Nothing phones home.
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # The new Parquet reader costs seconds per epoch.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # A run's end is seen at the next poll, 2 s by default; each costs.
+    # Ray's workers are nice (15), so that whatever else a machine does would stop a step's threads, which wait for each
+    # other: 10 to 30 % of the time on two cores. A run is as urgent here as it is without Ray.
+    "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",  # Processes that nobody takes: Ray Train's have another environment.
     # Train functions run in threads, to which glibc would give arenas of their own, of memory mapped anew for each
     # large tensor (see `keep_freed_memory`); the main arena is chosen before a process starts.

@@ -32,6 +32,7 @@ def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
     local = "RAY_ADDRESS" not in os.environ
     logging.getLogger("ray").setLevel(logging.ERROR)
     ray.init(
+        address="local" if local else None,  # Not one that runs on this machine for something else.
         num_cpus=cpus if local else None,
         include_dashboard=dashboard if local else None,
         log_to_driver=False,

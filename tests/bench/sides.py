@@ -1,6 +1,6 @@
 """The processes that are measured: the machine's limits, a base model, our trainer, and trl's.
 
-    python -m tests.bench.sides limits|base|prepare|ours|trl '{"setting": ...}'
+    python -m tests.bench.sides limits|products|base|prepare|ours|trl '{"setting": ...}'
 
 Trainers print a line of JSON after each step: the useful tokens so far.
 """
@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,14 +41,48 @@ def limits() -> None:
         for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
     }
     source = torch.ones(2**28, device=device)  # 1 GiB
-    target, fastest = torch.empty_like(source), math.inf
+    target = torch.empty_like(source)
+    tell({"device": device.type, **found, "copy_bytes": 2 * source.nbytes / fastest(target.copy_, source)})
+
+
+def products(model: dict[str, Any], vocab_size: int, tokens: int) -> None:
+    """Seconds a token takes in the products of tokens and weights alone, forward and backward, in the sizes a step of
+    `tokens` has them in: of thin matrices, slower than `limits`' large ones. Without attention's. `frozen`: without
+    the weights' gradients."""
+    device, shape = default_device(), ModelConfig(**model).shape(vocab_size)
+    dtype = resolve_precision("auto", device)
+    c, d, layers = shape.hidden_size, shape.head_dim, shape.num_hidden_layers
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    experts = shape.num_experts or 1
+    mlp = (shape.moe_intermediate_size or shape.intermediate_size) if shape.num_experts else shape.intermediate_size
+    routed = tokens * (shape.num_experts_per_tok if shape.num_experts else 1) // experts
+    # Rows, inputs, outputs, how many.
+    sizes = [
+        (tokens, c, heads * d, layers), (tokens, c, kv_heads * d, 2 * layers), (tokens, heads * d, c, layers),
+        (routed, c, mlp, 2 * layers * experts), (routed, mlp, c, layers * experts), (tokens, c, vocab_size, 1),
+    ]  # fmt: skip
+    found = {"seconds": 0.0, "frozen": 0.0}
+    for rows, inputs, outputs, count in sizes:
+        x, weight, dy = (
+            torch.randn(*two, device=device, dtype=dtype)
+            for two in ((rows, inputs), (outputs, inputs), (rows, outputs))
+        )
+        always = fastest(torch.mm, x, weight.T) + fastest(torch.mm, dy, weight)
+        found["seconds"] += count * (always + fastest(torch.mm, dy.T, x)) / tokens
+        found["frozen"] += count * always / tokens
+    tell(found)
+
+
+def fastest(work: Callable[..., object], *arguments: object) -> float:
+    """Seconds of the fastest of several runs, since others may be at work beside."""
+    best = math.inf
     for _ in range(8):
         start = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
+        work(*arguments)
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        fastest = min(fastest, time.perf_counter() - start)
-    tell({"device": device.type, **found, "copy_bytes": 2 * source.nbytes / fastest})
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def base(tokenizer: str, model: dict[str, Any], out: str) -> None:
@@ -133,5 +168,5 @@ def trl(stage: str, rows: str, base: str, max_seq_len: int, rank: int, out: str)
 
 
 if __name__ == "__main__":
-    what = {"limits": limits, "base": base, "prepare": prepare, "ours": ours, "trl": trl}
+    what = {"limits": limits, "products": products, "base": base, "prepare": prepare, "ours": ours, "trl": trl}
     what[sys.argv[1]](**json.loads(sys.argv[2]))
