@@ -3,8 +3,9 @@
     make bench ARGS="training data --models tiny,26m --stages sft,dpo --seconds 20"
 
 Parts: training (ours, MiniMind's scripts and trl side by side), data (preparation beside `tokenizers` alone, reading),
-ray (what Ray costs over a plain process), sweep (what a sweep costs over its training), growth (plots). The data are
-MINIMIND_CORPUS, else the demo's; MiniMind is the checkout at MINIMIND_REPO, without one it is left out.
+ray (what Ray costs over a plain process), sweep (what a sweep costs over its training), fused (LoRA trials trained
+together), checkpoint (the pause of a step), growth (plots). The data are MINIMIND_CORPUS, else the demo's; MiniMind is
+the checkout at MINIMIND_REPO, without one it is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from tests.bench.common import Report, find_data
 from tests.bench.training import SIDES, SIZES, STAGES, table
 
 # Imported when they are asked for: training needs no Ray.
-PARTS = {"training": "training", "data": "data", "ray": "ray_overhead", "sweep": "sweep", "growth": "growth"}
+PARTS = {
+    "training": "training", "data": "data", "ray": "ray_overhead", "sweep": "sweep", "fused": "fused",
+    "checkpoint": "checkpoint", "growth": "growth",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -54,6 +58,17 @@ def main() -> None:
     group = parser.add_argument_group("sweep")
     group.add_argument("--base", type=Path, help="an SFT run or model; default: random weights")
     group.add_argument("--pairs", type=int, default=2300)
+    group = parser.add_argument_group("fused")
+    group.add_argument("--presets", default="small,minimind-3-small")
+    group.add_argument("--tokens", default="256,1024", help="of a step")
+    group.add_argument("--together", default="2,4,8,16", help="trials in one process")
+    group.add_argument("--targets", default="square", help="of LoRA")
+    group.add_argument("--trial-steps", type=int, default=12)
+    group.add_argument("--separate", type=int, default=4, help="separate runs to take the time of")
+    group.add_argument("--places", type=int, default=os.cpu_count(), help="processes side by side")
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--checkpoints", type=int, default=6)
+    group.add_argument("--checkpoint-out", type=Path, help="where the run is written; default: a temporary directory")
     group = parser.add_argument_group("growth")
     group.add_argument("--plots", type=Path, default=Path("docs"), help="where the pictures go")
     args = parser.parse_args()

@@ -1,69 +1,46 @@
 """LoRA trials per hour on one device: one process that trains K together, against runs of their own.
 
-    python -m tests.bench.bench_fused --rows CORPUS/sft/train-00000.jsonl --tokenizer DIR [--presets small]
-
-A trial is `--steps` optimizer steps of one pack and a validation, from its start to its result on disk. Separate runs
-go one after another in this process with all threads, or side by side in as many processes as there are cores (on a
-GPU `--places`), with their share of the threads; and in each of those processes K are trained together, as `tune` does
-it. Processes are started and warm before the clock runs. The base has random weights, which cost the same.
+A trial is `--trial-steps` optimizer steps of one pack and a validation, from its start to its result on disk. Separate
+runs go one after another in this process with all threads, or side by side in as many processes as there are cores (on
+a GPU `--places`), with their share of the threads; and in each of those processes K are trained together, as `tune`
+does it. Processes are started and warm before the clock runs. The base has random weights, which cost the same.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import multiprocessing
 import os
-import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from minimind_ray.config.load import load_config
-from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import read_weights, save_model
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.stages.fused import member
 from minimind_ray.stages.run import Job, begin, prepare_job, resolve_paths, run_here
 from minimind_ray.train.context import default_device, keep_freed_memory, resolve_precision
 from minimind_ray.train.fused import Lockstep, PlainFusedContext
-from minimind_ray.train.run import versions
+from tests.bench.common import Report, first_rows, tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, required=True, help="conversations, jsonl")
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--presets", default="small,minimind-3-small")
-    parser.add_argument("--tokens", default="256,1024", help="of a step")
-    parser.add_argument("--together", default="2,4,8,16")
-    parser.add_argument("--targets", default="square")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--separate", type=int, default=4, help="separate runs to take the time of")
-    parser.add_argument("--places", type=int, default=os.cpu_count(), help="processes side by side")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    args = parser.parse_args()
+def measure_fused(args: Namespace, report: Report, scratch: Path) -> None:
     keep_freed_memory()
-    results = []
     for preset, tokens in itertools.product(args.presets.split(","), map(int, args.tokens.split(","))):
-        with tempfile.TemporaryDirectory() as directory:
-            results.append({"preset": preset, "tokens": tokens, **measure(args, preset, tokens, Path(directory))})
-    if args.json:
-        facts = {"cores": os.cpu_count(), "device": str(default_device()), "versions": versions(), "results": results}
-        args.json.write_text(json.dumps(facts, indent=2))
+        directory = scratch / f"fused-{preset}-{tokens}"
+        directory.mkdir()
+        report.put("fused", f"{preset}/{tokens}", measure(args, preset, tokens, directory))
 
 
-def measure(args: argparse.Namespace, preset: str, tokens: int, scratch: Path) -> dict[str, Any]:
+def measure(args: Namespace, preset: str, tokens: int, scratch: Path) -> dict[str, float]:
     """Trials per hour, by way of training."""
-    tokenizer = Tokenizer.load(args.tokenizer)
-    rows = scratch / "rows.jsonl"
-    with args.rows.open(encoding="utf-8") as lines:
-        rows.write_text("".join(itertools.islice(lines, 600)), encoding="utf-8")
-    shape = load_config("sft", overrides={"model.preset": preset}).model.shape(tokenizer.vocab_size)
-    save_model(Transformer(shape), tokenizer, scratch / "base")
+    loaded = tokenizer(args)
+    rows = first_rows(args, "lora", 600, scratch / "rows.jsonl")
+    shape = load_config("sft", overrides={"model.preset": preset}).model.shape(loaded.vocab_size)
+    save_model(Transformer(shape), loaded, scratch / "base")
     numbers = itertools.count()
 
     def jobs(count: int) -> list[Job]:
@@ -72,9 +49,9 @@ def measure(args: argparse.Namespace, preset: str, tokens: int, scratch: Path) -
             settings = {
                 "init_from": str(scratch / "base"), "data.train": str(rows), "data.cache_dir": str(scratch / "cache"),
                 "data.max_seq_len": min(tokens, 512), "data.pack_tokens": tokens, "batch.tokens": tokens,
-                "data.val_fraction": 0.02, "train.max_steps": args.steps, "train.seed": seed, "track.wandb": "off",
-                "optim.lr": 1e-3 * (seed + 1), "lora.rank": 8, "lora.targets": args.targets, "eval.samples": 0,
-                "eval.every": args.steps, "out": str(scratch / f"run-{next(numbers)}"),
+                "data.val_fraction": 0.02, "train.max_steps": args.trial_steps, "train.seed": seed,
+                "track.wandb": "off", "optim.lr": 1e-3 * (seed + 1), "lora.rank": 8, "lora.targets": args.targets, "eval.samples": 0,
+                "eval.every": args.trial_steps, "out": str(scratch / f"run-{next(numbers)}"),
             }  # fmt: skip
             made.append(prepare_job(resolve_paths(load_config("lora", overrides=settings))))
             begin(made[-1], resume=False)
@@ -84,7 +61,7 @@ def measure(args: argparse.Namespace, preset: str, tokens: int, scratch: Path) -
         return 3600 * count / seconds
 
     run_here(jobs(1)[0])
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     start = time.perf_counter()
     some = jobs(args.separate)
     start = time.perf_counter()
@@ -109,7 +86,7 @@ def measure(args: argparse.Namespace, preset: str, tokens: int, scratch: Path) -
     print(f"{preset}, {tokens} tokens a step: trials per hour, and against the better of the separate ways", flush=True)
     for way, rate in found.items():
         print(f"  {way:>18} {rate:8,.0f}  {rate / best:5.2f}", flush=True)
-    return {"trials_per_hour": found}
+    return found
 
 
 def run_one(jobs: list[Job]) -> None:
@@ -128,7 +105,3 @@ def train_together(jobs: list[Job]) -> None:
     while lockstep.members:
         for ended in lockstep.turn():
             assert ended.error is None
-
-
-if __name__ == "__main__":
-    main()
