@@ -50,8 +50,8 @@ def measure(args: Namespace, preset: str, tokens: int, scratch: Path) -> dict[st
                 "init_from": str(scratch / "base"), "data.train": str(rows), "data.cache_dir": str(scratch / "cache"),
                 "data.max_seq_len": min(tokens, 512), "data.pack_tokens": tokens, "batch.tokens": tokens,
                 "data.val_fraction": 0.02, "train.max_steps": args.trial_steps, "train.seed": seed,
-                "track.wandb": "off", "optim.lr": 1e-3 * (seed + 1), "lora.rank": 8, "lora.targets": args.targets, "eval.samples": 0,
-                "eval.every": args.trial_steps, "out": str(scratch / f"run-{next(numbers)}"),
+                "track.wandb": "off", "optim.lr": 1e-3 * (seed + 1), "lora.rank": 8, "lora.targets": args.targets,
+                "eval.samples": 0, "eval.every": args.trial_steps, "out": str(scratch / f"run-{next(numbers)}"),
             }  # fmt: skip
             made.append(prepare_job(resolve_paths(load_config("lora", overrides=settings))))
             begin(made[-1], resume=False)
