@@ -70,7 +70,7 @@ def prepare(
     flags = {"train": files, "val": val, "tokenizer": tokenizer, "max_seq_len": max_seq_len}
     flags |= {"pack_tokens": pack_tokens, "cache_dir": cache_dir}
     config = resolve_paths(config_from_flags(stage, [], set_ or [], flags))
-    loaded = Tokenizer.load(config.data.tokenizer)
+    loaded = Tokenizer.load(config.data.tokenizer or tokenizer)
     splits = ("train", "val") if val or config.data.val_fraction else ("train",)
     console = Console(highlight=False, soft_wrap=True)
     prepared: list[Prepared] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from minimind_ray.train.run import RunDirectory
 
 
 @contextmanager
-def watching(job: Job, console: Console) -> Iterator[None]:
+def watching(job: Job, console: Console) -> Generator[None]:
     """While inside, a thread follows metrics.jsonl: one moving line on a terminal, a line per validation elsewhere."""
     config, plan = job.config, job.plan
     console.print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +85,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
 
 @contextmanager
-def host(scale: ScaleConfig, *, ray: bool) -> Iterator[tuple[Host, Callable[[Job], None]]]:
+def host(scale: ScaleConfig, *, ray: bool) -> Generator[tuple[Host, Callable[[Job], None]]]:
     """How to prepare and how to run a job: on Ray, started for as long as the block lasts, or in this process."""
     if not ray:
         from minimind_ray.stages.run import Host, run_here

@@ -32,18 +32,24 @@ Probability = Annotated[float, Field(ge=0, lt=1, strict=False)]
 class DataConfig(Section):
     """Where the rows come from and how they become packs."""
 
-    train: str | list[str] | None = Field(None, description="path, glob, folder or URL, or a list of them")
-    val: str | list[str] | None = Field(None, description="validation files; without them a part of train is held out")
-    val_fraction: Probability = Field(0.01, description="part of train's rows held out when data.val is not given")
-    tokenizer: str | None = Field(None, description="directory with tokenizer.json; default: the one of init_from")
-    max_seq_len: PositiveInt = Field(512, description="longest document, in tokens")
-    pack_tokens: PositiveInt = Field(4096, description="most tokens in a pack, which is one forward pass")
-    long_documents: Literal["split", "truncate"] = Field(
-        "split", description="pretraining documents over max_seq_len: split into consecutive ones, or cut"
+    train: str | list[str] | None = Field(default=None, description="path, glob, folder or URL, or a list of them")
+    val: str | list[str] | None = Field(
+        default=None, description="validation files; without them a part of train is held out"
     )
-    cache: bool = Field(True, description="keep the packs on disk; false: encode and pack inside the stream")
-    cache_dir: str = Field(".cache/packs", description="where prepared packs are kept")
-    max_reject_fraction: Fraction = Field(0.01, description="part of bad rows above which nothing is trained")
+    val_fraction: Probability = Field(
+        default=0.01, description="part of train's rows held out when data.val is not given"
+    )
+    tokenizer: str | None = Field(
+        default=None, description="directory with tokenizer.json; default: the one of init_from"
+    )
+    max_seq_len: PositiveInt = Field(default=512, description="longest document, in tokens")
+    pack_tokens: PositiveInt = Field(default=4096, description="most tokens in a pack, which is one forward pass")
+    long_documents: Literal["split", "truncate"] = Field(
+        default="split", description="pretraining documents over max_seq_len: split into consecutive ones, or cut"
+    )
+    cache: bool = Field(default=True, description="keep the packs on disk; false: encode and pack inside the stream")
+    cache_dir: str = Field(default=".cache/packs", description="where prepared packs are kept")
+    max_reject_fraction: Fraction = Field(default=0.01, description="part of bad rows above which nothing is trained")
 
     @model_validator(mode="after")
     def _packs_hold_documents(self) -> DataConfig:
@@ -158,24 +164,28 @@ class ModelConfig(Section):
         "minimind-2-small",
         "minimind-2-moe",
     ] = "minimind-3-small"
-    vocab_size: PositiveInt | None = Field(None, description="default: the tokenizer's size")
+    vocab_size: PositiveInt | None = Field(default=None, description="default: the tokenizer's size")
     hidden_size: PositiveInt | None = None
     num_hidden_layers: PositiveInt | None = None
     num_attention_heads: PositiveInt | None = None
     num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_attention_heads")
+    head_dim: PositiveInt | None = Field(default=None, description="default: hidden_size / num_attention_heads")
     intermediate_size: PositiveInt | None = None
     max_position_embeddings: PositiveInt | None = None
     rope_theta: PositiveFloat | None = None
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: PositiveFloat | None = None
     tie_word_embeddings: bool | None = None
-    initializer_range: PositiveFloat | None = Field(None, description="standard deviation that weights are drawn with")
+    initializer_range: PositiveFloat | None = Field(
+        default=None, description="standard deviation that weights are drawn with"
+    )
     qk_norm: bool | None = None
     dropout: Probability | None = None
     num_experts: Annotated[int, Field(ge=0)] | None = None
     num_experts_per_tok: PositiveInt | None = None
-    n_shared_experts: Annotated[int, Field(ge=0)] | None = Field(None, description="experts that every token goes to")
+    n_shared_experts: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="experts that every token goes to"
+    )
     moe_intermediate_size: PositiveInt | None = None
     norm_topk_prob: bool | None = None
     router_aux_loss_coef: NonNegativeFloat | None = None
@@ -210,53 +220,60 @@ class ModelConfig(Section):
 class BatchConfig(Section):
     """How much goes into one optimizer step."""
 
-    tokens: PositiveInt = Field(32768, description="token budget of one optimizer step, over all workers")
+    tokens: PositiveInt = Field(default=32768, description="token budget of one optimizer step, over all workers")
 
 
 class OptimConfig(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    lr: PositiveFloat = Field(5e-4, description="peak learning rate")
+    lr: PositiveFloat = Field(default=5e-4, description="peak learning rate")
     weight_decay: NonNegativeFloat = 0.01
     beta1: Probability = 0.9
     beta2: Probability = 0.95
     eps: PositiveFloat = 1e-8
-    clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 leaves gradients as they are")
+    clip: NonNegativeFloat = Field(
+        default=1.0, description="largest global gradient norm; 0 leaves gradients as they are"
+    )
 
 
 class ScheduleConfig(Section):
     """How the learning rate moves over the run."""
 
     name: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
-    final: Fraction = Field(0.1, description="last learning rate, as a part of the peak")
-    decay: Fraction = Field(0.2, description="wsd: part of the run spent decaying at its end")
+    warmup: Annotated[int, Field(ge=0)] = Field(default=0, description="steps of linear warm-up")
+    final: Fraction = Field(default=0.1, description="last learning rate, as a part of the peak")
+    decay: Fraction = Field(default=0.2, description="wsd: part of the run spent decaying at its end")
 
 
 class TrainConfig(Section):
     """How long, from which seed, in which precision."""
 
     epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps")
+    max_steps: PositiveInt | None = Field(default=None, description="stop after so many optimizer steps")
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="auto: bfloat16 matrix products where the hardware has them, else float32"
+        default="auto", description="auto: bfloat16 matrix products where the hardware has them, else float32"
     )
-    compile: bool = Field(False, description="torch.compile the elementwise parts; pays after a minute of start-up")
+    compile: bool = Field(
+        default=False, description="torch.compile the elementwise parts; pays after a minute of start-up"
+    )
 
 
 class ScaleConfig(Section):
     """What the run may use of the cluster."""
 
     workers: PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = Field(
-        1, description="how many; 2:8 is as many as the cluster has room for, from 2 to 8"
+        default=1, description="how many; 2:8 is as many as the cluster has room for, from 2 to 8"
     )
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        3, description="restarts in a row, no checkpoint between them, after a worker or node is lost; notices are free"
+        default=3,
+        description="restarts in a row, no checkpoint between them, after a worker or node is lost; notices are free",
     )
-    resize_seconds: PositiveFloat = Field(60.0, description="with workers 2:8, how often to look for room for more")
+    resize_seconds: PositiveFloat = Field(
+        default=60.0, description="with workers 2:8, how often to look for room for more"
+    )
 
     @property
     def fewest(self) -> int:
@@ -280,9 +297,11 @@ class ScaleConfig(Section):
 class EvalConfig(Section):
     """Validation while training."""
 
-    every: PositiveInt | None = Field(None, description="steps between validations; default: about ten in a run")
-    max_tokens: PositiveInt | None = Field(None, description="validate on so many tokens at most; default: all")
-    samples: Annotated[int, Field(ge=0)] = Field(3, description="texts to generate at each validation")
+    every: PositiveInt | None = Field(
+        default=None, description="steps between validations; default: about ten in a run"
+    )
+    max_tokens: PositiveInt | None = Field(default=None, description="validate on so many tokens at most; default: all")
+    samples: Annotated[int, Field(ge=0)] = Field(default=3, description="texts to generate at each validation")
     prompts: list[str] = Field(default_factory=list, description="what the samples begin with; default: none")
     sample_tokens: PositiveInt = 64
     temperature: NonNegativeFloat = 0.8
@@ -291,21 +310,23 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """What is kept."""
 
-    every: PositiveInt | None = Field(None, description="steps between checkpoints; default: at each validation")
-    keep: PositiveInt = Field(2, description="last checkpoints kept, beside the best")
+    every: PositiveInt | None = Field(
+        default=None, description="steps between checkpoints; default: at each validation"
+    )
+    keep: PositiveInt = Field(default=2, description="last checkpoints kept, beside the best")
 
 
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021)."""
 
     rank: PositiveInt = 8
-    alpha: PositiveFloat | None = Field(None, description="default: the rank, a scale of 1, as MiniMind")
+    alpha: PositiveFloat | None = Field(default=None, description="default: the rank, a scale of 1, as MiniMind")
     dropout: Probability = 0.0
     targets: str | list[str] = Field(
-        "square", description="square (as MiniMind), all-linear, or names such as [q_proj, v_proj]"
+        default="square", description="square (as MiniMind), all-linear, or names such as [q_proj, v_proj]"
     )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
-    dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
+    dora: bool = Field(default=False, description="train magnitude and direction apart (Liu et al. 2024)")
 
     @property
     def scale(self) -> float:
@@ -320,24 +341,24 @@ class DpoConfig(Section):
     beta: PositiveFloat = 0.1
     loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5, strict=False)] = Field(
-        0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
+        default=0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
     )
-    simpo_gamma: NonNegativeFloat = Field(1.0, description="SimPO's target margin over beta-scaled rewards")
-    lora: bool = Field(False, description="train adapters (section lora) instead of all weights")
+    simpo_gamma: NonNegativeFloat = Field(default=1.0, description="SimPO's target margin over beta-scaled rewards")
+    lora: bool = Field(default=False, description="train adapters (section lora) instead of all weights")
 
 
 class TrackConfig(Section):
     """Weights & Biases."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="auto: online with a key, else offline"
+        default="auto", description="auto: online with a key, else offline"
     )
-    project: str = Field("minimind-ray", pattern=r"^[^/\\#?%:,]+$", max_length=128)
+    project: str = Field(default="minimind-ray", pattern=r"^[^/\\#?%:,]+$", max_length=128)
     entity: str | None = None
-    group: str | None = Field(None, max_length=128, description="a sweep's name: runs that belong together")
-    name: str | None = Field(None, max_length=128, description="default: the last part of out")
+    group: str | None = Field(default=None, max_length=128, description="a sweep's name: runs that belong together")
+    name: str | None = Field(default=None, max_length=128, description="default: the last part of out")
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)
-    artifacts: bool = Field(False, description="log data and models as artifacts, by reference: their lineage")
+    artifacts: bool = Field(default=False, description="log data and models as artifacts, by reference: their lineage")
 
     @field_validator("wandb", mode="before")
     @classmethod
@@ -349,8 +370,10 @@ class Config(Section):
     """One stage's run."""
 
     stage: StageName
-    out: str = Field("runs/{stage}", description="run directory; {stage} is replaced")
-    init_from: str | None = Field(None, description="checkpoint of ours or a Hugging Face directory to start from")
+    out: str = Field(default="runs/{stage}", description="run directory; {stage} is replaced")
+    init_from: str | None = Field(
+        default=None, description="checkpoint of ours or a Hugging Face directory to start from"
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()

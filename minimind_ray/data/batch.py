@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`. The bounds stay on the host: attention plans with them there."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value if f.name == "bounds_D1" or value is None else value.to(device, non_blocking=True)
             for f in fields(self)
             for value in [getattr(self, f.name)]

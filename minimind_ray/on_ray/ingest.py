@@ -41,11 +41,17 @@ def stream_dataset(job: Job, workers: int) -> ray.data.Dataset:
     fewest = max(1, sum(unit.size for unit in stream.units) // (32 * stream.encoding.config.pack_tokens))
     epochs = 1 + -(-plan.steps * plan.packs_per_step // fewest)
     units = len(stream.units) * epochs
+    # Ray's types know neither fn_kwargs nor that a batch may be of one kind alone.
     return (
         ray.data.range(units, override_num_blocks=units)
-        .map_batches(_make_packs, batch_size=1, fn_kwargs={"stream": stream})
+        .map_batches(_make_packs, batch_size=1, fn_kwargs={"stream": stream})  # pyright: ignore[reportArgumentType]
         .repartition(target_num_rows_per_block=plan.packs_per_step, strict=True)
-        .map_batches(_share_out, batch_size=None, batch_format="pyarrow", fn_kwargs={"workers": workers})
+        .map_batches(
+            _share_out,  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"workers": workers},
+        )
         .repartition(target_num_rows_per_block=1)
     )
 
@@ -78,7 +84,7 @@ def prepared_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
         "workers": workers,
         "start": start,
     }
-    return numbers.map_batches(_read_shares, batch_size=per_task, fn_kwargs=arguments)
+    return numbers.map_batches(_read_shares, batch_size=per_task, fn_kwargs=arguments)  # pyright: ignore[reportArgumentType]
 
 
 def _read_shares(

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
+import ray.train.torch
 import torch
 from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -261,7 +263,10 @@ def _worker(job: Job) -> list[str]:
 def _shares() -> Iterator[Any]:
     """This worker's rows of the dataset, the first of them already here."""
     shard = ray.train.get_dataset_shard("train")
-    rows = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    assert shard
+    # None: a block as it is, which the types leave out.
+    batches = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # pyright: ignore[reportArgumentType]
+    rows = iter(batches)
     return chain(list(islice(rows, 1)), rows)
 
 

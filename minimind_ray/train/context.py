@@ -9,7 +9,7 @@ import ctypes
 import os
 import platform
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -67,7 +67,7 @@ class PlainContext:
         """Holds none."""
 
     @contextmanager
-    def stop_on_interrupt(self) -> Iterator[None]:
+    def stop_on_interrupt(self) -> Generator[None]:
         """While inside, the first SIGINT or SIGTERM asks for a stop, the next one has its usual effect."""
 
         def ask(signum: int, frame: FrameType | None) -> None:
@@ -111,5 +111,6 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # As torch's own tests ask; there is no public way.
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
     return torch.bfloat16 if has_bf16 else torch.float32

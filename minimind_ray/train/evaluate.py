@@ -63,8 +63,9 @@ def evaluate(
             bytes_N = token_bytes_V[batch.targets_N] * batch.weights_N
             values["bytes"] = torch.segment_reduce(bytes_N, "sum", lengths=batch.bounds_D1.diff().long().to(device))
         ids = (pack.id << 20) + np.arange(len(values["loss"]))
-        for name, value in {"example": ids, **values}.items():
-            columns.setdefault(name, []).append(value.double().cpu().numpy() if name != "example" else ids)
+        arrays = {name: value.double().cpu().numpy() for name, value in values.items()}
+        for name, array in {"example": ids, **arrays}.items():
+            columns.setdefault(name, []).append(array)
     model.train(was_training)
     return _evaluation({name: np.concatenate(parts) for name, parts in columns.items()}, objective.unit)
 
