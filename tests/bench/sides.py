@@ -74,9 +74,9 @@ def products(model: dict[str, Any], vocab_size: int, tokens: int) -> None:
 
 
 def fastest(work: Callable[..., object], *arguments: object) -> float:
-    """Seconds of the fastest of several runs, since others may be at work beside."""
-    best = math.inf
-    for _ in range(8):
+    """Seconds of the fastest run within half a second, since others may be at work beside."""
+    best, end = math.inf, time.perf_counter() + 0.5
+    while best == math.inf or time.perf_counter() < end:
         start = time.perf_counter()
         work(*arguments)
         if torch.cuda.is_available():
