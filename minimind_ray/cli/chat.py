@@ -37,8 +37,9 @@ def chat(
 
     Commands: /reset, /adapter DIR, /adapter off, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
     """
+    from minimind_ray.model.lora import is_adapter
     from minimind_ray.stages.conversation import Conversation
-    from minimind_ray.stages.use import Sampling, base_of, is_adapter, open_trained
+    from minimind_ray.stages.use import Sampling, base_of, open_trained
     from minimind_ray.train.run import resolve_model
 
     def open_first(adapter: str | None) -> Trained:

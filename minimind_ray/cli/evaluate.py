@@ -10,6 +10,7 @@ import typer
 
 from minimind_ray.cli import options
 from minimind_ray.cli.flags import config_from_flags
+from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,11 +50,14 @@ def evaluate_(
 
     Everything is prepared and measured as validation during training is, so the numbers are the same.
     """
+    if out is not None:
+        if out.is_dir():
+            raise UserError(f"--out {out} is a directory: name a file in it, such as {out / 'results.parquet'}")
+        out.parent.mkdir(parents=True, exist_ok=True)
     flags = {"val": files, "max_seq_len": max_seq_len, "pack_tokens": pack_tokens, "precision": precision}
     resolved = config_from_flags(stage, config or [], set_ or [], flags)
     evaluation, facts = measure(resolved, model, adapter, reference, say=(lambda line: None) if json else print)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         evaluation.write(out)
     if json:
         from json import dumps
@@ -73,7 +77,6 @@ def measure(
     """Evaluate on `data.val`; the examples, and what to tell, in order."""
     import torch
 
-    from minimind_ray.config.errors import UserError
     from minimind_ray.data.prepare import prepare
     from minimind_ray.objectives.causal_lm import CausalLM
     from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
@@ -124,12 +127,10 @@ def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
 
     import numpy as np
 
-    from minimind_ray.config.errors import UserError
     from minimind_ray.data.store import PackStore
     from minimind_ray.objectives.preference import WITHOUT_REFERENCE
     from minimind_ray.stages.reference import Reference, compute_here, ensure_reference
-    from minimind_ray.stages.use import is_adapter
-    from minimind_ray.train.run import resolve_model
+    from minimind_ray.stages.start import whole_model
 
     if config.stage != "dpo":
         return PackStore(path)
@@ -137,9 +138,7 @@ def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
         return (replace(pack, reference=np.zeros(len(pack.lengths), np.float32)) for pack in PackStore(path))
     if config.dpo.loss in WITHOUT_REFERENCE:
         raise UserError(f"dpo.loss {config.dpo.loss} has no reference model: leave --reference out")
-    base = resolve_model(reference)
-    if is_adapter(base):
-        raise UserError(f"--reference {reference} is an adapter: merge it first (minimind-ray lora merge)")
+    base = whole_model(reference, "--reference")
     values = Reference(path, str(base), config.train.precision)
     ensure_reference(values, compute_here)
     return PackStore(path, values.path)

@@ -24,7 +24,8 @@ def merge(
     require_new(out)
     from minimind_ray.config.errors import UserError
     from minimind_ray.model.checkpoint import save_model
-    from minimind_ray.stages.use import is_adapter, open_trained
+    from minimind_ray.model.lora import is_adapter
+    from minimind_ray.stages.use import open_trained
     from minimind_ray.train.run import resolve_model
 
     if not is_adapter(resolve_model(adapter)):

@@ -64,7 +64,7 @@ app.add_typer(config.app, name="config")
 
 
 def run() -> None:
-    """The console script: the user's errors as one sentence on stderr, without a traceback, exit code 1.
+    """The console script: the user's and the disk's errors as one sentence on stderr, no traceback, exit code 1.
 
     With MINIMIND_DEBUG set, the traceback too.
     """
@@ -78,6 +78,13 @@ def run() -> None:
         # What it cites of a file could steer a terminal, or fill it.
         text = printable(" ".join(str(error).split()))
         print(f"error: {text if len(text) <= LONGEST_ERROR else f'{text[:LONGEST_ERROR]} …'}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        # A place that cannot be read or written, a full disk: the user's to mend, wherever it shows.
+        if os.environ.get("MINIMIND_DEBUG") or error.strerror is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(printable(f"error: {place}{error.strerror}"), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

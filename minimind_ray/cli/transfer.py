@@ -30,7 +30,9 @@ def import_(
         int | None,
         typer.Option(min=1, help="of a .pth model; default: 2 for MiniMind-2, 1 for 3", show_default=False),
     ] = None,
-    rope_theta: Annotated[float, typer.Option(min=1, help="of a .pth model")] = 1e6,
+    rope_theta: Annotated[
+        float | None, typer.Option(min=1, help="of a .pth model; default: 1e6", show_default=False)
+    ] = None,
     rms_norm_eps: Annotated[
         float | None,
         typer.Option(help="of a .pth model; default: 1e-5 for MiniMind-2, 1e-6 for 3", show_default=False),
@@ -40,14 +42,18 @@ def import_(
     require_new(out)
     from minimind_ray.config.errors import UserError
     from minimind_ray.model.minimind_pth import import_lora_pth, import_pth
-    from minimind_ray.train.run import resolve_model
+    from minimind_ray.stages.start import whole_model
 
     if source.is_dir():
+        of_pth = {"--base": base, "--heads": heads, "--experts-per-token": experts_per_token,
+                  "--rope-theta": rope_theta, "--rms-norm-eps": rms_norm_eps}  # fmt: skip
+        if told := [name for name, value in of_pth.items() if value is not None]:
+            raise UserError(f"{source} is a directory, whose config.json says this: leave {told[0]} out")
         shape = _import_directory(source, out, tokenizer)
     elif not source.exists():
         raise UserError(f"{source}: no such file or directory")
     elif base is not None:
-        import_lora_pth(source, resolve_model(base).absolute(), out)
+        import_lora_pth(source, whole_model(base, "--base").absolute(), out)
         print(f"{out}: adapter for {base}")
         return
     elif tokenizer is None:
@@ -58,7 +64,8 @@ def import_(
     else:
         shape = import_pth(
             source, tokenizer, out,
-            heads=heads, experts_per_token=experts_per_token, rope_theta=rope_theta, rms_norm_eps=rms_norm_eps,
+            heads=heads, experts_per_token=experts_per_token, rope_theta=1e6 if rope_theta is None else rope_theta,
+            rms_norm_eps=rms_norm_eps,
         )  # fmt: skip
     _describe(out, shape)
 
@@ -68,7 +75,7 @@ def _import_directory(source: Path, out: Path, tokenizer: str | None) -> ModelSh
     from minimind_ray.config.errors import UserError
     from minimind_ray.data.tokenizer import Tokenizer
     from minimind_ray.model.checkpoint import load_model, save_model
-    from minimind_ray.stages.use import is_adapter
+    from minimind_ray.model.lora import is_adapter
     from minimind_ray.train.run import resolve_model
 
     directory = resolve_model(source)
@@ -102,8 +109,9 @@ def export(
 ) -> None:
     """Write a model or an adapter as a file that MiniMind's scripts load."""
     require_new(file)
+    from minimind_ray.model.lora import is_adapter
     from minimind_ray.model.minimind_pth import export_lora_pth, export_pth
-    from minimind_ray.stages.use import base_of, is_adapter
+    from minimind_ray.stages.use import base_of
     from minimind_ray.train.run import resolve_model
 
     directory = resolve_model(source)

@@ -58,7 +58,9 @@ def tune(
     mode: Annotated[str | None, typer.Option(help="min or max; default: the metric's own")] = None,
     fuse: Annotated[str | None, typer.Option(help="LoRA trials to train together: a number, auto or off")] = None,
     concurrent: Annotated[int | None, typer.Option(help="most trials at once; default: as many as fit")] = None,
-    gpus_per_trial: Annotated[float | None, typer.Option(help="may be a part of one: 0.25")] = None,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option(help="its workers share them; may be a part of one: 0.25")
+    ] = None,
     budget_hours: Annotated[float | None, typer.Option(help="stop cleanly after so many hours")] = None,
     budget_tokens: Annotated[int | None, typer.Option(help="of all trials together; shortens them")] = None,
     price_per_hour: Annotated[
@@ -120,12 +122,10 @@ def plan_of(given: Mapping[str, Any]) -> SweepPlan:
 
     search = {name: given[name] for name in SearchConfig.model_fields if name in given}
     flags = {name: given[name] for name in FLAGS if name in given and name != "out"}
-    if "gpus_per_trial" in given:
-        flags["gpus_per_worker"] = str(given["gpus_per_trial"])
     files = map(Path, given.get("config", []))
     return new_plan(
         given.get("stage"), given.get("sweep"), list(files), given.get("set_", []), given.get("axis_", []),
-        flags, search, given.get("out"),
+        flags, search, given.get("out"), given.get("gpus_per_trial"),
     )  # fmt: skip
 
 
@@ -138,6 +138,7 @@ def new_plan(
     flags: Mapping[str, str],
     search: Mapping[str, Any],
     out: str | None,
+    gpus_per_trial: float | None = None,
 ) -> SweepPlan:
     """The sweep that a YAML file and the command line ask for; the command line wins, and replaces axes by key."""
     from minimind_ray.config.load import load_config, parse_override, parse_value
@@ -172,6 +173,9 @@ def new_plan(
     # A single value given on the command line takes the place of the file's axis.
     axes = {key: found for key, found in axes.items() if key not in overrides}
     base = load_config(stage, config, overrides, trees)
+    if gpus_per_trial is not None:
+        overrides["scale.gpus_per_worker"] = gpus_per_trial / base.scale.most
+        base = load_config(stage, config, overrides, trees)
     if price := search.get("price_per_hour"):
         search = {**search, "price_per_hour": trial_price(price, base.scale)}
     return plan_sweep(out or f"sweeps/{stage}", base, list(axes.values()), search_config({**told, **search}))
@@ -333,7 +337,7 @@ def print_plan(plan: SweepPlan) -> None:
     from minimind_ray.sweep.text import count_text, duration_text, value_text
 
     search, scale = plan.search, plan.base.scale
-    preparation = Preparation(Host(), print)
+    preparation = Preparation(plan.base, Host(), print)
     jobs = [preparation.job(trial.config) for trial in plan.trials]
     jobs = jobs or [preparation.job(plan.base)] * plan.count
     if search.budget_tokens:
@@ -355,6 +359,8 @@ def print_plan(plan: SweepPlan) -> None:
         spec = axis.to_json()
         text = spec if isinstance(spec, str) else ", ".join(map(value_text, spec))
         print(f"axis       {axis.key}: {text}")
+    each = f"{scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs"
+    print(f"each on    {f'{scale.most} workers of ' if scale.most > 1 else ''}{each}")
     print(f"trials     {plan.count} ({search.seeds} seed(s)), judged by {metric} ({mode}), {search.searcher}")
     print(f"a trial    {steps:,} steps, {count_text(tokens)} tokens, {found.flops / len(jobs):.2g} FLOPs on average")
     print(f"in all     {found.steps:,} steps, {count_text(found.tokens)} tokens, {found.flops:.2g} FLOPs")
@@ -365,8 +371,8 @@ def print_plan(plan: SweepPlan) -> None:
     print(f"together   {fuse} in one process: {why}" if fuse > 1 else f"together   no: {why}")
     print(f"shared     {', '.join(f'{count} {what}' for what, count in preparation.counts.items())}, made once")
     print(
-        f"time       about {duration_text(found.hours(at_once) * 3600)} with {at_once} at once (measured here, on "
-        f"{scale.cpus_per_worker:g} CPUs a trial: {pace.step:.2f} s a step, {pace.validation:.1f} s a validation, "
+        f"time       about {duration_text(found.hours(at_once) * 3600)} with {at_once} at once (measured here, one "
+        f"worker on {scale.cpus_per_worker:g} CPUs: {pace.step:.2f} s a step, {pace.validation:.1f} s a validation, "
         f"{pace.start:.1f} s to begin)"
     )
     if search.budget_hours and found.hours(at_once) > search.budget_hours:

@@ -286,6 +286,14 @@ class ScaleConfig(Section):
         return int(str(self.workers).split(":")[-1])
 
     @model_validator(mode="after")
+    def _gpus_can_be_given(self) -> ScaleConfig:
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(
+                f"scale.gpus_per_worker is {self.gpus_per_worker:g}: a worker gets a part of one GPU, or whole ones"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ordered(self) -> ScaleConfig:
         if self.fewest > self.most:
             raise ValueError(

@@ -133,6 +133,7 @@ def row_texts(value: dict[str, Any]) -> Iterator[str]:
 
 def _draft(stage: StageName, row: Row, tokenizer: Tokenizer) -> tuple[Row, _Draft] | Reject:
     try:
+        _require_fields_of(stage, row.value)
         if stage == "pretrain":
             draft = _Draft([_text(row.value, "text", "text")])
         elif stage == "dpo":
@@ -223,6 +224,20 @@ def _split(document: Document, longest: int) -> Iterator[Document]:
 
 
 # Checks of what a row holds
+
+FIELDS = {
+    "text": ("pretrain",), "conversations": ("sft", "lora"), "messages": ("sft", "lora"), "chosen": ("dpo",),
+}  # fmt: skip
+"""What rows are known by, and the stages that learn from them."""
+
+
+def _require_fields_of(stage: StageName, value: dict[str, Any]) -> None:
+    """A row of another stage's data is told apart from one that lacks a field."""
+    own = [field for field, stages in FIELDS.items() if stage in stages]
+    others = [field for field in FIELDS if field in value and field not in own]
+    if others and not any(field in value for field in own):
+        reads = " and ".join(FIELDS[others[0]])
+        raise _BadRowError(f"{own[0]} is missing, but {others[0]} is there, which {reads} would read")
 
 
 def _conversation(value: dict[str, Any], key: str) -> tuple[list[Message], list[Any] | None]:

@@ -190,6 +190,11 @@ class AdapterBase(NamedTuple):
     fingerprint: str | None
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, not a whole model."""
+    return (directory / CONFIG).exists() and not (directory / "config.json").exists()
+
+
 def adapter_base(directory: str | Path) -> AdapterBase:
     """The base of a PEFT directory.
 

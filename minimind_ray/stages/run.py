@@ -8,7 +8,7 @@ from functools import partial
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import input_path, output_path
-from minimind_ray.config.schema import Config
+from minimind_ray.config.schema import Config, DataConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import StepPlan, read_steps
@@ -98,8 +98,15 @@ class Host:
     compute_reference: ComputeReference = compute_here
 
 
-def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] = lambda line: None) -> Job:
+def prepare_job(
+    config: Config,
+    host: Host = Host(),
+    say: Callable[[str], None] = lambda line: None,
+    validation: DataConfig | None = None,
+) -> Job:
     """Prepare what `config` (with resolved paths) names, and plan the steps; `say` is told what was done.
+
+    With `validation` the run is validated on what that section makes, not on its own.
 
     Raises:
         UserError: bad sources, too many bad rows, nothing to train on, or a budget that does not divide.
@@ -117,7 +124,8 @@ def prepare_job(config: Config, host: Host = Host(), say: Callable[[str], None] 
         say(f"train: {len(stream.units)} pieces of {config.data.train}, encoded while training")
         say(f"  {stream.check_first()}; rejected rows: {stream.rejects}")
     for split in splits:
-        prepared = prepare(config.stage, config.data, split, tokenizer, host.run_units)
+        data = validation if validation and split == "val" else config.data
+        prepared = prepare(config.stage, data, split, tokenizer, host.run_units)
         say(prepared.summary())
         if prepared.manifest.n_packs:
             stores[split] = prepared.path

@@ -11,7 +11,7 @@ from minimind_ray.config.schema import Config, ModelShape
 from minimind_ray.data.storage import copy_of, mirror_of
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import check_model, load_model, load_shape, load_weights, save_model
-from minimind_ray.model.lora import add_lora
+from minimind_ray.model.lora import add_lora, is_adapter
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.preference import Preference
 from minimind_ray.train.context import Context
@@ -23,14 +23,14 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """`data.tokenizer`, or the one that lies with `init_from`.
 
     Raises:
-        UserError: neither is given, or it cannot be read.
+        UserError: neither is given, or it cannot be read; no base where the stage needs one.
     """
     if config.data.tokenizer:
         if mirror := mirror_of(config.data.tokenizer):
             mirror.pull(wanted=lambda name: "/" not in name)
         return Tokenizer.load(copy_of(config.data.tokenizer))
-    if config.init_from:
-        return Tokenizer.load(resolve_model(config.init_from))
+    if config.init_from or config.stage != "pretrain":
+        return Tokenizer.load(require_base(config))
     raise UserError(
         "data.tokenizer is not set: give a directory with tokenizer.json, or make one with minimind-ray tokenizer train"
     )
@@ -44,7 +44,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelShape:
     """
     if not config.init_from:
         return config.model.shape(tokenizer.vocab_size)
-    shape = load_shape(resolve_model(config.init_from))
+    shape = load_shape(require_base(config))
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"init_from {config.init_from} has {shape.vocab_size} tokens, fewer than the tokenizer's "
@@ -65,11 +65,9 @@ def check_stage(config: Config, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: no base where one is needed, a shape, adapter or loss that does not fit.
     """
+    if config.init_from or config.stage != "pretrain":
+        check_model(require_base(config))
     shape = model_shape(config, tokenizer)
-    if config.init_from:
-        check_model(resolve_model(config.init_from))
-    if config.stage in ("lora", "dpo"):
-        require_base(config)
     if config.stage == "lora" or (config.stage == "dpo" and config.dpo.lora):
         with torch.device("meta"):
             model = Transformer(shape)
@@ -82,7 +80,7 @@ def initial_model(config: Config, tokenizer: Tokenizer, context: Context) -> Tra
     """The model before the first step, on the context's device; the same on every worker."""
     if config.init_from:
         model_shape(config, tokenizer)
-        base = resolve_model(config.init_from)
+        base = Path(require_base(config))
         return load_model(base, context.device, context.base_weights(base))
     torch.manual_seed(config.train.seed)
     return Transformer(model_shape(config, tokenizer)).to(context.device)
@@ -108,11 +106,25 @@ def require_base(config: Config) -> str:
     """The model directory that the stage starts from.
 
     Raises:
-        UserError: `init_from` is not set, or is no model.
+        UserError: `init_from` is not set, or is no whole model.
     """
     if not config.init_from:
         raise UserError(
             f"init_from is not set: {config.stage} starts from a trained model; "
             "give a run or a model directory, such as --init-from runs/pretrain"
         )
-    return str(resolve_model(config.init_from))
+    return str(whole_model(config.init_from, "init_from"))
+
+
+def whole_model(path: str, name: str) -> Path:
+    """The model directory that `path`, the user's value for `name`, means.
+
+    Raises:
+        UserError: it is no model, or an adapter, which holds no weights to start from.
+    """
+    directory = resolve_model(path)
+    if is_adapter(directory):
+        raise UserError(
+            f"{name} {path} is an adapter, no whole model: merge it first (minimind-ray lora merge), or give its base"
+        )
+    return directory

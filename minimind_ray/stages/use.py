@@ -14,7 +14,7 @@ from minimind_ray.config.load import read_yaml
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, weights_fingerprint
 from minimind_ray.model.generate import generate
-from minimind_ray.model.lora import adapter_base, load_adapter, merge_lora
+from minimind_ray.model.lora import adapter_base, is_adapter, load_adapter, merge_lora
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.run import resolve_model
@@ -87,11 +87,6 @@ def open_trained(
         merge_lora(model)
     stage = _stage_of(adapter_dir or directory)
     return Trained(model.eval(), tokenizer, directory, stage, device, resolve_precision(precision, device))
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter, not a whole model."""
-    return (directory / "adapter_config.json").exists() and not (directory / "config.json").exists()
 
 
 def base_of(adapter: Path, base: str | Path | None = None) -> Path:

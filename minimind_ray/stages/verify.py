@@ -26,8 +26,8 @@ from minimind_ray.config.schema import StageName
 from minimind_ray.data.demo import write_demo
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, weights_fingerprint
-from minimind_ray.model.lora import load_adapter
-from minimind_ray.stages.use import base_of, is_adapter
+from minimind_ray.model.lora import is_adapter, load_adapter
+from minimind_ray.stages.use import base_of
 from minimind_ray.train.checkpoint import STATE, read_state
 from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.run import RunDirectory, damage, file_sha256, resolve_model

@@ -31,7 +31,13 @@ RESERVED = {
     "stage": "a sweep has one stage: start one sweep for each",
     "out": "every trial has its own directory under the sweep's",
     "train.seed": "repeat every point with --seeds instead",
+    "scale": "every trial gets the same place on the cluster: --workers, --cpus-per-worker, --gpus-per-trial",
+    "eval": "trials are compared on the same validation: set it for all of them",
+    "data.val": "trials are compared on the same validation data",
+    "data.val_fraction": "trials are compared on the same validation data",
+    "data.cache_dir": "trials share prepared data",
 }
+"""Keys, and whole sections, that no axis can have."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,8 @@ def parse_axis(key: str, spec: Any) -> Axis:
     Raises:
         UserError: a text of none of the forms above, or bounds that hold nothing.
     """
-    if key in RESERVED:
-        raise UserError(f"{key} cannot be an axis: {RESERVED[key]}")
+    if why := RESERVED.get(key) or RESERVED.get(key.split(".")[0]):
+        raise UserError(f"{key} cannot be an axis: {why}")
     if not isinstance(spec, str):
         return _grid(key, spec if isinstance(spec, list) else [spec])
     if match := re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", spec):

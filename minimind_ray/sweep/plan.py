@@ -31,6 +31,11 @@ from minimind_ray.sweep.searchers import Explorer, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
 from minimind_ray.train.run import RunDirectory
 
+UNITS, REFERENCES = "units of them encoded for this sweep", "of these computed for this sweep"
+BASES = "base weights put in the object store"
+DONE = (UNITS, REFERENCES, BASES)
+"""Work, which adds up over the times a sweep is gone on with."""
+
 
 @dataclass(frozen=True)
 class SweepPlan:
@@ -70,6 +75,10 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
         raise UserError("a sweep compares trials on validation data: set data.val, or data.val_fraction above 0")
     if base.scale.fewest < base.scale.most:
         raise UserError(f"a sweep compares trials on the same number of workers: --workers {base.scale.most}, say")
+    if not base.data.val and any(axis.key == "data.train" for axis in axes):
+        raise UserError(
+            "data.train is an axis, so data.val must be set: trials are compared on the same validation data"
+        )
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
     drawn = any(isinstance(axis, Drawn) for axis in axes)
@@ -100,9 +109,13 @@ def _check_pbt(base: Config, axes: Sequence[Axis]) -> None:
 
 
 class Preparation:
-    """Prepares what trials share once for each distinct piece of data and base, and counts."""
+    """Prepares what trials share once for each distinct piece of data and base, and counts.
 
-    def __init__(self, host: Host, say: Callable[[str], None] = lambda line: None) -> None:
+    All trials are validated on the data of the sweep's base, whatever of it an axis varies for training.
+    """
+
+    def __init__(self, base: Config, host: Host, say: Callable[[str], None] = lambda line: None) -> None:
+        self.validation = base.data
         self.jobs: dict[Hashable, Job] = {}
         self.units = self.references = 0
         self.host, self.own, self.say = Host(self._run_units, self._compute_reference), host, say
@@ -119,7 +132,12 @@ class Preparation:
         )  # fmt: skip
         key = repr(key)
         if key not in self.jobs:
-            self.jobs[key] = prepare_job(config, self.host, self.say)
+            self.jobs[key] = prepare_job(config, self.host, self.say, self.validation)
+            if len({job.val for job in self.jobs.values()}) > 1:
+                raise UserError(
+                    "the trials' tokenizers differ, and with them what the trials are validated on: trials can be "
+                    "compared on the same tokens alone; start one sweep for each tokenizer"
+                )
         return self.jobs[key].with_config(config)
 
     @property
@@ -128,11 +146,11 @@ class Preparation:
         jobs = self.jobs.values()
         return {
             "prepared datasets": len({store for job in jobs for store in (job.train, job.val) if store}),
-            "units of them encoded for this sweep": self.units,
+            UNITS: self.units,
             "reference log-probabilities": len(
                 {r for job in jobs for r in (job.train_reference, job.val_reference) if r}
             ),
-            "of these computed for this sweep": self.references,
+            REFERENCES: self.references,
         }
 
     def _run_units(self, units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
@@ -202,6 +220,15 @@ def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -
     )
     content = {**info.model_dump(mode="json"), "search": plan.search.model_dump(mode="json")}
     # Last, so that a sweep is there whole or not at all.
+    RunDirectory(plan.path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def record_resume(plan: SweepPlan, shared: dict[str, int]) -> None:
+    """Bring sweep.json up to date: what --resume was told, and what was done again for the sweep."""
+    content = read_json(plan.path / "sweep.json")
+    content["search"] = plan.search.model_dump(mode="json")
+    before = content.get("shared", {})
+    content["shared"] = {name: count + before.get(name, 0) * (name in DONE) for name, count in shared.items()}
     RunDirectory(plan.path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -13,11 +13,13 @@ from minimind_ray.stages.run import Job
 from minimind_ray.sweep.axes import PlannedTrial
 from minimind_ray.sweep.fuse import together
 from minimind_ray.sweep.plan import (
+    BASES,
     Preparation,
     SweepPlan,
     check_same_inputs,
     create_sweep,
     create_trial,
+    record_resume,
     within_budget,
 )
 from minimind_ray.sweep.searchers import Explorer, OptunaPoints
@@ -33,16 +35,17 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     began = time.monotonic()
     fuse, why = together(plan)
     at_once = min(places(plan.base.scale) * fuse, plan.search.concurrent or plan.count, plan.count)
-    preparation = Preparation(RAY_HOST, say)
+    preparation = Preparation(plan.base, RAY_HOST, say)
     # Points that are still to be found share the base's data.
     jobs = [preparation.job(trial.config) for trial in plan.trials] or [preparation.job(plan.base)]
     bases = put_bases(jobs)
-    shared = {**preparation.counts, "base weights put in the object store": len(bases)}
+    shared = {**preparation.counts, BASES: len(bases)}
     say("shared by all trials: " + ", ".join(f"{count} {what}" for what, count in shared.items()))
     jobs = jobs[: len(plan.trials)]
     if resume:
         for job in jobs:
             check_same_inputs(job)
+        record_resume(plan, shared)
     else:
         if plan.search.budget_tokens and jobs:
             jobs = within_budget(jobs, plan.search.budget_tokens)

@@ -305,6 +305,8 @@ def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
             return run.fetch(run.path / result, resume=resume)
     if checkpoints:
         return run.fetch(checkpoints[-1], resume=resume)
+    if run.file("sweep.json").exists():
+        raise UserError(f"{path} is a sweep, no model: name one of its trials; minimind-ray compare says which is best")
     raise UserError(
         f"{path} is no model: expected a directory with config.json and model.safetensors, or a run with a checkpoint"
     )

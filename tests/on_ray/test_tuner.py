@@ -37,7 +37,7 @@ def planned(directory: Path, axes: dict[str, Any], *, stage: str = "pretrain", o
 
 
 def jobs_of(plan: SweepPlan) -> list[Job]:
-    preparation = Preparation(Host())
+    preparation = Preparation(plan.base, Host())
     return [preparation.job(trial.config) for trial in plan.trials]
 
 

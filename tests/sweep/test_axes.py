@@ -47,6 +47,9 @@ def test_forms(key: str, spec: object, axis: object) -> None:
         ("optim.lr=normal(0,1)", "no such kind of axis as normal"),
         ("train.seed=0,1", "--seeds"),
         ("stage=sft,dpo", "one stage"),
+        ("scale.workers=1,2", "the same place"),
+        ("eval.max_tokens=100,200", "the same validation"),
+        ("data.val=a,b", "the same validation data"),
         ("optim.lr=[1", "not an axis"),
     ],
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minimind_ray.cli.tune import plan_of
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
+from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages.reference import compute_here
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis
@@ -22,6 +25,7 @@ from minimind_ray.sweep.plan import (
     check_same_inputs,
     create_sweep,
     plan_sweep,
+    record_resume,
     reopen_sweep,
     train_tokens,
     within_budget,
@@ -59,6 +63,7 @@ def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
         ("pretrain", {}, {}, {"data__cache": False, "train__max_steps": 5}, "data.cache is false"),
         ("lora", {"lora.rank": "2,4"}, {"scheduler": "pbt"}, {}, "lora.rank cannot change in the middle"),
         ("pretrain", {}, {"scheduler": "pbt"}, {}, "pbt needs an axis"),
+        ("pretrain", {"data.train": "a.jsonl,b.jsonl"}, {}, {}, "so data.val must be set"),
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"scheduler": "pbt"}, {"scale__workers": 2}, "--workers 1"),
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"scheduler": "pbt"}, {"checkpoint__every": 50}, "checkpoint.every"),
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"searcher": "optuna"}, {}, "needs --trials"),
@@ -79,6 +84,20 @@ def test_refused_before_anything_starts(
     with pytest.raises(UserError, match=words):
         planned(tmp_path, axes, search, stage, **settings)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_workers_of_a_trial_share_its_gpus(tmp_path: Path) -> None:
+    def gpus(**given: Any) -> float:
+        plan = plan_of({"stage": "pretrain", "out": str(tmp_path), **given})
+        assert all(trial.config.scale == plan.base.scale for trial in plan.trials)
+        return plan.base.scale.gpus_per_worker
+
+    assert gpus(gpus_per_trial=0.25) == 0.25
+    assert gpus(gpus_per_trial=1.0, workers="4") == 0.25
+    assert gpus(gpus_per_trial=4.0, set_=["scale.workers=2"]) == 2.0
+    assert gpus(set_=["scale.gpus_per_worker=0.5"]) == 0.5
+    with pytest.raises(UserError, match="gpus_per_worker is 1.5: a worker gets a part of one GPU, or whole ones"):
+        gpus(gpus_per_trial=3.0, workers="2")
 
 
 def test_optuna_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +144,7 @@ def test_what_trials_share_is_made_once(tmp_path: Path) -> None:
         computed.append(reference.path)
         return compute_here(reference)
 
-    preparation = Preparation(Host(compute_reference=counting))
+    preparation = Preparation(plan.base, Host(compute_reference=counting))
     jobs = [preparation.job(trial.config) for trial in plan.trials]
     assert len(jobs) == 8 and len({(job.train, job.val) for job in jobs}) == 1
     assert len(computed) == 2  # Of the training and of the validation data.
@@ -136,17 +155,26 @@ def test_what_trials_share_is_made_once(tmp_path: Path) -> None:
     # The order of the data is the seed's, the same for all points.
     orders = {(job.config.train.seed, tuple(job.plan.ids(0).tolist())) for job in jobs}
     assert len(orders) == 2
-    again = Preparation(Host(compute_reference=counting))
+    again = Preparation(plan.base, Host(compute_reference=counting))
     [again.job(trial.config) for trial in plan.trials]
     assert again.counts["of these computed for this sweep"] == again.counts["units of them encoded for this sweep"] == 0
-    # Another data section is another dataset.
+    # Another data section is another dataset to train on; trials are validated on the base's, to be comparable.
     other = planned(tmp_path, {"data.max_seq_len": "128,64"}, None, "dpo", init_from=init_from)
-    [again.job(trial.config) for trial in other.trials]
-    assert again.counts["prepared datasets"] == 4
+    longer, same = (again.job(trial.config) for trial in other.trials)
+    assert longer.train != same.train == jobs[0].train
+    assert (longer.val, longer.val_reference) == (same.val, same.val_reference) == (jobs[0].val, jobs[0].val_reference)
+    assert again.counts["prepared datasets"] == 3
+
+
+def test_tokenizers_cannot_be_compared(tmp_path: Path) -> None:
+    train_tokenizer([row["text"] for row in rows_of("pretrain", 50, seed=2)], vocab_size=350).save(tmp_path / "second")
+    plan = planned(tmp_path, {"data.tokenizer": [str(tmp_path / "tokenizer"), str(tmp_path / "second")]})
+    with pytest.raises(UserError, match="the trials' tokenizers differ"):
+        prepared(plan)
 
 
 def prepared(plan: SweepPlan) -> list[Job]:
-    preparation = Preparation(Host())
+    preparation = Preparation(plan.base, Host())
     return [preparation.job(trial.config) for trial in plan.trials]
 
 
@@ -178,6 +206,13 @@ def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
     create_sweep(plan, jobs, {"prepared datasets": 2})
     assert {trial.state for trial in read_sweep(plan.path).trials} == {"waiting"}
     assert reopen_sweep(plan.path) == plan
+    # What a resume is told holds from then on, and work that it did again adds up.
+    resumed = replace(plan, search=search_config({**plan.search.model_dump(), "concurrent": 3}))
+    record_resume(resumed, {"prepared datasets": 2, "units of them encoded for this sweep": 1})
+    assert reopen_sweep(plan.path) == resumed
+    record_resume(resumed, {"prepared datasets": 2, "units of them encoded for this sweep": 1})
+    shared = read_sweep(plan.path).info.shared
+    assert shared == {"prepared datasets": 2, "units of them encoded for this sweep": 2}
     with pytest.raises(UserError, match="already holds a sweep: go on with minimind-ray tune --resume"):
         check_free(plan.path)
     with pytest.raises(UserError, match="holds no sweep"):
