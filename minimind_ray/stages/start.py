@@ -125,6 +125,7 @@ def whole_model(path: str, name: str) -> Path:
     directory = resolve_model(path)
     if is_adapter(directory):
         raise UserError(
-            f"{name} {path} is an adapter, no whole model: merge it first (minimind-ray lora merge), or give its base"
+            f"{name} {path} is an adapter, not a whole model: merge it first (minimind-ray lora merge), "
+            "or give its base"
         )
     return directory

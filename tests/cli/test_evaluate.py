@@ -110,12 +110,13 @@ def test_wilson_interval() -> None:
 BAD = [
     (["/nowhere", "{rows}/sft.jsonl", "--stage", "sft"], "/nowhere is no model"),
     (["{base}", "/nowhere.jsonl", "--stage", "sft"], "/nowhere.jsonl: no such file"),
-    (["{base}", "{rows}/sft.jsonl", "--stage", "dpo"], "chosen is missing"),
+    (["{base}", "{rows}/sft.jsonl", "--stage", "dpo"], "chosen is missing, but conversations is there"),
     (["{base}", "{rows}/sft.jsonl", "--stage", "chat"], "stage: input should be"),
     (["{base}", "{rows}/sft.jsonl", "--stage", "sft", "--reference", "{other}"], "--reference is for preference data"),
-    (["{base}", "{rows}/dpo.jsonl", "--stage", "dpo", "--reference", "{adapter}"], "is an adapter: merge it first"),
+    (["{base}", "{rows}/dpo.jsonl", "--stage", "dpo", "--reference", "{adapter}"], "is an adapter, not a whole model"),
     (["{base}", "{rows}/dpo.jsonl", "--stage", "dpo", "--reference", "{other}", "--set", "dpo.loss=simpo"],
      "dpo.loss simpo has no reference model"),
+    (["{base}", "{rows}/sft.jsonl", "--stage", "sft", "--out", "{rows}"], "is a directory: name a file in it"),
     (["{other}", "{rows}/sft.jsonl", "--stage", "sft", "--adapter", "{adapter}"], "not on this model"),
 ]  # fmt: skip
 

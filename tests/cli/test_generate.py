@@ -193,6 +193,7 @@ BAD = [
     (["generate", "{base}", "--prompt", "x", "--temperature", "inf"], "--temperature is inf"),
     (["generate", "{base}", "--prompt", "\ud800"], "--prompt is no UTF-8 text"),
     (["chat", "/nowhere"], "/nowhere is no model"),
+    (["chat", "{files}/sweep"], "is a sweep, no model: name one of its trials"),
     (["chat", "{base}", "--compare", "{base}"], "is the same model"),
 ]
 
@@ -203,6 +204,8 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     write_jsonl(tmp_path / "bad.jsonl", [{"text": "x"}])
     write_jsonl(tmp_path / "list.jsonl", [{"conversations": ["x"]}])
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     places = {**vars(models), "files": tmp_path}
     outcome = command(*(arg.format_map(places) for arg in args))

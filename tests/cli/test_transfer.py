@@ -75,7 +75,10 @@ BAD = [
     (["import", "{tokenizer}", "{new}"], "is no model"),
     (["import", "{broken}", "{new}"], "model.norm.weight is [3], not [64]"),
     (["import", "{file}", "{new}", "--base", "{base}"], "no MiniMind LoRA file"),
+    (["import", "{file}", "{new}", "--base", "{adapter}"], "--base {adapter} is an adapter, not a whole model"),
+    (["import", "{base}", "{new}", "--heads", "2"], "whose config.json says this: leave --heads out"),
     (["export", "/nowhere", "{new}"], "/nowhere is no model"),
+    (["export", "{base}", "{file}/x.pth"], "few.pth: File exists"),
     (["export", "{base}", "{file}"], "is there already"),
     (["export", "{adapter}", "{new}", "--base", "{other}"], "not on this model"),
     (["export", "{adapter}", "{new}", "--base", "/nowhere"], "its base /nowhere is not there"),
@@ -100,5 +103,5 @@ def test_bad_input_is_one_sentence(
     outcome = command(*(arg.format_map(places) for arg in args))
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
-    assert message in outcome.err
+    assert message.format_map(places) in outcome.err
     assert not (tmp_path / "new").exists()

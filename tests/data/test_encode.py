@@ -180,7 +180,8 @@ def call(**function: Any) -> dict[str, Any]:
     ("value", "reason"),
     [
         ({}, "conversations is missing"),
-        ({"text": "a"}, "conversations is missing"),
+        ({"text": "a"}, "conversations is missing, but text is there, which pretrain would read"),
+        ({"chosen": [USER]}, "conversations is missing, but chosen is there, which dpo would read"),
         ({"messages": None}, "messages is null, not a list"),
         ({"conversations": "[]"}, "conversations is a string, not a list"),
         ({"conversations": []}, "conversations is empty"),
@@ -222,6 +223,7 @@ def test_a_bad_conversation_names_the_field(tokenizer: Tokenizer, value: dict[st
     ("value", "reason"),
     [
         ({}, "text is missing"),
+        ({"messages": []}, "text is missing, but messages is there, which sft and lora would read"),
         ({"text": None}, "text is null, not a string"),
         ({"text": 3.5}, "text is a number, not a string"),
         ({"text": ["a"]}, "text is a list, not a string"),

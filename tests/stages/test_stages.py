@@ -90,7 +90,7 @@ def test_reference_is_computed_once_per_data_and_base(base: Path, tmp_path: Path
 
     host = stages_run.Host(compute_reference=counting)
     monkeypatch.setattr(stages_run, "Host", lambda: host)
-    monkeypatch.setattr(stages_run.prepare_job, "__defaults__", (host, lambda line: None))
+    monkeypatch.setattr(stages_run.prepare_job, "__defaults__", (host, lambda line: None, None))
     base_model = str(base / "run-pretrain")
     make_job(tmp_path, "dpo", 40, init_from=base_model, dpo__beta=0.1)
     assert len(calls) == len(set(calls)) == 2  # train and val
@@ -105,10 +105,15 @@ def test_reference_is_computed_once_per_data_and_base(base: Path, tmp_path: Path
 
 @pytest.mark.parametrize("stage", ["sft", "lora", "dpo"])
 def test_stages_that_need_a_base_say_so(tmp_path: Path, stage: str) -> None:
-    with pytest.raises(UserError, match=f"init_from is not set: {stage}"):
-        job = make_job(tmp_path, stage, 60)
-        start(job)
-        run_here(job)
+    for tokenizer in ({}, {"data__tokenizer": None}):
+        with pytest.raises(UserError, match=f"init_from is not set: {stage}"):
+            make_job(tmp_path, stage, 60, **tokenizer)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for tokenizer in ({}, {"data__tokenizer": None}):
+        with pytest.raises(UserError, match="init_from .*adapter is an adapter, not a whole model"):
+            make_job(tmp_path, stage, 60, init_from=str(adapter), **tokenizer)
 
 
 def test_base_and_model_section_must_agree(base: Path, tmp_path: Path) -> None:
