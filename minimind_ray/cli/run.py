@@ -48,7 +48,7 @@ def run_recipe(path: Path, data_dir: Path | None, out: str | None, overrides: di
     from minimind_ray.cli.train import host
     from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.data.files import join
-    from minimind_ray.stages.recipe import read_recipe, stage_config
+    from minimind_ray.stages.recipe import read_recipe, require_sources, stage_config
     from minimind_ray.stages.run import resolve_paths
 
     console = Console(highlight=False, soft_wrap=True)
@@ -58,8 +58,9 @@ def run_recipe(path: Path, data_dir: Path | None, out: str | None, overrides: di
     tokenizer = recipe.tokenizer
     config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
     directory = tokenizer if isinstance(tokenizer, str) else join(out, "tokenizer") if tokenizer else None
-    # All configs are read before anything starts, so that a wrong key in the last stage is found now.
+    # All configs and sources are looked at before anything starts: what the last stage lacks is found now.
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
+    require_sources(configs)
     if not isinstance(tokenizer, str) and tokenizer:
         _make_tokenizer(tokenizer, join(out, "tokenizer"), data_dir, console)
     largest = max((c.scale for c in configs), key=lambda scale: scale.most * scale.cpus_per_worker)

@@ -15,7 +15,7 @@ stages:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,9 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import config_keys, load_config, merged, read_yaml
 from minimind_ray.config.schema import Config, Section, StageName
 from minimind_ray.data.files import exists, join
+from minimind_ray.data.records import discover
 from minimind_ray.stages.run import Job, changed_inputs
+from minimind_ray.stages.start import require_base
 from minimind_ray.train.run import RunDirectory
 
 
@@ -103,6 +105,24 @@ def stage_config(
         }
     )
     return config.model_copy(update={"data": data, "init_from": init_from, "out": join(out, step.name)})
+
+
+def require_sources(configs: Sequence[Config]) -> None:
+    """Whether the data of each stage are there, and its base, unless an earlier stage makes that.
+
+    Raises:
+        UserError: what the first stage that lacks something lacks.
+    """
+    made: list[str] = []
+    for config in configs:
+        if config.data.train is None:
+            raise UserError(f"{config.out}: data.train is not set: give the training files of this stage")
+        for files in (config.data.train, config.data.val):
+            if files is not None:
+                discover(files)
+        if config.init_from not in made and (config.init_from or config.stage != "pretrain"):
+            require_base(config)
+        made.append(config.out)
 
 
 def _base(recipe: Recipe, index: int, out: str) -> str | None:

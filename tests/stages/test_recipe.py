@@ -86,6 +86,15 @@ def test_an_interrupted_stage_goes_on(recipe: Path, capsys: pytest.CaptureFixtur
     assert out.count("skip:") == 2  # The same weights came out, so DPO's base has not changed.
 
 
+def test_what_a_later_stage_lacks_is_found_before_the_first(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="nowhere is no model"):
+        run(recipe, capsys, dpo__init_from=str(recipe.parent / "nowhere"))
+    (recipe.parent / "data" / "dpo.jsonl").unlink()
+    with pytest.raises(UserError, match="data/dpo.jsonl: no such file"):
+        run(recipe, capsys)
+    assert not (recipe.parent / "out").exists()
+
+
 def test_overrides_name_a_key_or_a_stage_and_a_key(recipe: Path) -> None:
     parsed = read_recipe(recipe)
 
