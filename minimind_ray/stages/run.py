@@ -131,6 +131,8 @@ def prepare_job(
             stores[split] = prepared.path
         elif split == "train":
             raise UserError(f"data.train: no row of {config.data.train} is left to train on; see {prepared.rejects}")
+        else:
+            say("  no validation, since no row is left for it: give data.val, or raise data.val_fraction")
     base = str(resolve_model(config.init_from)) if config.init_from else None
     references = {}
     if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:

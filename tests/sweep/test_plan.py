@@ -178,6 +178,11 @@ def prepared(plan: SweepPlan) -> list[Job]:
     return [preparation.job(trial.config) for trial in plan.trials]
 
 
+def test_validation_data_that_hold_no_row(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no row is left for it: give data.val, or raise data.val_fraction 1e-06"):
+        prepared(planned(tmp_path, {"optim.lr": "1e-4,1e-3"}, data__val_fraction=1e-6))
+
+
 def test_tokens_are_those_of_the_run(tmp_path: Path) -> None:
     job = make_job(tmp_path, rows=60, eval__samples=0, train__epochs=2, out=str(tmp_path / "run"))
     start(job)
