@@ -69,7 +69,10 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     else:
         # Those that are done come first, so that the scheduler knows of them when it judges the others.
         trials = sorted(jobs, key=lambda job: not is_done(RunDirectory(job.config.out), search.scheduler))
-        trials = trials if not pbt else [job for job in trials if not is_done(RunDirectory(job.config.out), "pbt")]
+        left = [job for job in trials if not is_done(RunDirectory(job.config.out), search.scheduler)]
+        if not left:
+            return "by itself"
+        trials = left if pbt else trials
     hours = plan.search.budget_hours
     seconds = hours and hours * 3600 - (time.monotonic() - began)
     return run_trials(trials, plan.base.scale, plan.path, search, bases, fuse=fuse, seconds=seconds, watch=watch)

@@ -239,6 +239,23 @@ def test_pbt_takes_over_the_better_trial_and_moves_on_from_it(tmp_path: Path, ra
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.parametrize("scheduler", ["none", "pbt"])
+def test_a_finished_sweep_is_resumed_by_doing_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    from minimind_ray.sweep import run as module
+
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-2"}, search={"scheduler": scheduler})
+    create_sweep(plan, jobs_of(plan), {})
+    for trial in plan.trials:
+        RunDirectory(trial.config.out).update(state="finished")
+    monkeypatch.setattr(module, "places", lambda scale: 2)
+    monkeypatch.setattr(module, "run_trials", None)
+    said: list[str] = []
+    ending = module.run_sweep(reopen_sweep(plan.path), resume=True, say=said.append, watch=lambda *event: None)
+    assert ending == "by itself" and "2 trials" in said[-1]
+
+
 def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_session: None) -> None:
     from minimind_ray.sweep.run import run_sweep
 
