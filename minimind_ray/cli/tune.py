@@ -169,6 +169,8 @@ def new_plan(
     varied += map(parse_assignment, axis_)
     if twice := [a.key for a in varied if [b.key for b in varied].count(a.key) > 1]:
         raise UserError(f"{twice[0]}: given as an axis twice; leave one out")
+    if both := [found.key for found in varied if found.key in overrides]:
+        raise UserError(f"{both[0]}: given as a single value and as an axis; leave one out")
     axes |= {found.key: found for found in varied}
     # A single value given on the command line takes the place of the file's axis.
     axes = {key: found for key, found in axes.items() if key not in overrides}
@@ -311,7 +313,7 @@ def print_results(path: Path, console: Console, title: str) -> None:
         say(f"  talk to it: minimind-ray {command} {quote(model)}")
         say(
             f"  train it at full length: minimind-ray train {sweep.info.stage} --config "
-            f"{quote(str(winner.path / 'config.yaml'))} --out runs/{sweep.info.stage}-{sweep.name}{longer}"
+            f"{quote(str(winner.path / 'config.yaml'))} --out {quote(f'runs/{sweep.info.stage}-{sweep.name}')}{longer}"
         )
     say(f"report: {url_of(write_report(path))}")
     if command := sync_command(path):

@@ -100,6 +100,22 @@ def test_the_workers_of_a_trial_share_its_gpus(tmp_path: Path) -> None:
         gpus(gpus_per_trial=3.0, workers="2")
 
 
+def test_what_the_command_line_says_of_an_axis(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("stage: dpo\naxes: {dpo.beta: [0.1, 0.2], optim.lr: [1.0e-5, 1.0e-4]}\n")
+
+    def axes(**given: Any) -> dict[str, Any]:
+        return {axis.key: axis.to_json() for axis in plan_of({"sweep": file, "out": str(tmp_path), **given}).axes}
+
+    assert axes() == {"dpo.beta": [0.1, 0.2], "optim.lr": [1e-5, 1e-4]}
+    assert axes(beta="0.3,0.4") == {"dpo.beta": [0.3, 0.4], "optim.lr": [1e-5, 1e-4]}
+    assert axes(set_=["dpo.beta=0.3"]) == axes(beta="0.3") == {"optim.lr": [1e-5, 1e-4]}
+    with pytest.raises(UserError, match="dpo.beta: given as an axis twice"):
+        axes(beta="0.3,0.4", axis_=["dpo.beta=0.5,0.6"])
+    with pytest.raises(UserError, match="dpo.beta: given as a single value and as an axis"):
+        axes(beta="0.3", axis_=["dpo.beta=0.5,0.6"])
+
+
 def test_optuna_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'minimind-ray\[optuna\]'"):
