@@ -361,6 +361,9 @@ def print_plan(plan: SweepPlan) -> None:
         spec = axis.to_json()
         text = spec if isinstance(spec, str) else ", ".join(map(value_text, spec))
         print(f"axis       {axis.key}: {text}")
+    if any(axis.key.startswith("data.") for axis in plan.axes):
+        data = plan.base.data
+        print(f"validated  all alike, with data.max_seq_len {data.max_seq_len} and data.pack_tokens {data.pack_tokens}")
     each = f"{scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs"
     print(f"each on    {f'{scale.most} workers of ' if scale.most > 1 else ''}{each}")
     print(f"trials     {plan.count} ({search.seeds} seed(s)), judged by {metric} ({mode}), {search.searcher}")

@@ -17,6 +17,7 @@ from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages.reference import compute_here
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis
+from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.estimate import Pace, asha_keeps, calibrate, estimate
 from minimind_ray.sweep.plan import (
     Preparation,
@@ -180,6 +181,18 @@ def test_what_trials_share_is_made_once(tmp_path: Path) -> None:
     assert longer.train != same.train == jobs[0].train
     assert (longer.val, longer.val_reference) == (same.val, same.val_reference) == (jobs[0].val, jobs[0].val_reference)
     assert again.counts["prepared datasets"] == 3
+
+
+def test_trials_on_data_made_in_different_ways_are_compared(tmp_path: Path) -> None:
+    axes = {"data.max_seq_len": "16,64", "data.pack_tokens": "128,256"}
+    plan = planned(tmp_path, axes, train__max_steps=1)
+    jobs = prepared(plan)
+    create_sweep(plan, jobs, {})
+    for job in jobs:
+        run_here(job)
+    assert len({job.train for job in jobs}) == 4
+    rows = compare([read_sweep(plan.path)]).rows
+    assert len(rows) == 4 and all(row.verdict for row in rows)
 
 
 def test_tokenizers_cannot_be_compared(tmp_path: Path) -> None:
