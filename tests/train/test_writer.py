@@ -52,6 +52,32 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "validation.parquet"}
 
 
+def test_two_that_write_the_same_checkpoint_are_not_in_each_others_way(tmp_path: Path) -> None:
+    given_up, ours = (CheckpointWriter(RunDirectory(tmp_path), keep=1, best=(None, 9.0)) for _ in range(2))
+    begun, may_write = threading.Event(), threading.Event()
+
+    def slowly(directory: Path) -> None:
+        (directory / "weights").write_text("1")
+        begun.set()
+        may_write.wait(10)
+
+    given_up.save("step-00000003", slowly, (None, 9.0), None)
+    begun.wait(10)
+    ours.save("step-00000003", lambda path: (path / "weights").write_text("1") and None, (None, 9.0), None)
+    ours.settle()
+    may_write.set()
+    given_up.settle()
+    assert ours.news() is None and given_up.news() is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_what_a_killed_process_had_begun_to_write_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / f"{UNFINISHED}step-00000001-0").mkdir(parents=True)
+    (tmp_path / f"{UNFINISHED}validation-0.parquet").touch()
+    RunDirectory(tmp_path).forget_after(0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
+
+
 def test_what_is_no_fault_of_the_disk_is_raised(tmp_path: Path) -> None:
     writer = CheckpointWriter(RunDirectory(tmp_path), keep=1, best=(None, 9.0))
 
