@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, and processes of it to kill."""
+"""A Ray cluster of several nodes on this machine, and processes of it to kill; a disk to fill."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from minimind_ray.train.run import RunDirectory
 
@@ -96,6 +98,28 @@ class LocalCluster:
     def shutdown(self) -> None:
         """End all nodes."""
         self.cluster.shutdown()
+
+
+@contextmanager
+def small_disk(at: Path) -> Iterator[Path]:
+    """A file system of 16 MB, made there: a checkpoint of the tiny model has a little over 1."""
+    at.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(at)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave room for less than a checkpoint; the file to delete to make room again."""
+    filler = disk / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as f:
+        while True:
+            f.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - 400_000)
+    return filler
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
