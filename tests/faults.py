@@ -84,10 +84,11 @@ class LocalCluster:
     def driver(self, *arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """`minimind-ray …` on this cluster; killed at the end if it still runs."""
         code = "from minimind_ray.cli.main import run; run()"
+        quickly = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
         with log.open("ab") as f:
             process = subprocess.Popen(
                 [sys.executable, "-c", code, *arguments],
-                stdout=f, stderr=f, env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+                stdout=f, stderr=f, env={**os.environ, **quickly, "RAY_ADDRESS": self.cluster.address},
             )  # fmt: skip
             try:
                 yield process

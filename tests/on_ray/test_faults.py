@@ -23,7 +23,7 @@ from tests.jobs import make_config
 
 pytestmark = pytest.mark.cluster
 
-STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 40, 8, 3
+STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 40, 4, 3
 
 
 @dataclass
@@ -106,11 +106,11 @@ def test_workers_killed_in_a_step_in_validation_and_while_they_write(scene: Scen
         kill(scene.cluster.processes(WORKER)[-1:])
         wait_for(lambda: len(restarts(run)) == 1)
 
-        wait_for(lambda: logged(run) == EVAL_EVERY - 1)
+        wait_for(lambda: logged(run) == 2 * EVAL_EVERY - 1)
         workers = scene.cluster.processes(WORKER)
         time.sleep(1.5 * list(RunDirectory(run).metrics())[-1]["timing"]["seconds"])
         kill(workers[:1])
-        assert logged(run) == EVAL_EVERY - 1
+        assert logged(run) == 2 * EVAL_EVERY - 1
         wait_for(lambda: len(restarts(run)) == 2)
 
         broken: list[Path] = []
@@ -202,7 +202,9 @@ def test_a_disk_that_is_full_for_a_while(scene: Scene) -> None:
 
 def test_as_many_workers_as_there_is_room_for(scene: Scene) -> None:
     run, cluster = scene.directory / "elastic", scene.cluster
-    with scene.run("elastic", "--workers", "1:3", "--set", "scale.resize_seconds=2") as driver:
+    # Validation makes it last until the node that comes is seen.
+    slow = ["--set", "scale.resize_seconds=2", "--set", "eval.every=1"]
+    with scene.run("elastic", "--workers", "1:3", *slow) as driver:
         wait_for(lambda: logged(run) == 5)
         assert len(cluster.processes(WORKER)) == 3
         cluster.lose(cluster.nodes[-1])
