@@ -125,11 +125,10 @@ def test_stop_and_resume_give_the_same_end_as_no_stop(tmp_path: Path, ray_sessio
     start(parted, resume=True)
     train_on_ray(parted)
     expected, got = finished(whole), finished(parted)
-    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    assert without_timing(got) == without_timing(expected)
     last = RunDirectory(tmp_path / "whole").checkpoints()[-1].name
     sums = [file_sha256(tmp_path / name / "checkpoints" / last / "model.safetensors") for name in ("whole", "parted")]
     assert sums[0] == sums[1]
-    assert without_timing(got)[-1] == without_timing(expected)[-1]
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_documents(tmp_path: Path, ray_session: None) -> None:
