@@ -156,7 +156,7 @@ def machines(without: Collection[str] = ()) -> Machines:
             nodes = [dict(node["resources"]) for node in types for _ in range(node["max_workers"])]
             return Machines(nodes, config["max_workers"])
     alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
-    with ThreadPoolExecutor(max(1, len(alive))) as pool:
+    with ThreadPoolExecutor(64) as pool:
         nodes = [dict(node["Resources"]) for node, up in zip(alive, pool.map(_answers, alive)) if up]
     return Machines(nodes, len(nodes))
 
