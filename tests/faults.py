@@ -34,7 +34,8 @@ class LocalCluster:
         ensure_token_if_auth_enabled()
         # A lost node is noticed within two seconds, not thirty.
         settings = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "_system_config": settings})
+        head = {"num_cpus": head_cpus, "include_dashboard": False, "_system_config": settings}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
 
     def add(self, cpus: int) -> Any:

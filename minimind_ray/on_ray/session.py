@@ -186,3 +186,21 @@ def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:
     """What one worker takes, as Ray has it."""
     return {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+
+
+def free_left_groups() -> None:
+    """Remove the placement groups that actors of this driver made and left when they were killed.
+
+    As Ray Train's controllers do; its own cleaner needs the dashboard, and nothing else frees what they hold.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for data in state._connect_and_get_accessor().get_placement_group_table():  # pyright: ignore[reportPrivateUsage]
+        group = PlacementGroupTableData.FromString(data)
+        left = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
+        if left and group.creator_job_id.hex() == job and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

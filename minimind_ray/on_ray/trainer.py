@@ -42,7 +42,7 @@ from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.on_ray.ingest import read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
-from minimind_ray.on_ray.session import interruptible, require_cpus, room, worker_resources
+from minimind_ray.on_ray.session import free_left_groups, interruptible, require_cpus, room, worker_resources
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
@@ -147,6 +147,7 @@ def _keep_going(job: Job) -> None:
     stop_file, again_file, leave_file = (flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE))
     failures, most, gone, done = 0, scale.most, set[str](), _steps_done(run)
     while True:
+        free_left_groups()
         before, workers = done, min(_await_room(scale, gone, stop_file), most)
         changed: list[str] = []
         try:
