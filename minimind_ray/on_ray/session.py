@@ -195,7 +195,9 @@ def free_left_groups() -> None:
     """
     import ray
     from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.core.generated.gcs_pb2 import (
+        PlacementGroupTableData,  # pyright: ignore[reportAttributeAccessIssue] generated
+    )
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     job = ray.get_runtime_context().get_job_id()
