@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, and processes of it to kill."""
+"""A Ray cluster of several nodes on this machine, and processes of it to kill; a disk to fill."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from minimind_ray.train.run import RunDirectory
 
@@ -32,7 +34,8 @@ class LocalCluster:
         ensure_token_if_auth_enabled()
         # A lost node is noticed within two seconds, not thirty.
         settings = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "_system_config": settings})
+        head = {"num_cpus": head_cpus, "include_dashboard": False, "_system_config": settings}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
 
     def add(self, cpus: int) -> Any:
@@ -82,10 +85,11 @@ class LocalCluster:
     def driver(self, *arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """`minimind-ray …` on this cluster; killed at the end if it still runs."""
         code = "from minimind_ray.cli.main import run; run()"
+        quickly = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
         with log.open("ab") as f:
             process = subprocess.Popen(
                 [sys.executable, "-c", code, *arguments],
-                stdout=f, stderr=f, env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+                stdout=f, stderr=f, env={**os.environ, **quickly, "RAY_ADDRESS": self.cluster.address},
             )  # fmt: skip
             try:
                 yield process
@@ -96,6 +100,28 @@ class LocalCluster:
     def shutdown(self) -> None:
         """End all nodes."""
         self.cluster.shutdown()
+
+
+@contextmanager
+def small_disk(at: Path) -> Iterator[Path]:
+    """A file system of 16 MB, made there: a checkpoint of the tiny model has a little over 1."""
+    at.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(at)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave room for less than a checkpoint; the file to delete to make room again."""
+    filler = disk / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as f:
+        while True:
+            f.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - 400_000)
+    return filler
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:

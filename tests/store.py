@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,10 @@ from pyarrow import fs
 
 
 class Store:
-    """One bucket, `bucket`; while `failing` every request is answered with 500. `requests` are method and path."""
+    """One bucket, `bucket`; while `failing` it answers every request with 500, while `silent` not at all.
+
+    `requests` are method and path.
+    """
 
     def __init__(self) -> None:
         from moto.moto_api._internal import moto_api_backend
@@ -19,7 +23,7 @@ class Store:
         from werkzeug.serving import make_server
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self.failing, self.requests = False, list[str]()
+        self.failing, self.silent, self.requests = False, False, list[str]()
         moto_api_backend.reset()  # All servers of a process have the same buckets, an earlier test's among them.
         self.app = DomainDispatcherApplication(create_backend_app)
         self.server = make_server("127.0.0.1", 0, self.answer, threaded=True)
@@ -32,6 +36,8 @@ class Store:
 
     def answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
+        while self.silent:
+            time.sleep(0.05)
         if self.failing:
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return [b""]

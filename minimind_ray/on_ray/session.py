@@ -6,18 +6,21 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import SETTINGS
 
 Ending = Literal["by itself", "interrupted", "out of time"]
+ANSWER_SECONDS = 2.0
 
 
 def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
@@ -136,7 +139,7 @@ class Machines:
 
 
 def machines(without: Collection[str] = ()) -> Machines:
-    """The cluster's nodes, without some, by id; where it starts nodes when they are asked for, those it may start.
+    """The nodes that can be reached, without some, by id; where Ray starts nodes on demand, those it may start.
 
     Ray itself does not tell. The head of a cluster made by `ray up` has its file in its home; on Kubernetes
     MINIMIND_NODE_TYPES of the head's pod repeats the groups of cluster/kuberay.yaml.
@@ -152,8 +155,19 @@ def machines(without: Collection[str] = ()) -> Machines:
             types = [node for name, node in config["available_node_types"].items() if name != config["head_node_type"]]
             nodes = [dict(node["resources"]) for node in types for _ in range(node["max_workers"])]
             return Machines(nodes, config["max_workers"])
-    nodes = [dict(n["Resources"]) for n in ray.nodes() if n["Alive"] and n["NodeID"] not in without]
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+    with ThreadPoolExecutor(64) as pool:
+        nodes = [dict(node["Resources"]) for node, up in zip(alive, pool.map(_answers, alive)) if up]
     return Machines(nodes, len(nodes))
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether a node can be reached: for some fifteen seconds Ray itself takes one that was lost for alive."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) -> int:
@@ -172,3 +186,23 @@ def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:
     """What one worker takes, as Ray has it."""
     return {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+
+
+def free_left_groups() -> None:
+    """Remove the placement groups that actors of this driver made and left when they were killed.
+
+    As Ray Train's controllers do; its own cleaner needs the dashboard, and nothing else frees what they hold.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import (
+        PlacementGroupTableData,  # pyright: ignore[reportAttributeAccessIssue] generated
+    )
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for data in state._connect_and_get_accessor().get_placement_group_table():  # pyright: ignore[reportPrivateUsage]
+        group = PlacementGroupTableData.FromString(data)
+        left = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
+        if left and group.creator_job_id.hex() == job and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

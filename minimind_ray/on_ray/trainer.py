@@ -3,18 +3,20 @@
 A run is attempts in a row, each a Ray Train run of its own on as many workers as there is room for, each from the run
 directory's last sound checkpoint on. Attempts end, and the next one begins, when a worker, a node or Ray Train's
 controller is lost, when a notice says that a node will be, and when `scale.workers` leaves room for more workers and
-the cluster has it by now. In the last two cases with a checkpoint, so that no step is done twice. Ray Train's own
+the cluster has it by now. In the last two cases with a checkpoint, so that no step is done twice. And when the cluster
+has lost the room that they and Ray Data need, though no worker: Ray Data would wait without a word. Ray Train's own
 restarts and elastic sizes are not used: they take the CPU that Ray Data needs, repeat what a user got wrong, lose the
 steps since the last checkpoint whenever the size changes, and end with the controller.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -40,16 +42,18 @@ from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.on_ray.ingest import read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
-from minimind_ray.on_ray.session import interruptible, require_cpus, room, worker_resources
+from minimind_ray.on_ray.session import free_left_groups, interruptible, require_cpus, room, worker_resources
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
 from minimind_ray.train.run import RunDirectory
 from minimind_ray.train.step import all_reduce_sums
 
-# Files in the run directory, which all nodes see, by which the driver asks for the end of the run, or of an attempt.
-STOP_FILE, AGAIN_FILE = ".stop", ".again"
+# Files in the run directory, which all nodes see, by which the driver asks for the end of the run, or of an attempt:
+# after the step, or at once, where no step may end any more.
+STOP_FILE, AGAIN_FILE, LEAVE_FILE = ".stop", ".again", ".leave"
 NOTICE_SECONDS = 2.0
+LOOK_SECONDS, LEAVE_SECONDS = 5.0, 60.0
 
 
 class RayTrainContext:
@@ -64,6 +68,8 @@ class RayTrainContext:
         # Rank 0 looks for the driver's files, and the step tells the other workers.
         names = (STOP_FILE, AGAIN_FILE) if self.rank == 0 else ()
         self.flags = [watched(flag(run_dir, name)) for name in names]
+        if self.rank == 0:
+            threading.Thread(target=_leave_when_told, args=(run_dir,), daemon=True).start()
         self.steps, self.look_after, self.looked = 0, 1, time.monotonic()
         self.noticed: list[str] = []
 
@@ -90,6 +96,13 @@ class RayTrainContext:
         """Holds none."""
 
 
+def _leave_when_told(run_dir: str) -> None:
+    up = watched(flag(run_dir, LEAVE_FILE))
+    while not up():
+        time.sleep(1)
+    os._exit(1)
+
+
 RAY_HOST = Host(run_units_on_ray, compute_on_ray)
 
 
@@ -105,7 +118,7 @@ def train_on_ray(job: Job) -> None:
     scale, run = job.config.scale, RunDirectory(job.config.out)
     # Ray Data hangs without a CPU of its own beside the workers'.
     require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
-    files = [flag(run.where, STOP_FILE), flag(run.where, AGAIN_FILE)]
+    files = [flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE)]
     for file in files:
         file.unlink(missing_ok=True)
     try:
@@ -131,38 +144,42 @@ def train_on_ray(job: Job) -> None:
 def _keep_going(job: Job) -> None:
     """Attempts until the run has ended, as it should or by the last loss that `scale.max_failures` allows."""
     scale, run = job.config.scale, RunDirectory(job.config.out)
-    stop_file, again_file = flag(run.where, STOP_FILE), flag(run.where, AGAIN_FILE)
-    failures, most, gone = 0, scale.most, set[str]()
+    stop_file, again_file, leave_file = (flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE))
+    failures, most, gone, done = 0, scale.most, set[str](), _steps_done(run)
     while True:
-        before = _steps_done(run)
-        workers = min(_await_room(scale, gone, stop_file), most)
+        free_left_groups()
+        before, workers = done, min(_await_room(scale, gone, stop_file), most)
+        changed: list[str] = []
         try:
-            with _looking_for_room(scale, workers, gone, again_file):
-                noticed = _attempt(job, workers)
-            asked = noticed or again_file.exists()
+            with _looking_for_room(scale, workers, gone, again_file, leave_file, changed.append):
+                noticed = _attempt(job, workers, before)
+            asked = noticed or changed
             if stop_file.exists() or not asked or run.info()["state"] != "stopped":
                 return
-            why = f"notice was given for {len(noticed)} node(s)" if noticed else "the cluster has room for more workers"
+            why = f"notice was given for {len(noticed)} node(s)" if noticed else changed[0]
             gone |= set(noticed)
-            failures, most = 0, scale.most
+            failures, most, done = 0, scale.most, _steps_done(run)
         except Exception as error:
             if _user_error(error) or stop_file.exists():
                 raise
-            why = told(error)
-            if any(type(cause).__name__ == "WorkerGroupStartupTimeoutError" for cause in causes(error)):
+            why, done = told(error), _steps_done(run)
+            if leave_file.exists():
+                why = changed[0]
+            elif any(type(cause).__name__ == "WorkerGroupStartupTimeoutError" for cause in causes(error)):
                 # Others use the cluster too, or it does not know yet that a node is gone.
                 most = max(scale.fewest, workers - 1)
                 why = f"{workers} worker(s) could not be started in time"
             elif isinstance(error, PreemptionError):
                 gone |= set(error.preemption_info.preempted_node_ids)
             elif not any(getattr(cause, "preempted", False) for cause in causes(error)):
-                failures = failures + 1 if _steps_done(run) == before else 1
+                failures = failures + 1 if done == before else 1
                 if failures > scale.max_failures:
                     raise
         again_file.unlink(missing_ok=True)
-        restart = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": _steps_done(run), "why": why}
+        leave_file.unlink(missing_ok=True)
+        restart = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": done, "why": why}
         run.update(restarts=[*run.info().get("restarts", []), restart])
-        print(f"{why}; going on from step {restart['step']}", file=sys.stderr)
+        print(f"{why}; going on from step {done}", file=sys.stderr)
 
 
 def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> int:
@@ -186,27 +203,51 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> i
 
 
 @contextmanager
-def _looking_for_room(scale: ScaleConfig, workers: int, gone: Collection[str], again_file: Flag) -> Generator[None]:
-    """While inside, look every `scale.resize_seconds` for room for more workers, and if there is, end the attempt."""
+def _looking_for_room(
+    scale: ScaleConfig,
+    workers: int,
+    gone: Collection[str],
+    again_file: Flag,
+    leave_file: Flag,
+    tell: Callable[[str], object],
+) -> Generator[None]:
+    """While inside, end the attempt when the cluster has room for more workers, or no longer for these; `tell` why.
+
+    Workers that wait for Ray Data, which has no CPU any more, come to no step after which they could stop: those that
+    are still there after LEAVE_SECONDS leave at once.
+    """
     ended = threading.Event()
 
     def look() -> None:
-        _ask_for(scale)
-        while not ended.wait(scale.resize_seconds):
-            if min(room(scale, spare_cpus=1, without=gone), scale.most) > workers:
+        pause = min(LOOK_SECONDS, scale.resize_seconds)
+        due, lacking = time.monotonic() + scale.resize_seconds, 0
+        while not ended.wait(pause):
+            found = min(room(scale, spare_cpus=1, without=gone), scale.most)
+            # Twice, since a node that is busy may be slow to answer.
+            lacking = lacking + 1 if found < workers else 0
+            if lacking == 2:
+                tell(f"the cluster no longer has room for {workers} worker(s)")
                 again_file.touch()
+            elif lacking * pause > LEAVE_SECONDS:
+                leave_file.touch()
                 return
-            _ask_for(scale)
+            if workers < scale.most and time.monotonic() >= due:
+                due += scale.resize_seconds
+                if found > workers:
+                    tell("the cluster has room for more workers")
+                    again_file.touch()
+                    return
+                _ask_for(scale)
 
-    thread = threading.Thread(target=look, daemon=True)
     if workers < scale.most:
-        thread.start()
+        _ask_for(scale)
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        if workers < scale.most:
-            thread.join()
+        thread.join()
 
 
 def _ask_for(scale: ScaleConfig) -> None:
@@ -214,8 +255,8 @@ def _ask_for(scale: ScaleConfig) -> None:
     request_resources(bundles=[worker_resources(scale)] * scale.most + [{"CPU": 1}])
 
 
-def _attempt(job: Job, workers: int) -> list[str]:
-    """One Ray Train run, from the last sound checkpoint on; the ids of nodes for which notice was given meanwhile."""
+def _attempt(job: Job, workers: int, start: int) -> list[str]:
+    """One Ray Train run, from step `start` on; the ids of nodes for which notice was given meanwhile."""
     scale = job.config.scale
     trainer = TorchTrainer(
         partial(_worker, job),
@@ -230,7 +271,7 @@ def _attempt(job: Job, workers: int) -> list[str]:
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
-        datasets={"train": partial(_dataset, job, workers)},
+        datasets={"train": partial(step_dataset, job, start, workers)},
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
     )
     return trainer.fit().return_value or []
@@ -239,11 +280,6 @@ def _attempt(job: Job, workers: int) -> list[str]:
 def _steps_done(run: RunDirectory) -> int:
     checkpoint = last_sound_checkpoint(run)
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-
-
-def _dataset(job: Job, workers: int) -> ray.data.Dataset:
-    """Evaluated as the workers start: from the run's last checkpoint on."""
-    return step_dataset(job, _steps_done(RunDirectory(job.config.out)), workers)
 
 
 def _worker(job: Job) -> list[str]:

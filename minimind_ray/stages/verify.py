@@ -162,7 +162,8 @@ def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
     for run in (first, second):
         weights = next(resolve_model(run).glob("*model.safetensors"))
         metrics = RunDirectory(run).metrics()
-        lines = [(line["step"], json.dumps({**line, "timing": None}, sort_keys=True)) for line in metrics]
+        # How long a step took, and what the disk or the store refused meanwhile, is no part of the result.
+        lines = [(line["step"], json.dumps({**line, "timing": 0, "warning": 0}, sort_keys=True)) for line in metrics]
         found.append((f"{weights.parent.name}/{weights.name} {file_sha256(weights)}", lines))
     (sums, lines), (other_sums, other_lines) = found
     if sums != other_sums:

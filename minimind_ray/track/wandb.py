@@ -175,6 +175,8 @@ def open_tracker(
     if mode == "off":
         return None
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # Not W&B's own process of a parent: there the run would be in use for ever, should this process be killed.
+    os.environ.pop("WANDB_SERVICE", None)
     tracker = None if mode == "offline" else _open_online(config, info, base)
     tracker = tracker or WandbTracker(config, info, "offline", base)
     texts = {line["step"]: line["samples"] for line in samples}

@@ -248,9 +248,10 @@ def _training(
         epoch = plan.epoch(progress.step)
         ledger.add(epoch, (pack.id for pack in packs))
         progress.step, progress.tokens = progress.step + 1, progress.tokens + result.tokens
-        ending = progress.step == plan.steps or result.stop
-        validating = data.val is not None and (ending or progress.step % eval_every == 0)
-        saving = ending or progress.step % checkpoint_every == 0
+        last = progress.step == plan.steps
+        # Not at a stop: a notice may leave no time for it, and a run that goes on is to have the lines of one without.
+        validating = data.val is not None and (last or progress.step % eval_every == 0)
+        saving = last or result.stop or progress.step % checkpoint_every == 0
 
         metrics: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens, "epoch": epoch, "lr": lr}
         metrics |= {**result.means, "grad_norm": result.grad_norm}
@@ -291,10 +292,10 @@ def _training(
         if validating or saving:
             worth_it = yield Report(metrics, str(run.checkpoint_path(progress.checkpoint)) if saving else None)
             meter.restart()
-            if not (ending or worth_it):
+            if not (last or result.stop or worth_it):
                 state = "early-stopped"
                 break
-        if result.stop and progress.step < plan.steps:
+        if result.stop and not last:
             state = "stopped"
             break
     if writer:

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml, to_yaml
@@ -180,7 +181,14 @@ class RunDirectory:
         return read_jsonl(self.file("samples.jsonl"))
 
     def forget_after(self, step: int) -> None:
-        """Drop what was logged after `step` steps were done, so that a resumed run logs no step twice."""
+        """Drop what was logged after `step` steps were done, so that a resumed run logs no step twice.
+
+        And the checkpoints that processes which were killed had begun to write.
+        """
+        for directory in self.path.glob(f"checkpoints/{UNFINISHED}*"):
+            shutil.rmtree(directory, ignore_errors=True)
+        for file in self.path.glob(f"{UNFINISHED}*"):
+            file.unlink(missing_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             if path.exists():
@@ -216,10 +224,10 @@ class RunDirectory:
 
         `validation` writes the validation.parquet that belongs to it. When anything of it fails, all is as before.
         """
-        target = self.checkpoint_path(name)
-        temporary, examples = target.with_name(f"{UNFINISHED}{name}"), self.path / f"{UNFINISHED}validation.parquet"
-        for path in target.parent.glob(f"{UNFINISHED}*"):  # of a process that was killed
-            shutil.rmtree(path, ignore_errors=True)
+        # Names of its own: a node that was given up may still be writing the same checkpoint.
+        target, own = self.checkpoint_path(name), uuid4().hex[:8]
+        temporary = target.with_name(f"{UNFINISHED}{name}-{own}")
+        examples = self.path / f"{UNFINISHED}validation-{own}.parquet"
         try:
             (temporary / "resume").mkdir(parents=True)
             write(temporary)

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from minimind_ray.config.load import to_yaml
 from minimind_ray.stages.run import run_here
 from minimind_ray.stages.verify import check_checkpoint
@@ -65,6 +67,7 @@ def main() -> int:
 
 def soak(directory: Path, arguments: argparse.Namespace) -> int:
     """See the module's text."""
+    torch.set_num_threads(1)  # As many as each of the three workers has.
     settings = {"batch__tokens": 2048, "eval__samples": 0, "data__val_fraction": 0.1}
     steps = arguments.steps or steps_for(directory, settings, arguments.minutes)
     settings |= {

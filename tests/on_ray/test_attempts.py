@@ -14,6 +14,7 @@ from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import trainer
 from minimind_ray.stages.run import Job
 from minimind_ray.train.run import RunDirectory
+from tests.faults import wait_for
 from tests.jobs import make_job, start
 
 pytestmark = pytest.mark.unit
@@ -27,7 +28,7 @@ class Attempts:
     def __init__(self, run: RunDirectory, *ends: object) -> None:
         self.run, self.ends, self.workers = run, list(ends), []
 
-    def __call__(self, job: Job, workers: int) -> list[str]:
+    def __call__(self, job: Job, workers: int, start: int) -> list[str]:
         self.workers.append(workers)
         end = self.ends.pop(0)
         if isinstance(end, Exception):
@@ -44,7 +45,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attem
     def with_ends(*ends: object, room: int = 8, **settings: object) -> Attempts:
         job = make_job(tmp_path, rows=60, **settings)
         attempts = Attempts(RunDirectory(start(job)), *ends)
-        for name in ("require_cpus", "request_resources"):
+        for name in ("require_cpus", "request_resources", "free_left_groups"):
             monkeypatch.setattr(trainer, name, lambda *a, **k: None)
         monkeypatch.setattr(trainer, "room", lambda *a, **k: room)
         monkeypatch.setattr(trainer, "_attempt", attempts)
@@ -99,6 +100,44 @@ def test_a_stop_while_workers_are_lost_is_a_stop(play: Callable[..., Attempts], 
 
     with pytest.raises(UserError, match="a worker ended before the run did"):
         play(stop_and_lose)
+
+
+@pytest.mark.parametrize(
+    ("rooms", "why", "files"),
+    [
+        ([2, 3], "the cluster has room for more workers", {".again"}),
+        # One node was slow to answer; then one was lost, and no step ended any more.
+        ([1, 2, 1, 1, 1, 1], "the cluster no longer has room for 2 worker(s)", {".again", ".leave"}),
+    ],
+)
+def test_room_is_looked_for_while_an_attempt_runs(
+    rooms: list[int], why: str, files: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, told = list(rooms), []
+    monkeypatch.setattr(trainer, "room", lambda *a, **k: left.pop(0))
+    monkeypatch.setattr(trainer, "request_resources", lambda bundles: None)
+    monkeypatch.setattr(trainer, "LEAVE_SECONDS", 0.035)
+    scale = ScaleConfig(workers="1:3", resize_seconds=0.01)
+    with trainer._looking_for_room(scale, 2, set(), tmp_path / ".again", tmp_path / ".leave", told.append):
+        wait_for(lambda: not left, 10)
+    assert told == [why] and {path.name for path in tmp_path.iterdir()} == files
+
+
+def test_an_attempt_that_had_to_leave_is_no_failure(
+    play: Callable[..., Attempts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "LEAVE_SECONDS", 0.1)
+
+    def lose_a_node_without_workers() -> None:
+        monkeypatch.setattr(trainer, "room", lambda *a, **k: 1)
+        wait_for((tmp_path / "run-pretrain" / trainer.LEAVE_FILE).exists, 10)
+        monkeypatch.setattr(trainer, "room", lambda *a, **k: 2)
+        raise LOST
+
+    settings = {"scale__workers": 2, "scale__max_failures": 0, "scale__resize_seconds": 0.01}
+    attempts = play(lose_a_node_without_workers, None, **settings)
+    assert [restart["why"] for restart in attempts.restarts] == ["the cluster no longer has room for 2 worker(s)"]
+    assert not (tmp_path / "run-pretrain" / trainer.LEAVE_FILE).exists()
 
 
 def test_waiting_for_nodes_can_be_stopped(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ def test_workers_that_may_come_count_up_to_the_files_limit() -> None:
     require_cpus(40, 3, "a run")
     with pytest.raises(UserError, match="needs 4 GPUs and the cluster has 3"):
         require_cpus(1, 4, "a run")
+
+
+def test_a_node_that_cannot_be_reached_has_no_room_whatever_ray_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as lost:
+        nodes = [{"NodeID": "lost", "NodeManagerPort": lost.getsockname()[1]}]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nodes += [{"NodeID": name, "NodeManagerPort": server.getsockname()[1]} for name in ("here", "noticed")]
+        common = {"Alive": True, "Resources": {"CPU": 4}, "NodeManagerAddress": "127.0.0.1"}
+        monkeypatch.setattr("ray.nodes", lambda: [node | common for node in nodes])
+        assert room(ScaleConfig(), spare_cpus=1) == 7
+        assert room(ScaleConfig(), spare_cpus=1, without={"noticed"}) == 3
 
 
 @pytest.mark.usefixtures("head")

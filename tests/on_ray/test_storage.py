@@ -21,16 +21,21 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fs.FileSystem]:
-    """A bucket; the environment is that of a user of it."""
+def server() -> Iterator[Store]:
     server = Store()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def store(server: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fs.FileSystem]:
+    """A bucket; the environment is that of a user of it."""
     patch = pytest.MonkeyPatch()
     cache = str(tmp_path_factory.mktemp("copies"))
     for name, value in {**server.environment, "MINIMIND_CACHE": cache, "WANDB_MODE": "disabled"}.items():
         patch.setenv(name, value)
     yield server.open()
     patch.undo()
-    server.close()
 
 
 def minimind(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
@@ -54,7 +59,9 @@ def content(store: fs.FileSystem, path: str) -> str:
         return f.read().decode()
 
 
-def test_train_is_stopped_and_goes_on(store: fs.FileSystem, tmp_path: Path) -> None:
+def test_train_is_stopped_and_goes_on_though_the_store_fails(
+    store: fs.FileSystem, server: Store, tmp_path: Path
+) -> None:
     run, log = "bucket/runs/x", tmp_path / "log"
     common = ["train", "pretrain", *settings(tmp_path), "--workers", "2", "--out", f"s3://{run}"]
     common += ["--set", "eval.every=50", "--max-steps", "1000"]
@@ -68,11 +75,21 @@ def test_train_is_stopped_and_goes_on(store: fs.FileSystem, tmp_path: Path) -> N
     assert info["state"] == "stopped" and info["steps"] >= 50, log.read_text()
     assert ".stop" not in names(store, run)
     process = minimind(*common, "--resume", log=log)
+    at = info["steps"] // 50 * 50 + 100
+    while f"step-{at:08d}/resume/sums.json" not in " ".join(names(store, run)):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+    server.silent = True
+    time.sleep(5)
+    server.failing, server.silent = True, False
+    time.sleep(10)
+    server.failing = False
     assert process.wait(200) == 0, log.read_text()
     info = json.loads(content(store, f"{run}/run.json"))
     assert info["state"] == "finished" and f"{info['result']}/model.safetensors" in names(store, run)
     lines = [json.loads(line) for line in content(store, f"{run}/metrics.jsonl").splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 1001))
+    assert "the object store fails and is tried again" in " ".join(line.get("warning", "") for line in lines)
     assert f"model: s3://{run}/{info['result']}" in log.read_text()
 
 

@@ -218,6 +218,20 @@ def test_two_runs_are_two_also_in_one_directory_after_another(tmp_path: Path) ->
     assert first != second
 
 
+@pytest.mark.slow
+def test_a_process_takes_no_part_in_its_parents_w_and_b(tmp_path: Path) -> None:
+    wandb.teardown()
+    left_open = start(tmp_path).identity
+    assert os.environ["WANDB_SERVICE"]  # W&B tells child processes by it; there the run is in use.
+    child = f"""
+from pathlib import Path
+from tests.track.test_wandb import start
+start(Path({str(tmp_path)!r}), info={{"wandb": {left_open!r}}}).finish("finished")
+"""
+    subprocess.run([sys.executable, "-c", child], check=True, timeout=60)
+    assert summary(tmp_path)["state"] == "finished"
+
+
 @pytest.mark.unit
 def test_an_exception_marks_the_run_failed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), mark_failure(str(tmp_path)):

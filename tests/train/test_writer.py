@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from minimind_ray.stages.run import Job, run_here
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import UNFINISHED, RunDirectory, file_sha256, sound
 from minimind_ray.train.writer import CheckpointWriter, HostCopy
+from tests.faults import fill, small_disk
 from tests.jobs import make_job, start
 
 pytestmark = pytest.mark.unit
@@ -52,6 +52,32 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "validation.parquet"}
 
 
+def test_two_that_write_the_same_checkpoint_are_not_in_each_others_way(tmp_path: Path) -> None:
+    given_up, ours = (CheckpointWriter(RunDirectory(tmp_path), keep=1, best=(None, 9.0)) for _ in range(2))
+    begun, may_write = threading.Event(), threading.Event()
+
+    def slowly(directory: Path) -> None:
+        (directory / "weights").write_text("1")
+        begun.set()
+        may_write.wait(10)
+
+    given_up.save("step-00000003", slowly, (None, 9.0), None)
+    begun.wait(10)
+    ours.save("step-00000003", lambda path: (path / "weights").write_text("1") and None, (None, 9.0), None)
+    ours.settle()
+    may_write.set()
+    given_up.settle()
+    assert ours.news() is None and given_up.news() is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_what_a_killed_process_had_begun_to_write_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / f"{UNFINISHED}step-00000001-0").mkdir(parents=True)
+    (tmp_path / f"{UNFINISHED}validation-0.parquet").touch()
+    RunDirectory(tmp_path).forget_after(0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
+
+
 def test_what_is_no_fault_of_the_disk_is_raised(tmp_path: Path) -> None:
     writer = CheckpointWriter(RunDirectory(tmp_path), keep=1, best=(None, 9.0))
 
@@ -65,15 +91,9 @@ def test_what_is_no_fault_of_the_disk_is_raised(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB: a checkpoint of the tiny model has a little over 1."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 class FullAfter(PlainContext):
@@ -81,18 +101,14 @@ class FullAfter(PlainContext):
 
     def __init__(self, disk: Path, full: int, room: int | None) -> None:
         super().__init__()
-        self.filler, self.full, self.room = disk / "filler", full, room
+        self.disk, self.full, self.room = disk, full, room
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        run = RunDirectory(self.filler.parent / "run")
+        run = RunDirectory(self.disk / "run")
         if metrics["step"] == self.full:
             while len(run.checkpoints()) < 2:  # The step's own checkpoint is on its way.
                 pass
-            with pytest.raises(OSError, match="No space left"), self.filler.open("wb", buffering=0) as f:
-                while True:
-                    f.write(bytes(4096))
-            with self.filler.open("r+b") as f:  # Room for less than a checkpoint.
-                f.truncate(self.filler.stat().st_size - 400_000)
+            self.filler = fill(self.disk)
         elif metrics["step"] == self.room:
             self.filler.unlink()
         return True
@@ -107,13 +123,13 @@ def sums(run: Path) -> dict[str, str]:
     return {f"{p.parent.name}/{p.name}": file_sha256(p) for p in sorted(run.glob("checkpoints/*/*.safetensors"))}
 
 
-def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, disk: Path) -> None:
     undisturbed = job_on(tmp_path, tmp_path)
     start(undisturbed)
     run_here(undisturbed)
-    job = job_on(small_disk, tmp_path)
+    job = job_on(disk, tmp_path)
     run = RunDirectory(start(job))
-    context = FullAfter(small_disk, full=4, room=8)
+    context = FullAfter(disk, full=4, room=8)
     job.run(context, job.data(context))
     assert run.info()["state"] == "finished"
     lines = list(run.metrics())
@@ -131,12 +147,10 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, small_d
     assert (run.path / "validation.parquet").read_bytes() == (tmp_path / "run/validation.parquet").read_bytes()
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_a_resume_ends_it_well(
-    tmp_path: Path, small_disk: Path
-) -> None:
-    job = job_on(small_disk, tmp_path)
+def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_a_resume_ends_it_well(tmp_path: Path, disk: Path) -> None:
+    job = job_on(disk, tmp_path)
     run = RunDirectory(start(job))
-    context = FullAfter(small_disk, full=4, room=None)
+    context = FullAfter(disk, full=4, room=None)
     with pytest.raises(UserError, match=r"the last checkpoint, step-00000012 .*No space left.*make room.*--resume"):
         job.run(context, job.data(context))
     assert [path.name for path in run.checkpoints()] == ["step-00000002", "step-00000004"]
