@@ -17,6 +17,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minimind_ray.config.cluster import read_cluster
 from minimind_ray.config.errors import UserError
 
 DASHBOARD_PORT = 8265
@@ -29,13 +30,18 @@ def tunnel(cluster: Path) -> Generator[tuple[str, str]]:
     """While inside, the dashboard's address on loopback, and the cluster's token, which is kept in memory alone.
 
     Raises:
-        UserError: no head is running, or it cannot be reached.
+        UserError: not a file of `ray up`, no head is running, or it cannot be reached.
     """
+    if read_cluster(cluster).provider == "kuberay":
+        raise UserError(
+            f"{cluster}: Kubernetes has its own way in: kubectl port-forward to the head's service, and "
+            "RAY_ADDRESS=http://localhost:8265 in place of --cluster"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(cluster), str(port)],
+        [sys.executable, "-u", "-m", __name__, str(cluster), str(port)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -38,6 +38,9 @@ mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /dev/shm
 n=0
 for folder in $KEEP; do n=$((n+1)); mkdir -p $folder; mount --bind /mnt/.keep/$n $folder; done
+# A network that knows its own names; others it has none to ask for, and waiting for an answer would take 20 s.
+mount --bind /mnt/.disk/hosts /etc/hosts
+mount --bind /mnt/.disk/resolv.conf /etc/resolv.conf
 hostname $NAME
 ip link set lo up
 """
@@ -93,6 +96,8 @@ class Machine:
         keep = [path for path in needed if any(Path(path).is_relative_to(p) for p in hidden)]
         (disk / "tmp").mkdir(parents=True)
         (disk / "root" / ".ssh").mkdir(parents=True, exist_ok=True)
+        (disk / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {name}\n")
+        (disk / "resolv.conf").write_text("nameserver 127.0.0.1\n")
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "KEEP": " ".join(keep),
             "SHARE": str(share or ""), "DISK": str(disk), "NAME": name, "ADDRESS": self.address,
