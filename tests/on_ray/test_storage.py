@@ -81,7 +81,7 @@ def test_train_is_killed_and_stopped_and_goes_on(
 ) -> None:
     run, log = "bucket/runs/x", tmp_path / "log"
     command = ["train", "pretrain", *SETTINGS, "--workers", "2", "--out", "runs/x"]
-    command += ["--set", "eval.every=50", "--max-steps", "800"]
+    command += ["--set", "eval.every=100", "--max-steps", "800"]
 
     def until_saved(process: subprocess.Popen[bytes], step: int) -> None:
         while f"step-{step:08}/resume/sums.json" not in " ".join(names(store, run)):
@@ -89,18 +89,18 @@ def test_train_is_killed_and_stopped_and_goes_on(
             time.sleep(0.2)
 
     process = minimind(*command, log=log)
-    until_saved(process, 50)
+    until_saved(process, 100)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert json.loads(content(store, f"{run}/run.json"))["state"] == "running"
 
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "another machine"))
     process = minimind(*command, "--resume", log=log)
-    until_saved(process, 300)
+    until_saved(process, 200)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) in (0, 130), log.read_text()
     info = json.loads(content(store, f"{run}/run.json"))
-    assert info["state"] == "stopped" and info["steps"] >= 300, log.read_text()
+    assert info["state"] == "stopped" and info["steps"] >= 200, log.read_text()
     assert ".stop" not in names(store, run)
 
     process = minimind(*command, "--resume", log=log)
