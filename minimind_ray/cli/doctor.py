@@ -40,6 +40,8 @@ def doctor(
     else:
         nodes, may_come = examine_here(storage), 0
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 240
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in (
         "node",
@@ -66,7 +68,7 @@ def doctor(
     for url in storage:
         able = sum(url not in node.storage for node in nodes)
         console.print(f"storage {escape(url)}: written and read on {able} of {len(nodes)} node(s)")
-    if may_come >= len(nodes):
+    if may_come > len(nodes):
         console.print(f"up to {may_come} workers come when a run asks for them")
     findings = sorted([*more, *diagnose(nodes)], key=lambda finding: finding.note)
     for finding in findings:

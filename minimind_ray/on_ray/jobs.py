@@ -37,8 +37,8 @@ def connect(cluster: Path | None) -> Generator[Client]:
     Raises:
         UserError: no way there, or another token than the cluster's.
     """
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if cluster:
             # Ray's client would take it for the one that is meant.

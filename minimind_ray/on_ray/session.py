@@ -54,7 +54,10 @@ def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         if local:
             raise
-        raise UserError(f"RAY_ADDRESS={address}: the cluster cannot be used: {one_line(error)}") from None
+        raise UserError(
+            f"RAY_ADDRESS={address}: the cluster cannot be used ({one_line(error)}); if one is there, is its token "
+            "this machine's (RAY_AUTH_TOKEN, ~/.ray/auth_token)?"
+        ) from None
     configure_data()
 
 
