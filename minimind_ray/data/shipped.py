@@ -15,6 +15,9 @@ from pathlib import Path
 from minimind_ray.config.paths import STORAGE, in_job
 from minimind_ray.data.files import atomic_output, join, locate
 
+UNPACKED = "working_dir_files"
+"""Ray's name for the folder that it unpacks working directories in."""
+
 
 def keep_shipped(path: str) -> str:
     """An absolute path, glob or URL; what it names in a job's working directory is copied, and the copy's path given.
@@ -23,7 +26,9 @@ def keep_shipped(path: str) -> str:
         UserError: the storage is a URL that cannot be used.
     """
     root, storage = Path.cwd(), os.environ.get(STORAGE)
-    if not (storage and in_job() and Path(path).is_relative_to(root)) or ".." in Path(path).parts:
+    # A job that was sent without a working directory may be anywhere, and data beside it large and shared.
+    sent = in_job() and UNPACKED in root.parts
+    if not (storage and sent and Path(path).is_relative_to(root)) or ".." in Path(path).parts:
         return path
     name = str(Path(path).relative_to(root))
     found = [root / name] if (root / name).exists() else root.glob(name)

@@ -25,7 +25,7 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def job(number: int, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """In the working directory of a job, with two data files."""
-    directory = tmp_path / f"_ray_pkg_{number}"
+    directory = tmp_path / "working_dir_files" / f"_ray_pkg_{number}"
     (directory / "data").mkdir(parents=True)
     (directory / "data" / "a.jsonl").write_text(text)
     (directory / "data" / "b.jsonl").write_text('{"text": "b"}\n')
@@ -63,5 +63,9 @@ def test_elsewhere_files_stay_where_they_are(tmp_path: Path, monkeypatch: pytest
     here = str(job(1, "one\n", monkeypatch, tmp_path) / "data")
     assert keep_shipped("s3://bucket/data/*.jsonl") == "s3://bucket/data/*.jsonl"
     assert keep_shipped("/mnt/data") == "/mnt/data"
+    monkeypatch.chdir(tmp_path)  # A job without a working directory of its own.
+    assert keep_shipped(here) == here
+    monkeypatch.chdir(Path(here).parent)
+    assert keep_shipped(here) != here
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     assert keep_shipped(here) == here
