@@ -51,6 +51,8 @@ def connect(cluster: Path | None) -> Generator[Client]:
     except AuthenticationError as error:
         raise UserError(f"the cluster does not take this token: {str(error).splitlines()[0]}") from None
     except ConnectionError as error:
+        if cluster:
+            raise UserError(f"{cluster}: the head is there, but Ray does not answer on it: ray up {cluster}") from None
         raise UserError(f"the cluster cannot be reached: {str(error).splitlines()[0]}") from None
 
 

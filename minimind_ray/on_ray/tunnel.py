@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,14 +56,22 @@ def tunnel(cluster: Path) -> Generator[tuple[str, str]]:
                 break
             said.append(line.strip())
         else:
-            told = next((line for line in reversed(said) if line), "ssh said nothing")
             raise UserError(
-                f"{cluster}: the cluster's head cannot be reached ({told}); start it with: ray up {cluster}"
+                f"{cluster}: the cluster's head cannot be reached ({reason(said)}); start it with: ray up {cluster}"
             )
         yield f"http://127.0.0.1:{port}", found[1]
     finally:
         process.stdin.close()
         process.wait()
+
+
+def reason(said: Sequence[str]) -> str:
+    """Of all that Ray and ssh say as the way there fails, the line that says why."""
+    found = (line for pattern in REASONS for line in reversed(said) if re.search(pattern, line))
+    return next(found, "ssh said nothing")
+
+
+REASONS = (r"^ssh: ", r"Permission denied|Connection (closed|reset|timed out)", r"^[\w.]+(Error|Exception): .", r"\S")
 
 
 def _main(cluster: str, port: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.on_ray.tunnel import tunnel
+from minimind_ray.on_ray.tunnel import reason, tunnel
 
 pytestmark = pytest.mark.slow
 
@@ -36,3 +36,32 @@ def test_what_is_no_cluster_of_ray_up() -> None:
     assert "kubectl port-forward" in told(ROOT / "cluster/kuberay.yaml")
     assert "no cluster file" in told(ROOT / "experiments/dpo.yaml")
     assert "No such file" in told(ROOT / "nothere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (
+            [
+                "ssh: connect to host 10.1.0.10 port 22: No route to host",
+                "Error: Command failed:",
+                "",
+                "ssh -tt -i key",
+            ],
+            0,
+        ),
+        (
+            [
+                "Traceback:",
+                "root@a: Permission denied (publickey).",
+                "x.ClickException: Command failed:",
+                "ssh",
+            ],
+            1,
+        ),
+        (["INFO loaded", "RuntimeError: Head node of cluster (a) not found!", ""], 1),
+        (["something new", ""], 0),
+    ],
+)
+def test_the_line_that_says_why_is_found_among_those_of_ray_and_ssh(said: list[str], why: int) -> None:
+    assert reason(said) == said[why]
