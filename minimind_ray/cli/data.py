@@ -35,12 +35,13 @@ def inspect(
     """Show what training would get: counts, lengths, what is cut, how full packs are, samples with loss coloured."""
     from itertools import chain, islice
 
+    from minimind_ray.config.paths import input_path
     from minimind_ray.data.inspect import guess_stage, inspect_rows
     from minimind_ray.data.records import discover, read_rows
     from minimind_ray.data.tokenizer import Tokenizer
 
-    loaded = Tokenizer.load(tokenizer)
-    source_rows = islice(chain.from_iterable(map(read_rows, discover(files))), rows)
+    loaded = Tokenizer.load(input_path(tokenizer))
+    source_rows = islice(chain.from_iterable(map(read_rows, discover([input_path(file) for file in files]))), rows)
     if stage is None:
         stage, source_rows = guess_stage(source_rows)
     config = config_from_flags(stage, [], [], {"max_seq_len": max_seq_len, "pack_tokens": pack_tokens})

@@ -16,7 +16,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="directory for data, runs and the sweep")] = Path("demo"),
+    out: Annotated[str, typer.Option(help="directory for data, runs and the sweep, or its URL")] = "demo",
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="stages on Ray Train; the sweep needs Ray")] = True,
 ) -> None:
     """Make a small world of facts, train a tokenizer and a model on it, sweep DPO's beta, and ask ten questions.
@@ -29,31 +29,39 @@ def demo(
 
     from minimind_ray.cli.run import run_recipe
     from minimind_ray.config.errors import UserError
+    from minimind_ray.config.paths import output_path
     from minimind_ray.data.demo import write_demo
+    from minimind_ray.data.files import join
+    from minimind_ray.data.storage import copy_of, mirror_of
 
     started = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
     recipe = EXPERIMENTS / "quickstart.yaml"
     if not recipe.exists():
         raise UserError(f"{recipe} is missing: the demo runs from a checkout of the repository")
-    write_demo(out / "data")
-    runs = out / "runs"
-    run_recipe(recipe, out / "data", str(runs), {}, ray=ray)
-    sweep_beta(out, runs, console)
-    ask_questions(out, runs, console)
+    out = output_path(out)
+    data, runs = join(out, "data"), join(out, "runs")
+    files = write_demo(copy_of(data)).directory
+    if mirror := mirror_of(data):
+        mirror.put(*(str(file.relative_to(files)) for file in files.rglob("*") if file.is_file()))
+    run_recipe(recipe, data, runs, {}, ray=ray)
+    sweep_beta(out, console)
+    ask_questions(out, console)
     console.print(f"the demo took {time.monotonic() - started:.0f} s; all of it is in {out}")
 
 
-def sweep_beta(out: Path, runs: Path, console: Console) -> None:
+def sweep_beta(out: str, console: Console) -> None:
     """Two values of DPO's beta, two seeds each, from the fine-tuned model."""
     from minimind_ray.cli.tune import new_plan, print_results, run_plan
+    from minimind_ray.data.files import join
     from minimind_ray.stages.recipe import set_aside
     from minimind_ray.stages.run import changed_inputs, prepare_job
     from minimind_ray.sweep.plan import reopen_sweep
+    from minimind_ray.sweep.trials import open_sweep
     from minimind_ray.train.run import RunDirectory
 
     console.rule("DPO: which beta?", align="left")
-    path = out / "sweep"
+    path = open_sweep(join(out, "sweep"))
     if (path / "sweep.json").exists():
         plan = reopen_sweep(path)
         trials = [RunDirectory(trial.config.out) for trial in plan.trials]
@@ -65,22 +73,25 @@ def sweep_beta(out: Path, runs: Path, console: Console) -> None:
         else:
             run_plan(plan, resume=True)
             return
-    data = out / "data" / "dpo"
-    flags = {"train": str(data / "train.jsonl"), "val": str(data / "val.jsonl"), "init_from": str(runs / "sft")}
+    flags = {split: join(out, "data", "dpo", f"{split}.jsonl") for split in ("train", "val")}
     sweep = EXPERIMENTS / "sweeps" / "quickstart.yaml"
+    flags["init_from"] = join(out, "runs", "sft")
     run_plan(new_plan(None, sweep, [], [], [], flags, {}, str(path)), resume=False)
 
 
-def ask_questions(out: Path, runs: Path, console: Console) -> None:
+def ask_questions(out: str, console: Console) -> None:
     """The ten questions, and who the model is before and after LoRA."""
     from rich.table import Table
 
     from minimind_ray.data.demo import DemoFiles, read_questions
+    from minimind_ray.data.files import join
+    from minimind_ray.data.storage import copy_of
     from minimind_ray.stages.use import open_trained
 
     console.rule("ten questions", align="left")
-    trained = open_trained(runs / "sft")
-    questions = read_questions(DemoFiles(out / "data"))
+    sft, lora = join(out, "runs", "sft"), join(out, "runs", "lora")
+    trained = open_trained(sft)
+    questions = read_questions(DemoFiles(copy_of(join(out, "data"))))
     answers = _answers(trained, [q.question for q in questions])
     right = [question.is_right(answer) for question, answer in zip(questions, answers)]
     table = Table("question", "answer", "", box=None, header_style="dim")
@@ -89,10 +100,10 @@ def ask_questions(out: Path, runs: Path, console: Console) -> None:
     console.print(table)
     console.print(f"{sum(right)} of {len(right)} right")
     identity = ["Who are you?", "你是谁？"]
-    adapted = open_trained(runs / "lora")
+    adapted = open_trained(lora)
     for question, before, after in zip(identity, _answers(trained, identity), _answers(adapted, identity)):
         console.print(f"{question}  before LoRA: {before!r}  after: {after!r}", markup=False)
-    console.print(f"talk to it: minimind-ray chat {runs / 'sft'} --adapter {runs / 'lora'}", markup=False)
+    console.print(f"talk to it: minimind-ray chat {sft} --adapter {lora}", markup=False)
 
 
 def _answers(trained: Trained, questions: list[str]) -> list[str]:

@@ -10,7 +10,10 @@ import typer
 def doctor(
     storage: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="a bucket or shared folder that every node has to read and write"),
+        typer.Option(
+            metavar="URL",
+            help="a bucket or shared folder that every node has to read and write; default: MINIMIND_STORAGE",
+        ),
     ] = None,
 ) -> None:
     """Look at this machine, or with RAY_ADDRESS at every node of a cluster. Exit code 1 where something is wrong."""
@@ -20,21 +23,25 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
+    from minimind_ray.config.paths import STORAGE
     from minimind_ray.on_ray.cluster_check import Finding
     from minimind_ray.on_ray.doctor import diagnose, examine_cluster, examine_here
     from minimind_ray.on_ray.session import machines, start_ray, stop_ray
 
+    storage = storage or [url for url in [os.environ.get(STORAGE)] if url]
     more: list[Finding] = []
     if "RAY_ADDRESS" in os.environ:
         start_ray()
         try:
-            nodes, more = examine_cluster(storage or [])
+            nodes, more = examine_cluster(storage)
             may_come = machines().most
         finally:
             stop_ray()
     else:
-        nodes, may_come = examine_here(storage or []), 0
+        nodes, may_come = examine_here(storage), 0
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 240
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in (
         "node",
@@ -58,10 +65,10 @@ def doctor(
             f"{node.object_store / 1e9:.1f} GB" if node.object_store else "-", f"{node.clock:+.2f} s",
         )  # fmt: skip
     console.print(table)
-    for url in storage or []:
+    for url in storage:
         able = sum(url not in node.storage for node in nodes)
         console.print(f"storage {escape(url)}: written and read on {able} of {len(nodes)} node(s)")
-    if may_come >= len(nodes):
+    if may_come > len(nodes):
         console.print(f"up to {may_come} workers come when a run asks for them")
     findings = sorted([*more, *diagnose(nodes)], key=lambda finding: finding.note)
     for finding in findings:

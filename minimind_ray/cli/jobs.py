@@ -29,18 +29,19 @@ ClusterFile = Annotated[
 Job = Annotated[str, typer.Argument(metavar="JOB", help="its name, as `minimind-ray jobs` tells it")]
 
 # They are about jobs themselves, or about what is here.
-STAY_HERE = ("jobs", "logs", "stop", "pack", "cluster", "config", "chat")
+ABOUT_JOBS = ("jobs", "logs", "stop", "pack", "cluster")
+STAY_HERE = ("config", "chat", "import", "export", "lora")
 # What RAY_ADDRESS=http://… sends, as it does for `ray job`; other commands are sent by --cluster alone.
-ON_RAY = ("train", "tune", "run", "data")
+ON_RAY = ("train", "tune", "run", "data", "demo", "doctor")
 FETCHED = "fetched.json"
 
 
 def everywhere(context: typer.Context, cluster: ClusterFile = None) -> None:
     """Train small language models from jsonl on Ray: pretrain, SFT, LoRA, DPO."""
     name = context.invoked_subcommand
-    if name in STAY_HERE or (cluster is None and name not in ON_RAY):
-        if cluster and name in ("chat", "config"):
-            raise UserError(f"{name} runs here: leave --cluster out")
+    if cluster and name in STAY_HERE:
+        raise UserError(f"{name} runs here: leave --cluster out")
+    if name in (*ABOUT_JOBS, *STAY_HERE) or (cluster is None and name not in ON_RAY):
         return
     if cluster or os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
         _send(context, cluster, _command(sys.argv[1:]))
@@ -184,6 +185,10 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
             params["stage"], list(map(Path, params["config"] or [])), params["set_"] or [], flags
         )
         return {"out": config.out.replace("{stage}", config.stage), "config": to_yaml(config)}
+    if name == "eval" and params["out"]:
+        raise UserError("eval --out would write into the job's copy of the working directory: leave it out")
+    if name == "demo":
+        return {"out": params["out"]}
     if name == "tune" and params["resume"]:
         return {"out": str(params["resume"])}
     if name == "tune":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as experiments/zero.yaml")],
-    data_dir: Annotated[Path | None, typer.Option(help="where the recipe's data lies; default: what it says")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="where the recipe's data lies; default: what it says")] = None,
     out: Annotated[
         str | None, typer.Option(help="directory or URL for all stages; default: runs/<recipe's name>")
     ] = None,
@@ -38,7 +38,9 @@ def run(
     run_recipe(recipe, data_dir, out, overrides, ray=ray)
 
 
-def run_recipe(path: Path, data_dir: Path | None, out: str | None, overrides: dict[str, Any], *, ray: bool) -> None:
+def run_recipe(
+    path: Path, data_dir: str | Path | None, out: str | None, overrides: dict[str, Any], *, ray: bool
+) -> None:
     """Run a recipe file, telling of each stage what is done and why.
 
     Stops after a stage that was interrupted.
@@ -54,7 +56,7 @@ def run_recipe(path: Path, data_dir: Path | None, out: str | None, overrides: di
     console = Console(highlight=False, soft_wrap=True)
     recipe = read_recipe(path)
     out = output_path(out or recipe.out or f"runs/{recipe.name}")
-    data_dir = Path(input_path(data_dir or recipe.data_dir))
+    data_dir = input_path(data_dir or recipe.data_dir)
     tokenizer = recipe.tokenizer
     config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
     directory = tokenizer if isinstance(tokenizer, str) else join(out, "tokenizer") if tokenizer else None
@@ -94,13 +96,14 @@ def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> boo
     return run.info()["state"] == "finished"
 
 
-def _make_tokenizer(step: TokenizerStep, where: str, data_dir: Path, console: Console) -> None:
+def _make_tokenizer(step: TokenizerStep, where: str, data_dir: str, console: Console) -> None:
     from minimind_ray.cli import tokenizer
     from minimind_ray.data.records import discover
+    from minimind_ray.data.shipped import keep_shipped
     from minimind_ray.data.storage import copy_of, mirror_of
 
     paths = [step.train] if isinstance(step.train, str) else step.train
-    files = [path if "://" in path else f"{data_dir}/{path}" for path in paths]
+    files = [path if "://" in path else keep_shipped(f"{data_dir}/{path}") for path in paths]
     sources = [[source.path, source.size, source.version] for source in discover(files)]
     made_from = {"sources": sources, "vocab_size": step.vocab_size, "max_bytes": step.max_bytes}
     mirror, directory = mirror_of(where), copy_of(where)
@@ -110,7 +113,7 @@ def _make_tokenizer(step: TokenizerStep, where: str, data_dir: Path, console: Co
     if record.exists() and json.loads(record.read_text()) == made_from:
         console.print(f"tokenizer: {where} is there and its sources are unchanged")
         return
-    tokenizer.train(files, directory, step.vocab_size, step.max_bytes)
+    tokenizer.train(files, where, step.vocab_size, step.max_bytes)
     record.write_text(json.dumps(made_from, indent=2))
     if mirror:
-        mirror.put(*sorted(path.name for path in directory.iterdir() if path != record), record.name)
+        mirror.put(record.name)

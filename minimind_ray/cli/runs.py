@@ -14,8 +14,10 @@ def runs(
 ) -> None:
     """List runs, latest first: state, stage, steps, loss, last checkpoint."""
     from minimind_ray.config.errors import UserError
+    from minimind_ray.config.paths import input_path
     from minimind_ray.data.storage import copy_of, mirror_of
 
+    directory = directory if Path(directory).exists() else input_path(directory)
     folder = copy_of(directory)
     if mirror := mirror_of(directory):
         mirror.pull(wanted=lambda name: name.endswith(("run.json", "config.yaml", "metrics.jsonl")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,16 +15,19 @@ app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
 @app.command()
 def train(
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs of any stage's data")],
-    out: Annotated[Path, typer.Option(help="directory to write")],
+    out: Annotated[str, typer.Option(help="directory to write, or its URL")],
     vocab_size: Annotated[int, typer.Option(help="tokens, the 36 control tokens and 256 bytes among them")] = 6400,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="train on so much text at most")] = None,
 ) -> None:
     """Train a byte-level BPE tokenizer with MiniMind's control tokens; report how it does on rows held out."""
     from minimind_ray.config.errors import UserError
+    from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.data.encode import row_texts
     from minimind_ray.data.records import Reject, discover, read_rows
+    from minimind_ray.data.storage import copy_of, mirror_of
     from minimind_ray.data.tokenizer import train_tokenizer
 
+    out, files = output_path(out), [input_path(file) for file in files]
     held_out: list[str] = []
     used = bad = 0
 
@@ -47,7 +49,9 @@ def train(
     tokenizer = train_tokenizer(texts(), vocab_size)
     if not used:
         raise UserError(f"{', '.join(files)}: no text to train on; rows need text, conversations, messages or chosen")
-    tokenizer.save(out)
+    tokenizer.save(copy_of(out))
+    if mirror := mirror_of(out):
+        mirror.put("tokenizer.json", "tokenizer_config.json")
     print(f"{out}: {tokenizer.vocab_size:,} tokens, trained on {used / 1e6:.1f} MB")
     if bad:
         print(f"{bad:,} rows could not be read and were left out; `minimind-ray data inspect` says why")

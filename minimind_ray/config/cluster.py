@@ -103,26 +103,26 @@ def read_cluster(path: str | Path) -> ClusterFile:
             return _kuberay(path, tree)
         if "provider" in tree:
             return _launched(path, tree)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a cluster file as it should be: {type(error).__name__}: {error}") from None
     raise UserError(f"{path}: no cluster file: it has neither `provider` (ray up) nor `kind: RayCluster` (KubeRay)")
 
 
 def _launched(path: Path, tree: dict[str, Any]) -> ClusterFile:
-    provider = tree["provider"]["type"]
+    provider = str(tree["provider"]["type"])
     prices = _prices(path, (tree.get("metadata") or {}).get("price_per_hour") or {})
     if provider == "local":
         count = len(tree["provider"].get("worker_ips") or ())
-        worker = NodeType("worker", None, None, count, min(count, tree.get("max_workers", count)))
+        worker = NodeType("worker", None, None, count, min(count, int(tree.get("max_workers", count))))
         return ClusterFile(path, provider, tree, "head", (worker,), count, prices)
-    most, head = tree.get("max_workers", 2), tree.get("head_node_type", "")
+    most, head = int(tree.get("max_workers", 2)), str(tree.get("head_node_type", ""))
     workers = tuple(
         NodeType(
-            name,
+            str(name),
             float((node.get("resources") or {}).get("CPU", 0)),
             float((node.get("resources") or {}).get("GPU", 0)),
-            node.get("min_workers", 0),
-            min(node.get("max_workers", most), most),
+            int(node.get("min_workers", 0)),
+            min(int(node.get("max_workers", most)), most),
         )
         for name, node in (tree.get("available_node_types") or {}).items()
         if name != head
@@ -139,9 +139,9 @@ def _kuberay(path: Path, tree: dict[str, Any]) -> ClusterFile:
         start = group.get("rayStartParams") or {}
         cpus = float(start.get("num-cpus", _quantity(size.get("cpu", 0))))
         gpus = float(start.get("num-gpus", size.get("nvidia.com/gpu", 0)))
-        hosts = group.get("numOfHosts", 1)
-        least, most = group.get("minReplicas", 0) * hosts, group["maxReplicas"] * hosts
-        workers.append(NodeType(group["groupName"], cpus, gpus, least, most))
+        hosts = int(group.get("numOfHosts", 1))
+        least, most = int(group.get("minReplicas", 0)) * hosts, int(group["maxReplicas"]) * hosts
+        workers.append(NodeType(str(group["groupName"]), cpus, gpus, least, most))
     most = sum(node.most for node in workers)
     return ClusterFile(path, "kuberay", tree, "head", tuple(workers), most, _prices(path, yaml.safe_load(text)))
 

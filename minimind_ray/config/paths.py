@@ -24,7 +24,7 @@ def output_path(path: str | Path) -> str:
         return path
     if storage := os.environ.get(STORAGE):
         return f"{storage.rstrip('/')}/{path}"
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if in_job():
         raise UserError(
             f"{path} would lie in this job's copy of the working directory, which goes away: set {STORAGE} where the "
             "cluster file starts Ray, or give a path that all nodes share"
@@ -38,8 +38,14 @@ def input_path(path: str | Path) -> str:
     if _is_whole(path):
         return path
     storage = os.environ.get(STORAGE)
-    here = Path(path).exists() or any(Path().glob(path))
-    return f"{storage.rstrip('/')}/{path}" if storage and not here else str(Path(path).absolute())
+    if storage and not Path(path).exists() and not any(Path().glob(path)):
+        return f"{storage.rstrip('/')}/{path}"
+    return str(Path(path).absolute())
+
+
+def in_job() -> bool:
+    """Whether this is a Ray job, whose working directory is a copy that goes away."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def _at_home(path: str | Path) -> str:

@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import parse_json, read_json, read_text, require_own
 from minimind_ray.data.chat_template import CHATML, ChatTemplate, Message
+from minimind_ray.data.storage import copy_of, is_url, mirror_of
 
 # MiniMind's, in the order of their ids: models and data made with one tokenizer layout stay usable with the other.
 SPECIAL_TOKENS = (
@@ -105,12 +106,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Read a Hugging Face tokenizer directory.
+        """Read a Hugging Face tokenizer directory, which may be a URL.
 
         Raises:
-            UserError: a file is missing or broken.
+            UserError: a file is missing or broken; StoreError.
         """
-        folder = Path(directory)
+        folder = copy_of(directory)
+        if is_url(directory) and (mirror := mirror_of(directory)):
+            mirror.pull(wanted=lambda name: "/" not in name)
         definition = _read(folder / "tokenizer.json")
         settings = read_json(folder / "tokenizer_config.json", NO_TOKENIZER)
         if (folder / "chat_template.jinja").exists():

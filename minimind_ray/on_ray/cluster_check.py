@@ -45,10 +45,16 @@ class Finding:
 def check_cluster(cluster: ClusterFile, asked: Sequence[ScaleConfig] = ()) -> list[Finding]:
     """All findings of a cluster file, errors first; `asked` is what an experiment wants of it."""
     rules = [_secrets, _kuberay_rules] if cluster.provider == "kuberay" else [_secrets, *VM_RULES]
-    findings = [finding for rule in [_schema, *rules, _prices] for finding in rule(cluster)]
+    findings: list[Finding] = []
+    for rule in [_schema, *rules, _prices]:
+        try:
+            findings += rule(cluster)
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            what = f"some section has another shape than it should ({type(error).__name__}: {one_line(error)})"
+            findings.append(Finding(what, "hold it against the file of its kind in cluster/"))
     for scale in dict.fromkeys(scale.model_dump_json() for scale in asked):
         findings += _capacity(cluster, ScaleConfig.model_validate_json(scale))
-    return sorted(findings, key=lambda finding: finding.note)
+    return sorted(dict.fromkeys(findings), key=lambda finding: finding.note)
 
 
 def _schema(cluster: ClusterFile) -> Iterator[Finding]:

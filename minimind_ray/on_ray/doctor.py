@@ -107,7 +107,7 @@ def _storage_fault(url: str) -> str:
         finally:
             filesystem.delete_file(file)
     except (OSError, UserError) as error:
-        return one_line(error)
+        return one_line(error).removeprefix(f"{url}: ")
 
 
 def examine_here(storage: Sequence[str]) -> list[Node]:

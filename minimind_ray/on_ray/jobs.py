@@ -37,8 +37,8 @@ def connect(cluster: Path | None) -> Generator[Client]:
     Raises:
         UserError: no way there, or another token than the cluster's.
     """
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if cluster:
             # Ray's client would take it for the one that is meant.
@@ -51,6 +51,8 @@ def connect(cluster: Path | None) -> Generator[Client]:
     except AuthenticationError as error:
         raise UserError(f"the cluster does not take this token: {str(error).splitlines()[0]}") from None
     except ConnectionError as error:
+        if cluster:
+            raise UserError(f"{cluster}: the head is there, but Ray does not answer on it: ray up {cluster}") from None
         raise UserError(f"the cluster cannot be reached: {str(error).splitlines()[0]}") from None
 
 

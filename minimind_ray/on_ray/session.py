@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.data.files import one_line
 from minimind_ray.on_ray import SETTINGS
 
 Ending = Literal["by itself", "interrupted", "out of time"]
@@ -27,23 +28,54 @@ def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray here with `cpus` logical CPUs (default: all).
 
     Ray Train runs inside Ray Tune trials need the `dashboard` process to look after their placement groups.
+
+    Raises:
+        UserError: no cluster at RAY_ADDRESS, or one with another token.
     """
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return
-    local = "RAY_ADDRESS" not in os.environ
+    address = os.environ.get("RAY_ADDRESS")
+    local = address is None
     logging.getLogger("ray").setLevel(logging.ERROR)
-    ray.init(
-        address="local" if local else None,  # Not one that runs on this machine for something else.
-        num_cpus=cpus if local else None,
-        include_dashboard=dashboard if local else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        # Processes on this machine inherit the settings; a runtime environment would cost each worker a second start.
-        runtime_env=None if local else {"env_vars": {name: os.environ[name] for name in SETTINGS}},
-    )
+    if address:
+        _require_cluster(address)
+    try:
+        ray.init(
+            address="local" if local else None,  # Not one that runs on this machine for something else.
+            num_cpus=cpus if local else None,
+            include_dashboard=dashboard if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # Processes on this machine inherit the settings; a runtime environment would cost each worker a second
+            # start.
+            runtime_env=None if local else {"env_vars": {name: os.environ[name] for name in SETTINGS}},
+        )
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        if local:
+            raise
+        raise UserError(
+            f"RAY_ADDRESS={address}: the cluster cannot be used ({one_line(error)}); if one is there, is its token "
+            "this machine's (RAY_AUTH_TOKEN, ~/.ray/auth_token)?"
+        ) from None
     configure_data()
+
+
+def _require_cluster(address: str) -> None:
+    """Look before Ray does, which takes two minutes to give up. Raises UserError."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS={address} is a dashboard, and this command is not one that is sent there as a job: use "
+            "--cluster FILE, or run it on the cluster"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # Not `auto`, which is a cluster that this machine is part of.
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise UserError(f"RAY_ADDRESS={address}: no cluster answers there: {error}") from None
 
 
 def configure_data() -> None:

@@ -13,10 +13,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from minimind_ray.config.cluster import read_cluster
 from minimind_ray.config.errors import UserError
 
 DASHBOARD_PORT = 8265
@@ -29,13 +30,18 @@ def tunnel(cluster: Path) -> Generator[tuple[str, str]]:
     """While inside, the dashboard's address on loopback, and the cluster's token, which is kept in memory alone.
 
     Raises:
-        UserError: no head is running, or it cannot be reached.
+        UserError: not a file of `ray up`, no head is running, or it cannot be reached.
     """
+    if read_cluster(cluster).provider == "kuberay":
+        raise UserError(
+            f"{cluster}: Kubernetes has its own way in: kubectl port-forward to the head's service, and "
+            "RAY_ADDRESS=http://localhost:8265 in place of --cluster"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(cluster), str(port)],
+        [sys.executable, "-u", "-m", __name__, str(cluster), str(port)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -50,14 +56,22 @@ def tunnel(cluster: Path) -> Generator[tuple[str, str]]:
                 break
             said.append(line.strip())
         else:
-            told = next((line for line in reversed(said) if line), "ssh said nothing")
             raise UserError(
-                f"{cluster}: the cluster's head cannot be reached ({told}); start it with: ray up {cluster}"
+                f"{cluster}: the cluster's head cannot be reached ({reason(said)}); start it with: ray up {cluster}"
             )
         yield f"http://127.0.0.1:{port}", found[1]
     finally:
         process.stdin.close()
         process.wait()
+
+
+def reason(said: Sequence[str]) -> str:
+    """Of all that Ray and ssh say as the way there fails, the line that says why."""
+    found = (line for pattern in REASONS for line in reversed(said) if re.search(pattern, line))
+    return next(found, "ssh said nothing")
+
+
+REASONS = (r"^ssh: ", r"Permission denied|Connection (closed|reset|timed out)", r"^[\w.]+(Error|Exception): .", r"\S")
 
 
 def _main(cluster: str, port: int) -> None:

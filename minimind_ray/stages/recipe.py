@@ -79,7 +79,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def stage_config(
-    recipe: Recipe, index: int, out: str, tokenizer: str | None, data_dir: Path, overrides: Mapping[str, Any]
+    recipe: Recipe, index: int, out: str, tokenizer: str | None, data_dir: str | Path, overrides: Mapping[str, Any]
 ) -> Config:
     """The config of the recipe's stage number `index`; overrides are dotted keys, or `name.key` for one stage alone.
 
@@ -133,7 +133,7 @@ def _base(recipe: Recipe, index: int, out: str) -> str | None:
     return join(out, whole[-1]) if whole else None
 
 
-def _under(directory: Path, paths: str | list[str] | None) -> str | list[str] | None:
+def _under(directory: str | Path, paths: str | list[str] | None) -> str | list[str] | None:
     if isinstance(paths, list):
         return [str(_under(directory, path)) for path in paths]
     return paths if paths is None or "://" in paths else os.path.join(directory, paths)  # noqa: PTH118 (keeps globs)

@@ -13,6 +13,7 @@ from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import StepPlan, read_steps
 from minimind_ray.data.prepare import RunUnits, Split, encoding_of, plan_units, prepare, run_units_here
+from minimind_ray.data.shipped import keep_shipped
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.stream import Stream, StreamPlan, stream_steps
 from minimind_ray.data.tokenizer import Tokenizer
@@ -76,7 +77,9 @@ def resolve_paths(config: Config) -> Config:
     """The same config with absolute paths, since workers run in other directories."""
 
     def inputs(paths: str | list[str] | None) -> str | list[str] | None:
-        return [input_path(p) for p in paths] if isinstance(paths, list) else paths and input_path(paths)
+        if isinstance(paths, list):
+            return [keep_shipped(input_path(path)) for path in paths]
+        return paths and keep_shipped(input_path(paths))
 
     data = config.data.model_copy(
         update={

@@ -8,7 +8,6 @@ import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
-from minimind_ray.data.storage import copy_of, mirror_of
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import check_model, load_model, load_shape, load_weights, save_model
 from minimind_ray.model.lora import add_lora, is_adapter
@@ -26,9 +25,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
         UserError: neither is given, or it cannot be read; no base where the stage needs one.
     """
     if config.data.tokenizer:
-        if mirror := mirror_of(config.data.tokenizer):
-            mirror.pull(wanted=lambda name: "/" not in name)
-        return Tokenizer.load(copy_of(config.data.tokenizer))
+        return Tokenizer.load(config.data.tokenizer)
     if config.init_from or config.stage != "pretrain":
         return Tokenizer.load(require_base(config))
     raise UserError(

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import StageName
 from minimind_ray.data.storage import mirror_of, url_of
@@ -154,11 +155,15 @@ class Sweep:
 
 
 def open_sweep(path: str | Path) -> Path:
-    """A sweep's directory; of one in an object store a local copy, as it is now, of all but the checkpoints."""
+    """A sweep's directory; of one in an object store a local copy, as it is now, of all but the checkpoints.
+
+    A relative path that is not here is one in the storage (see config/paths.py).
+    """
+    path = input_path(path)
     if mirror := mirror_of(path):
         mirror.pull(wanted=lambda name: not set(name.split("/")) & {"checkpoints", ".ray"})
         return mirror.path
-    return Path(path).absolute()
+    return Path(path)
 
 
 def read_sweep(path: str | Path) -> Sweep:

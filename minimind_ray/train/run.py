@@ -29,6 +29,7 @@ from uuid import uuid4
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml, to_yaml
+from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import parse_json, read_json
 from minimind_ray.config.schema import Config
 from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_of
@@ -288,12 +289,13 @@ def sound(checkpoint: Path) -> bool:
 def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
     """The model directory that `path` means: itself, or the result of the run it is. At a URL, its local copy.
 
-    With `resume`, such a copy has what a resume needs, too.
+    A relative path that is not here is one in the storage (see config/paths.py). With `resume`, a copy has what a
+    resume needs, too.
 
     Raises:
         UserError: neither; StoreError.
     """
-    run = RunDirectory(path)
+    run = RunDirectory(input_path(path))
     if run.mirror and "checkpoints" in run.path.parts[-2:-1]:  # The run says which stage it was.
         checkpoint, run = run.path, RunDirectory(run.where.rsplit("/", 2)[0])
         run.file("config.yaml")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from minimind_ray.cli import tokenizer
 from minimind_ray.cli.data import app
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.tokenizer import train_tokenizer
@@ -53,3 +54,17 @@ def test_the_table_adds_up_and_a_second_run_says_that_it_did_nothing(arguments: 
 def test_a_bad_setting_is_the_users_error(arguments: list[str]) -> None:
     with pytest.raises(UserError, match="pack_tokens is 16, less than data.max_seq_len 32"):
         CliRunner().invoke(app, [*arguments, "--pack-tokens", "16"], catch_exceptions=False)
+
+
+def test_relative_paths_lead_to_the_storage_of_a_cluster(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("MINIMIND_STORAGE", str(tmp_path))
+    train = ["train", "x.jsonl", "--out", "own", "--vocab-size", "300"]
+    made = CliRunner().invoke(tokenizer.app, train, catch_exceptions=False)
+    assert f"{tmp_path}/own: 3" in made.output
+    seen = CliRunner().invoke(app, ["inspect", "x.jsonl", "--tokenizer", "own"], catch_exceptions=False)
+    assert "101 rows read = 100 kept + 1 rejected" in seen.output
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -12,8 +12,8 @@ from tests.cli.conftest import Command
 @pytest.mark.slow
 def test_the_command_here(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    outcome = command("doctor", "--storage", tmp_path)
-    assert "written and read on 1 of 1 node(s)" in outcome.out
+    monkeypatch.setenv("MINIMIND_STORAGE", str(tmp_path))
+    assert f"storage {tmp_path}: written and read on 1 of 1 node(s)" in " ".join(command("doctor").out.split())
     (tmp_path / "file").write_text("")
     outcome = command("doctor", "--storage", tmp_path / "file" / "below")
     assert outcome.code == 1

@@ -38,6 +38,8 @@ def test_what_is_wrong_is_told_before_anything_is_sent(tmp_path: Path) -> None:
     assert "working directory" in told(tmp_path, *sent, "run", "../mine.yaml")
     assert "No such command" in told(tmp_path, *sent, "data", "prep")
     assert "leave --cluster out" in told(tmp_path, *sent, "chat", "runs/a")
+    assert "leave --cluster out" in told(tmp_path, *sent, "export", "runs/a", "there")
+    assert "--out" in told(tmp_path, *sent, "eval", "runs/a", "a.jsonl", "--stage", "sft", "--out", "b")
     assert "Short names" in told(tmp_path, *sent, "train", "--help")
 
 

@@ -38,6 +38,11 @@ mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /dev/shm
 n=0
 for folder in $KEEP; do n=$((n+1)); mkdir -p $folder; mount --bind /mnt/.keep/$n $folder; done
+# The tests run from these: whatever is installed on a machine, it is not into them.
+for folder in $SEALED; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done
+# A network that knows its own names; others it has none to ask for, and waiting for an answer would take 20 s.
+mount --bind /mnt/.disk/hosts /etc/hosts
+mount --bind /mnt/.disk/resolv.conf /etc/resolv.conf
 hostname $NAME
 ip link set lo up
 """
@@ -89,14 +94,16 @@ class Machine:
     def __init__(self, name: str, number: int, disk: Path, setup: str, share: Path | None) -> None:
         self.name, self.address, self.disk = name, f"{NETWORK}.{number}", disk
         hidden = [p for p in map(Path, ("/root", "/tmp", "/run", "/mnt", "/dev/shm"))]
-        needed = dict.fromkeys(map(str, (ROOT, sys.prefix, sys.base_prefix)))
+        needed = list(dict.fromkeys(map(str, (ROOT, sys.prefix, sys.base_prefix))))
         keep = [path for path in needed if any(Path(path).is_relative_to(p) for p in hidden)]
         (disk / "tmp").mkdir(parents=True)
         (disk / "root" / ".ssh").mkdir(parents=True, exist_ok=True)
+        (disk / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {name}\n")
+        (disk / "resolv.conf").write_text("nameserver 127.0.0.1\n")
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "KEEP": " ".join(keep),
-            "SHARE": str(share or ""), "DISK": str(disk), "NAME": name, "ADDRESS": self.address,
-            "GATEWAY": f"{NETWORK}.1",
+            "SEALED": " ".join(needed), "SHARE": str(share or ""), "DISK": str(disk), "NAME": name,
+            "ADDRESS": self.address, "GATEWAY": f"{NETWORK}.1",
         }  # fmt: skip
         # It ends with this process, however that ends, and everything in its namespaces with it.
         self.process = subprocess.Popen(

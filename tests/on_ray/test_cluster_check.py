@@ -274,6 +274,22 @@ def test_what_an_experiment_asks_for_is_found_in_each_kind_of_file(tmp_path: Pat
         scales(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("cluster.yaml", "head_start_ray_commands", True),
+        ("cluster.yaml", "idle_timeout_minutes", [10]),
+        ("cluster/azure.yaml", "available_node_types/gpu-1-spot/node_config", [1]),
+        ("cluster/gcp.yaml", "file_mounts", ["minimind_ray"]),
+        ("cluster/kuberay.yaml", "spec/autoscalerOptions", [600]),
+        ("cluster/local.yaml", "auth", "ubuntu"),
+    ],
+)
+def test_a_section_of_another_shape_is_told_beside_the_rest(name: str, path: str, value: object, check: Check) -> None:
+    (finding,) = {f.fix: f for f in check(change(edited(name), path, value)) if "another shape" in f.what}.values()
+    assert "cluster/" in finding.fix and not finding.note
+
+
 @pytest.mark.parametrize("text", ["a: 1", "provider: 3", "kind: RayCluster", "provider: {}"])
 def test_other_files_are_no_cluster_files(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)

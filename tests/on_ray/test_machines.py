@@ -10,7 +10,7 @@ import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.on_ray.session import machines, require_cpus, room
+from minimind_ray.on_ray.session import machines, require_cpus, room, start_ray
 
 pytestmark = pytest.mark.unit
 
@@ -59,3 +59,13 @@ def test_on_kubernetes_the_head_is_told_its_groups(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MINIMIND_NODE_TYPES", json.dumps([{"CPU": 7, "GPU": 1, "count": 4}]))
     assert machines().resources() == {"CPU": 28, "GPU": 4}
     assert room(ScaleConfig(gpus_per_worker=0.5), spare_cpus=0) == 8
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [("127.0.0.1:9", "no cluster answers there: .*refused"), ("http://127.0.0.1:8265", "is a dashboard")],
+)
+def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=told):
+        start_ray()

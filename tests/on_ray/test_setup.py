@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.slow
@@ -78,6 +80,18 @@ python -c 'import minimind_ray; print(*minimind_ray.__path__)'"""
     bashrc, installed = (home / ".bashrc").read_text(), (venv / ".made-of").stat().st_mtime_ns
     assert setup(PIP_NO_INDEX="1").returncode == 0
     assert (home / ".bashrc").read_text() == bashrc
+    assert (venv / ".made-of").stat().st_mtime_ns == installed
+
+    # The cluster files' own commands, as `ray up` has them run; not those that download.
+    shell = {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHON": sys.executable}
+    for name in ("cluster.yaml", "cluster/gcp.yaml", "cluster/azure.yaml", "cluster/local.yaml"):
+        commands = yaml.safe_load((ROOT / name).read_text())["setup_commands"]
+        for command in (c for c in commands if "pip install" not in c):
+            subprocess.run(["bash", "-c", command], env=shell, cwd=home, capture_output=True, check=True)
+        told = subprocess.run(["bash", "-c", ". ~/.bashrc; env"], env=shell, capture_output=True, text=True, check=True)
+        (storage,) = re.findall(r"MINIMIND_STORAGE=\S+", " ".join(commands))
+        assert f"{storage}\n" in told.stdout
+        assert ("AZURE_STORAGE_ACCOUNT_NAME=myaccount" in told.stdout) == (name == "cluster/azure.yaml")
     assert (venv / ".made-of").stat().st_mtime_ns == installed
 
     (home / "minimind-ray/minimind_ray/new.py").write_text("NEW = 1\n")

@@ -29,27 +29,49 @@ def server() -> Iterator[Store]:
 
 @pytest.fixture(scope="module")
 def store(server: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fs.FileSystem]:
-    """A bucket; the environment is that of a user of it."""
+    """A bucket with data in it; the environment is that of a node of a cluster whose storage it is."""
     patch = pytest.MonkeyPatch()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cache = str(tmp_path_factory.mktemp("copies"))
-    for name, value in {**server.environment, "MINIMIND_CACHE": cache, "WANDB_MODE": "disabled"}.items():
+    environment = {"MINIMIND_CACHE": cache, "MINIMIND_STORAGE": "s3://bucket", "PATH": path, "WANDB_MODE": "disabled"}
+    for name, value in (server.environment | environment).items():
         patch.setenv(name, value)
-    yield server.open()
+    filesystem = server.open()
+    fs.copy_files(str(make_data(tmp_path_factory.mktemp("data"))), "bucket/data", destination_filesystem=filesystem)
+    yield filesystem
     patch.undo()
 
 
-def minimind(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+@pytest.fixture
+def cluster(store: fs.FileSystem) -> Iterator[str]:
+    """The dashboard's address of a cluster whose storage is the bucket."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": True})
+    yield f"http://{cluster.head_node.webui_url}"
+    cluster.shutdown()
+
+
+def make_data(directory: Path) -> Path:
+    write_jsonl(directory / "rows.jsonl", rows_of("pretrain", 300))
+    make_tokenizer(directory / "tokenizer")
+    return directory
+
+
+def minimind(*arguments: str, log: Path, address: str | None = None) -> subprocess.Popen[bytes]:
+    """A command, in the log's folder; with an address as a job there."""
     command = [sys.executable, "-c", "from minimind_ray.cli.main import run; run()", *arguments]
-    return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=log.parent, env=os.environ | ({"RAY_ADDRESS": address} if address else {}),
+        stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
 
 
-def settings(directory: Path) -> list[str]:
-    rows = write_jsonl(directory / "rows.jsonl", rows_of("pretrain", 300))
-    tokenizer = make_tokenizer(directory / "tokenizer")
-    sets = {"data.pack_tokens": 256, "data.val_fraction": 0.1, "eval.samples": 1, "data.cache_dir": directory / "cache"}
-    flags = ["--train", str(rows), "--tokenizer", str(tokenizer), "--preset", "tiny", "--max-seq-len", "64",
-             "--batch-tokens", "1024", "--wandb", "off"]  # fmt: skip
-    return [*flags, *(part for key, value in sets.items() for part in ("--set", f"{key}={value}"))]
+SETTINGS = [
+    *("--train", "data/rows.jsonl", "--tokenizer", "data/tokenizer", "--preset", "tiny", "--max-seq-len", "64"),
+    *("--pack-tokens", "256", "--batch-tokens", "1024", "--wandb", "off"),
+    *("--set", "data.val_fraction=0.1", "--set", "eval.samples=1"),
+]
 
 
 def content(store: fs.FileSystem, path: str) -> str:
@@ -59,26 +81,35 @@ def content(store: fs.FileSystem, path: str) -> str:
         return f.read().decode()
 
 
-def test_train_is_stopped_and_goes_on_though_the_store_fails(
-    store: fs.FileSystem, server: Store, tmp_path: Path
+def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
+    store: fs.FileSystem, server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, log = "bucket/runs/x", tmp_path / "log"
-    common = ["train", "pretrain", *settings(tmp_path), "--workers", "2", "--out", f"s3://{run}"]
-    common += ["--set", "eval.every=50", "--max-steps", "1000"]
-    process = minimind(*common, log=log)
-    while "step-00000050/resume/sums.json" not in " ".join(names(store, run)):
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.2)
+    command = ["train", "pretrain", *SETTINGS, "--workers", "2", "--out", "runs/x"]
+    command += ["--set", "eval.every=100", "--max-steps", "800"]
+
+    def until_saved(process: subprocess.Popen[bytes], step: int) -> None:
+        while f"step-{step:08}/resume/sums.json" not in " ".join(names(store, run)):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+
+    process = minimind(*command, log=log)
+    until_saved(process, 100)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert json.loads(content(store, f"{run}/run.json"))["state"] == "running"
+
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "another machine"))
+    process = minimind(*command, "--resume", log=log)
+    until_saved(process, 200)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) in (0, 130), log.read_text()
     info = json.loads(content(store, f"{run}/run.json"))
-    assert info["state"] == "stopped" and info["steps"] >= 50, log.read_text()
+    assert info["state"] == "stopped" and info["steps"] >= 200, log.read_text()
     assert ".stop" not in names(store, run)
-    process = minimind(*common, "--resume", log=log)
-    at = info["steps"] // 50 * 50 + 100
-    while f"step-{at:08d}/resume/sums.json" not in " ".join(names(store, run)):
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.2)
+
+    process = minimind(*command, "--resume", log=log)
+    until_saved(process, info["steps"] // 100 * 100 + 100)
     server.silent = True
     time.sleep(5)
     server.failing, server.silent = True, False
@@ -88,25 +119,19 @@ def test_train_is_stopped_and_goes_on_though_the_store_fails(
     info = json.loads(content(store, f"{run}/run.json"))
     assert info["state"] == "finished" and f"{info['result']}/model.safetensors" in names(store, run)
     lines = [json.loads(line) for line in content(store, f"{run}/metrics.jsonl").splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 1001))
+    assert [line["step"] for line in lines] == list(range(1, 801))
     assert "the object store fails and is tried again" in " ".join(line.get("warning", "") for line in lines)
     assert f"model: s3://{run}/{info['result']}" in log.read_text()
 
 
-def test_a_sweep_is_compared_and_reported(store: fs.FileSystem, tmp_path: Path) -> None:
+def test_a_sweep_is_a_job_compared_and_its_report_fetched(
+    store: fs.FileSystem, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep, log = "bucket/sweeps/lr", tmp_path / "log"
-    command = [
-        "tune",
-        "pretrain",
-        *settings(tmp_path),
-        "--lr",
-        "1e-3,3e-3",
-        "--max-steps",
-        "8",
-        "--out",
-        f"s3://{sweep}",
-    ]
-    assert minimind(*command, log=log).wait(200) == 0, log.read_text()
+    make_data(tmp_path / "mine")  # Goes with the working directory.
+    command = ["tune", "pretrain", *SETTINGS, "--lr", "1e-3,3e-3", "--max-steps", "8", "--out", "sweeps/lr"]
+    command += ["--train", "mine/rows.jsonl", "--tokenizer", "mine/tokenizer"]
+    assert minimind(*command, log=log, address=cluster).wait(200) == 0, log.read_text()
     there = names(store, sweep)
     assert {"sweep.json", "report.html", "report.png"} <= there
     trials = {name.split("/")[1] for name in there if name.startswith("trials/")}
@@ -114,20 +139,29 @@ def test_a_sweep_is_compared_and_reported(store: fs.FileSystem, tmp_path: Path) 
     for trial in trials:
         files = {name.removeprefix(f"trials/{trial}/") for name in there}
         assert {"trial.json", "run.json", "config.yaml", "metrics.jsonl", "validation.parquet"} <= files
-    os.environ["MINIMIND_CACHE"] = str(tmp_path / "another machine")
+    assert "train: s3://bucket/shipped/" in content(store, f"{sweep}/trials/{min(trials)}/config.yaml")
+
+    assert "report: sweeps/lr/report.html" in log.read_text()
+    fetched = {str(path.relative_to(tmp_path / "sweeps/lr")) for path in (tmp_path / "sweeps/lr").rglob("*")}
+    assert "report.html" in fetched and not any(name.endswith(".safetensors") for name in fetched)
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "another machine"))
+    winners = []
+    for place in (f"s3://{sweep}", "sweeps/lr"):
+        out = tmp_path / "comparison"
+        out.unlink(missing_ok=True)
+        assert minimind("compare", place, "--json", log=out).wait(60) == 0, out.read_text()
+        winners.append(json.loads(out.read_text())["winner"])
+    assert winners[0] == winners[1] is not None
+
     again = tmp_path / "again"
-    assert minimind("compare", f"s3://{sweep}", "--json", log=again).wait(60) == 0, again.read_text()
-    comparison = json.loads(again.read_text())
-    winner = comparison["winner"]
-    assert minimind(*command, log=again).wait(60) == 1
-    assert f"s3://{sweep} already holds a sweep" in again.read_text(), winner
-    resumed = tmp_path / "resumed"
-    assert minimind("tune", "--resume", f"s3://{sweep}", log=resumed).wait(200) == 0, resumed.read_text()
+    assert minimind(*command[:-4], "--out", f"s3://{sweep}", log=again).wait(60) == 1
+    assert f"s3://{sweep} already holds a sweep" in again.read_text()
+    assert minimind("tune", "--resume", "sweeps/lr", log=again, address=cluster).wait(200) == 0, again.read_text()
 
 
 def test_pbt_exchanges_checkpoints_over_the_store(store: fs.FileSystem, tmp_path: Path) -> None:
     sweep, log = "bucket/sweeps/pbt", tmp_path / "log"
-    command = ["tune", "pretrain", *settings(tmp_path), "--axis", "optim.lr=1e-5,3e-5,1e-3,3e-3", "--scheduler", "pbt"]
+    command = ["tune", "pretrain", *SETTINGS, "--axis", "optim.lr=1e-5,3e-5,1e-3,3e-3", "--scheduler", "pbt"]
     command += ["--max-steps", "40", "--concurrent", "2", "--out", f"s3://{sweep}", "--set", "eval.every=4"]
     assert minimind(*command, log=log).wait(300) == 0, log.read_text()
     there = names(store, sweep)
