@@ -307,6 +307,7 @@ def test_more_workers_a_trial_and_nothing_is_left_behind(tmp_path: Path, ray_ses
 def test_what_does_not_fit_is_refused(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
+    from minimind_ray.on_ray import session
     from minimind_ray.on_ray.tuner import places
 
     assert places(ScaleConfig(cpus_per_worker=3.0)) == 2
@@ -316,6 +317,7 @@ def test_what_does_not_fit_is_refused(ray_session: None, monkeypatch: pytest.Mon
     nodes = [{"NodeID": "a", "Alive": True, "Resources": halves}, {"NodeID": "b", "Alive": False, "Resources": {}}]
     with monkeypatch.context() as patched:
         patched.setattr(ray, "nodes", lambda: nodes)
+        patched.setattr(session, "_answers", lambda node: True)
         assert places(ScaleConfig(gpus_per_worker=0.25)) == 8
         assert places(ScaleConfig(gpus_per_worker=2.0)) == 1
     for scale in (
