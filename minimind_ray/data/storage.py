@@ -98,6 +98,11 @@ def patiently(work: Callable[[], T], what: str, note: str = "") -> T:
         pause = min(2 * pause, 30)
 
 
+def read_from(where: str, work: Callable[[], T]) -> T:
+    """Do `work`, which reads from a directory or URL: `patiently` from an object store, once from a local disk."""
+    return patiently(work, where) if is_url(where) else work()
+
+
 class Mirror:
     """A directory in a store, `url`, and its local copy, `path`."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Annotated, Literal
 
@@ -26,6 +26,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Section, StageName
 from minimind_ray.data.files import atomic_output, join, locate, one_line
 from minimind_ray.data.pack import Pack, pack_from_row, pack_schema
+from minimind_ray.data.storage import is_url, read_from
 
 FORMAT = 2
 ROW_GROUP = 64
@@ -81,7 +82,7 @@ class PackStore:
     """Random access to the packs of a prepared dataset, fast when they are asked for in `epoch_order`.
 
     Holds the last row groups that were read, so a pass in epoch order reads each once. `row_groups` counts the packs
-    in each. Hand `path` to other processes, not the store.
+    in each. Hand `path` to other processes, not the store. An object store that fails is asked again for a while.
 
     Raises:
         UserError: the manifest is missing or broken, or, when it is first read, a shard; the sentence names the file
@@ -93,6 +94,8 @@ class PackStore:
         self.reference = reference
         self.manifest = read_manifest(path)
         self._filesystem, root = locate(path)
+        # What an object store does not give may come later; what a disk does not give is damaged.
+        self._damage = (pa.ArrowException,) if is_url(path) else (OSError, pa.ArrowException)
         cache = root.rstrip("/").rsplit("/", 2)[0]
         units = self._units = self.manifest.units
         self._shards = [join(cache, "units", f"{unit.key}.parquet") for unit in units]
@@ -105,7 +108,9 @@ class PackStore:
         self.counted_tokens = self.manifest.total("counted_tokens")
         self._group = lru_cache(WINDOW)(self._read_group)
         self._shard = lru_cache(WINDOW)(self._open_shard)
-        self._references = self._open_reference(reference) if reference else None
+        self._references = (
+            read_from(reference, partial(self._open_reference, reference)) if reference is not None else None
+        )
 
     def with_reference(self, path: str) -> PackStore:
         """The same packs with the reference log-probabilities that `write_reference` put at `path`."""
@@ -118,12 +123,15 @@ class PackStore:
             if not 0 <= pack < self.n_packs:
                 raise IndexError(f"pack {pack} of {self.n_packs}")
             group = bisect_right(self._starts, pack) - 1
-            packs.append(self._group(group)[int(pack) - self._starts[group]])
+            packs.append(self._packs_of(group)[int(pack) - self._starts[group]])
         return packs
 
     def __iter__(self) -> Iterator[Pack]:
         for group in range(len(self._groups)):
-            yield from self._group(group)
+            yield from self._packs_of(group)
+
+    def _packs_of(self, group: int) -> list[Pack]:
+        return read_from(self.path, partial(self._group, group))
 
     def _open_shard(self, shard: int) -> pq.ParquetFile:
         path, unit = self._shards[shard], self._units[shard]
@@ -132,14 +140,14 @@ class PackStore:
             raise UserError(f"{path}: this shard of {self.path} is missing; prepare again")
         if info.size != unit.bytes:
             raise _broken(path, f"it has {info.size} bytes where the manifest says {unit.bytes}")
-        file = _open_parquet(self._filesystem, path)
+        file = _open_parquet(self._filesystem, path, self._damage)
         if _row_groups(file) != unit.row_groups:
             raise _broken(path, "its row groups are not those of the manifest")
         return file
 
     def _open_reference(self, url: str) -> pq.ParquetFile:
         filesystem, path = locate(url)
-        file = _open_parquet(filesystem, path)
+        file = _open_parquet(filesystem, path, self._damage)
         if _row_groups(file) != self.row_groups:
             raise _broken(url, f"its row groups are not those of {self.path}")
         return file
@@ -147,9 +155,9 @@ class PackStore:
     def _read_group(self, group: int) -> list[Pack]:
         shard, local = self._groups[group]
         path = self._shards[shard]
-        table = _read_lists(self._shard(shard), path, local, SHARD_SCHEMAS)
+        table = _read_lists(self._shard(shard), path, local, SHARD_SCHEMAS, self._damage)
         if self._references and self.reference:
-            values = _read_lists(self._references, self.reference, group, (REFERENCE_SCHEMA,))
+            values = _read_lists(self._references, self.reference, group, (REFERENCE_SCHEMA,), self._damage)
             table = table.append_column("reference", values["reference"])
         packs = [pack_from_row(table, row, self._starts[group] + row) for row in range(len(table))]
         for pack in packs:
@@ -174,9 +182,13 @@ def read_manifest(path: str) -> Manifest:
     """
     filesystem, root = locate(path)
     file = join(path, "manifest.json")
-    try:
+
+    def read() -> bytes:
         with filesystem.open_input_stream(join(root, "manifest.json"), compression=None) as stream:
-            return Manifest.model_validate_json(stream.read())
+            return stream.read()
+
+    try:
+        return Manifest.model_validate_json(read_from(path, read))
     except FileNotFoundError:
         raise UserError(f"{path}: no prepared dataset (no manifest.json); run `minimind-ray data prepare`") from None
     except OSError as error:
@@ -217,10 +229,10 @@ def epoch_order(row_groups: Sequence[int], seed: int, epoch: int) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *windows])
 
 
-def _open_parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
+def _open_parquet(filesystem: fs.FileSystem, path: str, damage: tuple[type[Exception], ...]) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
-    except (OSError, pa.ArrowException) as error:
+    except damage as error:
         raise _broken(path, one_line(error)) from None
 
 
@@ -228,12 +240,14 @@ def _row_groups(file: pq.ParquetFile) -> tuple[int, ...]:
     return tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
 
 
-def _read_lists(file: pq.ParquetFile, path: str, group: int, schemas: tuple[pa.Schema, ...]) -> pa.Table:
-    """A row group that has one of these schemas, and no nulls."""
+def _read_lists(
+    file: pq.ParquetFile, path: str, group: int, schemas: tuple[pa.Schema, ...], damage: tuple[type[Exception], ...]
+) -> pa.Table:
+    """A row group that has one of these schemas, and no nulls. `damage`: the errors of a file that is not whole."""
     try:
         table = file.read_row_group(group, use_threads=False).combine_chunks()
         table.validate(full=True)
-    except (OSError, pa.ArrowException) as error:
+    except damage as error:
         raise _broken(path, one_line(error)) from None
     if table.schema.remove_metadata() not in schemas:
         raise _broken(path, f"its columns are {', '.join(f'{f.name} {f.type}' for f in table.schema)}")

@@ -26,6 +26,7 @@ Client = JobSubmissionClient
 STAYS = [
     "/runs/", "/sweeps/", "/.cache/", "/wandb/", ".git/", ".venv/", "__pycache__/", ".pytest_cache/", ".ruff_cache/",
 ]  # fmt: skip
+AGENT_SECONDS = 60.0
 # To stop a job is to press Ctrl-C: a checkpoint is written first.
 STOP_AS_BY_HAND = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "300"}
 
@@ -60,20 +61,27 @@ def submit(client: Client, command: Sequence[str], metadata: Mapping[str, str]) 
     """Send the working directory and start `minimind-ray command` there; the job's name.
 
     Raises:
-        UserError: the working directory is too large.
+        UserError: the working directory is too large, or the cluster starts no jobs.
     """
-    try:
-        return client.submit_job(
-            entrypoint=shlex.join(["minimind-ray", *command]),
-            submission_id=f"{command[0]}-{secrets.token_hex(3)}",
-            runtime_env={"working_dir": str(Path.cwd()), "excludes": STAYS, "env_vars": STOP_AS_BY_HAND},
-            metadata=dict(metadata),
-        )
-    except ValueError as error:
-        raise UserError(
-            f"{Path.cwd()} cannot be sent to the cluster: {error} Name in .rayignore what the command does not need, "
-            "and put large data into the cluster's storage"
-        ) from None
+    job, deadline = f"{command[0]}-{secrets.token_hex(3)}", time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=shlex.join(["minimind-ray", *command]),
+                submission_id=job,
+                runtime_env={"working_dir": str(Path.cwd()), "excludes": STAYS, "env_vars": STOP_AS_BY_HAND},
+                metadata=dict(metadata),
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{Path.cwd()} cannot be sent to the cluster: {error} Name in .rayignore what the command does not "
+                "need, and put large data into the cluster's storage"
+            ) from None
+        except RuntimeError as error:
+            # A cluster that has just started answers before there is what starts jobs.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise UserError(f"the cluster does not start this job: {str(error).splitlines()[0]}") from None
+        time.sleep(1)
 
 
 def details(client: Client, job: str) -> JobDetails:
