@@ -136,7 +136,8 @@ class Mirror:
         """Make the copy like the store, in the folder `under`, as far as files are `wanted` by their names."""
         there = {name: info for name, info in self.files(under).items() if wanted(name)}
         for name in _files(self.path / under, self.path):
-            if name not in there and wanted(name):
+            # Hidden ones may be what another process of this machine pulls just now.
+            if name not in there and wanted(name) and not _hidden(name):
                 (self.path / name).unlink(missing_ok=True)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(self._pull, there, there.values()))
