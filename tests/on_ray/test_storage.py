@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ def store(server: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[f
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cache = str(tmp_path_factory.mktemp("copies"))
     environment = {"MINIMIND_CACHE": cache, "MINIMIND_STORAGE": "s3://bucket", "PATH": path, "WANDB_MODE": "disabled"}
+    environment["RAY_USAGE_STATS_ENABLED"] = "0"
     for name, value in (server.environment | environment).items():
         patch.setenv(name, value)
     filesystem = server.open()
@@ -47,7 +49,12 @@ def cluster(store: fs.FileSystem) -> Iterator[str]:
     """The dashboard's address of a cluster whose storage is the bucket."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": True})
+    # A port of its own: the agent of the tests' shared Ray has the usual one.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = {"num_cpus": 3, "include_dashboard": True, "dashboard_agent_listen_port": port}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
     yield f"http://{cluster.head_node.webui_url}"
     cluster.shutdown()
 
