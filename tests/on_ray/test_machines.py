@@ -67,5 +67,6 @@ def test_on_kubernetes_the_head_is_told_its_groups(monkeypatch: pytest.MonkeyPat
 )
 def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # The tests' shared one may be.
     with pytest.raises(UserError, match=told):
         start_ray()

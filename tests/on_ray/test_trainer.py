@@ -224,5 +224,10 @@ def test_what_a_killed_controller_held_is_free_again(ray_session: None) -> None:
     free_left_groups()
     time.sleep(0.5)
     assert {used, ours.id.hex()} <= held() and left not in held()
-    ray.kill(living)
     remove_placement_group(ours)
+    ray.kill(living)
+    deadline = time.monotonic() + 20
+    while used in held():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        free_left_groups()
