@@ -254,8 +254,9 @@ class TrainConfig(Section):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="auto: bfloat16 matrix products where the hardware has them, else float32"
     )
-    compile: bool = Field(
-        default=False, description="torch.compile the elementwise parts; pays after a minute of start-up"
+    compile: Literal["auto", True, False] = Field(
+        default="auto",
+        description="torch.compile what lies between matrix products; auto: in a long run, where there is a compiler",
     )
 
 

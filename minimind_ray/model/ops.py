@@ -14,7 +14,9 @@ Results that feed a matrix product have the dtype of matrix products: autocast's
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +35,8 @@ class Kernel:
 
     def __call__(self, *args: Any) -> Any:
         """What the function gives."""
-        return (self.compiled if args[0].numel() >= SMALL else self.eager)(*args)
+        large = max(x.numel() for x in args if isinstance(x, Tensor)) >= SMALL
+        return (self.compiled if large else self.eager)(*args)
 
 
 SMALL = 2**15
@@ -54,6 +57,8 @@ def compile_kernels(device: torch.device) -> None:
     Raises:
         UserError: nothing can be compiled for `device` here.
     """
+    # What is compiled is kept and run again: in the user's own folder, not in one that others of the machine can make.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "minimind_ray" / "inductor"))
     try:
         torch.compile(torch.square, dynamic=True)(torch.ones(2, device=device))
     except Exception as error:  # the compiler's troubles come in many classes
@@ -64,6 +69,12 @@ def compile_kernels(device: torch.device) -> None:
         ) from error
     for each in KERNELS:
         each.compiled = torch.compile(each.eager, dynamic=True)
+
+
+def run_eagerly() -> None:
+    """Run kernels as they are written, also after `compile_kernels`."""
+    for each in KERNELS:
+        each.compiled = each.eager
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

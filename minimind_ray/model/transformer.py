@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.model.attention import Layout
 from minimind_ray.model.moe import MixtureOfExperts
-from minimind_ray.model.ops import add_norm, compile_kernels, norm_rotate, product_dtype, rotate, swiglu
+from minimind_ray.model.ops import add_norm, norm_rotate, product_dtype, rotate, swiglu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_NHK scaled by 1 / sqrt(K), k_NGK, v_NGK) -> out_NHK: who attends to whom is the caller's business."""
@@ -180,14 +180,6 @@ class Transformer(nn.Module):
     def project(self, hidden_MC: Tensor) -> Tensor:
         """Logits [M, V] of hidden states."""
         return F.linear(hidden_MC, self.vocab_weight)
-
-    def compile_blocks(self) -> None:
-        """Compile what lies between the matrix products, for the whole process; the first steps are slow.
-
-        Raises:
-            UserError: there is no compiler.
-        """
-        compile_kernels(self.vocab_weight.device)
 
     def aux_loss(self) -> Tensor:
         """The routers' load-balancing loss, a mean over the last forward pass's tokens, summed over layers."""

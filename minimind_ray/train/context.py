@@ -13,10 +13,13 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.model.ops import compile_kernels, run_eagerly
 
 
 class Context(Protocol):
@@ -92,7 +95,7 @@ def keep_freed_memory() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28)):
             libc.mallopt(parameter, value)
 
 
@@ -114,3 +117,25 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         # As torch's own tests ask; there is no public way.
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+LONG_RUN = {"cpu": 3e13, "cuda": 1e16}
+"""FLOPs of a run from which compiling pays: about a minute's. It takes some ten seconds on a machine's first run."""
+
+
+def settle_compile(setting: bool | Literal["auto"], flops: float, device: torch.device) -> None:
+    """Compile what lies between the matrix products, or do not, as `train.compile` says, for the whole process.
+
+    `auto` compiles in a run of many `flops`, where something can be compiled: the same run on the same machine always
+    does, or always does not, so its result is the same to the bit.
+
+    Raises:
+        UserError: the setting is true, and nothing can be compiled here.
+    """
+    run_eagerly()
+    if setting is True or (setting == "auto" and flops >= LONG_RUN.get(device.type, 0)):
+        try:
+            compile_kernels(device)
+        except UserError:
+            if setting is True:
+                raise

@@ -26,7 +26,7 @@ from minimind_ray.model.generate import generate
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
-from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision
+from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision, settle_compile
 from minimind_ray.train.evaluate import Evaluation, evaluate
 from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.optim import FlatGradients, build_adamw
@@ -212,8 +212,8 @@ def _training(
         weights.load(checkpoint)
         progress = Progress.of(load_resume(checkpoint, model, optimizer), checkpoint)
     ledger = Ledger(plan.packs_per_step, plan.packs_per_epoch, progress.ledger.get("epochs"))
-    if config.train.compile:
-        model.compile_blocks()
+    flops = plan.steps * config.batch.tokens * training_flops_per_token(model.shape, mean_context=0)
+    settle_compile(config.train.compile, flops, context.device)
     eval_every = config.eval.every or max(1, plan.steps // 10)
     checkpoint_every = config.checkpoint.every or eval_every
     validate = Validation(model, objective, config, context, data.val, tokenizer, dtype)

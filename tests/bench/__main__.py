@@ -46,7 +46,7 @@ def main() -> None:
     group.add_argument("--seconds", type=float, default=20, help="to time each side in a turn, after the warm-up")
     group.add_argument("--warm-up", type=float, default=3, help="seconds from the first step on; on a GPU 30 or more")
     group.add_argument("--rows", type=int, help="rows to train on")
-    group.add_argument("--compile", action="store_true", help="ours compiled, as always on a GPU")
+    group.add_argument("--eager", action="store_true", help="ours not compiled, as short runs are")
     group.add_argument("--pretrain-gb", type=float, default=1.6, help="text of the estimated experiments/zero.yaml")
     group.add_argument("--sft-gb", type=float, default=1.2)
     group = parser.add_argument_group("data")

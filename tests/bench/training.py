@@ -167,7 +167,7 @@ def our_settings(
     settings: dict[str, Any] = {
         "data.train": str(rows), "data.val_fraction": 0.0, "data.max_seq_len": facts.max_seq_len,
         "data.cache_dir": str(scratch / "cache"), "batch.tokens": facts.our_batch, "train.max_steps": 10**6,
-        "train.compile": args.compile or device == "cuda", "checkpoint.every": 10**6, "track.wandb": "off",
+        "train.compile": not args.eager, "checkpoint.every": 10**6, "track.wandb": "off",
         "lora.rank": LORA_RANK,
     }  # fmt: skip
     if device == "cuda":
