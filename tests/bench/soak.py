@@ -10,6 +10,7 @@ runs' range, widened by their spread, and how the memory of the driver moved. Ex
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,13 +78,10 @@ def soak(directory: Path, arguments: argparse.Namespace) -> int:
         "eval__every": max(1, steps // 5),
         "checkpoint__every": max(1, steps // 200),
     }
-    quiet = []
-    for seed in range(1, arguments.quiet_seeds + 1):
-        job = make_job(directory, rows=ROWS, out=str(directory / f"quiet-{seed}"), train__seed=seed, **settings)
-        start(job)
-        run_here(job)
-        quiet.append(final_loss(Path(job.config.out)))
-        print(f"quiet run, seed {seed}: loss {quiet[-1]:.5f} after {steps} steps", flush=True)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as processes:
+        quiet = list(processes.map(partial(quiet_run, directory, settings), range(1, arguments.quiet_seeds + 1)))
+    for seed, loss in enumerate(quiet, 1):
+        print(f"quiet run, seed {seed}: loss {loss:.5f} after {steps} steps", flush=True)
 
     run, draws = directory / "soak", random.Random(arguments.seed)
     config = make_config(directory, rows=ROWS, out=str(run), scale__workers="1:3", scale__resize_seconds=15, **settings)
@@ -127,6 +127,15 @@ def soak(directory: Path, arguments: argparse.Namespace) -> int:
     return int(
         not (whole and near and all(finding.ok for finding in findings.values()) and halves[1] < 1.1 * halves[0])
     )
+
+
+def quiet_run(directory: Path, settings: dict, seed: int) -> float:
+    """The final loss of a run of that seed which nothing happens to."""
+    torch.set_num_threads(1)
+    job = make_job(directory, rows=ROWS, out=str(directory / f"quiet-{seed}"), train__seed=seed, **settings)
+    start(job)
+    run_here(job)
+    return final_loss(Path(job.config.out))
 
 
 def steps_for(directory: Path, settings: dict, minutes: float) -> int:
