@@ -36,10 +36,23 @@ FLAGS = {
 }
 
 
+SOURCES = ("train", "val")
+PATHS = ("tokenizer", "cache_dir", "init_from", "out")
+
+
+def flag_value(flag: str, value: Any) -> Any:
+    """What was given to a short flag: paths as they are, for rows one or a list; other texts as YAML has them."""
+    if flag in SOURCES:
+        texts = [value] if isinstance(value, str) else list(value)
+        paths = [path for text in texts for path in (parse_value(text) if text.startswith("[") else [text])]
+        return paths if len(paths) > 1 else paths[0]
+    return parse_value(value) if isinstance(value, str) and flag not in PATHS else value
+
+
 def config_from_flags(stage: str, config: list[Path], settings: list[str], flags: dict[str, Any]) -> Config:
     """The config that --config files, --set and the short flags make; later ones win in that order."""
     overrides = dict(parse_override(text) for text in settings)
     for flag, value in flags.items():
-        if value is not None:
-            overrides[FLAGS[flag]] = parse_value(value) if isinstance(value, str) else value
+        if value is not None and not (flag in SOURCES and len(value) == 0):
+            overrides[FLAGS[flag]] = flag_value(flag, value)
     return load_config(stage, config, overrides)

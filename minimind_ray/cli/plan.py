@@ -63,7 +63,9 @@ def plan(config: Config) -> dict[str, str]:
     sample = estimate(config.stage, data, tokenizer)
     epoch = _epoch(config, tokenizer, sample)
     if not epoch.packs:
-        raise UserError(f"data.train: no row of {data.train} is left to train on")
+        first = sample.reasons[0].first if sample.reasons else None
+        why = f": {first.file}:{first.line}: {first.reason}" if first else ""
+        raise UserError(f"data.train: no row of {data.train} is left to train on{why}")
     steps_per_epoch = math.ceil(epoch.packs / packs_per_step)
     steps = config.train.max_steps or steps_per_epoch * config.train.epochs
     tokens = epoch.tokens / steps_per_epoch * steps

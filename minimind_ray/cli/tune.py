@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.cli.flags import FLAGS
+from minimind_ray.cli.flags import FLAGS, flag_value
 from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def tune(
     price_per_hour: Annotated[
         str | None, typer.Option(metavar="USD|FILE", help="of what one trial occupies, or a cluster file with prices")
     ] = None,
-    train: Annotated[str | None, setting("data.train")] = None,
-    val: Annotated[str | None, setting("data.val")] = None,
+    train: Annotated[list[str] | None, setting("data.train; may be repeated")] = None,
+    val: Annotated[list[str] | None, setting("data.val; may be repeated")] = None,
     tokenizer: Annotated[str | None, setting("data.tokenizer")] = None,
     init_from: Annotated[str | None, setting("init_from")] = None,
     seed: Annotated[str | None, setting("train.seed")] = None,
@@ -121,7 +121,7 @@ def plan_of(given: Mapping[str, Any]) -> SweepPlan:
     from minimind_ray.config.search import SearchConfig
 
     search = {name: given[name] for name in SearchConfig.model_fields if name in given}
-    flags = {name: given[name] for name in FLAGS if name in given and name != "out"}
+    flags = {name: given[name] for name in FLAGS if name in given and name != "out" and given[name] != ()}
     files = map(Path, given.get("config", []))
     return new_plan(
         given.get("stage"), given.get("sweep"), list(files), given.get("set_", []), given.get("axis_", []),
@@ -135,13 +135,13 @@ def new_plan(
     config: list[Path],
     set_: list[str],
     axis_: list[str],
-    flags: Mapping[str, str],
+    flags: Mapping[str, Any],
     search: Mapping[str, Any],
     out: str | None,
     gpus_per_trial: float | None = None,
 ) -> SweepPlan:
     """The sweep that a YAML file and the command line ask for; the command line wins, and replaces axes by key."""
-    from minimind_ray.config.load import load_config, parse_override, parse_value
+    from minimind_ray.config.load import load_config, parse_override
     from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
     from minimind_ray.sweep.axes import Grid, parse_assignment, parse_axis
     from minimind_ray.sweep.plan import plan_sweep
@@ -163,7 +163,7 @@ def new_plan(
     for name, text in flags.items():
         found = parse_axis(FLAGS[name], text) if name in VARIED else None
         if found is None or (isinstance(found, Grid) and len(found.values) == 1):
-            overrides[FLAGS[name]] = parse_value(text)
+            overrides[FLAGS[name]] = flag_value(name, text)
         else:
             varied.append(found)
     varied += map(parse_assignment, axis_)

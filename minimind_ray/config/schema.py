@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from minimind_ray.config.errors import UserError
 
@@ -23,10 +24,19 @@ class Section(BaseModel):
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, strict=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, strict=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, strict=False)]
-Probability = Annotated[float, Field(ge=0, lt=1, strict=False)]
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):  # Python takes them for 0 and 1.
+        raise PydanticCustomError("float_type", "input should be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]
+PositiveFloat = Annotated[Number, Field(gt=0, strict=False)]
+NonNegativeFloat = Annotated[Number, Field(ge=0, strict=False)]
+Fraction = Annotated[Number, Field(ge=0, le=1, strict=False)]
+Probability = Annotated[Number, Field(ge=0, lt=1, strict=False)]
 
 
 class DataConfig(Section):
@@ -214,7 +224,17 @@ class ModelConfig(Section):
             fields["head_dim"] = hidden // heads
         if fields.get("num_experts"):
             fields.setdefault("moe_intermediate_size", fields["intermediate_size"])
-        return ModelShape.model_validate(fields)
+        try:
+            return ModelShape.model_validate(fields)
+        except ValidationError as error:
+            raise UserError(
+                "; ".join(
+                    str(each["ctx"]["error"])
+                    if each["type"] == "value_error"
+                    else f"model.{each['loc'][0]}: {each['msg']}"
+                    for each in error.errors()
+                )
+            ) from None
 
 
 class BatchConfig(Section):
@@ -349,7 +369,7 @@ class DpoConfig(Section):
 
     beta: PositiveFloat = 0.1
     loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5, strict=False)] = Field(
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5, strict=False)] = Field(
         default=0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
     )
     simpo_gamma: NonNegativeFloat = Field(default=1.0, description="SimPO's target margin over beta-scaled rewards")
@@ -403,10 +423,12 @@ class Config(Section):
             UserError: the budget is no whole number of packs, or gives some worker none.
         """
         tokens, pack, workers = self.batch.tokens, self.data.pack_tokens, self.scale.most
+        if tokens < pack:
+            raise UserError(f"batch.tokens {tokens} is less than a pack: raise it to {pack}, or lower data.pack_tokens")
         if tokens % pack:
             raise UserError(
                 f"batch.tokens {tokens} is not a multiple of data.pack_tokens {pack}; "
-                f"the nearest that are: {max(1, tokens // pack) * pack} and {(tokens // pack + 1) * pack}"
+                f"the nearest that are: {tokens // pack * pack} and {(tokens // pack + 1) * pack}"
             )
         if tokens // pack < workers:
             raise UserError(

@@ -59,7 +59,7 @@ def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer) -> Esti
         counts[source.suffix] += len(sample)
         stored[source.suffix] += _stored_size(source, sample)
         rows += [raw if isinstance(raw, Reject) else parse_row(source.path, raw) for raw in sample]
-    total = sum(round(sizes[suffix] * counts[suffix] / stored[suffix]) for suffix in sizes if counts[suffix])
+    total = sum(round(sizes[suffix] * counts[suffix] / stored[suffix]) for suffix in sizes if stored[suffix])
     found = inspect_rows(stage, rows, tokenizer, config, samples=0)
     held_out = config.val_fraction if encoding.split else 0.0
     longest = config.max_seq_len if stage != "dpo" else min(config.max_seq_len, config.pack_tokens // 2)
@@ -89,7 +89,11 @@ def _stored_size(source: Source, rows: list[RawRow | Reject]) -> float:
     """Bytes that these rows take in their file."""
     if source.suffix == ".parquet":
         filesystem, path = locate(source.path)
-        return source.size * len(rows) / pq.read_metadata(path, filesystem=filesystem).num_rows if rows else 0
+        return (
+            source.size * len(rows) / pq.read_metadata(path, filesystem=filesystem).num_rows
+            if any(isinstance(row, RawRow) for row in rows)
+            else 0
+        )
     lines = b"".join(row.content + b"\n" for row in rows if isinstance(row, RawRow))
     if source.suffix == ".jsonl.gz":
         return len(zlib.compress(lines))

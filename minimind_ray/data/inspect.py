@@ -74,8 +74,12 @@ def guess_stage(rows: Iterable[Row | Reject]) -> tuple[StageName, Iterator[Row |
             return stages[0], chain(seen, remaining)
         if len(seen) == LOOK_AHEAD:
             break
+    if not seen:
+        raise UserError("the files have no rows")
+    why = f" ({seen[0].file}:{seen[0].line}: {seen[0].reason})" if isinstance(seen[0], Reject) else ""
     raise UserError(
-        f"none of the first {len(seen)} rows has one of the fields {', '.join(fields)}; say what they are with --stage"
+        f"none of the first {len(seen)} rows has one of the fields {', '.join(fields)}; say what they are with "
+        f"--stage{why}"
     )
 
 

@@ -14,7 +14,9 @@ Results that feed a matrix product have the dtype of matrix products: autocast's
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,12 @@ def compile_kernels(device: torch.device) -> None:
     Raises:
         UserError: nothing can be compiled for `device` here.
     """
-    # What is compiled is kept and run again: in the user's own folder, not in one that others of the machine can make.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "minimind_ray" / "inductor"))
+    if compiled():
+        return
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_cache_directory())
+    # A process that trains many models, as in a sweep, has a variant of each kernel for each width.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     try:
         torch.compile(torch.square, dynamic=True)(torch.ones(2, device=device))
     except Exception as error:  # the compiler's troubles come in many classes
@@ -69,6 +75,32 @@ def compile_kernels(device: torch.device) -> None:
         ) from error
     for each in KERNELS:
         each.compiled = torch.compile(each.eager, dynamic=True)
+
+
+def _cache_directory() -> Path:
+    """Where compiled code is kept, and run from again: the user's own folder, not one that others here could make.
+
+    One for each kind of processor and number of threads, which the code depends on and torch's keys do not name: a home
+    may be seen by unlike machines.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    about = f"{features} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {torch.get_num_threads()}"
+    name = hashlib.sha256(about.encode()).hexdigest()[:16]
+    try:
+        directory = Path.home() / ".cache" / "minimind_ray" / "inductor" / name
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none to write to
+        directory = Path(tempfile.mkdtemp(prefix="minimind-ray-"))
+    return directory
+
+
+def compiled() -> bool:
+    """Whether `compile_kernels` is in force."""
+    return any(each.compiled is not each.eager for each in KERNELS)
 
 
 def run_eagerly() -> None:

@@ -24,7 +24,14 @@ from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.trainer import STOP_FILE
 from minimind_ray.stages.fused import member
 from minimind_ray.stages.run import Job
-from minimind_ray.train.context import Context, PlainContext, default_device, keep_freed_memory, resolve_precision
+from minimind_ray.train.context import (
+    Context,
+    PlainContext,
+    default_device,
+    keep_freed_memory,
+    resolve_precision,
+    settle_compile,
+)
 from minimind_ray.train.fused import Lockstep, Member
 from minimind_ray.train.run import resolve_model
 
@@ -120,7 +127,10 @@ class Group:
                     self._end(out, error)
                     continue
                 dtype = resolve_precision(job.config.train.precision, self.device)
-                lockstep = lockstep or Lockstep(self.weights, self.device, dtype)
+                if lockstep is None:
+                    # Not `auto`, which goes by the length of a run: these are in it together, and of several.
+                    settle_compile(job.config.train.compile is True, 0, self.device)
+                    lockstep = Lockstep(self.weights, self.device, dtype)
                 lockstep.add(new)
                 outs[new] = out
             assert lockstep

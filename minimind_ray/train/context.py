@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import signal
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,11 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.model.ops import compile_kernels, run_eagerly
+from minimind_ray.model.ops import compile_kernels, compiled, run_eagerly
 
 
 class Context(Protocol):
@@ -123,19 +125,38 @@ LONG_RUN = {"cpu": 3e13, "cuda": 1e16}
 """FLOPs of a run from which compiling pays: about a minute's. It takes some ten seconds on a machine's first run."""
 
 
-def settle_compile(setting: bool | Literal["auto"], flops: float, device: torch.device) -> None:
+def settle_compile(
+    setting: Literal["auto", True, False], flops: float, device: torch.device, before: bool | None = None
+) -> bool:
     """Compile what lies between the matrix products, or do not, as `train.compile` says, for the whole process.
 
-    `auto` compiles in a run of many `flops`, where something can be compiled: the same run on the same machine always
-    does, or always does not, so its result is the same to the bit.
+    `auto` compiles in a run of many `flops`, where something can be compiled; a run that goes on does as it did
+    `before`, so that its result is the same to the bit. All workers do the same. Returns whether they compile.
 
     Raises:
         UserError: the setting is true, and nothing can be compiled here.
     """
     run_eagerly()
-    if setting is True or (setting == "auto" and flops >= LONG_RUN.get(device.type, 0)):
+    wanted = setting
+    if setting == "auto":
+        wanted = flops >= LONG_RUN.get(device.type, 0) if before is None else before
+    if wanted:
         try:
             compile_kernels(device)
         except UserError:
             if setting is True:
                 raise
+    lacking = 0.0 if compiled() else 1.0
+    if dist.is_initialized():
+        everywhere = torch.tensor(lacking, device=device)
+        dist.all_reduce(everywhere)
+        lacking = everywhere.item()
+    if lacking:
+        run_eagerly()
+        if before and wanted:
+            print(
+                "the run was compiled when it began, and cannot be here: it is slower from now on, and its weights "
+                "will differ in their last digits",
+                file=sys.stderr,
+            )
+    return compiled()

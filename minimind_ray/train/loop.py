@@ -23,6 +23,7 @@ from minimind_ray.data.pack import Pack
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.generate import generate
+from minimind_ray.model.ops import compiled, run_eagerly
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
@@ -154,6 +155,8 @@ def fit(
         UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory.
     """
     dtype = resolve_precision(config.train.precision, context.device)
+    flops = data.plan.steps * config.batch.tokens * training_flops_per_token(model.shape, mean_context=0)
+    settle_compile(config.train.compile, flops, context.device, RunDirectory(config.out).info().get("compiled"))
     optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
 
     def answer(asked: Step | Report) -> StepResult | NonFiniteError | bool:
@@ -169,12 +172,14 @@ def fit(
             return error
 
     run = training(model, objective, optimizer, weights, config, context, data, tokenizer)
-    asked = next(run, None)
-    while asked:
-        try:
+    try:
+        asked = next(run, None)
+        while asked:
             asked = run.send(answer(asked))
-        except StopIteration:
-            return
+    except StopIteration:
+        return
+    finally:
+        run_eagerly()  # What the process does next has not asked for anything else.
 
 
 def training(
@@ -212,8 +217,6 @@ def _training(
         weights.load(checkpoint)
         progress = Progress.of(load_resume(checkpoint, model, optimizer), checkpoint)
     ledger = Ledger(plan.packs_per_step, plan.packs_per_epoch, progress.ledger.get("epochs"))
-    flops = plan.steps * config.batch.tokens * training_flops_per_token(model.shape, mean_context=0)
-    settle_compile(config.train.compile, flops, context.device)
     eval_every = config.eval.every or max(1, plan.steps // 10)
     checkpoint_every = config.checkpoint.every or eval_every
     validate = Validation(model, objective, config, context, data.val, tokenizer, dtype)
@@ -221,6 +224,7 @@ def _training(
     if main:
         writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
         run.forget_after(progress.step)
+        run.update(compiled=compiled())
         base = resolve_model(config.init_from) if config.init_from else None
         here = config.model_copy(update={"out": str(run.path)})
         tracker = open_tracker(here, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)

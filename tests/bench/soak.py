@@ -132,7 +132,9 @@ def soak(directory: Path, arguments: argparse.Namespace) -> int:
 def quiet_run(directory: Path, settings: dict, seed: int) -> float:
     """The final loss of a run of that seed which nothing happens to."""
     torch.set_num_threads(1)
-    job = make_job(directory, rows=ROWS, out=str(directory / f"quiet-{seed}"), train__seed=seed, **settings)
+    own = directory / f"quiet-{seed}"  # Others make the same data beside.
+    own.mkdir()
+    job = make_job(own, rows=ROWS, out=str(own / "run"), train__seed=seed, **settings)
     start(job)
     run_here(job)
     return final_loss(Path(job.config.out))

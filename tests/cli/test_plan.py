@@ -16,6 +16,7 @@ import pytest
 import torch
 import zstandard
 
+from minimind_ray.cli.flags import config_from_flags
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import DataConfig, LoraConfig, ModelConfig
 from minimind_ray.data import estimate as module
@@ -160,6 +161,7 @@ BAD = [
     (["--set", "lr=1"], "no such setting; did you mean optim.lr?"),
     (["--tokenizer", "/nowhere"], "it is no tokenizer directory"),
     (["--set", "model.num_attention_heads=3"], "model.num_attention_heads"),
+    (["--set", "model.num_key_value_heads=3"], "model.num_key_value_heads 3"),
     (["--set", "data.cache=false"], "train.max_steps is not set"),
 ]
 
@@ -178,5 +180,31 @@ def test_rows_that_would_stop_the_run_are_told(command: Command, models: Models,
     args = arguments("pretrain", rows, models, tmp_path / "cache")
     bad = tmp_path / "bad.jsonl"
     bad.write_text((rows / "pretrain.jsonl").read_text("utf-8") + "{}\n" * 10, encoding="utf-8")
-    told = lines_of(command(*args, "--train", bad).out)["rejected"]
+    args[args.index("--train") + 1] = bad
+    told = lines_of(command(*args).out)["rejected"]
     assert f"10 of 50 sampled rows, as {bad}:41: text is missing" in told and "it would stop" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("long.jsonl", b'{"text": "' + b"x" * 2**24 + b'"}\n', "long.jsonl:1: "),
+        ("bad.parquet", b"PAR1PAR1", "bad.parquet"),
+    ],
+)
+def test_files_with_nothing_to_use(
+    command: Command, models: Models, rows: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    given = arguments("pretrain", rows, models, tmp_path / "cache")
+    given[given.index("--train") + 1] = tmp_path / name
+    outcome = command(*given)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.count("\n") == 1 and message in outcome.err
+
+
+def test_paths_are_taken_as_they_are_and_sources_together() -> None:
+    flags = {"train": ["data #1/a.jsonl", "[b.jsonl, c.jsonl]"], "val": ["v.jsonl"], "out": "1e5", "lr": "1e-4"}
+    config = config_from_flags("pretrain", [], [], flags)
+    assert config.data.train == ["data #1/a.jsonl", "b.jsonl", "c.jsonl"]
+    assert (config.data.val, config.out, config.optim.lr) == ("v.jsonl", "1e5", 1e-4)

@@ -15,6 +15,8 @@ WRONG = [
     ({"optim.lrr": 1}, ["optim.lrr", "did you mean optim.lr?", "optim.weight_decay"]),
     ({"lr": 1}, ["lr", "did you mean optim.lr?"]),
     ({"optim.lr": "x"}, ["optim.lr", "the command line", "valid number", "'x'"]),
+    ({"optim.weight_decay": True}, ["optim.weight_decay", "number", "True"]),
+    ({"train.compile": "maybe"}, ["train.compile", "'auto', True or False", "'maybe'"]),
     ({"optim.lr": -1}, ["optim.lr", "greater than 0", "-1"]),
     ({"optim.lr": float("nan")}, ["optim.lr", "finite"]),
     ({"data.train": 3}, ["data.train", "valid string", "3"]),
@@ -105,17 +107,21 @@ def test_shapes() -> None:
         assert ModelConfig(preset=preset).shape(6400).vocab_size == 6400
     with pytest.raises(UserError, match="does not divide"):
         ModelConfig(preset="tiny", hidden_size=65).shape(100)
-    with pytest.raises(ValueError, match="num_key_value_heads"):
+    with pytest.raises(
+        UserError, match="^model.num_attention_heads 4 is not a multiple of model.num_key_value_heads 3$"
+    ):
         ModelConfig(preset="tiny", num_key_value_heads=3).shape(100)
-    with pytest.raises(ValueError, match=r"model.n_shared_experts needs model.num_experts and model.qk_norm false"):
+    with pytest.raises(UserError, match=r"model.n_shared_experts needs model.num_experts and model.qk_norm false"):
         ModelConfig(preset="minimind-3-moe", n_shared_experts=1).shape(100)
-    with pytest.raises(ValueError, match=r"model.norm_topk_prob must be true"):
+    with pytest.raises(UserError, match=r"model.norm_topk_prob must be true"):
         ModelConfig(preset="minimind-2-moe", norm_topk_prob=False).shape(100)
     with pytest.raises(UserError, match="model.vocab_size"):
         ModelConfig(preset="tiny", vocab_size=50).shape(100)
 
 
 def test_packs_per_step() -> None:
+    with pytest.raises(UserError, match="less than a pack: raise it to 4096"):
+        load_config("pretrain", overrides={"batch.tokens": 1024}).packs_per_step()
     assert load_config("pretrain", overrides={"batch.tokens": 8192}).packs_per_step() == 2
     with pytest.raises(UserError, match="8192 and 12288"):
         load_config("pretrain", overrides={"batch.tokens": 9000}).packs_per_step()
