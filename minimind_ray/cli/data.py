@@ -166,6 +166,7 @@ def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, 
         + ", ".join(f"{q} % {int(v):,}" for q, v in zip((50, 90, 95, 99), np.percentile(lengths, (50, 90, 95, 99))))
         + f", longest {lengths.max():,}, mean {lengths.mean():.1f}"
     )
+    console.print("a token has {:.2f} chars, {:.2f} bytes of text".format(*inspection.per_token))
     bins = histogram(lengths)
     most = max(count for _, _, count in bins)
     table = Table("tokens", "documents", "", box=None, header_style="dim")

@@ -20,6 +20,7 @@ from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
 
 LOOK_AHEAD = 1000  # rows in which one must tell the stage
+DECODED = 1000  # documents whose text is set against their tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class RejectReason:
 class Inspection:
     """`lengths` int32 [documents]: tokens of each before anything is split or cut; the rest is as it will be trained.
 
-    `counted` are the tokens that carry loss; `samples` some groups drawn from all.
+    `counted` are the tokens that carry loss; `samples` some groups drawn from all; `per_token` the chars and bytes of
+    text that the first documents have for each of their tokens.
     """
 
     tally: Tally
@@ -45,6 +47,7 @@ class Inspection:
     counted: int
     packs: int
     samples: list[Group]
+    per_token: tuple[float, float]
 
     @property
     def rows(self) -> int:
@@ -96,10 +99,10 @@ def inspect_rows(
     reasons: dict[str, RejectReason] = {}
     drawn: list[Group] = []
     draw = random.Random(0)
-    documents = tokens = counted = 0
+    documents = tokens = counted = decoded = chars = size = 0
 
     def groups() -> Iterator[Group]:
-        nonlocal documents, tokens, counted
+        nonlocal documents, tokens, counted, decoded, chars, size
         for whole in whole_documents(stage, rows, tokenizer):
             if not isinstance(whole, Reject):
                 lengths.extend(len(d.tokens) for d in whole[1])
@@ -116,6 +119,10 @@ def inspect_rows(
             if place < samples:
                 drawn[place : place + 1] = [outcome[0]]
             for group in outcome:
+                if documents < DECODED:
+                    text = "".join(tokenizer.decode(d.tokens.tolist(), skip_special=True) for d in group)
+                    decoded += sum(len(d.tokens) for d in group)
+                    chars, size = chars + len(text), size + len(text.encode())
                 documents += len(group)
                 tokens += sum(len(d.tokens) for d in group)
                 counted += sum(int(d.weights.sum()) for d in group)
@@ -131,6 +138,7 @@ def inspect_rows(
         counted=counted,
         packs=packs,
         samples=drawn,
+        per_token=(chars / max(1, decoded), size / max(1, decoded)),
     )
 
 

@@ -58,7 +58,7 @@ class Stream:
         """One unit's packs, each a table of one row as a prepared dataset has them.
 
         Raises:
-            UserError: more bad rows in the unit than `data.max_reject_fraction`.
+            UserError: more bad rows in the unit than one and `data.max_reject_fraction`.
         """
         for pack in pack_groups(self._groups(self.units[index]), self.encoding.config.pack_tokens):
             yield packs_table([pack], self.encoding.tokenizer.vocab_size)
@@ -75,7 +75,9 @@ class Stream:
             filesystem, folder = locate(self.rejects)
             with atomic_output(filesystem, join(folder, f"{unit.key}.jsonl")) as stream:
                 stream.write("".join(lines).encode())  # An epoch later the same once more.
-        if len(rejects) > self.encoding.config.max_reject_fraction * seen.rows:
+        # A piece may be a file's last line: that one row of it is bad says nothing about the data.
+        fraction = self.encoding.config.max_reject_fraction
+        if len(rejects) > (max(1, fraction * seen.rows) if fraction else 0):
             raise UserError(
                 f"{rejects[0].file}:{rejects[0].line}: {rejects[0].reason}; {len(rejects):,} of {seen.rows:,} rows of "
                 "this piece cannot be used, more than data.max_reject_fraction allows; mend them, or raise the limit"
@@ -85,7 +87,7 @@ class Stream:
         """Read the first unit of the first epoch, so that data of another kind are refused before training; its rows.
 
         Raises:
-            UserError: more bad rows in it than `data.max_reject_fraction`.
+            UserError: more bad rows in it than one and `data.max_reject_fraction`.
         """
         unit, seen, rejected = self.units[self.order(0)[0]], Seen(), 0
         for item in unit_groups(unit, self.encoding, seen, Tally()):

@@ -117,3 +117,9 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "pretrain: 202 rows read = 200 kept + 2 rejected" in shown.output
     assert f"{file}:202: text is empty" in shown.output
     assert "data.max_seq_len 12" in shown.output
+
+
+def test_text_per_token(tokenizer: Tokenizer) -> None:
+    texts = ["It is 7.", "中文"]
+    inspection = inspect_rows("pretrain", rows(*({"text": text} for text in texts)), tokenizer, CONFIG)
+    assert inspection.per_token == (10 / inspection.tokens, 14 / inspection.tokens)

@@ -1,0 +1,37 @@
+"""Packs made while training; what trains on them is tested with the stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import DataConfig
+from minimind_ray.data.prepare import encoding_of, plan_units
+from minimind_ray.data.stream import Stream
+from minimind_ray.data.tokenizer import train_tokenizer
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(("good", "bad", "fraction"), [(5, 1, 0.01), (300, 3, 0.01)])
+def test_a_bad_row_in_a_short_piece_is_no_reason_to_stop(tmp_path: Path, good: int, bad: int, fraction: float) -> None:
+    stream = make_stream(tmp_path, good, bad, fraction)
+    assert stream.check_first().startswith(f"{good + bad} rows = {good} kept + {bad} rejected + 0 held out")
+    assert len(list((tmp_path / "rejects").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("good", "bad", "fraction"), [(5, 2, 0.01), (300, 4, 0.01), (300, 1, 0.0)])
+def test_too_many_bad_rows_in_a_piece(tmp_path: Path, good: int, bad: int, fraction: float) -> None:
+    stream = make_stream(tmp_path, good, bad, fraction)
+    with pytest.raises(UserError, match=rf"rows.jsonl:{good + 1}: .*; {bad} of {good + bad} rows of this piece"):
+        stream.check_first()
+
+
+def make_stream(directory: Path, good: int, bad: int, fraction: float) -> Stream:
+    lines = [f'{{"text": "It is {i}."}}\n' for i in range(good)] + ['{"txt": ""}\n'] * bad
+    (directory / "rows.jsonl").write_text("".join(lines))
+    config = DataConfig(train=str(directory / "rows.jsonl"), val_fraction=0.0, max_reject_fraction=fraction)
+    encoding, sources = encoding_of("pretrain", config, "train", train_tokenizer(["It is 1."], 300))
+    return Stream(tuple(plan_units(sources, encoding)), encoding, 0, str(directory / "rejects"))
