@@ -163,6 +163,9 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
     value = error.get("input")
     if error["type"] == "extra_forbidden":
         return f"{where}: no such setting; {nearest_key(key)}"
+    if error["type"] == "model_type":
+        keys = [k for k in config_keys() if k.startswith(f"{key}.")]
+        return f"{where}: {value!r} is no dictionary of settings, which are {', '.join(keys)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {value!r}"

@@ -7,9 +7,19 @@ they do not divide.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from minimind_ray.config.errors import UserError
@@ -280,10 +290,16 @@ class TrainConfig(Section):
     )
 
 
+def _range(workers: int | str) -> int | str:
+    if isinstance(workers, str) and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", workers):
+        raise PydanticCustomError("workers", "input should be a number of workers, or a range such as 2:8")
+    return workers
+
+
 class ScaleConfig(Section):
     """What the run may use of the cluster."""
 
-    workers: PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = Field(
+    workers: Annotated[PositiveInt | str, AfterValidator(_range)] = Field(
         default=1, description="how many; 2:8 is as many as the cluster has room for, from 2 to 8"
     )
     cpus_per_worker: PositiveFloat = 1.0

@@ -15,6 +15,7 @@ WRONG = [
     ({"optim.lrr": 1}, ["optim.lrr", "did you mean optim.lr?", "optim.weight_decay"]),
     ({"lr": 1}, ["lr", "did you mean optim.lr?"]),
     ({"optim.lr": "x"}, ["optim.lr", "the command line", "valid number", "'x'"]),
+    ({"scale.workers": "2:x"}, ["scale.workers", "2:8", "'2:x'"]),
     ({"optim.weight_decay": True}, ["optim.weight_decay", "number", "True"]),
     ({"train.compile": "maybe"}, ["train.compile", "'auto', True or False", "'maybe'"]),
     ({"optim.lr": -1}, ["optim.lr", "greater than 0", "-1"]),
