@@ -74,8 +74,9 @@ def minimind(*arguments: str, log: Path, address: str | None = None) -> subproce
     )  # fmt: skip
 
 
+DATA = ["--train", "data/rows.jsonl", "--tokenizer", "data/tokenizer"]
 SETTINGS = [
-    *("--train", "data/rows.jsonl", "--tokenizer", "data/tokenizer", "--preset", "tiny", "--max-seq-len", "64"),
+    *("--preset", "tiny", "--max-seq-len", "64"),
     *("--pack-tokens", "256", "--batch-tokens", "1024", "--wandb", "off"),
     *("--set", "data.val_fraction=0.1", "--set", "eval.samples=1"),
 ]
@@ -92,7 +93,7 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
     store: fs.FileSystem, server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, log = "bucket/runs/x", tmp_path / "log"
-    command = ["train", "pretrain", *SETTINGS, "--workers", "2", "--out", "runs/x"]
+    command = ["train", "pretrain", *DATA, *SETTINGS, "--workers", "2", "--out", "runs/x"]
     command += ["--set", "eval.every=100", "--max-steps", "800"]
 
     def until_saved(process: subprocess.Popen[bytes], step: int) -> None:
@@ -161,14 +162,14 @@ def test_a_sweep_is_a_job_compared_and_its_report_fetched(
     assert winners[0] == winners[1] is not None
 
     again = tmp_path / "again"
-    assert minimind(*command[:-4], "--out", f"s3://{sweep}", log=again).wait(60) == 1
+    assert minimind(*command[:-4], *DATA, "--out", f"s3://{sweep}", log=again).wait(60) == 1
     assert f"s3://{sweep} already holds a sweep" in again.read_text()
     assert minimind("tune", "--resume", "sweeps/lr", log=again, address=cluster).wait(200) == 0, again.read_text()
 
 
 def test_pbt_exchanges_checkpoints_over_the_store(store: fs.FileSystem, tmp_path: Path) -> None:
     sweep, log = "bucket/sweeps/pbt", tmp_path / "log"
-    command = ["tune", "pretrain", *SETTINGS, "--axis", "optim.lr=1e-5,3e-5,1e-3,3e-3", "--scheduler", "pbt"]
+    command = ["tune", "pretrain", *DATA, *SETTINGS, "--axis", "optim.lr=1e-5,3e-5,1e-3,3e-3", "--scheduler", "pbt"]
     command += ["--max-steps", "40", "--concurrent", "2", "--out", f"s3://{sweep}", "--set", "eval.every=4"]
     assert minimind(*command, log=log).wait(300) == 0, log.read_text()
     there = names(store, sweep)
