@@ -47,6 +47,7 @@ def plan(config: Config) -> dict[str, str]:
     from minimind_ray.train.context import default_device, resolve_precision
     from minimind_ray.train.footprint import footprint
     from minimind_ray.train.run import RunDirectory
+    from minimind_ray.train.schedule import shortfall
     from minimind_ray.train.throughput import parameter_counts, training_flops_per_token
 
     config = resolve_paths(config)
@@ -93,6 +94,8 @@ def plan(config: Config) -> dict[str, str]:
         f"more CPU for the data; matrix products in {str(dtype).removeprefix('torch.')} where hardware is as here",
         "run": f"{run.where}{', which holds a run already' if run.file('config.yaml').exists() else ''}",
     }
+    if warning := shortfall(config.schedule, steps):
+        lines["warning"] = warning
     if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
         lines["reference"] = "one forward pass over the data first, unless it was made for this data and base before"
     if sample.rejected:

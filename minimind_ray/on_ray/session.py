@@ -30,37 +30,60 @@ def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
     Ray Train runs inside Ray Tune trials need the `dashboard` process to look after their placement groups.
 
     Raises:
-        UserError: no cluster at RAY_ADDRESS, or one with another token.
+        UserError: no cluster at RAY_ADDRESS, or one with another token; or Ray does not come up here.
     """
     import ray
-    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    local = address is None
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if address:
-        _require_cluster(address)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _join(address)
+    else:
+        _start_here(cpus, dashboard)
+    configure_data()
+
+
+def _join(address: str) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    _require_cluster(address)
+    environment = {name: os.environ[name] for name in SETTINGS}
     try:
-        ray.init(
-            address="local" if local else None,  # Not one that runs on this machine for something else.
-            num_cpus=cpus if local else None,
-            include_dashboard=dashboard if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # Processes on this machine inherit the settings; a runtime environment would cost each worker a second
-            # start.
-            runtime_env=None if local else {"env_vars": {name: os.environ[name] for name in SETTINGS}},
-        )
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        if local:
-            raise
         raise UserError(
             f"RAY_ADDRESS={address}: the cluster cannot be used ({one_line(error)}); if one is there, is its token "
             "this machine's (RAY_AUTH_TOKEN, ~/.ray/auth_token)?"
         ) from None
-    configure_data()
+
+
+def _start_here(cpus: int | None, dashboard: bool) -> None:
+    """Ray's helpers have 15 seconds to come up, which can be too short for a busy machine; the second time their files
+    have been read."""
+    import ray
+
+    for last in (False, True):
+        try:
+            ray.init(
+                address="local",  # Not one that runs on this machine for something else.
+                num_cpus=cpus,
+                include_dashboard=dashboard,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                # No runtime environment: it would cost each worker a second start, and processes of this machine
+                # inherit the settings.
+            )
+            return
+        except Exception as error:  # Ray raises this bare.
+            if "timed out during startup" not in str(error):
+                raise
+            if last:
+                raise UserError(
+                    "Ray did not come up here within half a minute, twice: is this machine busy, or short of memory "
+                    "or disk? Ray's own words: raylet.out in /tmp/ray/session_latest/logs"
+                ) from None
 
 
 def _require_cluster(address: str) -> None:

@@ -32,7 +32,7 @@ from minimind_ray.train.evaluate import Evaluation, evaluate
 from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.optim import FlatGradients, build_adamw
 from minimind_ray.train.run import RunDirectory, resolve_model, sound
-from minimind_ray.train.schedule import lr_factor
+from minimind_ray.train.schedule import lr_factor, shortfall
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast, training_step
 from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Write
@@ -264,7 +264,7 @@ def _training(
         if evaluation:
             metrics |= {f"val/{name}": value for name, value in evaluation.means.items()}
         if writer:
-            if warning := writer.news():
+            if warning := writer.news() or (shortfall(config.schedule, plan.steps) if progress.step == 1 else None):
                 metrics["warning"] = warning
             # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
             run.append("metrics.jsonl", metrics)

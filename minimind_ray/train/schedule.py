@@ -29,3 +29,10 @@ def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
         decaying = max(0.0, step - steps * (1 - config.decay)) / max(1e-9, steps * config.decay)
         return 1 - (1 - config.final) * decaying
     return 1.0
+
+
+def shortfall(config: ScheduleConfig, steps: int) -> str | None:
+    """What to tell somebody whose run of `steps` ends before its warm-up does."""
+    if config.warmup <= steps:
+        return None
+    return f"schedule.warmup {config.warmup} is longer than the run's {steps} steps, so optim.lr is never reached"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,20 @@ def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, m
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # The tests' shared one may be.
     with pytest.raises(UserError, match=told):
         start_ray()
+
+
+@pytest.mark.parametrize("slow", [1, 2])
+def test_a_start_that_timed_out_is_tried_once_more(slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def init(**settings: object) -> None:
+        starts.append(settings)
+        if len(starts) <= slow:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with nullcontext() if slow == 1 else pytest.raises(UserError, match="did not come up .* busy"):
+        start_ray(2)
+    assert len(starts) == 2 and starts[0] == starts[1]

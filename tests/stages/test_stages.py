@@ -67,7 +67,9 @@ def test_minimind_2_with_experts_learns_and_is_a_base_for_the_next_stage(tmp_pat
     lines = train(make_job(tmp_path, rows=200, **model))
     assert lines[-1]["loss"] < lines[0]["loss"] and 0 < lines[-1]["aux"] < 0.1
     out = {"out": str(tmp_path / "sft"), "init_from": str(tmp_path / "run-pretrain")}
-    assert train(make_job(tmp_path, "sft", 60, **out))[0]["loss"] < lines[0]["loss"]
+    after = train(make_job(tmp_path, "sft", 60, schedule__warmup=100, **out))
+    assert after[0]["loss"] < lines[0]["loss"]
+    assert ["longer than the run" in line.get("warning", "") for line in after] == [True] + [False] * (len(after) - 1)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])

@@ -3,7 +3,7 @@
 import pytest
 
 from minimind_ray.config.schema import ScheduleConfig
-from minimind_ray.train.schedule import lr_factor
+from minimind_ray.train.schedule import lr_factor, shortfall
 
 pytestmark = pytest.mark.unit
 
@@ -35,3 +35,8 @@ def test_wsd_is_flat_then_falls_to_final() -> None:
 def test_edges() -> None:
     assert factors(1, name="cosine", warmup=5) == [0.2]
     assert factors(2, name="wsd", decay=0.0) == [1.0, 1.0]
+
+
+def test_a_warmup_longer_than_the_run_is_told() -> None:
+    assert shortfall(ScheduleConfig(warmup=5), 5) is None
+    assert "schedule.warmup 6 is longer than the run's 5 steps" in (shortfall(ScheduleConfig(warmup=6), 5) or "")
