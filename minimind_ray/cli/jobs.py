@@ -75,9 +75,12 @@ def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", he
 
     table = Table("job", "state", "started", "took", "command", box=None, header_style="dim")
     for j in found:
-        began = (j.start_time or 0) / 1000
-        took = duration_text((j.end_time or datetime.now().timestamp() * 1000) / 1000 - began)
-        cells = (str(j.submission_id), str(j.status), f"{datetime.fromtimestamp(began):%d %b %H:%M}", took)
+        started, took = "-", "-"
+        if j.start_time:  # What failed before it began has none.
+            began = j.start_time / 1000
+            started = f"{datetime.fromtimestamp(began):%d %b %H:%M}"
+            took = duration_text((j.end_time or datetime.now().timestamp() * 1000) / 1000 - began)
+        cells = (str(j.submission_id), str(j.status), started, took)
         table.add_row(*cells, Text(j.entrypoint))
     Console(highlight=False, soft_wrap=True).print(table if found else "no jobs")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -70,6 +71,9 @@ def run() -> None:
     """
     # Tokenizers and matrix libraries start their threads themselves; workers are told their share.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
+        # A Ray that a script started in its background has handed down to its jobs that SIGINT is to be ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except UserError as error:

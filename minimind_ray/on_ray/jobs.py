@@ -73,15 +73,21 @@ def submit(client: Client, command: Sequence[str], metadata: Mapping[str, str]) 
                 metadata=dict(metadata),
             )
         except ValueError as error:
-            raise UserError(
-                f"{Path.cwd()} cannot be sent to the cluster: {error} Name in .rayignore what the command does not "
-                "need, and put large data into the cluster's storage"
-            ) from None
+            raise _too_large(error) from None
         except RuntimeError as error:
+            if "status code 413" in str(error):  # Its dashboard takes less than Ray's client would send.
+                raise _too_large(str(error).splitlines()[0]) from None
             # A cluster that has just started answers before there is what starts jobs.
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise UserError(f"the cluster does not start this job: {str(error).splitlines()[0]}") from None
         time.sleep(1)
+
+
+def _too_large(why: object) -> UserError:
+    return UserError(
+        f"{Path.cwd()} cannot be sent to the cluster: {str(why).rstrip('.')}. Name in .rayignore what the command does "
+        "not need, and put large data into the cluster's storage"
+    )
 
 
 def details(client: Client, job: str) -> JobDetails:
