@@ -39,7 +39,7 @@ from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.storage import Flag, flag, watched
-from minimind_ray.on_ray.ingest import read_shares, step_dataset
+from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
 from minimind_ray.on_ray.session import free_left_groups, interruptible, require_cpus, room, worker_resources
@@ -257,9 +257,9 @@ def _ask_for(scale: ScaleConfig) -> None:
 
 def _attempt(job: Job, workers: int, start: int) -> list[str]:
     """One Ray Train run, from step `start` on; the ids of nodes for which notice was given meanwhile."""
-    scale = job.config.scale
+    scale, first = job.config.scale, start + own_steps(job, start)
     trainer = TorchTrainer(
-        partial(_worker, job),
+        partial(_worker, job, first),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=worker_resources(scale)
         ),
@@ -271,7 +271,7 @@ def _attempt(job: Job, workers: int, start: int) -> list[str]:
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
-        datasets={"train": partial(step_dataset, job, start, workers)},
+        datasets={"train": partial(step_dataset, job, first, workers)} if first < job.plan.steps else None,
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
     )
     return trainer.fit().return_value or []
@@ -282,15 +282,20 @@ def _steps_done(run: RunDirectory) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def _worker(job: Job) -> list[str]:
-    """The train function; see `_attempt` for what it returns."""
+def _worker(job: Job, first: int) -> list[str]:
+    """The train function, whose steps from `first` on come by Ray Data; see `_attempt` for what it returns."""
     torch.set_num_threads(max(1, int(job.config.scale.cpus_per_worker)))
     context = RayTrainContext(job.config.out)
     with ThreadPoolExecutor(1) as beside:
-        shares = beside.submit(_shares)  # Ray Data starts while the model is made.
 
         def steps(start: int) -> Iterator[list[Pack]]:
-            return read_shares(shares.result(), job, start, context.rank)
+            own = islice(job.steps(context.rank, context.world_size, start), first - start)
+            yield from islice(own, 1)
+            # Ray Data starts beside what is left of our own.
+            shares = beside.submit(_shares) if first < job.plan.steps else None
+            yield from own
+            if shares:
+                yield from read_shares(shares.result(), job, first, context.rank)
 
         job.run(context, TrainingData(job.plan, steps, job.val_store()))
     return context.noticed
