@@ -24,18 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("ray_session" if uses_ray else item.location[0]))
 
 
-_CRASHED = set[str]()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport) -> None:
-    """Ray ends a driver's process, with exit code 1 and no exception, where its raylet fails to come up. The test that
-    was running is run again in a new process: once, that is no failure."""
-    if crashitem not in _CRASHED:
-        report.outcome = "crashed"  # pyright: ignore[reportAttributeAccessIssue]
-    _CRASHED.add(crashitem)
-
-
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray instance with 8 logical CPUs, stopped at the end."""

@@ -240,7 +240,8 @@ def _collective(node_ids: Sequence[str], backend: str) -> list[Finding]:
     except Exception as error:
         fault = one_line(error)
     finally:
-        for task in work:
+        # None that has ended: Ray can abort this process where a task is cancelled as its result comes in.
+        for task in ray.wait(work, num_returns=len(work), timeout=0)[1]:
             ray.cancel(task, force=True)
         ray.kill(store)
     variable = f"{backend.upper()}_SOCKET_IFNAME"
