@@ -9,9 +9,8 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/minimind-ray demo
 
-# In two processes, since tests with Ray wait more than they compute; tests/conftest.py says which test goes where.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 # Options and parts: make bench ARGS="--help". MINIMIND_REPO: a checkout of MiniMind; MINIMIND_CORPUS: a corpus folder.
 bench: .venv/.installed-dev

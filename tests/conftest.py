@@ -17,14 +17,6 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own.
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, one gets all that use the shared Ray, and those of a file stay together."""
-    for item in items:
-        uses_ray = "ray_session" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray_session" if uses_ray else item.location[0]))
-
-
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray instance with 8 logical CPUs, stopped at the end."""
