@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cli.conftest import Command
 
 pytestmark = pytest.mark.unit
 
@@ -54,3 +57,16 @@ def test_results_do_not_come_over_a_run_of_this_machine(tmp_path: Path) -> None:
 def test_jobs_are_of_some_cluster(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert "which cluster?" in told(tmp_path, *command)
     assert "which cluster?" in told(tmp_path, *command, address="10.0.0.1:6379")
+
+
+def test_a_job_hears_its_stop_though_its_ray_ignores_interrupts(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for name, handler in {"SIGTERM": signal.SIG_IGN, "SIGINT": signal.default_int_handler}.items():
+            monkeypatch.setenv("RAY_JOB_STOP_SIGNAL", name)
+            command("--help")
+            assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
