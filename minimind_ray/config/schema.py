@@ -63,7 +63,9 @@ class DataConfig(Section):
         default=None, description="directory with tokenizer.json; default: the one of init_from"
     )
     max_seq_len: PositiveInt = Field(default=512, description="longest document, in tokens")
-    pack_tokens: PositiveInt = Field(default=4096, description="most tokens in a pack, which is one forward pass")
+    pack_tokens: PositiveInt = Field(
+        default=4096, description="most tokens in a pack, the unit of data; see batch.pass_tokens"
+    )
     long_documents: Literal["split", "truncate"] = Field(
         default="split", description="pretraining documents over max_seq_len: split into consecutive ones, or cut"
     )
@@ -239,7 +241,7 @@ class ModelConfig(Section):
         except ValidationError as error:
             raise UserError(
                 "; ".join(
-                    str(each["ctx"]["error"])
+                    str(each.get("ctx", {})["error"])
                     if each["type"] == "value_error"
                     else f"model.{each['loc'][0]}: {each['msg']}"
                     for each in error.errors()
@@ -251,6 +253,11 @@ class BatchConfig(Section):
     """How much goes into one optimizer step."""
 
     tokens: PositiveInt = Field(default=32768, description="token budget of one optimizer step, over all workers")
+    pass_tokens: PositiveInt | Literal["auto"] = Field(
+        default="auto",
+        description="a worker puts packs of a step together in one forward pass up to so many tokens; auto: one pack "
+        "on a CPU, on a GPU what its memory holds, 131072 at most",
+    )
 
 
 class OptimConfig(Section):
@@ -287,6 +294,11 @@ class TrainConfig(Section):
     compile: Literal["auto", True, False] = Field(
         default="auto",
         description="torch.compile what lies between matrix products; auto: in a long run, where there is a compiler",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="on a GPU sum gradients in the same order every time, so that a resumed run is the same to the "
+        "last bit; slower. On a CPU it is so anyway",
     )
 
 

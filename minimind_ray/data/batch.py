@@ -10,7 +10,7 @@ N tokens of D documents, one after another, no padding:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -41,23 +41,32 @@ class Batch:
         return Batch(**moved)
 
 
+def passes(packs: Iterable[Pack], tokens: int) -> Iterator[list[Pack]]:
+    """Consecutive packs, as many for one forward pass as hold at most `tokens` together, but one at least."""
+    together: list[Pack] = []
+    for pack in packs:
+        if together and sum(len(p.tokens) for p in together) + len(pack.tokens) > tokens:
+            yield together
+            together = []
+        together.append(pack)
+    if together:
+        yield together
+
+
 def batch_from_packs(packs: Sequence[Pack]) -> Batch:
     """Concatenate packs. A document of L tokens gives L - 1 positions: its last token is only a target."""
-    tokens = np.concatenate([p.tokens for p in packs]).astype(np.int64)
-    weights = np.concatenate([p.weights for p in packs]).astype(np.float32)
-    lengths = np.concatenate([p.lengths for p in packs])
-    ends = np.cumsum(lengths)
-    is_input = np.ones(len(tokens), bool)
-    is_input[ends - 1] = False
-    is_target = np.ones(len(tokens), bool)
-    is_target[ends - lengths] = False
+    tokens, weights, lengths = (
+        np.concatenate([getattr(p, name) for p in packs]) for name in ("tokens", "weights", "lengths")
+    )
     bounds = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths - 1, out=bounds[1:])
+    # Before a document's positions lie all tokens of those before it, of which the last were no inputs.
+    inputs = np.arange(bounds[-1]) + np.repeat(np.arange(len(lengths)), lengths - 1)
     references = [p.reference for p in packs]
     return Batch(
-        tokens_N=torch.from_numpy(tokens[is_input]),
-        targets_N=torch.from_numpy(tokens[is_target]),
-        weights_N=torch.from_numpy(weights[is_target]),
+        tokens_N=torch.from_numpy(tokens[inputs].astype(np.int64)),
+        targets_N=torch.from_numpy(tokens[inputs + 1].astype(np.int64)),
+        weights_N=torch.from_numpy(weights[inputs + 1].astype(np.float32)),
         bounds_D1=torch.from_numpy(bounds),
         reference_D=None
         if any(r is None for r in references)

@@ -3,15 +3,71 @@
 N tokens   C channels   E experts   X experts per token   D documents
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+# (torch declares backward(ctx, *grads), and every Function names its own.)
+
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import Function
 
 from minimind_ray.config.schema import ModelShape
+from minimind_ray.model.ops import kernel, swiglu, wide
+
+# Between tokens and experts: [N · X, C] is by expert, in the `order` that sorts [N, X] by it; `places` undoes that.
+# Gradients are gathered too, not scattered: faster on a GPU, and the same every time.
+
+
+@kernel
+def _sum_of_places(y: Tensor, places: Tensor, per_token: int) -> Any:
+    return y.index_select(0, places).unflatten(0, (-1, per_token)).sum(1)
+
+
+class _Dispatch(Function):
+    """Each token once for every expert it goes to: [N, C] to [N · X, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, order: Tensor, places: Tensor) -> Any:
+        ctx.save_for_backward(places)
+        ctx.per_token = len(order) // len(x_NC)
+        return x_NC.index_select(0, order // ctx.per_token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (places,) = ctx.saved_tensors
+        return _sum_of_places(grad, places, ctx.per_token), None, None
+
+
+@kernel
+def _combine(y: Tensor, scores_NX: Tensor, places: Tensor) -> Any:
+    y_NXC = y.index_select(0, places).unflatten(0, scores_NX.shape)
+    return (y_NXC * scores_NX.unsqueeze(-1).to(y.dtype)).sum(1)
+
+
+@kernel
+def _combine_backward(grad_NC: Tensor, y: Tensor, scores_NX: Tensor, order: Tensor, places: Tensor) -> Any:
+    scores_1 = scores_NX.flatten().index_select(0, order).unsqueeze(1).to(y.dtype)
+    grad_y = grad_NC.index_select(0, order // scores_NX.shape[1]) * scores_1
+    y_NXC = y.index_select(0, places).unflatten(0, scores_NX.shape)
+    return grad_y, (wide(y_NXC) * grad_NC.unsqueeze(1)).sum(-1).to(scores_NX.dtype)
+
+
+class _Combine(Function):
+    """The sum of what the experts made of a token, weighted by their scores: [N · X, C] to [N, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scores_NX: Tensor, order: Tensor, places: Tensor) -> Any:
+        ctx.save_for_backward(y, scores_NX, order, places)
+        return _combine(y, scores_NX, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: Tensor) -> Any:
+        return *_combine_backward(grad_NC, *ctx.saved_tensors), None, None
 
 
 class MixtureOfExperts(nn.Module):
@@ -40,15 +96,30 @@ class MixtureOfExperts(nn.Module):
 
         # Tokens sorted by expert, so that each expert sees its own as one block.
         order = chosen_NX.flatten().argsort(stable=True)
-        rows = order // self.shape.num_experts_per_tok
-        counts = chosen_NX.flatten().bincount(minlength=self.shape.num_experts).tolist()
-        blocks = x_NC[rows].split(counts)
-        y = torch.cat([expert(block) for expert, block in zip(self.experts, blocks)])
-        weighted = y * scores_NX.flatten()[order].unsqueeze(-1).to(y.dtype)
-        out_NC = torch.zeros_like(x_NC, dtype=y.dtype).index_add(0, rows, weighted)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        counts_E = (chosen_NX.flatten() == torch.arange(self.shape.num_experts, device=order.device).unsqueeze(1)).sum(
+            1
+        )
+        x = _Dispatch.apply(x_NC, order, places)
+        out_NC = _Combine.apply(self._experts(x, counts_E), scores_NX, order, places)
         for index in range(self.shape.n_shared_experts):
             out_NC = out_NC + self.shared_experts[index](x_NC)
         return out_NC
+
+    def _experts(self, x: Tensor, counts_E: Tensor) -> Tensor:
+        """What every expert makes of its tokens; `x` holds those of the first, then those of the second, and so on."""
+        plain = all(type(part) is nn.Linear for expert in self.experts for part in expert.children())
+        if not (plain and x.is_cuda and x.dtype is torch.bfloat16):
+            blocks = x.split(counts_E.tolist())
+            return torch.cat([expert(block) for expert, block in zip(self.experts, blocks)])
+        # The host need not know the counts, for which it would wait in every layer.
+        ends_E = counts_E.cumsum(0, dtype=torch.int32)
+
+        def product(x: Tensor, name: str) -> Tensor:
+            weights = [expert.get_submodule(name).get_parameter("weight").to(x.dtype) for expert in self.experts]
+            return F.grouped_mm(x, torch.stack(weights).mT, offs=ends_E)
+
+        return product(swiglu(product(x, "gate_proj"), product(x, "up_proj")), "down_proj")
 
     def aux_loss(self, lengths_D: Tensor) -> Tensor:
         """The load-balancing loss of the last forward pass's tokens (Fedus et al. 2021, eq. 4-6), a mean over them.

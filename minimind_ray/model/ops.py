@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from minimind_ray.config.errors import UserError
@@ -64,7 +64,7 @@ def compile_kernels(device: torch.device) -> None:
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_cache_directory())
     # A process that trains many models, as in a sweep, has a variant of each kernel for each width.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # pyright: ignore[reportPrivateUsage]
     try:
         torch.compile(torch.square, dynamic=True)(torch.ones(2, device=device))
     except Exception as error:  # the compiler's troubles come in many classes
@@ -73,8 +73,10 @@ def compile_kernels(device: torch.device) -> None:
             f"train.compile is true, but torch.compile fails here ({type(error).__name__}: {reason}); it needs a C++ "
             "compiler such as g++ and Python's headers: install them, or set train.compile false"
         ) from error
+    # On a GPU what does not change, the width, is better known to the compiler: a row then stays in registers.
+    dynamic = None if device.type == "cuda" else True
     for each in KERNELS:
-        each.compiled = torch.compile(each.eager, dynamic=True)
+        each.compiled = torch.compile(each.eager, dynamic=dynamic)
 
 
 def _cache_directory() -> Path:
@@ -118,6 +120,39 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """Float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# Several products of one input
+
+
+class _Linears(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, *weights: Tensor) -> Any:
+        dtype = product_dtype(x_NC)
+        x, *cast = (t.to(dtype) for t in (x_NC, *weights))
+        ctx.save_for_backward(x, *cast)
+        ctx.dtypes = [t.dtype for t in (x_NC, *weights)]
+        return tuple(F.linear(x, weight) for weight in cast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        needed, dtypes = ctx.needs_input_grad, ctx.dtypes
+        grad_x = None
+        if needed[0]:
+            grad_x = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:]):
+                grad_x.addmm_(grad, weight)
+            grad_x = grad_x.to(dtypes[0])
+        return grad_x, *((g.t() @ x).to(d) if n else None for g, n, d in zip(grads, needed[1:], dtypes[1:]))
+
+
+def linears(x_NC: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """What each module makes of x. Of plain projections the gradient of x is summed in the products themselves."""
+    # Without gradients autocast's own casts of the weights are better: it keeps them from one call to the next.
+    if torch.is_grad_enabled() and all(type(module) is nn.Linear for module in modules):
+        return _Linears.apply(x_NC, *(module.weight for module in modules))
+    return tuple(module(x_NC) for module in modules)
 
 
 # Residual sum and RMSNorm: y = x + delta, y / sqrt(mean(y²) + eps) · weight (Zhang & Sennrich 2019, eq. 4)
@@ -165,20 +200,23 @@ def add_norm(x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float) -> tu
 # RMSNorm per head and rotary positions (Su et al. 2021, eq. 34), pairs (i, i + K/2) as Hugging Face has them
 
 
+def _turn(x_NHK: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Tensor:
+    """(a cos - b sin, b cos + a sin) of each pair (a, b). Without parts put together, which would be kernels more."""
+    signs_21 = (torch.arange(2, device=x_NHK.device) * 2 - 1).to(sin_NR.dtype).unsqueeze(1)
+    x_NH2R, cos_N11R, sin_N12R = x_NHK.unflatten(-1, (2, -1)), cos_NR[:, None, None], sin_NR[:, None, None] * signs_21
+    return (x_NH2R * cos_N11R + x_NH2R.flip(-2) * sin_N12R).flatten(-2)
+
+
 @kernel
 def _rotate(x_NHK: Tensor, cos_NR: Tensor, sin_NR: Tensor, scale: float) -> Any:
-    a_NHR, b_NHR = wide(x_NHK).chunk(2, dim=-1)
-    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
-    return torch.cat((a_NHR * cos_N1R - b_NHR * sin_N1R, b_NHR * cos_N1R + a_NHR * sin_N1R), -1).to(x_NHK.dtype)
+    return _turn(wide(x_NHK), cos_NR * scale, sin_NR * scale).to(x_NHK.dtype)
 
 
 @kernel
 def _norm_rotate(x_NHK: Tensor, weight_K: Tensor, cos_NR: Tensor, sin_NR: Tensor, eps: float, scale: float) -> Any:
     wide_NHK = wide(x_NHK)
     scale_NH1 = torch.rsqrt(wide_NHK.square().mean(-1, keepdim=True) + eps)
-    a_NHR, b_NHR = (wide_NHK * scale_NH1 * weight_K).chunk(2, dim=-1)
-    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
-    out_NHK = torch.cat((a_NHR * cos_N1R - b_NHR * sin_N1R, b_NHR * cos_N1R + a_NHR * sin_N1R), -1)
+    out_NHK = _turn(wide_NHK * scale_NH1 * weight_K, cos_NR * scale, sin_NR * scale)
     return out_NHK.to(x_NHK.dtype), scale_NH1
 
 
@@ -187,9 +225,7 @@ def _norm_rotate_backward(
     grad_out_NHK: Tensor, x_NHK: Tensor, weight_K: Tensor, scale_NH1: Tensor, cos_NR: Tensor, sin_NR: Tensor,
     scale: float,
 ) -> Any:  # fmt: skip
-    a_NHR, b_NHR = wide(grad_out_NHK).chunk(2, dim=-1)
-    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
-    grad_NHK = torch.cat((a_NHR * cos_N1R + b_NHR * sin_N1R, b_NHR * cos_N1R - a_NHR * sin_N1R), -1)
+    grad_NHK = _turn(wide(grad_out_NHK), cos_NR * scale, -sin_NR * scale)
     normed_NHK = wide(x_NHK) * scale_NH1
     grad_weight_K = (grad_NHK * normed_NHK).sum((0, 1))
     grad_NHK = grad_NHK * weight_K

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.model.attention import Layout
 from minimind_ray.model.moe import MixtureOfExperts
-from minimind_ray.model.ops import add_norm, norm_rotate, product_dtype, rotate, swiglu
+from minimind_ray.model.ops import add_norm, linears, norm_rotate, product_dtype, rotate, swiglu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_NHK scaled by 1 / sqrt(K), k_NGK, v_NGK) -> out_NHK: who attends to whom is the caller's business."""
@@ -51,8 +51,8 @@ class Attention(nn.Module):
 
     def forward(self, x_NC: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         """What the tokens read from their documents, [N, C]."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_NHK, k_NGK, v_NGK = (p(x_NC).unflatten(-1, (-1, self.shape.head_dim)) for p in projections)
+        projected = linears(x_NC, self.q_proj, self.k_proj, self.v_proj)
+        q_NHK, k_NGK, v_NGK = (y.unflatten(-1, (-1, self.shape.head_dim)) for y in projected)
         scale = self.shape.head_dim**-0.5
         if self.shape.qk_norm:
             q_NHK = norm_rotate(q_NHK, self.q_norm.weight, self.q_norm.eps, rotary, scale)
@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """[N, C] to [N, C]."""
-        return self.down_proj(swiglu(self.gate_proj(x_NC), self.up_proj(x_NC)))
+        return self.down_proj(swiglu(*linears(x_NC, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):

@@ -18,8 +18,8 @@ from minimind_ray.data.pack import Pack
 from minimind_ray.model.ops import log_probs
 from minimind_ray.model.transformer import Transformer
 
-MOST_LOGITS = 2**26
-"""Logits held at once, 256 MB in float32; more are computed piece by piece, and again in the backward pass."""
+MOST_LOGITS = {"cpu": 2**26, "cuda": 2**30}
+"""Logits held at once, 256 MB in float32 on a CPU; more are computed piece by piece, and again in the backward pass."""
 
 
 def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tensor:
@@ -30,8 +30,8 @@ def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tens
     counted_M = batch.weights_N.nonzero().squeeze(-1)
     count = len(counted_M)
     counted_M = F.pad(counted_M, (0, model.stable_size(count) - count))
-    hidden_MC, targets_M = hidden_NC[counted_M], batch.targets_N[counted_M]
-    step = max(1, MOST_LOGITS // model.shape.vocab_size)
+    hidden_MC, targets_M = (x.index_select(0, counted_M) for x in (hidden_NC, batch.targets_N))
+    step = max(1, MOST_LOGITS[hidden_NC.device.type] // model.shape.vocab_size)
     if len(counted_M) <= step:
         return _log_probs(model, hidden_MC, targets_M)[:count]
     pieces = zip(hidden_MC.split(step), targets_M.split(step))

@@ -14,10 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minimind_ray.data.batch import batch_from_packs
+from minimind_ray.data.batch import batch_from_packs, passes
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.step import Objective, autocast
+
+PASS_TOKENS = {"cpu": 0, "cuda": 65536}
+"""Tokens for which packs are put together in one forward pass: a GPU waits for its kernels in smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     columns: dict[str, list[np.ndarray]] = {}
-    for pack in packs:
-        batch = batch_from_packs([pack]).to(device)
+    for together in passes(packs, PASS_TOKENS[device.type]):
+        batch = batch_from_packs(together).to(device)
         with autocast(device, dtype):
             values = objective.examples(model, batch)
         if objective.unit == "token":
             bytes_N = token_bytes_V[batch.targets_N] * batch.weights_N
             values["bytes"] = torch.segment_reduce(bytes_N, "sum", lengths=batch.bounds_D1.diff().long().to(device))
-        ids = (pack.id << 20) + np.arange(len(values["loss"]))
+        per_example = (len(batch.bounds_D1) - 1) // len(values["loss"])  # documents: a pair has two
+        ids = np.concatenate([(pack.id << 20) + np.arange(len(pack.lengths) // per_example) for pack in together])
         arrays = {name: value.double().cpu().numpy() for name, value in values.items()}
         for name, array in {"example": ids, **arrays}.items():
             columns.setdefault(name, []).append(array)

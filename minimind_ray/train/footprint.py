@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minimind_ray.config.schema import ModelShape
+from minimind_ray.config.schema import Config, ModelShape
 from minimind_ray.data.batch import batch_from_packs
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
@@ -17,6 +17,7 @@ from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.train.step import autocast
 
 PROBE_TOKENS = 512
+GPU_PASS = 2**17
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ def _kept(
     for tensor in (*model.parameters(), *model.buffers()):
         nn.init.zeros_(tensor.data)
     adapt(model)
+    return kept_for_backward(model, length, documents, counted, dtype)
+
+
+def kept_for_backward(model: Transformer, length: int, documents: int, counted: float, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass over documents of `length` keeps, the model's parameters not among them."""
+    device = next(model.parameters()).device
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -107,8 +114,28 @@ def _kept(
     weights = np.zeros(tokens, np.uint8)
     weights[: round(counted * tokens)] = 1
     lengths = np.full(documents, length, np.int32)
-    batch = batch_from_packs([Pack(0, np.zeros(tokens, np.uint16), weights, lengths)])
-    with autocast(torch.device("cpu"), dtype), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = CausalLM(shape)(model, batch)
+    batch = batch_from_packs([Pack(0, np.zeros(tokens, np.uint16), weights, lengths)]).to(device)
+    with autocast(device, dtype), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = CausalLM(model.shape)(model, batch)
     assert loss.grad_fn, "nothing is trained"  # The graph lives to here: no storage's address was used again.
     return sum(kept.values())
+
+
+def settle_pass_tokens(config: Config, model: Transformer, dtype: torch.dtype) -> int:
+    """Tokens of a step that go through the model at once, as `batch.pass_tokens` says; 0: one pack.
+
+    `auto` on a GPU: for as many as 70 % of what weights, gradients and optimizer leave of this worker's part of its
+    memory holds what backward needs. Small passes leave a GPU waiting: of a 64M model, 8,192 tokens run at a sixth of
+    the rate of 131,072 on an H100. It depends on model, configuration and device alone, so that a resumed run adds up
+    its gradients as before.
+    """
+    if config.batch.pass_tokens != "auto":
+        return config.batch.pass_tokens
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return 0
+    few, many = (kept_for_backward(model, PROBE_TOKENS, documents, 1.0, dtype) for documents in (2, 4))
+    share = min(1.0, config.scale.gpus_per_worker or 1.0)
+    memory = share * torch.cuda.get_device_properties(device).total_memory
+    lasting = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
+    return max(0, min(GPU_PASS, int(0.7 * (memory - lasting) / ((many - few) / (2 * PROBE_TOKENS)))))

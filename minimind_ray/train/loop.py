@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.data.batch import Batch, batch_from_packs, passes
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
@@ -29,6 +32,7 @@ from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
 from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision, settle_compile
 from minimind_ray.train.evaluate import Evaluation, evaluate
+from minimind_ray.train.footprint import settle_pass_tokens
 from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.optim import FlatGradients, build_adamw
 from minimind_ray.train.run import RunDirectory, resolve_model, sound
@@ -36,6 +40,8 @@ from minimind_ray.train.schedule import lr_factor, shortfall
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast, training_step
 from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Write
+
+T = TypeVar("T")
 
 
 class Plan(Protocol):
@@ -117,9 +123,13 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A run wants this step trained on its `packs`; its answer is a StepResult, or the NonFiniteError it ended in."""
+    """A run wants this step trained; its answer is a StepResult, or the NonFiniteError it ended in.
+
+    `batches` are what its `packs` were assembled into.
+    """
 
     packs: list[Pack]
+    batches: list[Batch]
     step: int
     lr: float
     stop: bool
@@ -155,23 +165,35 @@ def fit(
         UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory.
     """
     dtype = resolve_precision(config.train.precision, context.device)
+    if config.train.deterministic and context.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     flops = data.plan.steps * config.batch.tokens * training_flops_per_token(model.shape, mean_context=0)
     settle_compile(config.train.compile, flops, context.device, RunDirectory(config.out).info().get("compiled"))
     optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
+    pass_tokens = settle_pass_tokens(config, model, dtype)
 
     def answer(asked: Step | Report) -> StepResult | NonFiniteError | bool:
         if isinstance(asked, Report):
             return context.report(asked.metrics, asked.checkpoint)
         try:
             return training_step(
-                model, objective, asked.packs, optimizer, gradients,
+                model, objective, asked.packs, asked.batches, optimizer, gradients,
                 step=asked.step, lr=asked.lr, clip=config.optim.clip, device=context.device, dtype=dtype,
                 stop=asked.stop,
             )  # fmt: skip
         except NonFiniteError as error:
             return error
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU's memory does not hold a pass of {max(pass_tokens, config.data.pack_tokens)} tokens: lower "
+                f"batch.pass_tokens, then data.pack_tokens ({str(error).partition('. ')[0]})"
+            ) from error
 
-    run = training(model, objective, optimizer, weights, config, context, data, tokenizer)
+    def assemble(packs: list[Pack]) -> list[Batch]:
+        return [batch_from_packs(together) for together in passes(packs, pass_tokens)]
+
+    run = training(model, objective, optimizer, weights, config, context, data, tokenizer, assemble)
     try:
         asked = next(run, None)
         while asked:
@@ -180,6 +202,7 @@ def fit(
         return
     finally:
         run_eagerly()  # What the process does next has not asked for anything else.
+        torch.use_deterministic_algorithms(False)
 
 
 def training(
@@ -191,11 +214,15 @@ def training(
     context: Context,
     data: TrainingData,
     tokenizer: Tokenizer,
+    assemble: Callable[[list[Pack]], list[Batch]] = lambda packs: [],
 ) -> Training:
-    """As `fit`, but whoever drives it trains the steps and passes the reports on, for many runs together too."""
+    """As `fit`, but whoever drives it trains the steps and passes the reports on, for many runs together too.
+
+    `assemble` makes the batches of a step, where they are wanted.
+    """
     run = RunDirectory(config.out, writes=context.rank == 0)
     with run.writing() if run.writes else nullcontext(), mark_failure(str(run.path)):
-        yield from _training(model, objective, optimizer, weights, config, context, data, tokenizer)
+        yield from _training(model, objective, optimizer, weights, config, context, data, tokenizer, assemble)
 
 
 def _training(
@@ -207,6 +234,7 @@ def _training(
     context: Context,
     data: TrainingData,
     tokenizer: Tokenizer,
+    assemble: Callable[[list[Pack]], list[Batch]],
 ) -> Training:
     keep_freed_memory()
     plan, main = data.plan, context.rank == 0
@@ -234,11 +262,12 @@ def _training(
     state = "finished"
     model.train()
 
-    for packs in data.steps(progress.step):
+    steps = ((packs, assemble(packs)) for packs in data.steps(progress.step))
+    for packs, batches in ahead(steps) if context.device.type == "cuda" else steps:
         torch.manual_seed(step_seed(config.train.seed, progress.step, context.rank))
         lr = config.optim.lr * lr_factor(config.schedule, progress.step, plan.steps)
         stop = context.should_stop() or (tracker is not None and tracker.stop_requested)
-        result = yield Step(packs, progress.step, lr, stop)
+        result = yield Step(packs, batches, progress.step, lr, stop)
         if isinstance(result, NonFiniteError):
             if writer:
                 writer.settle()
@@ -310,6 +339,15 @@ def _training(
         run.update(state=state, steps=progress.step, tokens=progress.tokens, result=result)
         if tracker:
             tracker.finish(state, best)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in another thread while the one before is in use: a GPU does not wait for it."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _write(weights: Write, optimizer: Mapping[str, Tensor], state: dict[str, Any], directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minimind_ray.data.batch import Batch, batch_from_packs
+from minimind_ray.data.batch import Batch
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.optim import FlatGradients
@@ -89,6 +89,7 @@ def training_step(
     model: Transformer,
     objective: Objective,
     packs: Sequence[Pack],
+    batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     gradients: FlatGradients,
     *,
@@ -99,7 +100,9 @@ def training_step(
     dtype: torch.dtype,
     stop: bool = False,
 ) -> StepResult:
-    """Train on this worker's `packs` of a step, one pack a micro-batch; a worker without packs adds nothing.
+    """Train on this worker's `packs` of a step, made into `batches`, each a forward and a backward pass.
+
+    A worker without packs adds nothing.
 
     The loss of every pack is divided by the count over all packs of all workers, so the gradient is the one of the
     whole batch, however it was split over workers and micro-batches.
@@ -111,8 +114,8 @@ def training_step(
     count, all_tokens, stops = all_reduce_sums([sum(objective.count(p) for p in packs), tokens, stop], device)
     gradients.zero()
     sums: dict[str, Tensor | float] = dict.fromkeys(("loss", *objective.metrics), 0.0)
-    for pack in packs:
-        batch = batch_from_packs([pack]).to(device)
+    for batch in batches:
+        batch = batch.to(device)
         with autocast(device, dtype):
             loss, metrics = objective(model, batch)
         (loss / count).backward()

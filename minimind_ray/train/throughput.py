@@ -46,7 +46,9 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: floa
     That of the fastest one within `seconds`, since others may be at work beside.
     """
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    # Random: a GPU multiplies ones faster. By a generator of its own, since a run's random choices are not to change.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     torch.mm(a, b)
     _synchronize(device)
     end, fastest = time.perf_counter() + seconds, math.inf

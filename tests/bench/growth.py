@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from minimind_ray.config.schema import ModelConfig, ModelShape, OptimConfig
+from minimind_ray.data.batch import batch_from_packs
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
@@ -93,9 +94,11 @@ def stepper() -> tuple[FlatGradients, Callable[[list[Pack]], int]]:
     objective, dtype = CausalLM(model.shape), resolve_precision("auto", device)
 
     def step(packs: list[Pack]) -> int:
+        batches = [batch_from_packs([pack]) for pack in packs]
         done = training_step(
-            model, objective, packs, optimizer, gradients, step=0, lr=1e-4, clip=1.0, device=device, dtype=dtype
-        )
+            model, objective, packs, batches, optimizer, gradients,
+            step=0, lr=1e-4, clip=1.0, device=device, dtype=dtype,
+        )  # fmt: skip
         return done.tokens
 
     return gradients, step

@@ -58,7 +58,7 @@ SIZES = {  # Hidden size, layers, experts: MiniMind's scripts derive the rest, a
 }
 SIDES = ("ours", "minimind", "trl")
 LORA_RANK = 16  # MiniMind's
-GPU_PACK, GPU_BATCH = 32768, 131072
+GPU_BATCH = 131072
 
 
 def model_settings(size: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def measure_training(args: Namespace, report: Report, scratch: Path) -> None:
         make_base(args, size, base)
         products = {
             "model": model_settings(size), "vocab_size": tokenizer(args).vocab_size,
-            "tokens": GPU_PACK if limits["device"] == "cuda" else 4096,
+            "tokens": GPU_BATCH if limits["device"] == "cuda" else 4096,
         }  # fmt: skip
         products = ask("tests.bench.sides", "products", json.dumps(products))
         for stage in args.stages.split(","):
@@ -171,7 +171,7 @@ def our_settings(
         "lora.rank": LORA_RANK,
     }  # fmt: skip
     if device == "cuda":
-        settings |= {"data.pack_tokens": GPU_PACK, "batch.tokens": GPU_BATCH, "scale.gpus_per_worker": 1}
+        settings |= {"batch.tokens": GPU_BATCH, "scale.gpus_per_worker": 1}
     if stage == "pretrain":
         settings |= {f"model.{key}": value for key, value in model_settings(size).items()}
         settings["data.tokenizer"] = str(args.tokenizer)
@@ -186,7 +186,9 @@ def start_minimind(
     hidden, layers, experts = SIZES[size]
     command = [
         sys.executable, "-u", facts.script, "--data_path", rows, "--hidden_size", hidden, "--num_hidden_layers", layers,
-        "--use_moe", int(experts > 0), "--epochs", "1000", "--log_interval", "1", "--save_interval", "1000000",
+        "--use_moe", int(experts > 0), "--epochs", "1000", "--save_interval", "1000000",
+        # Its log waits for the GPU.
+        "--log_interval", "1" if device == "cpu" else "10",
         "--from_weight", "none", "--save_dir", scratch / "minimind",
     ]  # fmt: skip
     if device == "cpu":  # Its data workers would take the cores from the model.
@@ -197,15 +199,14 @@ def start_minimind(
 
 
 def count_minimind(tokens_per_step: float) -> Callable[[str], float | None]:
-    """Tokens so far at each line that it logs for a step."""
-    so_far = 0.0
+    """Tokens so far at each line that it logs."""
 
     def parse(line: str) -> float | None:
-        nonlocal so_far
-        if not re.match(r"Epoch:\[\d+/\d+\]\(\d+/\d+\)", line):
+        found = re.match(r"Epoch:\[(\d+)/\d+\]\((\d+)/(\d+)\)", line)
+        if not found:
             return None
-        so_far += tokens_per_step
-        return so_far
+        epoch, step, steps = map(int, found.groups())
+        return ((epoch - 1) * steps + step) * tokens_per_step
 
     return parse
 

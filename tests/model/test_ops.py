@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.model import ops
@@ -27,6 +27,17 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = (torch.cat((c, c), -1).unsqueeze(1) for c in (cos, sin))
     return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class Two(nn.Module):
+    """Two projections of one input."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return ops.linears(x, self.first, self.second)
 
 
 def cases() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], list[Tensor]]]:
@@ -50,6 +61,15 @@ def cases() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], list[
         lambda x, w: ops.norm_rotate(x, w, EPS, rotary, 0.3),
         lambda x, w: plain_rotate(F.rms_norm(x, w.shape, w, EPS), *rotary) * 0.3,
         [draw(5, 3, 8), draw(8)],
+    )
+    first, second = nn.Linear(8, 5, bias=False).double(), nn.Linear(8, 3, bias=False).double()
+    yield (
+        "linears",
+        lambda x, *weights: torch.func.functional_call(
+            Two(first, second), {"first.weight": weights[0], "second.weight": weights[1]}, x
+        ),
+        lambda x, *weights: tuple(x @ w.t() for w in weights),
+        [draw(4, 8), draw(5, 8), draw(3, 8)],
     )
     yield "swiglu", ops.swiglu, lambda gate, up: F.silu(gate) * up, [draw(5, 8), draw(5, 8)]
     targets = torch.tensor([3, 0, 6, 3])

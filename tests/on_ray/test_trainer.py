@@ -23,6 +23,7 @@ def one_step(job, out: str) -> None:
     """In a worker: one plain gradient step on the first step's packs, so that the weights' change is the gradient."""
     import ray.train
 
+    from minimind_ray.data.batch import batch_from_packs
     from minimind_ray.data.plan import read_steps
     from minimind_ray.data.store import PackStore
     from minimind_ray.objectives.causal_lm import CausalLM
@@ -36,7 +37,8 @@ def one_step(job, out: str) -> None:
     gradients = FlatGradients(model)
     packs = next(read_steps(PackStore(job.train), job.plan, 0, context.rank, context.world_size))
     training_step(
-        model, CausalLM(model.shape), packs, torch.optim.SGD(model.parameters(), lr=1.0), gradients,
+        model, CausalLM(model.shape), packs, [batch_from_packs([pack]) for pack in packs],
+        torch.optim.SGD(model.parameters(), lr=1.0), gradients,
         step=0, lr=1.0, clip=0.0, device=context.device, dtype=torch.float32,
     )  # fmt: skip
     if context.rank == 0:
