@@ -20,33 +20,39 @@ from minimind_ray.config.schema import ModelShape
 from minimind_ray.model.ops import kernel, swiglu, wide
 
 # Between tokens and experts: [N · X, C] is by expert, in the `order` that sorts [N, X] by it; `places` undoes that.
-# Gradients are gathered too, not scattered: faster on a GPU, and the same every time.
+# Gradients are gathered too, not scattered: faster on a GPU, and the same every time. What a token's X experts made is
+# added one by one: the compiler makes a slow loop of a sum over X.
 
 
 @kernel
 def _sum_of_places(y: Tensor, places: Tensor, per_token: int) -> Any:
-    return y.index_select(0, places).unflatten(0, (-1, per_token)).sum(1)
+    first, *others = (y.index_select(0, places_N) for places_N in places.unflatten(0, (-1, per_token)).unbind(1))
+    return sum(others, first)
 
 
 class _Dispatch(Function):
     """Each token once for every expert it goes to: [N, C] to [N · X, C]."""
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, order: Tensor, places: Tensor) -> Any:
+    def forward(ctx: Any, x_NC: Tensor, order: Tensor, places: Tensor, per_token: int) -> Any:
         ctx.save_for_backward(places)
-        ctx.per_token = len(order) // len(x_NC)
-        return x_NC.index_select(0, order // ctx.per_token)
+        ctx.per_token = per_token
+        return x_NC.index_select(0, order // per_token)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (places,) = ctx.saved_tensors
-        return _sum_of_places(grad, places, ctx.per_token), None, None
+        return _sum_of_places(grad, places, ctx.per_token), None, None, None
 
 
 @kernel
 def _combine(y: Tensor, scores_NX: Tensor, places: Tensor) -> Any:
-    y_NXC = y.index_select(0, places).unflatten(0, scores_NX.shape)
-    return (y_NXC * scores_NX.unsqueeze(-1).to(y.dtype)).sum(1)
+    places_NX = places.unflatten(0, scores_NX.shape)
+    first, *others = (
+        y.index_select(0, places_N) * scores_N.unsqueeze(1).to(y.dtype)
+        for places_N, scores_N in zip(places_NX.unbind(1), scores_NX.unbind(1))
+    )
+    return sum(others, first)
 
 
 @kernel
@@ -97,10 +103,9 @@ class MixtureOfExperts(nn.Module):
         # Tokens sorted by expert, so that each expert sees its own as one block.
         order = chosen_NX.flatten().argsort(stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts_E = (chosen_NX.flatten() == torch.arange(self.shape.num_experts, device=order.device).unsqueeze(1)).sum(
-            1
-        )
-        x = _Dispatch.apply(x_NC, order, places)
+        experts_E1 = torch.arange(self.shape.num_experts, device=order.device).unsqueeze(1)
+        counts_E = (chosen_NX.flatten() == experts_E1).sum(1)
+        x = _Dispatch.apply(x_NC, order, places, self.shape.num_experts_per_tok)
         out_NC = _Combine.apply(self._experts(x, counts_E), scores_NX, order, places)
         for index in range(self.shape.n_shared_experts):
             out_NC = out_NC + self.shared_experts[index](x_NC)

@@ -200,23 +200,20 @@ def add_norm(x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float) -> tu
 # RMSNorm per head and rotary positions (Su et al. 2021, eq. 34), pairs (i, i + K/2) as Hugging Face has them
 
 
-def _turn(x_NHK: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Tensor:
-    """(a cos - b sin, b cos + a sin) of each pair (a, b). Without parts put together, which would be kernels more."""
-    signs_21 = (torch.arange(2, device=x_NHK.device) * 2 - 1).to(sin_NR.dtype).unsqueeze(1)
-    x_NH2R, cos_N11R, sin_N12R = x_NHK.unflatten(-1, (2, -1)), cos_NR[:, None, None], sin_NR[:, None, None] * signs_21
-    return (x_NH2R * cos_N11R + x_NH2R.flip(-2) * sin_N12R).flatten(-2)
-
-
 @kernel
 def _rotate(x_NHK: Tensor, cos_NR: Tensor, sin_NR: Tensor, scale: float) -> Any:
-    return _turn(wide(x_NHK), cos_NR * scale, sin_NR * scale).to(x_NHK.dtype)
+    a_NHR, b_NHR = wide(x_NHK).chunk(2, dim=-1)
+    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
+    return torch.cat((a_NHR * cos_N1R - b_NHR * sin_N1R, b_NHR * cos_N1R + a_NHR * sin_N1R), -1).to(x_NHK.dtype)
 
 
 @kernel
 def _norm_rotate(x_NHK: Tensor, weight_K: Tensor, cos_NR: Tensor, sin_NR: Tensor, eps: float, scale: float) -> Any:
     wide_NHK = wide(x_NHK)
     scale_NH1 = torch.rsqrt(wide_NHK.square().mean(-1, keepdim=True) + eps)
-    out_NHK = _turn(wide_NHK * scale_NH1 * weight_K, cos_NR * scale, sin_NR * scale)
+    a_NHR, b_NHR = (wide_NHK * scale_NH1 * weight_K).chunk(2, dim=-1)
+    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
+    out_NHK = torch.cat((a_NHR * cos_N1R - b_NHR * sin_N1R, b_NHR * cos_N1R + a_NHR * sin_N1R), -1)
     return out_NHK.to(x_NHK.dtype), scale_NH1
 
 
@@ -225,7 +222,9 @@ def _norm_rotate_backward(
     grad_out_NHK: Tensor, x_NHK: Tensor, weight_K: Tensor, scale_NH1: Tensor, cos_NR: Tensor, sin_NR: Tensor,
     scale: float,
 ) -> Any:  # fmt: skip
-    grad_NHK = _turn(wide(grad_out_NHK), cos_NR * scale, -sin_NR * scale)
+    a_NHR, b_NHR = wide(grad_out_NHK).chunk(2, dim=-1)
+    cos_N1R, sin_N1R = cos_NR.unsqueeze(1) * scale, sin_NR.unsqueeze(1) * scale
+    grad_NHK = torch.cat((a_NHR * cos_N1R + b_NHR * sin_N1R, b_NHR * cos_N1R - a_NHR * sin_N1R), -1)
     normed_NHK = wide(x_NHK) * scale_NH1
     grad_weight_K = (grad_NHK * normed_NHK).sum((0, 1))
     grad_NHK = grad_NHK * weight_K
