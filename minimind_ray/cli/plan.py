@@ -73,9 +73,12 @@ def plan(config: Config) -> dict[str, str]:
     flops = tokens * training_flops_per_token(shape, sample.mean_context)
     total, active = parameter_counts(shape)
     dtype = resolve_precision(config.train.precision, default_device())
+    # `auto` depends on the GPU, which may not be here.
+    pass_tokens = 0 if config.batch.pass_tokens == "auto" else config.batch.pass_tokens
+    pass_tokens = max(data.pack_tokens, min(pass_tokens, config.batch.tokens // scale.most))
     memory = footprint(
         shape, _adapt(config),
-        pack_tokens=data.pack_tokens, document=2 * sample.mean_context, counted=epoch.counted / epoch.tokens,
+        pack_tokens=pass_tokens, document=2 * sample.mean_context, counted=epoch.counted / epoch.tokens,
         dtype=dtype,
     )  # fmt: skip
     fullness = epoch.tokens / (epoch.packs * data.pack_tokens)
@@ -89,7 +92,8 @@ def plan(config: Config) -> dict[str, str]:
         f"packs of {data.pack_tokens:,}, {math.ceil(packs_per_step / scale.most)} on each worker",
         "compute": f"{flops / steps:.2g} FLOPs a step, {flops:.2g} in all, counted as for MFU",
         "memory": f"{_size(memory.total)} on each worker: {_size(memory.weights)} weights + {_size(memory.gradients)} "
-        f"gradients + {_size(memory.optimizer)} AdamW + {_size(memory.activations)} activations of a pack (estimated)",
+        f"gradients + {_size(memory.optimizer)} AdamW + {_size(memory.activations)} activations of "
+        f"{_pass(config, pass_tokens)} (estimated)",
         "workers": f"{scale.workers}, each with {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs; one "
         f"more CPU for the data; matrix products in {str(dtype).removeprefix('torch.')} where hardware is as here",
         "run": f"{run.where}{', which holds a run already' if run.file('config.yaml').exists() else ''}",
@@ -106,6 +110,12 @@ def plan(config: Config) -> dict[str, str]:
         if sample.rejected > data.max_reject_fraction * sample.sampled:
             lines["rejected"] += f"; data.max_reject_fraction {data.max_reject_fraction:g} allows fewer: it would stop"
     return lines
+
+
+def _pass(config: Config, tokens: int) -> str:
+    if config.batch.pass_tokens != "auto":
+        return f"a pass of {tokens:,} tokens"
+    return "a pack" + ("; a GPU takes as many at once as it has memory for" if config.scale.gpus_per_worker else "")
 
 
 def _epoch(config: Config, tokenizer: Tokenizer, sample: Estimate) -> Epoch:

@@ -241,8 +241,8 @@ class ModelConfig(Section):
         except ValidationError as error:
             raise UserError(
                 "; ".join(
-                    str(each.get("ctx", {})["error"])
-                    if each["type"] == "value_error"
+                    str(each["ctx"]["error"])
+                    if each["type"] == "value_error" and "ctx" in each
                     else f"model.{each['loc'][0]}: {each['msg']}"
                     for each in error.errors()
                 )
@@ -256,7 +256,7 @@ class BatchConfig(Section):
     pass_tokens: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="a worker puts packs of a step together in one forward pass up to so many tokens; auto: one pack "
-        "on a CPU, on a GPU what its memory holds, 131072 at most",
+        "on a CPU, on a GPU about what its memory holds, 131072 at most. Experts are balanced over a pass",
     )
 
 

@@ -60,7 +60,7 @@ def batch_from_packs(packs: Sequence[Pack]) -> Batch:
     )
     bounds = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths - 1, out=bounds[1:])
-    # Before a document's positions lie all tokens of those before it, of which the last were no inputs.
+    # Position i of the batch, in document d, is token i + d: the last token of each document before it is no input.
     inputs = np.arange(bounds[-1]) + np.repeat(np.arange(len(lengths)), lengths - 1)
     references = [p.reference for p in packs]
     return Batch(

@@ -17,7 +17,7 @@ batch and used by every layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -109,13 +109,20 @@ class Layout:
         from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use on a CPU
 
         bounds_D1, longest = self._varlen_bounds
-        # Fewer key heads than query heads: torch 2.11 takes them as they are, later ones on demand.
-        grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
         out_NHK = varlen_attn(
-            q_NHK, k_NGK, v_NGK, bounds_D1, bounds_D1, longest, longest, scale=1.0, window_size=(-1, 0), **grouped
-        )
+            q_NHK, k_NGK, v_NGK, bounds_D1, bounds_D1, longest, longest, scale=1.0, window_size=(-1, 0),
+            **_fewer_key_heads(),
+        )  # fmt: skip
         assert isinstance(out_NHK, Tensor)
         return out_NHK
+
+
+@cache
+def _fewer_key_heads() -> dict[str, Any]:
+    """What lets keys have fewer heads than queries: nothing in torch 2.11, later ones want to be asked."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def _buckets(lengths_D: Tensor) -> Iterator[Bucket]:

@@ -113,8 +113,7 @@ class MixtureOfExperts(nn.Module):
 
     def _experts(self, x: Tensor, counts_E: Tensor) -> Tensor:
         """What every expert makes of its tokens; `x` holds those of the first, then those of the second, and so on."""
-        plain = all(type(part) is nn.Linear for expert in self.experts for part in expert.children())
-        if not (plain and x.is_cuda and x.dtype is torch.bfloat16):
+        if not self._grouped(x):
             blocks = x.split(counts_E.tolist())
             return torch.cat([expert(block) for expert, block in zip(self.experts, blocks)])
         # The host need not know the counts, for which it would wait in every layer.
@@ -125,6 +124,19 @@ class MixtureOfExperts(nn.Module):
             return F.grouped_mm(x, torch.stack(weights).mT, offs=ends_E)
 
         return product(swiglu(product(x, "gate_proj"), product(x, "up_proj")), "down_proj")
+
+    def _grouped(self, x: Tensor) -> bool:
+        """Whether the experts' products can be one: of plain matrices whose rows are multiples of 16 bytes, on Hopper.
+
+        Elsewhere torch has no such product for bfloat16, and asks the device for the counts in each.
+        """
+        parts = [part for expert in self.experts for part in expert.children()]
+        return (
+            x.is_cuda
+            and x.dtype is torch.bfloat16
+            and torch.cuda.get_device_capability(x.device)[0] == 9
+            and all(type(part) is nn.Linear and not (part.in_features | part.out_features) % 8 for part in parts)
+        )
 
     def aux_loss(self, lengths_D: Tensor) -> Tensor:
         """The load-balancing loss of the last forward pass's tokens (Fedus et al. 2021, eq. 4-6), a mean over them.

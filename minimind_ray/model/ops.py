@@ -74,7 +74,9 @@ def compile_kernels(device: torch.device) -> None:
             "compiler such as g++ and Python's headers: install them, or set train.compile false"
         ) from error
     # On a GPU what does not change, the width, is better known to the compiler: a row then stays in registers.
-    dynamic = None if device.type == "cuda" else True
+    # But it learns from the first sizes what does, which a resumed run would see others of.
+    learns = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    dynamic = None if learns else True
     for each in KERNELS:
         each.compiled = torch.compile(each.eager, dynamic=dynamic)
 
@@ -130,7 +132,7 @@ class _Linears(Function):
     def forward(ctx: Any, x_NC: Tensor, *weights: Tensor) -> Any:
         dtype = product_dtype(x_NC)
         x, *cast = (t.to(dtype) for t in (x_NC, *weights))
-        ctx.save_for_backward(x, *cast)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *cast)
         ctx.dtypes = [t.dtype for t in (x_NC, *weights)]
         return tuple(F.linear(x, weight) for weight in cast)
 

@@ -18,8 +18,18 @@ from minimind_ray.data.pack import Pack
 from minimind_ray.model.ops import log_probs
 from minimind_ray.model.transformer import Transformer
 
-MOST_LOGITS = {"cpu": 2**26, "cuda": 2**30}
-"""Logits held at once, 256 MB in float32 on a CPU; more are computed piece by piece, and again in the backward pass."""
+MOST_LOGITS = 2**26
+"""Logits held at once on a CPU, 256 MB in float32."""
+
+
+def most_logits(device: torch.device) -> int:
+    """Logits held at once; more are computed piece by piece, and again in the backward pass.
+
+    On a GPU three float32 copies of them, which uncompiled code makes, take an eighth of its memory.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 96
+    return MOST_LOGITS
 
 
 def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tensor:
@@ -31,7 +41,7 @@ def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tens
     count = len(counted_M)
     counted_M = F.pad(counted_M, (0, model.stable_size(count) - count))
     hidden_MC, targets_M = (x.index_select(0, counted_M) for x in (hidden_NC, batch.targets_N))
-    step = max(1, MOST_LOGITS[hidden_NC.device.type] // model.shape.vocab_size)
+    step = max(1, most_logits(hidden_NC.device) // model.shape.vocab_size)
     if len(counted_M) <= step:
         return _log_probs(model, hidden_MC, targets_M)[:count]
     pieces = zip(hidden_MC.split(step), targets_M.split(step))

@@ -21,13 +21,12 @@ from torch import Tensor
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.storage import flag, watched
 from minimind_ray.model.checkpoint import read_weights
-from minimind_ray.on_ray.trainer import STOP_FILE
+from minimind_ray.on_ray.trainer import STOP_FILE, granted_device
 from minimind_ray.stages.fused import member
 from minimind_ray.stages.run import Job
 from minimind_ray.train.context import (
     Context,
     PlainContext,
-    default_device,
     keep_freed_memory,
     resolve_precision,
     settle_compile,
@@ -81,7 +80,7 @@ class Group:
         self.contexts: dict[str, GroupContext] = {}
         self.taken: set[str] = set()
         self.lock = threading.Lock()
-        self.device = default_device()
+        self.device = granted_device()
         self.weights: Mapping[str, Tensor] = {}
         threading.Thread(target=self._work, name="training", daemon=True).start()
 

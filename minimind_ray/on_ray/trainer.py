@@ -56,6 +56,11 @@ NOTICE_SECONDS = 2.0
 LOOK_SECONDS, LEAVE_SECONDS = 5.0, 60.0
 
 
+def granted_device() -> torch.device:
+    """The GPU that Ray gave this process, else the CPU: one that none asked for would be many processes' at once."""
+    return default_device() if ray.get_gpu_ids() else torch.device("cpu")
+
+
 class RayTrainContext:
     """A Ray Train worker."""
 

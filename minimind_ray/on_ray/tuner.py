@@ -49,10 +49,9 @@ from minimind_ray.data.storage import copy_of, flag, url_of, watched
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.fused import run_fused, start_groups
 from minimind_ray.on_ray.session import Ending, configure_data, interruptible, machines, room, worker_resources
-from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
+from minimind_ray.on_ray.trainer import STOP_FILE, granted_device, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.checkpoint import read_state
-from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import last_sound_checkpoint
 from minimind_ray.train.run import RunDirectory, resolve_model
 
@@ -121,7 +120,7 @@ class TuneContext:
     def __init__(
         self, job: Job, search: Search, stopped: Callable[[], bool], bases: Mapping[str, ray.ObjectRef]
     ) -> None:
-        self.device = default_device()
+        self.device = granted_device()
         self.steps, self.metric, self.stopped, self.bases = job.plan.steps, search.metric, stopped, bases
         self.reads_checkpoints = search.scheduler == "pbt"
         self.reports: SimpleQueue[dict[str, Any] | None] = SimpleQueue()

@@ -32,6 +32,8 @@ def obstacle(configs: Sequence[Config]) -> str | None:
             return "a trial has more than one worker"
         if config.lora.dropout or config.lora.dora:
             return "lora.dropout and lora.dora are not there for many adapters at once"
+    if first.scale.gpus_per_worker and any(config.train.deterministic for config in configs):
+        return "train.deterministic is for runs alone"
     for key in SHARED:
         if any(attrgetter(key)(config) != attrgetter(key)(first) for config in configs):
             return f"{key} is not the same in all trials"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from minimind_ray.config.errors import UserError
 from minimind_ray.stages.fused import SHARED, obstacle
 from minimind_ray.sweep.plan import SweepPlan
+from minimind_ray.train.fused import PASS_TOKENS
 
 MOST = 8
-GPU_TOKENS = 32768
-"""On a GPU a pass over fewer tokens leaves it waiting for the next kernel."""
 
 
 def together(plan: SweepPlan) -> tuple[int, str]:
@@ -48,7 +47,8 @@ def _chosen(plan: SweepPlan) -> tuple[int, str]:
             1,
             "on a CPU it gains 18 % at most, less than the processes of more trials at once cost (docs/performance.md)",
         )
-    size = min(MOST, GPU_TOKENS // max(trial.config.data.pack_tokens for trial in plan.trials or ()), plan.count)
+    step = max(trial.config.batch.tokens for trial in plan.trials)
+    size = min(MOST, PASS_TOKENS["cuda"] // step, plan.count)
     if size < 2:
-        return 1, "one trial's packs keep the GPU busy"
-    return size, "one trial's packs leave the GPU waiting"
+        return 1, "one trial's steps keep the GPU busy"
+    return size, "one trial's steps leave the GPU waiting"

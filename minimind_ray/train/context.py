@@ -23,6 +23,9 @@ from torch import Tensor
 from minimind_ray.config.errors import UserError
 from minimind_ray.model.ops import compile_kernels, compiled, run_eagerly
 
+# Read once, at a GPU's first matrix product, which may be long before a run asks for `train.deterministic`.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 class Context(Protocol):
     """What the loop knows of its host."""

@@ -19,9 +19,6 @@ from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.step import Objective, autocast
 
-PASS_TOKENS = {"cpu": 0, "cuda": 65536}
-"""Tokens for which packs are put together in one forward pass: a GPU waits for its kernels in smaller ones."""
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -49,8 +46,11 @@ def evaluate(
     token_bytes_V: Tensor,
     device: torch.device,
     dtype: torch.dtype,
+    pass_tokens: int = 0,
 ) -> Evaluation:
     """Evaluate this worker's packs, dropout off; the result holds all workers' examples, on every worker.
+
+    Packs go through the model together up to `pass_tokens`, else one by one.
 
     For losses per token also `perplexity` = exp(loss) and `bits_per_byte`, the loss in bits over the bytes of text
     that the counted tokens stand for (`token_bytes_V` int32, 0 for control tokens), which compares tokenizers.
@@ -58,7 +58,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     columns: dict[str, list[np.ndarray]] = {}
-    for together in passes(packs, PASS_TOKENS[device.type]):
+    for together in passes(packs, pass_tokens):
         batch = batch_from_packs(together).to(device)
         with autocast(device, dtype):
             values = objective.examples(model, batch)

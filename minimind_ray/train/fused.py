@@ -3,8 +3,9 @@
     K runs   P numbers of an adapter, ranks padded   D documents
 
 Each run is the loop of a run alone (`training`), with its own packs, schedule, validations, checkpoints and run
-directory. Only its steps are trained here, together with the others': every run's i-th pack of the step is in the i-th
-micro-batch. Gradient norm, clipping, the check for what is not finite, and AdamW are each run's own, as vectors over K.
+directory. Only its steps are trained here, together with the others': every run's i-th pack of the step (on a GPU
+its i-th few packs) is in the i-th micro-batch. Gradient norm, clipping, the check for what is not finite, and AdamW are
+each run's own, as vectors over K.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ import torch
 from torch import Tensor
 
 from minimind_ray.config.schema import OptimConfig
-from minimind_ray.data.batch import batch_from_packs
+from minimind_ray.data.batch import batch_from_packs, passes
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.fused_lora import AdapterStack, FusedTransformer
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import Report, Step, Training
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast
+
+PASS_TOKENS = {"cpu": 0, "cuda": 32768}
+"""Up to how many tokens packs of all runs go through the model together, where one of each run is not more: a GPU would
+wait for the next kernel in smaller passes."""
 
 
 class FusedContext(Context, Protocol):
@@ -152,7 +157,8 @@ class Together:
         counts = [sum(map(m.objective.count, step.packs)) for m, step in zip(self.members, steps, strict=True)]
         names = ["loss", *self.members[0].objective.metrics]
         sums_KM = torch.zeros(len(steps), len(names), dtype=torch.float64, device=self.device)
-        for packs in zip_longest(*(step.packs for step in steps)):
+        share = PASS_TOKENS[self.device.type] // len(steps)
+        for packs in zip_longest(*(passes(step.packs, share) for step in steps), fillvalue=()):
             sums_KM += self._micro_batch(packs, counts, names)
         norm_K = torch.linalg.vector_norm(self.gradients_KP, dim=1)
         means_KM = sums_KM / self._column(counts)
@@ -174,16 +180,16 @@ class Together:
             for (*means, norm, good), step, count, own in zip(found, steps, counts, tokens, strict=True)
         ]
 
-    def _micro_batch(self, packs: Sequence[Pack | None], counts: Sequence[float], names: Sequence[str]) -> Tensor:
-        """Add to the gradients; the sums of loss and metrics, float64 [K, M]."""
+    def _micro_batch(self, packs: Sequence[Sequence[Pack]], counts: Sequence[float], names: Sequence[str]) -> Tensor:
+        """Add to the gradients of each run what its `packs` give; the sums of loss and metrics, float64 [K, M]."""
         vocabulary = self.model.shape.vocab_size
-        batch = batch_from_packs([pack for pack in packs if pack])
-        lengths = [0 if pack is None else len(pack.tokens) - len(pack.lengths) for pack in packs]
+        batch = batch_from_packs([pack for own in packs for pack in own])
+        lengths = [sum(len(pack.tokens) - len(pack.lengths) for pack in own) for own in packs]
         adapter_N = torch.from_numpy(np.repeat(np.arange(len(packs)), lengths))
         batch = replace(batch, tokens_N=batch.tokens_N + vocabulary * adapter_N).to(self.device)
         with autocast(self.device, self.dtype):
             logp_D, counts_D = self.members[0].objective.log_probs(self.model, batch)
-        documents = [0 if pack is None else len(pack.lengths) for pack in packs]
+        documents = [sum(len(pack.lengths) for pack in own) for own in packs]
         parts: list[Sequence[Tensor | None]] = [logp_D.split(documents), counts_D.split(documents)]
         parts.append([None] * len(packs) if batch.reference_D is None else batch.reference_D.split(documents))
         total = torch.zeros((), device=self.device)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -164,45 +164,52 @@ def fit(
     Raises:
         UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory.
     """
-    dtype = resolve_precision(config.train.precision, context.device)
-    if config.train.deterministic and context.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    flops = data.plan.steps * config.batch.tokens * training_flops_per_token(model.shape, mean_context=0)
-    settle_compile(config.train.compile, flops, context.device, RunDirectory(config.out).info().get("compiled"))
-    optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
-    pass_tokens = settle_pass_tokens(config, model, dtype)
+    device = context.device
+    with deterministic(config.train.deterministic and device.type == "cuda"):
+        before = RunDirectory(config.out).info()
+        dtype = resolve_precision(config.train.precision, device)
+        flops = data.plan.steps * config.batch.tokens * training_flops_per_token(model.shape, mean_context=0)
+        settle_compile(config.train.compile, flops, device, before.get("compiled"))
+        optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
+        pass_tokens = settle_pass_tokens(config, model, dtype, before.get("pass_tokens"))
 
-    def answer(asked: Step | Report) -> StepResult | NonFiniteError | bool:
-        if isinstance(asked, Report):
-            return context.report(asked.metrics, asked.checkpoint)
+        def answer(asked: Step | Report) -> StepResult | NonFiniteError | bool:
+            if isinstance(asked, Report):
+                return context.report(asked.metrics, asked.checkpoint)
+            try:
+                return training_step(
+                    model, objective, asked.packs, asked.batches, optimizer, gradients,
+                    step=asked.step, lr=asked.lr, clip=config.optim.clip, device=device, dtype=dtype, stop=asked.stop,
+                )  # fmt: skip
+            except NonFiniteError as error:
+                return error
+
+        run = training(model, objective, optimizer, weights, config, context, data, tokenizer, pass_tokens)
         try:
-            return training_step(
-                model, objective, asked.packs, asked.batches, optimizer, gradients,
-                step=asked.step, lr=asked.lr, clip=config.optim.clip, device=context.device, dtype=dtype,
-                stop=asked.stop,
-            )  # fmt: skip
-        except NonFiniteError as error:
-            return error
+            asked = next(run, None)
+            while asked:
+                asked = run.send(answer(asked))
+        except StopIteration:
+            return
         except torch.OutOfMemoryError as error:
+            most = max(min(pass_tokens, config.batch.tokens), config.data.pack_tokens)
             raise UserError(
-                f"the GPU's memory does not hold a pass of {max(pass_tokens, config.data.pack_tokens)} tokens: lower "
-                f"batch.pass_tokens, then data.pack_tokens ({str(error).partition('. ')[0]})"
+                f"the GPU's memory does not hold what goes through the model at once, up to {most} tokens: set "
+                f"batch.pass_tokens lower, or data.pack_tokens too ({str(error).partition('. ')[0]})"
             ) from error
+        finally:
+            run_eagerly()  # What the process does next has not asked for anything else.
 
-    def assemble(packs: list[Pack]) -> list[Batch]:
-        return [batch_from_packs(together) for together in passes(packs, pass_tokens)]
 
-    run = training(model, objective, optimizer, weights, config, context, data, tokenizer, assemble)
+@contextmanager
+def deterministic(wanted: bool) -> Generator[None]:
+    """Torch's deterministic algorithms while inside, where `wanted`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
     try:
-        asked = next(run, None)
-        while asked:
-            asked = run.send(answer(asked))
-    except StopIteration:
-        return
+        yield
     finally:
-        run_eagerly()  # What the process does next has not asked for anything else.
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def training(
@@ -214,15 +221,15 @@ def training(
     context: Context,
     data: TrainingData,
     tokenizer: Tokenizer,
-    assemble: Callable[[list[Pack]], list[Batch]] = lambda packs: [],
+    pass_tokens: int | None = None,
 ) -> Training:
     """As `fit`, but whoever drives it trains the steps and passes the reports on, for many runs together too.
 
-    `assemble` makes the batches of a step, where they are wanted.
+    Batches hold up to `pass_tokens`, or one pack. None: whoever drives it makes its own.
     """
     run = RunDirectory(config.out, writes=context.rank == 0)
     with run.writing() if run.writes else nullcontext(), mark_failure(str(run.path)):
-        yield from _training(model, objective, optimizer, weights, config, context, data, tokenizer, assemble)
+        yield from _training(model, objective, optimizer, weights, config, context, data, tokenizer, pass_tokens)
 
 
 def _training(
@@ -234,7 +241,7 @@ def _training(
     context: Context,
     data: TrainingData,
     tokenizer: Tokenizer,
-    assemble: Callable[[list[Pack]], list[Batch]],
+    pass_tokens: int | None,
 ) -> Training:
     keep_freed_memory()
     plan, main = data.plan, context.rank == 0
@@ -247,12 +254,12 @@ def _training(
     ledger = Ledger(plan.packs_per_step, plan.packs_per_epoch, progress.ledger.get("epochs"))
     eval_every = config.eval.every or max(1, plan.steps // 10)
     checkpoint_every = config.checkpoint.every or eval_every
-    validate = Validation(model, objective, config, context, data.val, tokenizer, dtype)
+    validate = Validation(model, objective, config, context, data.val, tokenizer, dtype, pass_tokens or 0)
     tracker, writer, optimizer_copy = None, None, HostCopy()
     if main:
         writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
         run.forget_after(progress.step)
-        run.update(compiled=compiled())
+        run.update(compiled=compiled(), pass_tokens=pass_tokens)
         base = resolve_model(config.init_from) if config.init_from else None
         here = config.model_copy(update={"out": str(run.path)})
         tracker = open_tracker(here, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)
@@ -261,6 +268,11 @@ def _training(
     meter = Meter(model.shape, context, dtype)
     state = "finished"
     model.train()
+
+    def assemble(packs: list[Pack]) -> list[Batch]:
+        if pass_tokens is None:
+            return []
+        return [batch_from_packs(together) for together in passes(packs, pass_tokens)]
 
     steps = ((packs, assemble(packs)) for packs in data.steps(progress.step))
     for packs, batches in ahead(steps) if context.device.type == "cuda" else steps:
@@ -342,12 +354,27 @@ def _training(
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in another thread while the one before is in use: a GPU does not wait for it."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
+    """The same items, each made in another thread while the one before is in use: a GPU does not wait for it.
+
+    Whoever stops asking does not wait for the item under way.
+    """
+
+    def begin() -> Future[T | None]:
+        coming = Future[T | None]()
+
+        def make() -> None:
+            try:
+                coming.set_result(next(items, None))
+            except BaseException as error:
+                coming.set_exception(error)
+
+        threading.Thread(target=make, name="ahead", daemon=True).start()
+        return coming
+
+    coming = begin()
+    while (item := coming.result()) is not None:
+        coming = begin()
+        yield item
 
 
 def _write(weights: Write, optimizer: Mapping[str, Tensor], state: dict[str, Any], directory: Path) -> None:
@@ -376,8 +403,10 @@ class Validation:
         store: PackStore | None,
         tokenizer: Tokenizer,
         dtype: torch.dtype,
+        pass_tokens: int,
     ) -> None:
         self.model, self.objective, self.context, self.dtype = model, objective, context, dtype
+        self.pass_tokens = pass_tokens
         self.store, self.tokenizer, self.config = store, tokenizer, config.eval
         self.chat = config.stage != "pretrain" and bool(config.eval.prompts)
         self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(context.device)
@@ -391,8 +420,8 @@ class Validation:
         ids = range(min(limit, self.store.n_packs))[self.context.rank :: self.context.world_size]
         packs = (self.store.read([i])[0] for i in ids)
         return evaluate(
-            self.model, self.objective, packs,
-            token_bytes_V=self.token_bytes_V, device=self.context.device, dtype=self.dtype,
+            self.model, self.objective, packs, token_bytes_V=self.token_bytes_V,
+            device=self.context.device, dtype=self.dtype, pass_tokens=self.pass_tokens,
         )  # fmt: skip
 
     def samples(self, step: int) -> list[str]:

@@ -104,7 +104,7 @@ def training_step(
 
     A worker without packs adds nothing.
 
-    The loss of every pack is divided by the count over all packs of all workers, so the gradient is the one of the
+    The loss of every batch is divided by the count over all packs of all workers, so the gradient is the one of the
     whole batch, however it was split over workers and micro-batches.
 
     Raises:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minimind_ray.config.schema import ModelShape
+from minimind_ray.model.moe import MixtureOfExperts
 from minimind_ray.model.transformer import Transformer
 
 pytestmark = pytest.mark.unit
@@ -81,3 +82,24 @@ def test_every_parameter_has_a_gradient_even_of_an_idle_expert() -> None:
 def test_a_dense_model_has_none() -> None:
     shape = make().shape.model_copy(update={"num_experts": 0})
     assert Transformer(shape).aux_loss().item() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_grouped_products_equal_the_experts_one_by_one(per_token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper, with an expert that gets no tokens."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    model = make(num_experts_per_tok=per_token).cuda()
+    tokens_N, bounds_D1 = torch.arange(31, device="cuda"), torch.tensor([0, 11, 31], dtype=torch.int32)
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *args, **kwargs: topk(x[:, :3], *args, **kwargs))
+    found = []
+    for grouped in (True, False):
+        if not grouped:
+            monkeypatch.setattr(MixtureOfExperts, "_grouped", lambda self, x: False)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            hidden_NC = model(tokens_N, bounds_D1)
+        found.append([hidden_NC, *torch.autograd.grad(hidden_NC.float().square().sum(), list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=3e-2, atol=3e-2)

@@ -53,9 +53,9 @@ def test_auto_says_why(base: Path) -> None:
         1, "lora.dropout and lora.dora are not there for many adapters at once",
     )  # fmt: skip
     on_gpu = planned(base, axes, scale__gpus_per_worker=1.0)
-    assert together(on_gpu) == (4, "one trial's packs leave the GPU waiting")
+    assert together(on_gpu) == (4, "one trial's steps leave the GPU waiting")
     large = planned(base, axes, scale__gpus_per_worker=1.0, data__pack_tokens=32768, batch__tokens=32768)
-    assert together(large) == (1, "one trial's packs keep the GPU busy")
+    assert together(large) == (1, "one trial's steps keep the GPU busy")
 
 
 def test_points_that_are_not_known_yet(base: Path) -> None:

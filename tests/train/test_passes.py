@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +18,8 @@ from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.objectives.preference import Preference
 from minimind_ray.stages.run import run_here
-from minimind_ray.train import evaluate as evaluation
-from minimind_ray.train.loop import ahead
+from minimind_ray.train.evaluate import evaluate
+from minimind_ray.train.loop import ahead, deterministic
 from minimind_ray.train.run import RunDirectory
 from tests.jobs import make_job, start
 
@@ -67,7 +69,7 @@ def test_a_run_in_fewer_passes_is_the_same(stage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
-def test_validation_in_one_pass_is_the_same(stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_validation_in_one_pass_is_the_same(stage: str, tmp_path: Path) -> None:
     job = make_job(tmp_path, train__max_steps=1)
     torch.manual_seed(0)
     shape = job.config.model.shape(400)
@@ -78,11 +80,10 @@ def test_validation_in_one_pass_is_the_same(stage: str, monkeypatch: pytest.Monk
         packs = [dataclasses.replace(p, reference=np.zeros(len(p.lengths), np.float32)) for p in packs]
     found = []
     for tokens in (0, 120, 1000):
-        monkeypatch.setitem(evaluation.PASS_TOKENS, "cpu", tokens)
         found.append(
-            evaluation.evaluate(
-                model, objective, packs,
-                token_bytes_V=torch.ones(400, dtype=torch.int32), device=torch.device("cpu"), dtype=torch.float32,
+            evaluate(
+                model, objective, packs, token_bytes_V=torch.ones(400, dtype=torch.int32),
+                device=torch.device("cpu"), dtype=torch.float32, pass_tokens=tokens,
             )
         )  # fmt: skip
     for other in found[1:]:
@@ -102,3 +103,33 @@ def test_ahead_gives_what_comes_and_raises_what_was_raised() -> None:
     with pytest.raises(OSError, match="gone"):
         next(given)
     assert list(ahead(iter([]))) == []
+
+
+def test_who_stops_does_not_wait_for_what_comes_next() -> None:
+    free = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        free.wait(20)
+        yield 2
+
+    began = time.monotonic()
+    given = ahead(items())
+    assert next(given) == 1
+    given.close()
+    assert time.monotonic() - began < 10
+    free.set()
+
+
+def test_deterministic_is_put_back() -> None:
+    for before in (False, True):
+        torch.use_deterministic_algorithms(before)
+        try:
+            with pytest.raises(OSError), deterministic(True):
+                assert torch.are_deterministic_algorithms_enabled()
+                raise OSError
+            assert torch.are_deterministic_algorithms_enabled() is before
+            with deterministic(False):
+                assert torch.are_deterministic_algorithms_enabled() is before
+        finally:
+            torch.use_deterministic_algorithms(False)
