@@ -77,6 +77,8 @@ def soak(directory: Path, arguments: argparse.Namespace) -> int:
         "train__max_steps": steps,
         "eval__every": max(1, steps // 5),
         "checkpoint__every": max(1, steps // 200),
+        # A slow machine loses more before it has a checkpoint; that a run gives up in time is not the question here.
+        "scale__max_failures": 1000,
     }
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as processes:
         quiet = list(processes.map(partial(quiet_run, directory, settings), range(1, arguments.quiet_seeds + 1)))
