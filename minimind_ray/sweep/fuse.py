@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import Config
 from minimind_ray.stages.fused import SHARED, obstacle
 from minimind_ray.sweep.plan import SweepPlan
 from minimind_ray.train.fused import PASS_TOKENS
@@ -34,7 +35,12 @@ def _obstacle(plan: SweepPlan) -> str | None:
         return "pbt changes settings in the middle of a run"
     if not plan.trials and (unknown := [axis.key for axis in plan.axes if axis.key in (*SHARED, *UNKNOWN)]):
         return f"the points of {unknown[0]} are found while the sweep runs"
-    return obstacle([trial.config for trial in plan.trials] or [plan.base])
+    return obstacle(_configs(plan))
+
+
+def _configs(plan: SweepPlan) -> list[Config]:
+    """The trials', where they are known yet."""
+    return [trial.config for trial in plan.trials] or [plan.base]
 
 
 UNKNOWN = ("dpo.loss", "dpo.lora", "lora.dropout", "lora.dora")
@@ -47,7 +53,7 @@ def _chosen(plan: SweepPlan) -> tuple[int, str]:
             1,
             "on a CPU it gains 18 % at most, less than the processes of more trials at once cost (docs/performance.md)",
         )
-    step = max(trial.config.batch.tokens for trial in plan.trials)
+    step = max(each.batch.tokens for each in _configs(plan))
     size = min(MOST, PASS_TOKENS["cuda"] // step, plan.count)
     if size < 2:
         return 1, "one trial's steps keep the GPU busy"

@@ -62,5 +62,7 @@ def test_points_that_are_not_known_yet(base: Path) -> None:
     pytest.importorskip("optuna", reason="optuna is not installed")
     search = {"searcher": "optuna", "trials": 4, "fuse": 2}
     assert together(planned(base, {"lora.rank": "int(2,8)"}, search)) == (2, "as asked for")
+    on_gpu = planned(base, {"lora.rank": "int(2,8)"}, {**search, "fuse": "auto"}, scale__gpus_per_worker=1.0)
+    assert together(on_gpu) == (4, "one trial's steps leave the GPU waiting")
     with pytest.raises(UserError, match="the points of lora.dropout are found while the sweep runs"):
         together(planned(base, {"lora.dropout": "uniform(0.0,0.2)"}, search))
