@@ -37,12 +37,15 @@ def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tens
 
     `hidden_NC` is what the model made of the batch's tokens.
     """
-    counted_M = batch.weights_N.nonzero().squeeze(-1)
-    count = len(counted_M)
-    counted_M = F.pad(counted_M, (0, model.stable_size(count) - count))
-    hidden_MC, targets_M = (x.index_select(0, counted_M) for x in (hidden_NC, batch.targets_N))
+    count = len(batch.counted_M)
+    extra = model.stable_size(count) - count
+    if count == len(hidden_NC):
+        hidden_MC, targets_M = F.pad(hidden_NC, (0, 0, 0, extra)), F.pad(batch.targets_N, (0, extra))
+    else:
+        counted_M = F.pad(batch.counted_M, (0, extra))
+        hidden_MC, targets_M = (x.index_select(0, counted_M) for x in (hidden_NC, batch.targets_N))
     step = max(1, most_logits(hidden_NC.device) // model.shape.vocab_size)
-    if len(counted_M) <= step:
+    if len(targets_M) <= step:
         return _log_probs(model, hidden_MC, targets_M)[:count]
     pieces = zip(hidden_MC.split(step), targets_M.split(step))
     parts = [cast(Tensor, checkpoint(_log_probs, model, *piece, use_reentrant=False)) for piece in pieces]
@@ -55,10 +58,8 @@ def _log_probs(model: Transformer, hidden_MC: Tensor, targets_M: Tensor) -> Tens
 
 def sequence_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
-    counted_N = batch.weights_N > 0
     logp_M = token_log_probs(model, hidden_NC, batch)
-    ends_D1 = F.pad(counted_N.cumsum(0), (1, 0))[batch.bounds_D1.long().to(counted_N.device)]
-    counts_D = ends_D1.diff()
+    counts_D = torch.searchsorted(batch.counted_M, batch.bounds_D1.to(batch.counted_M)).diff()
     return torch.segment_reduce(logp_M, "sum", lengths=counts_D), counts_D
 
 
@@ -79,7 +80,7 @@ class CausalLM:
         loss = -token_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch).sum()
         if not self.metrics:
             return loss, {}
-        aux = model.aux_loss() * (batch.weights_N > 0).sum()
+        aux = model.aux_loss() * len(batch.counted_M)
         return loss + aux, {"aux": aux.detach()}
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:

@@ -269,13 +269,16 @@ def _training(
     state = "finished"
     model.train()
 
+    on_gpu = context.device.type == "cuda"
+
     def assemble(packs: list[Pack]) -> list[Batch]:
         if pass_tokens is None:
             return []
-        return [batch_from_packs(together) for together in passes(packs, pass_tokens)]
+        batches = (batch_from_packs(together) for together in passes(packs, pass_tokens))
+        return [batch.pinned() if on_gpu else batch for batch in batches]
 
     steps = ((packs, assemble(packs)) for packs in data.steps(progress.step))
-    for packs, batches in ahead(steps) if context.device.type == "cuda" else steps:
+    for packs, batches in ahead(steps) if on_gpu else steps:
         torch.manual_seed(step_seed(config.train.seed, progress.step, context.rank))
         lr = config.optim.lr * lr_factor(config.schedule, progress.step, plan.steps)
         stop = context.should_stop() or (tracker is not None and tracker.stop_requested)

@@ -79,6 +79,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def all_reduce_sums(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
     """Each value summed over all workers, in float64."""
+    if not dist.is_initialized() and not any(isinstance(v, Tensor) for v in values):
+        return [float(v) for v in values]  # A GPU would have to be waited for.
     sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
     if dist.is_initialized():
         dist.all_reduce(sums)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -54,7 +55,7 @@ def make_model(seed: int = 0, **fields: Any) -> Transformer:
 
 
 def with_reference(batch: Batch, reference_D: Tensor) -> Batch:
-    return Batch(batch.tokens_N, batch.targets_N, batch.weights_N, batch.bounds_D1, reference_D)
+    return replace(batch, reference_D=reference_D)
 
 
 def plain_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
