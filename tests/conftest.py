@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Tiny models: two threads on two cores that Ray's processes want too wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray's workers import what tests hand them from here.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")

@@ -50,12 +50,13 @@ def everywhere(context: typer.Context, cluster: ClusterFile = None) -> None:
 
 def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False) -> None:
     """List the cluster's jobs, latest first."""
+    cluster = _cluster(context)
     from datetime import datetime
 
     from minimind_ray.on_ray.jobs import connect
     from minimind_ray.sweep.text import duration_text
 
-    with connect(_cluster(context)) as client:
+    with connect(cluster) as client:
         found = sorted((j for j in client.list_jobs() if j.submission_id), key=lambda j: -(j.start_time or 0))
     if json:
         from json import dumps
@@ -87,23 +88,23 @@ def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", he
 
 def logs(context: typer.Context, job: Job) -> None:
     """Show a job's output from its beginning, follow it to its end, and fetch its results."""
+    cluster = _cluster(context)
     from minimind_ray.on_ray.jobs import connect, details
 
-    with connect(_cluster(context)) as client:
+    with connect(cluster) as client:
         details(client, job)
-        _watch(client, job, _cluster(context))
+        _watch(client, job, cluster)
 
 
 def stop(context: typer.Context, job: Job) -> None:
     """Stop a job as Ctrl-C would: after the step, with a checkpoint."""
+    cluster = _cluster(context)
     from minimind_ray.on_ray.jobs import connect
     from minimind_ray.on_ray.jobs import stop as stop_job
 
-    with connect(_cluster(context)) as client:
+    with connect(cluster) as client:
         running = stop_job(client, job)
-    print(
-        f"{job} is told to stop; see it end: {_ours(_cluster(context))} logs {job}" if running else f"{job} has ended"
-    )
+    print(f"{job} is told to stop; see it end: {_ours(cluster)} logs {job}" if running else f"{job} has ended")
 
 
 def pack(out: Annotated[str, typer.Argument(metavar="DIR", help="a run, a sweep, or a recipe's directory")]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,46 +19,67 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 
 
-def told(directory: Path, *arguments: str, address: str | None = None) -> str:
-    """What a command that is refused says; none of these gets as far as to import Ray."""
+EACH = """
+import contextlib, io, json, sys
+from minimind_ray.cli.main import run
+for arguments in json.loads(sys.stdin.read()):
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        try:
+            code = run()
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, said.getvalue()]))
+assert "ray" not in sys.modules
+"""
+
+
+def told(directory: Path, *commands: Sequence[str], address: str | None = None) -> list[str]:
+    """What each command says as it is refused, one process for all; none of these gets as far as to import Ray."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     if address:
         environment["RAY_ADDRESS"] = address
-    command = "import sys; from minimind_ray.cli.main import run; run(); assert 'ray' not in sys.modules"
     done = subprocess.run(
-        [sys.executable, "-c", command, *arguments], cwd=directory, env=environment, capture_output=True, text=True,
-        timeout=60, check=False,
+        [sys.executable, "-c", EACH], input=json.dumps(commands), cwd=directory, env=environment, capture_output=True,
+        text=True, timeout=60, check=True,
     )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    assert done.returncode or "--help" in arguments
-    return " ".join((done.stdout + done.stderr).split())
+    answers: list[str] = []
+    for line, arguments in zip(done.stdout.splitlines(), commands, strict=True):
+        code, text = json.loads(line)
+        assert bool(code) != ("--help" in arguments) and "Traceback" not in text
+        answers.append(" ".join(text.split()))
+    return answers
 
 
 def test_what_is_wrong_is_told_before_anything_is_sent(tmp_path: Path) -> None:
-    sent = ("--cluster", "mine.yaml")
-    assert "--bet" in told(tmp_path, *sent, "tune", "dpo", "--bet", "1")
-    assert "optim.lrr" in told(tmp_path, *sent, "train", "pretrain", "--set", "optim.lrr=1")
-    assert "dpo.beta" in told(tmp_path, *sent, "tune", "dpo", "--beta", "0.1,none", "--init-from", "a", "--train", "a")
-    assert "working directory" in told(tmp_path, *sent, "train", "pretrain", "--config", "/etc/mine.yaml")
-    assert "working directory" in told(tmp_path, *sent, "run", "../mine.yaml")
-    assert "No such command" in told(tmp_path, *sent, "data", "prep")
-    assert "leave --cluster out" in told(tmp_path, *sent, "chat", "runs/a")
-    assert "leave --cluster out" in told(tmp_path, *sent, "export", "runs/a", "there")
-    assert "--out" in told(tmp_path, *sent, "eval", "runs/a", "a.jsonl", "--stage", "sft", "--out", "b")
-    assert "Short names" in told(tmp_path, *sent, "train", "--help")
+    expected = {
+        ("tune", "dpo", "--bet", "1"): "--bet",
+        ("train", "pretrain", "--set", "optim.lrr=1"): "optim.lrr",
+        ("tune", "dpo", "--beta", "0.1,none", "--init-from", "a", "--train", "a"): "dpo.beta",
+        ("train", "pretrain", "--config", "/etc/mine.yaml"): "working directory",
+        ("run", "../mine.yaml"): "working directory",
+        ("data", "prep"): "No such command",
+        ("chat", "runs/a"): "leave --cluster out",
+        ("export", "runs/a", "there"): "leave --cluster out",
+        ("eval", "runs/a", "a.jsonl", "--stage", "sft", "--out", "b"): "--out",
+        ("train", "--help"): "Short names",
+    }
+    answers = told(tmp_path, *(("--cluster", "mine.yaml", *arguments) for arguments in expected))
+    for arguments, part, answer in zip(expected, expected.values(), answers, strict=True):
+        assert part in answer, arguments
 
 
 def test_results_do_not_come_over_a_run_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "runs" / "pretrain").mkdir(parents=True)
     command = ("train", "pretrain", "--train", "a.jsonl", "--tokenizer", "tokenizer")
-    assert "choose another --out" in told(tmp_path, "--cluster=mine.yaml", *command)
-    assert "choose another --out" in told(tmp_path, *command, address="http://127.0.0.1:9")
+    assert "choose another --out" in told(tmp_path, ("--cluster=mine.yaml", *command))[0]
+    assert "choose another --out" in told(tmp_path, command, address="http://127.0.0.1:9")[0]
 
 
-@pytest.mark.parametrize("command", [("jobs",), ("logs", "train-1"), ("stop", "train-1")])
-def test_jobs_are_of_some_cluster(tmp_path: Path, command: tuple[str, ...]) -> None:
-    assert "which cluster?" in told(tmp_path, *command)
-    assert "which cluster?" in told(tmp_path, *command, address="10.0.0.1:6379")
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_jobs_are_of_some_cluster(tmp_path: Path, address: str | None) -> None:
+    for answer in told(tmp_path, ("jobs",), ("logs", "train-1"), ("stop", "train-1"), address=address):
+        assert "which cluster?" in answer
 
 
 def test_a_job_hears_its_stop_though_its_ray_ignores_interrupts(

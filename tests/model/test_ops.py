@@ -102,6 +102,7 @@ def test_bfloat16_stays_close(name: str) -> None:
         torch.testing.assert_close(got.float(), value.to(got.dtype).float(), rtol=2**-6, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same() -> None:
     """One operation, forward and backward; all are compiled by the same line."""
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from minimind_ray.stages.recipe import read_recipe, stage_config
 from minimind_ray.train.run import RunDirectory
 from tests.jobs import rows_of, write_jsonl
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, Any] = {
     "model": {"preset": "tiny", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64},

@@ -18,7 +18,7 @@ from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model, sound
 from tests.jobs import make_job, start
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 
 def train(job) -> list[dict]:

@@ -18,7 +18,7 @@ from minimind_ray.train.fused import Lockstep, Member, PlainFusedContext
 from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model
 from tests.jobs import make_job, start
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 SFT: list[dict[str, Any]] = [
     {"lora__rank": 1, "optim__lr": 1e-2},
@@ -59,7 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def jobs_of(base: Path, stage: str, points: Sequence[dict[str, Any]], name: str) -> list[Job]:
     common = {"init_from": str(base / "run-pretrain"), "dpo__lora": stage == "dpo", "lora__targets": "all-linear",
-              "data__val_fraction": 0.2}  # fmt: skip
+              "data__val_fraction": 0.2, "eval__every": 4}  # fmt: skip
     return [
         make_job(base, stage, 120, out=str(base / f"{name}-{stage}-{i}"), **{**common, **point})
         for i, point in enumerate(points)

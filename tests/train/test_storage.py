@@ -27,7 +27,7 @@ from minimind_ray.train.run import RunDirectory, file_sha256, resolve_model
 from tests.jobs import make_job, start
 from tests.store import Store, names
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 URL = "s3://bucket/runs/x"
 
