@@ -83,8 +83,9 @@ class Layout:
             starts_N = np.repeat(self.starts_D.numpy(), self.lengths_D.numpy())
             self.positions_N = torch.from_numpy(np.arange(len(starts_N)) - starts_N)
         else:  # Only the bounds have to be copied.
-            count, bounds_D1 = int(bounds_D1[-1]), bounds_D1.to(device, torch.long, non_blocking=True)
-            starts_N = bounds_D1[:-1].repeat_interleave(bounds_D1.diff(), output_size=count)
+            self.device_bounds_D1, count = bounds_D1.to(device, non_blocking=True), int(bounds_D1[-1])
+            starts_D1 = self.device_bounds_D1.long()
+            starts_N = starts_D1[:-1].repeat_interleave(starts_D1.diff(), output_size=count)
             self.positions_N = torch.arange(count, device=device) - starts_N
         self._indices: dict[int, HeadIndex] = {}
 
@@ -105,14 +106,10 @@ class Layout:
             self._indices[heads] = _head_index(self, heads)
         return self._indices[heads]
 
-    @cached_property
-    def _varlen_bounds(self) -> tuple[Tensor, int]:
-        return self.bounds_D1.to(self.device), int(self.lengths_D.max())
-
     def _varlen(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use on a CPU
 
-        bounds_D1, longest = self._varlen_bounds
+        bounds_D1, longest = self.device_bounds_D1, int(self.lengths_D.max())
         out_NHK = varlen_attn(
             q_NHK, k_NGK, v_NGK, bounds_D1, bounds_D1, longest, longest, scale=1.0, window_size=(-1, 0),
             **_fewer_key_heads(),

@@ -59,7 +59,8 @@ def _log_probs(model: Transformer, hidden_MC: Tensor, targets_M: Tensor) -> Tens
 def sequence_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
     logp_M = token_log_probs(model, hidden_NC, batch)
-    counts_D = torch.searchsorted(batch.counted_M, batch.bounds_D1.to(batch.counted_M)).diff()
+    bounds_D1 = batch.bounds_D1.to(batch.counted_M.device, torch.long, non_blocking=True)
+    counts_D = torch.searchsorted(batch.counted_M, bounds_D1).diff()
     return torch.segment_reduce(logp_M, "sum", lengths=counts_D), counts_D
 
 

@@ -157,24 +157,31 @@ def prove_resume(
 
 
 def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
-    """The SHA-256 of the first run's result, and how the second differs: in weights, or in a line of metrics."""
+    """The SHA-256 of the first run's result, and how the second differs: in weights, or in a line of metrics.
+
+    Weights are those of the result and of the last checkpoint, there with the optimizer's state.
+    """
     differences: list[str] = []
-    found: list[tuple[str, list[tuple[int, str]]]] = []
-    for run in (first, second):
-        weights = next(resolve_model(run).glob("*model.safetensors"))
-        metrics = RunDirectory(run).metrics()
+    found: list[tuple[list[str], list[tuple[int, str]]]] = []
+    for path in (first, second):
+        run, result = RunDirectory(path), resolve_model(path)
+        last = run.fetch(run.checkpoints()[-1])
+        files = [*result.glob("*model.safetensors"), *last.glob("*model.safetensors"), *last.glob("resume/optimizer.*")]
         # How long a step took, and what the disk or the store refused meanwhile, is no part of the result.
-        lines = [(line["step"], json.dumps({**line, "timing": 0, "warning": 0}, sort_keys=True)) for line in metrics]
-        found.append((f"{weights.parent.name}/{weights.name} {file_sha256(weights)}", lines))
+        lines = [
+            (line["step"], json.dumps({**line, "timing": 0, "warning": 0}, sort_keys=True)) for line in run.metrics()
+        ]
+        found.append(([f"{file.parent.name}/{file.name} {file_sha256(file)}" for file in files], lines))
     (sums, lines), (other_sums, other_lines) = found
     if sums != other_sums:
-        differences.append(f"weights: {sums} and {other_sums}")
+        unequal = [f"{one} and {other}" for one, other in zip(sums, other_sums) if one != other]
+        differences.append(f"weights: {unequal[0]}")
     steps, other_steps = ([step for step, _ in each] for each in (lines, other_lines))
     if steps != other_steps:
         differences.append(f"metrics: {len(steps)} and {len(other_steps)} lines, not of the same steps")
     elif unequal := [a[0] for a, b in zip(lines, other_lines) if a != b]:
         differences.append(f"metrics: the first line that differs is that of step {unequal[0]}")
-    return sums.split()[-1], differences
+    return sums[0].split()[-1], differences
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:

@@ -127,18 +127,17 @@ def settle_pass_tokens(config: Config, model: Transformer, dtype: torch.dtype, b
     `auto` on a GPU: for as many as 70 % of what weights, gradients and optimizer leave of this worker's part of its
     memory holds what backward needs. Small passes leave a GPU waiting: of a 64M model, 8,192 tokens run at a sixth of
     the rate of 131,072 on an H100. A run that goes on does as it did `before`, so that it adds up its gradients in the
-    same order.
+    same order, unless it has come to a GPU with less memory.
     """
     if config.batch.pass_tokens != "auto":
         return config.batch.pass_tokens
     device = next(model.parameters()).device
     if device.type != "cuda":
         return 0
-    if before:
-        return before
     length = config.data.max_seq_len
     one, two = (kept_for_backward(model, length, documents, 1.0, dtype) for documents in (1, 2))
     share = min(1.0, config.scale.gpus_per_worker or 1.0)
     memory = share * torch.cuda.get_device_properties(device).total_memory
     lasting = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
-    return max(0, min(GPU_PASS, int(0.7 * (memory - lasting) * length / (two - one))))
+    fitting = max(0, min(GPU_PASS, int(0.7 * (memory - lasting) * length / (two - one))))
+    return fitting if before is None else min(before, fitting)

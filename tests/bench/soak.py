@@ -66,6 +66,8 @@ def main() -> int:
     parser.add_argument("--between", type=float, nargs=2, default=(20, 60), help="seconds from one kill to the next")
     parser.add_argument("--seed", type=int, default=0, help="draws what is killed, and when")
     arguments = parser.parse_args()
+    if arguments.quiet_seeds < 2:
+        parser.error("--quiet-seeds: two at least, for the spread between them")
     with tempfile.TemporaryDirectory() as name:
         return soak(Path(name), arguments)
 
@@ -147,7 +149,7 @@ def quiet_run(directory: Path, settings: dict, seed: int) -> float:
 
 
 def steps_for(directory: Path, settings: dict, minutes: float) -> int:
-    """Steps that take about two thirds of the time when nothing happens; the rest goes to restarts."""
+    """Steps that take about a third of the time when nothing happens; the rest goes to restarts."""
     job = make_job(directory, rows=ROWS, out=str(directory / "pace"), train__max_steps=60, **settings)
     start(job)
     run_here(job)

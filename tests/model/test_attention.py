@@ -39,7 +39,9 @@ def inputs(lengths: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[l
 def check(lengths: tuple[int, ...], dtype: torch.dtype, device: str, tolerance: float) -> None:
     bounds_D1 = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     qkv, grad = inputs(lengths, dtype, device)
-    out = Layout(bounds_D1, torch.device(device)).attend(*qkv)
+    layout = Layout(bounds_D1, torch.device(device))
+    assert layout.positions_N.tolist() == [i for length in lengths for i in range(length)]
+    out = layout.attend(*qkv)
     ours = [out, *torch.autograd.grad(out, qkv, grad)]
     out = padded_reference(*(x.float() for x in qkv), lengths)
     for got, expected in zip(ours, [out, *torch.autograd.grad(out, qkv, grad.float())], strict=True):

@@ -15,7 +15,7 @@ from minimind_ray.objectives.causal_lm import CausalLM
 
 pytestmark = pytest.mark.unit
 
-V, LENGTHS = 64, (90, 2, 41, 67)
+V, LENGTHS = 64, (90, 2, 41, 68)
 
 
 @pytest.mark.parametrize("which", ["all", "answers", "one"])

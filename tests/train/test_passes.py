@@ -92,6 +92,12 @@ def test_validation_in_one_pass_is_the_same(stage: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(other.examples["loss"], found[0].examples["loss"], rtol=1e-4)
 
 
+def test_a_run_may_go_on_in_smaller_passes(tmp_path: Path) -> None:
+    """As on a GPU with less memory."""
+    start(make_job(tmp_path, batch__pass_tokens=1024))
+    start(make_job(tmp_path, batch__pass_tokens=256), resume=True)
+
+
 def test_ahead_gives_what_comes_and_raises_what_was_raised() -> None:
     def items() -> Iterator[int]:
         yield 1
