@@ -106,10 +106,14 @@ class Layout:
             self._indices[heads] = _head_index(self, heads)
         return self._indices[heads]
 
+    @cached_property
+    def _longest(self) -> int:
+        return int(self.lengths_D.max())
+
     def _varlen(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use on a CPU
 
-        bounds_D1, longest = self.device_bounds_D1, int(self.lengths_D.max())
+        bounds_D1, longest = self.device_bounds_D1, self._longest
         out_NHK = varlen_attn(
             q_NHK, k_NGK, v_NGK, bounds_D1, bounds_D1, longest, longest, scale=1.0, window_size=(-1, 0),
             **_fewer_key_heads(),

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -174,7 +175,7 @@ def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
         found.append(([f"{file.parent.name}/{file.name} {file_sha256(file)}" for file in files], lines))
     (sums, lines), (other_sums, other_lines) = found
     if sums != other_sums:
-        unequal = [f"{one} and {other}" for one, other in zip(sums, other_sums) if one != other]
+        unequal = [f"{one} and {other}" for one, other in zip_longest(sums, other_sums) if one != other]
         differences.append(f"weights: {unequal[0]}")
     steps, other_steps = ([step for step, _ in each] for each in (lines, other_lines))
     if steps != other_steps:

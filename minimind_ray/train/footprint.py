@@ -140,4 +140,4 @@ def settle_pass_tokens(config: Config, model: Transformer, dtype: torch.dtype, b
     memory = share * torch.cuda.get_device_properties(device).total_memory
     lasting = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
     fitting = max(0, min(GPU_PASS, int(0.7 * (memory - lasting) * length / (two - one))))
-    return fitting if before is None else min(before, fitting)
+    return min(before, fitting) if before else fitting  # Begun on a CPU, it had none.
