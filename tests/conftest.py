@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tiny models: two threads on two cores that Ray's processes want too wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that runs the suite in its background hands down that SIGINT is to be ignored; the commands under test hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray's workers import what tests hand them from here.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")

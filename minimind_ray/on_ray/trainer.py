@@ -92,7 +92,7 @@ class RayTrainContext:
     def _look_for_notice(self) -> None:
         """Ask Ray Train. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
         now = time.monotonic()
-        (seconds,) = all_reduce_sums([(now - self.looked) / self.steps / self.world_size], self.device)
+        (seconds,) = all_reduce_sums([(now - self.looked) / self.steps / self.world_size], self.device).tolist()
         self.steps, self.looked, self.look_after = 0, now, max(1, int(NOTICE_SECONDS / seconds))
         if info := ray.train.get_preemption_info():
             self.noticed = info.preempted_node_ids

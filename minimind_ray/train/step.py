@@ -77,14 +77,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
 
 
-def all_reduce_sums(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
-    """Each value summed over all workers, in float64."""
+def all_reduce_sums(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Each value summed over all workers, float64; on the host where nothing has to be asked of a GPU."""
     if not dist.is_initialized() and not any(isinstance(v, Tensor) for v in values):
-        return [float(v) for v in values]  # A GPU would have to be waited for.
+        device = torch.device("cpu")
     sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return sums.tolist()
+    return sums
 
 
 def training_step(
@@ -92,7 +92,7 @@ def training_step(
     objective: Objective,
     packs: Sequence[Pack],
     batches: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     gradients: FlatGradients,
     *,
     step: int,
@@ -107,13 +107,13 @@ def training_step(
     A worker without packs adds nothing.
 
     The loss of every batch is divided by the count over all packs of all workers, so the gradient is the one of the
-    whole batch, however it was split over workers and micro-batches.
+    whole batch, however it was split over workers and micro-batches. `optimizer` is a fused one.
 
     Raises:
-        NonFiniteError: on every worker, before the weights are touched.
+        NonFiniteError: on every worker, and the weights are as they were.
     """
     tokens = sum(len(p.tokens) - len(p.lengths) for p in packs)
-    count, all_tokens, stops = all_reduce_sums([sum(objective.count(p) for p in packs), tokens, stop], device)
+    count, all_tokens, stops = all_reduce_sums([sum(objective.count(p) for p in packs), tokens, stop], device).tolist()
     gradients.zero()
     sums: dict[str, Tensor | float] = dict.fromkeys(("loss", *objective.metrics), 0.0)
     for batch in batches:
@@ -124,11 +124,14 @@ def training_step(
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums[name] + value
     gradients.all_reduce()
-    norm = gradients.clip(clip).item()
-    means = dict(zip(sums, (s / count for s in all_reduce_sums(list(sums.values()), device))))
-    if not (math.isfinite(norm) and math.isfinite(means["loss"])):
-        raise NonFiniteError(step, means["loss"], norm)
+    norm, totals = gradients.clip(clip), all_reduce_sums(list(sums.values()), device)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # The optimizer looks before it updates, so that the host need not: a GPU would wait for it to do so.
+    optimizer.found_inf = (~(norm.isfinite() & totals[0].isfinite())).float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
-    return StepResult(means, norm, count, int(all_tokens), stops > 0)
+    grad_norm, *found = torch.cat((norm.double().unsqueeze(0), totals)).tolist()
+    means = dict(zip(sums, (total / count for total in found), strict=True))
+    if not (math.isfinite(grad_norm) and math.isfinite(means["loss"])):
+        raise NonFiniteError(step, means["loss"], grad_norm)
+    return StepResult(means, grad_norm, count, int(all_tokens), stops > 0)

@@ -29,7 +29,7 @@ def one_step(job, out: str) -> None:
     from minimind_ray.objectives.causal_lm import CausalLM
     from minimind_ray.on_ray.trainer import RayTrainContext
     from minimind_ray.stages.start import initial_model, load_tokenizer
-    from minimind_ray.train.optim import FlatGradients
+    from minimind_ray.train.optim import FlatGradients, build_adamw
     from minimind_ray.train.step import training_step
 
     context = RayTrainContext(job.config.out)
@@ -38,7 +38,7 @@ def one_step(job, out: str) -> None:
     packs = next(read_steps(PackStore(job.train), job.plan, 0, context.rank, context.world_size))
     training_step(
         model, CausalLM(model.shape), packs, [batch_from_packs([pack]) for pack in packs],
-        torch.optim.SGD(model.parameters(), lr=1.0), gradients,
+        build_adamw(model, job.config.optim), gradients,
         step=0, lr=1.0, clip=0.0, device=context.device, dtype=torch.float32,
     )  # fmt: skip
     if context.rank == 0:

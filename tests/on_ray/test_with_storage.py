@@ -94,7 +94,7 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
 ) -> None:
     run, log = "bucket/runs/x", tmp_path / "log"
     command = ["train", "pretrain", *DATA, *SETTINGS, "--workers", "2", "--out", "runs/x"]
-    command += ["--set", "eval.every=100", "--max-steps", "800"]
+    command += ["--set", "eval.every=100", "--max-steps", "2000"]
 
     def until_saved(process: subprocess.Popen[bytes], step: int) -> None:
         while f"step-{step:08}/resume/sums.json" not in " ".join(names(store, run)):
@@ -118,16 +118,19 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
 
     process = minimind(*command, "--resume", log=log)
     until_saved(process, info["steps"] // 100 * 100 + 100)
-    server.silent = True
+    server.failing = True
+    copies = list((tmp_path / "another machine").rglob("metrics.jsonl"))
+    while not any("the object store fails and is tried again" in copy.read_text() for copy in copies):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+    server.failing, server.silent = False, True
     time.sleep(5)
-    server.failing, server.silent = True, False
-    time.sleep(10)
-    server.failing = False
+    server.silent = False
     assert process.wait(200) == 0, log.read_text()
     info = json.loads(content(store, f"{run}/run.json"))
     assert info["state"] == "finished" and f"{info['result']}/model.safetensors" in names(store, run)
     lines = [json.loads(line) for line in content(store, f"{run}/metrics.jsonl").splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 801))
+    assert [line["step"] for line in lines] == list(range(1, 2001))
     assert "the object store fails and is tried again" in " ".join(line.get("warning", "") for line in lines)
     assert f"model: s3://{run}/{info['result']}" in log.read_text()
 
