@@ -6,7 +6,7 @@
 Documents of about the same length make a bucket, padded at their ends, where the causal mask hides it. Attention is
 then a few batched matrix products per bucket. With tens of documents of 50 to 500 tokens in a batch, on a CPU, this is
 3 to 6 times as fast as scaled_dot_product_attention on the same buckets, or per document. On a GPU, in 16 bits, it is
-torch's variable-length flash attention instead.
+`gpu_kernels` where kernels are compiled, else torch's variable-length flash attention.
 
 Queries come scaled by 1 / sqrt(K). `Layout` holds what depends on the documents' lengths alone; it is made once per
 batch and used by every layer.
@@ -26,10 +26,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from minimind_ray.model.ops import compiled
+
 LENGTH_STEP = 32
 """Padded lengths are multiples of this: vectors and matrix tiles come out even."""
 SHORT = 32
 """Documents up to here share a bucket whatever their length."""
+TILED_HEAD_SIZES = range(8, 129, 8)
+"""What `gpu_kernels` has registers for."""
 FLASH_HEAD_SIZES = range(8, 257, 8)
 """What flash attention takes; other sizes are for buckets on a GPU too."""
 QUERY_BLOCK = 256
@@ -91,8 +95,11 @@ class Layout:
 
     def attend(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         """softmax(q kᵀ) v (Vaswani et al. 2017, eq. 1) of each token over its document up to itself: [N, H, K]."""
-        if q_NHK.device.type == "cuda" and q_NHK.dtype.itemsize == 2 and q_NHK.shape[-1] in FLASH_HEAD_SIZES:
-            return self._varlen(q_NHK, k_NGK, v_NGK)
+        if q_NHK.device.type == "cuda" and q_NHK.dtype.itemsize == 2:
+            if compiled() and q_NHK.shape[-1] in TILED_HEAD_SIZES:
+                return self._tiled(q_NHK, k_NGK, v_NGK)
+            if q_NHK.shape[-1] in FLASH_HEAD_SIZES:
+                return self._varlen(q_NHK, k_NGK, v_NGK)
         return _BucketAttention.apply(q_NHK, k_NGK, v_NGK, self)
 
     @cached_property
@@ -109,6 +116,17 @@ class Layout:
     @cached_property
     def _longest(self) -> int:
         return int(self.lengths_D.max())
+
+    @cached_property
+    def _tiles_T3(self) -> Tensor:
+        from minimind_ray.model.gpu_kernels import tiles_of
+
+        return tiles_of(self.bounds_D1).to(self.device, non_blocking=True)
+
+    def _tiled(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        from minimind_ray.model.gpu_kernels import attend  # Triton is there with GPUs only
+
+        return attend(q_NHK, k_NGK, v_NGK, self._tiles_T3)
 
     def _varlen(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use on a CPU
