@@ -28,10 +28,8 @@ os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray instance with 8 logical CPUs, stopped at the end."""
-    from minimind_ray.on_ray import ingest
     from minimind_ray.on_ray.session import start_ray, stop_ray
 
-    ingest.OWN_STEPS = 4  # Or Ray Data would have no part in runs as short as the tests'.
     start_ray(cpus=8)
     yield
     stop_ray()
@@ -42,9 +40,6 @@ def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A head as in the cluster files, without CPUs, and two workers; its address, in RAY_ADDRESS too."""
     from ray.cluster_utils import Cluster
 
-    from minimind_ray.on_ray import ingest
-
-    ingest.OWN_STEPS = 4
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "labels": {"minimind/role": "head"}})
     for _ in range(2):
         cluster.add_node(num_cpus=1, labels={"minimind/role": "cpu"})
