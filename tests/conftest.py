@@ -14,7 +14,7 @@ import torch
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tiny models: two threads on two cores that Ray's processes want too wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell that runs the suite in its background hands down that SIGINT is to be ignored; the commands under test hear it.
+# A shell that runs the suite in its background hands down that SIGINT is to be ignored; commands under test hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray's workers import what tests hand them from here.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minimind_ray.config.load import load_config, parse_override, parse_value
-from minimind_ray.config.schema import Config
+if TYPE_CHECKING:
+    from minimind_ray.config.schema import Config
 
 FLAGS = {
     "train": "data.train",
@@ -42,6 +42,8 @@ PATHS = ("tokenizer", "cache_dir", "init_from", "out")
 
 def flag_value(flag: str, value: Any) -> Any:
     """What was given to a short flag: paths as they are, for rows one or a list; other texts as YAML has them."""
+    from minimind_ray.config.load import parse_value
+
     if flag in SOURCES:
         texts = [value] if isinstance(value, str) else list(value)
         paths = [path for text in texts for path in (parse_value(text) if text.startswith("[") else [text])]
@@ -51,6 +53,8 @@ def flag_value(flag: str, value: Any) -> Any:
 
 def config_from_flags(stage: str, config: list[Path], settings: list[str], flags: dict[str, Any]) -> Config:
     """The config that --config files, --set and the short flags make; later ones win in that order."""
+    from minimind_ray.config.load import load_config, parse_override
+
     overrides = dict(parse_override(text) for text in settings)
     for flag, value in flags.items():
         if value is not None and not (flag in SOURCES and len(value) == 0):

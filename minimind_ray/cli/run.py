@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.config.load import parse_override, parse_value
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,6 +30,8 @@ def run(
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
     """Run a recipe's stages; what is finished and unchanged is skipped, what was interrupted goes on."""
+    from minimind_ray.config.load import parse_override, parse_value
+
     overrides: dict[str, Any] = dict(parse_override(text) for text in set_ or [])
     if workers is not None:
         overrides["scale.workers"] = parse_value(workers)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_ray.cli.flags import config_from_flags
-from minimind_ray.config.schema import Config, ScaleConfig
 
 if TYPE_CHECKING:
+    from minimind_ray.config.schema import Config, ScaleConfig
     from minimind_ray.stages.run import Host, Job
 
 

@@ -42,8 +42,9 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, function: Callable[[Tensor], Tensor], but: str = "") -> Batch:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{n: v if n == but or v is None else function(v) for n, v in values.items()})
+        before = {f.name: getattr(self, f.name) for f in fields(self)}
+        after: dict[str, Any] = {n: v if n == but or v is None else function(v) for n, v in before.items()}
+        return Batch(**after)
 
 
 def passes(packs: Iterable[Pack], tokens: int) -> Iterator[list[Pack]]:

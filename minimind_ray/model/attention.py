@@ -118,7 +118,7 @@ class Layout:
         return int(self.lengths_D.max())
 
     @cached_property
-    def _tiles_T3(self) -> Tensor:
+    def _tiles(self) -> Tensor:
         from minimind_ray.model.gpu_kernels import tiles_of
 
         return tiles_of(self.bounds_D1).to(self.device, non_blocking=True)
@@ -126,7 +126,7 @@ class Layout:
     def _tiled(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         from minimind_ray.model.gpu_kernels import attend  # Triton is there with GPUs only
 
-        return attend(q_NHK, k_NGK, v_NGK, self._tiles_T3)
+        return attend(q_NHK, k_NGK, v_NGK, self._tiles)
 
     def _varlen(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use on a CPU

@@ -11,8 +11,9 @@ probabilities once more: two runs give the same bits.
 """
 # pyright: reportMissingImports=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportMissingParameterType=false
-# pyright: reportUntypedFunctionDecorator=false, reportIncompatibleMethodOverride=false
-# (Triton has no types, and comes with torch's builds for GPUs alone.)
+# pyright: reportUntypedFunctionDecorator=false, reportIncompatibleMethodOverride=false, reportArgumentType=false
+# pyright: reportCallIssue=false
+# (Triton has hardly any types, and comes with torch's builds for GPUs alone.)
 
 from __future__ import annotations
 
@@ -239,7 +240,7 @@ def _norm_rotate_backward(
 def norm_rotate(
     x_NHK: Tensor, weight_K: Tensor, cos_NR: Tensor, sin_NR: Tensor, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As the kernel of that name in `ops`: `scale` · RMSNorm of each head with its pairs turned, and 1 / RMS [N, H, 1]."""
+    """As `ops` has it: `scale` · RMSNorm of each head with its pairs turned, and 1 / RMS [N, H, 1]."""
     x, (count, heads, size) = x_NHK.contiguous(), x_NHK.shape
     out_NHK, scales_NH1 = torch.empty_like(x), x.new_empty(count, heads, 1, dtype=torch.float32)
     rows, sizes = count * heads, _sizes(heads, size)

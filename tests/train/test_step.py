@@ -39,7 +39,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were() -
         return [x.detach().clone() for x in (*model.parameters(), *state)]
 
     first = step(0)
-    before, good = numbers(), float(scale[0])
+    before, good = numbers(), scale[0].item()
     with torch.no_grad():
         scale[0] = math.nan
     with pytest.raises(NonFiniteError, match="step 1: loss nan"):
