@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tiny models: two threads on two cores that Ray's processes want too wait for each other most of the time.
@@ -19,10 +18,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray's workers import what tests hand them from here.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks as it is imported.
 # Ray reads them as it is imported. One token for every cluster and process of the tests, whatever this machine has.
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+import torch  # noqa: E402  It reads the number of threads as it is imported.
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks where a kernel is defined, its own as it is imported.
 
 
 @pytest.fixture(scope="session")

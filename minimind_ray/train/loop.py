@@ -289,7 +289,7 @@ def _training(
             _keep_documents(run, result.step, context.rank, packs, tokenizer)
             raise UserError(
                 f"step {result.step + 1}: the loss is {result.loss} and the gradient norm {result.grad_norm}; training "
-                f"stopped before the weights were touched. The step's documents are in {run.where}/nonfinite-*.jsonl, "
+                f"stopped with the weights as they were. The step's documents are in {run.where}/nonfinite-*.jsonl, "
                 "the last good checkpoint is kept. Try a lower optim.lr, or train.precision float32"
             )
         assert isinstance(result, StepResult)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minimind_ray.model import attention
+from minimind_ray.model import attention, ops
 from minimind_ray.model.attention import Layout
 
 H, G, K = 6, 2, 16
@@ -82,7 +82,15 @@ def test_a_document_without_tokens_changes_nothing() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
-def test_cuda_equals_padded_reference(lengths: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_equals_padded_reference(
+    lengths: tuple[int, ...], dtype: torch.dtype, tolerance: float, compiled: bool
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    check(lengths, dtype, "cuda", tolerance)
+    if compiled:
+        ops.compile_kernels(torch.device("cuda"))
+    try:
+        check(lengths, dtype, "cuda", tolerance)
+    finally:
+        ops.run_eagerly()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,12 +24,12 @@ def differences(ours: list[Tensor], others: list[Tensor]) -> list[float]:
 
 
 @pytest.mark.parametrize("lengths", [(1, 70, 64, 0, 65, 3), (200,)], ids=str)
-@pytest.mark.parametrize("size", [8, 24])
-def test_attention_is_that_of_the_buckets(lengths: tuple[int, ...], size: int) -> None:
+@pytest.mark.parametrize(("size", "half"), [(8, False), (24, False), (16, True)])
+def test_attention_is_that_of_the_buckets(lengths: tuple[int, ...], size: int, half: bool) -> None:
     torch.manual_seed(0)
     bounds_D1 = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    # Float32 is for the interpreter alone: a GPU's products of it are shorter than that.
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    # Float32 is for the interpreter alone, which has no bfloat16: a GPU's products of it are shorter than that.
+    dtype = torch.float16 if half else torch.bfloat16 if DEVICE == "cuda" else torch.float32
     q, k, v, grad = (torch.randn(sum(lengths), heads, size) for heads in (4, 2, 2, 4))
     qkv = [x.to(DEVICE, dtype).requires_grad_() for x in (q * size**-0.5, k, v)]
     out = gpu_kernels.attend(*qkv, gpu_kernels.tiles_of(bounds_D1).to(DEVICE))
@@ -34,7 +37,16 @@ def test_attention_is_that_of_the_buckets(lengths: tuple[int, ...], size: int) -
     wide = [x.detach().cpu().float().requires_grad_() for x in qkv]
     out = Layout(bounds_D1, torch.device("cpu")).attend(*wide)
     others = [out, *torch.autograd.grad(out, wide, grad)]
-    assert max(differences([x.cpu() for x in ours], others)) < (1e-2 if DEVICE == "cuda" else 1e-5)
+    assert max(differences([x.cpu() for x in ours], others)) < (1e-5 if dtype is torch.float32 else 1e-2)
+
+
+def test_a_cpu_needs_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from minimind_ray.model import transformer, ops; "
+        "ops.compile_kernels(torch.device('cpu')); print(ops.compiled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("heads", [1, 3])

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 
 def one_step(job, out: str) -> None:
-    """In a worker: one plain gradient step on the first step's packs, so that the weights' change is the gradient."""
+    """In a worker: one step on the first step's packs; keeps its gradient."""
     import ray.train
 
     from minimind_ray.data.batch import batch_from_packs
