@@ -59,7 +59,7 @@ from minimind_ray.train.run import RunDirectory, resolve_model
 from tests.jobs import make_tokenizer, rows_of
 from tests.sweep.synthetic import make_sweep
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 EXAMPLES = int(os.environ.get("MINIMIND_FUZZ", "0"))
 SECONDS, BYTES = 10, 1 << 30

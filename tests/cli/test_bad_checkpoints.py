@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from minimind_ray.train.run import CHECKPOINT_SUMS, file_sha256
 from tests.cli.conftest import Command, Models, Outcome
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 
 class Evil:

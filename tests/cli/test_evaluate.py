@@ -20,7 +20,7 @@ from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model
 from tests.cli.conftest import Command, Models
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from minimind_ray.stages.use import Sampling, open_trained
 from tests.cli.conftest import Command, Models
 from tests.jobs import write_jsonl
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 GREEDY = ["--temperature", 0, "--max-new-tokens", 12, "--precision", "float32"]
 

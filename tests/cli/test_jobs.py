@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.conftest import Command
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 

@@ -34,7 +34,7 @@ from minimind_ray.train.step import autocast
 from tests.cli.conftest import Command, Models
 from tests.jobs import rows_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 VOCABULARY = 382
 SIZES = {"data.max_seq_len": 64, "data.pack_tokens": 256, "batch.tokens": 1024, "data.val_fraction": 0.2}

@@ -60,6 +60,7 @@ def test_a_text_has_a_start_and_an_end_and_all_but_the_start_is_predicted(tokeni
     assert document.weights.tolist() == [0] + [1] * (len(document.tokens) - 1)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text(min_size=1, max_size=80).filter(lambda t: not t.isspace()), st.integers(2, 12))
 def test_a_split_text_predicts_each_token_once_after_the_one_before_it(

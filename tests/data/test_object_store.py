@@ -23,7 +23,7 @@ from minimind_ray.data.records import Row, discover, read_rows
 from minimind_ray.data.store import PackStore, write_reference
 from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 TEXTS = [f"the fox number {i}" for i in range(100)]
 CONTENT = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)

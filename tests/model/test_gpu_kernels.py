@@ -15,7 +15,7 @@ from minimind_ray.model.attention import Layout
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with the development tools on Linux")
 from minimind_ray.model import gpu_kernels  # noqa: E402
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -34,7 +34,7 @@ from minimind_ray.sweep.plan import (
 from minimind_ray.sweep.trials import read_sweep
 from tests.jobs import make_config, make_job, rows_of, start, write_jsonl
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 
 def planned(

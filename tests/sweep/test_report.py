@@ -16,7 +16,7 @@ from minimind_ray.sweep.report import write_report
 from minimind_ray.sweep.text import count_text, duration_text, number_text, shorten, value_text
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

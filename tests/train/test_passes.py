@@ -23,7 +23,7 @@ from minimind_ray.train.loop import ahead, deterministic
 from minimind_ray.train.run import RunDirectory
 from tests.jobs import make_job, start
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 
 def pack(number: int, *lengths: int) -> Pack:

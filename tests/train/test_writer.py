@@ -18,7 +18,7 @@ from minimind_ray.train.writer import CheckpointWriter, HostCopy
 from tests.faults import fill, small_disk
 from tests.jobs import make_job, start
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 
 def test_a_copy_stays_as_it_was_and_is_made_in_the_same_place_again() -> None:
