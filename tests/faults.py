@@ -16,7 +16,7 @@ import pytest
 
 from minimind_ray.train.run import RunDirectory
 
-WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
+WORKER, COORDINATOR = "ray::RayTrainWorker", "ray::SplitCoordinator"
 
 
 class LocalCluster:

@@ -64,7 +64,7 @@ def prepare(
     """Make the packs that training reads, and keep them: `train` with the same settings finds them done."""
     from rich.console import Console
 
-    from minimind_ray.data.prepare import prepare, run_units_here
+    from minimind_ray.data.prepare import prepare, run_units_here, worth_spreading
     from minimind_ray.data.tokenizer import Tokenizer
     from minimind_ray.stages.run import resolve_paths
 
@@ -78,6 +78,8 @@ def prepare(
     with ExitStack() as stack:
 
         def on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterable[UnitStats]:
+            if not worth_spreading(units):
+                return run_units_here(units, encoding)
             # Not before there is work: starting Ray takes seconds.
             from minimind_ray.on_ray.prepare import run_units_on_ray
             from minimind_ray.on_ray.session import start_ray, stop_ray

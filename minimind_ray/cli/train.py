@@ -93,10 +93,11 @@ def host(scale: ScaleConfig, *, ray: bool) -> Generator[tuple[Host, Callable[[Jo
         yield Host(), run_here
         return
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
-    from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
 
-    start_ray(local_cpus(scale))
+    start_ray(local_cpus(scale), meanwhile="minimind_ray.on_ray.trainer")
     try:
+        from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
+
         yield RAY_HOST, train_on_ray
     finally:
         stop_ray()

@@ -219,7 +219,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     nested = plan.base.scale.most > 1
-    start_ray(local_cpus(plan.base.scale) if nested else None, dashboard=nested)
+    start_ray(local_cpus(plan.base.scale) if nested else None, meanwhile="minimind_ray.sweep.run")
     try:
         with Board(plan, console) as board:
             ending = run_sweep(plan, resume=resume, say=say, watch=board.watch)

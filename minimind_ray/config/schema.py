@@ -69,6 +69,10 @@ class DataConfig(Section):
     long_documents: Literal["split", "truncate"] = Field(
         default="split", description="pretraining documents over max_seq_len: split into consecutive ones, or cut"
     )
+    direct_steps: PositiveInt = Field(
+        default=64,
+        description="steps whose packs workers read themselves, while Ray Data's processes start beside them",
+    )
     cache: bool = Field(default=True, description="keep the packs on disk; false: encode and pack inside the stream")
     cache_dir: str = Field(default=".cache/packs", description="where prepared packs are kept")
     max_reject_fraction: Fraction = Field(default=0.01, description="part of bad rows above which nothing is trained")

@@ -134,6 +134,11 @@ def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitSt
         yield encode_unit(unit, encoding)
 
 
+def worth_spreading(units: Sequence[Unit]) -> bool:
+    """Whether encoding them takes longer than it takes other processes to start."""
+    return sum(unit.size for unit in units) > UNIT_BYTES
+
+
 def prepare(
     stage: StageName,
     config: DataConfig,

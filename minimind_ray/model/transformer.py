@@ -108,7 +108,8 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        # Not drawn twice: see `Transformer`.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape.vocab_size, shape.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_hidden_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
@@ -136,7 +137,8 @@ class Transformer(nn.Module):
         frequencies_R, self.rotary_scale = rotary_frequencies(shape)
         self.register_buffer("frequencies", frequencies_R, persistent=False)
         for parameter in self.parameters():
-            if parameter.ndim == 2:
+            # To draw on the meta device, where there is nothing to draw, torch would import its compiler: seconds.
+            if parameter.ndim == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=shape.initializer_range)
 
     def forward(self, tokens_N: Tensor, bounds_D1: Tensor) -> Tensor:

@@ -26,14 +26,13 @@ if TYPE_CHECKING:
     from minimind_ray.stages.run import Job
 
 STEPS_PER_TASK = 64  # So that most runs need few processes to start, and long ones have tasks to stream.
-OWN_STEPS = 4
 
 
 def own_steps(job: Job, start: int) -> int:
     """How many steps from `start` on the workers read themselves: Ray Data's processes, which start one after another
     in some five seconds, do so beside them, but for the first. None of a stream, whose packs are known only by making
     all before them."""
-    return 0 if isinstance(job.train, Stream) else min(OWN_STEPS, job.plan.steps - start)
+    return 0 if isinstance(job.train, Stream) else min(job.config.data.direct_steps, job.plan.steps - start)
 
 
 def step_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:

@@ -11,8 +11,12 @@ import ray
 from ray.util.annotations import RayDeprecationWarning
 
 from minimind_ray.data.store import PackStore
+from minimind_ray.model.checkpoint import load_shape
 from minimind_ray.on_ray.session import machines, require_cpus
-from minimind_ray.stages.reference import Reference, ReferenceModel
+from minimind_ray.stages.reference import Reference, ReferenceModel, compute_here
+from minimind_ray.train.throughput import training_flops_per_token
+
+SMALL_FLOPS = 1e12  # A core's work of some seconds: no more than to start a process that holds a model.
 
 
 class _Scorer:
@@ -28,7 +32,14 @@ class _Scorer:
 
 
 def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
-    """Each pack's log-probabilities in the order of the packs, as `stages.reference.ComputeReference`."""
+    """Each pack's log-probabilities in the order of the packs, as `stages.reference.ComputeReference`.
+
+    What is small for a CPU is computed in this process.
+    """
+    flops = PackStore(reference.store).n_tokens * training_flops_per_token(load_shape(reference.base), 0) / 3
+    if not reference.gpus and flops < SMALL_FLOPS:
+        yield from compute_here(reference)
+        return
     require_cpus(1, reference.gpus, "computing reference log-probabilities")
     groups = len(PackStore(reference.store).row_groups)
     have = machines().resources()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,10 @@ Ending = Literal["by itself", "interrupted", "out of time"]
 ANSWER_SECONDS = 2.0
 
 
-def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
+def start_ray(cpus: int | None = None, *, meanwhile: str | None = None) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray here with `cpus` logical CPUs (default: all).
 
-    Ray Train runs inside Ray Tune trials need the `dashboard` process to look after their placement groups.
+    While Ray's processes start, the module `meanwhile` is imported.
 
     Raises:
         UserError: no cluster at RAY_ADDRESS, or one with another token; or Ray does not come up here.
@@ -37,10 +38,15 @@ def start_ray(cpus: int | None = None, *, dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if address := os.environ.get("RAY_ADDRESS"):
-        _join(address)
-    else:
-        _start_here(cpus, dashboard)
+    # Notices are for a cluster's nodes. Here the process that looks for them would only cost a start.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int("RAY_ADDRESS" in os.environ))
+    with ThreadPoolExecutor(1) as beside:
+        if meanwhile:
+            beside.submit(import_module, meanwhile)
+        if address := os.environ.get("RAY_ADDRESS"):
+            _join(address)
+        else:
+            _start_here(cpus)
     configure_data()
 
 
@@ -59,7 +65,7 @@ def _join(address: str) -> None:
         ) from None
 
 
-def _start_here(cpus: int | None, dashboard: bool) -> None:
+def _start_here(cpus: int | None) -> None:
     """Ray's helpers have 15 seconds to come up, which can be too short for a busy machine; the second time their files
     have been read."""
     import ray
@@ -69,7 +75,7 @@ def _start_here(cpus: int | None, dashboard: bool) -> None:
             ray.init(
                 address="local",  # Not one that runs on this machine for something else.
                 num_cpus=cpus,
-                include_dashboard=dashboard,
+                include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 # No runtime environment: it would cost each worker a second start, and processes of this machine
@@ -246,7 +252,7 @@ def worker_resources(scale: ScaleConfig) -> dict[str, float]:
 def free_left_groups() -> None:
     """Remove the placement groups that actors of this driver made and left when they were killed.
 
-    As Ray Train's controllers do; its own cleaner needs the dashboard, and nothing else frees what they hold.
+    As trials with Ray Train workers do; Ray's own cleaner needs the dashboard, and nothing else frees what they hold.
     """
     import ray
     from ray._private.state import state

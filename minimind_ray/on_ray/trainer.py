@@ -1,12 +1,12 @@
 """A stage's train-loop function on Ray Train workers, kept going whatever becomes of them.
 
 A run is attempts in a row, each a Ray Train run of its own on as many workers as there is room for, each from the run
-directory's last sound checkpoint on. Attempts end, and the next one begins, when a worker, a node or Ray Train's
-controller is lost, when a notice says that a node will be, and when `scale.workers` leaves room for more workers and
-the cluster has it by now. In the last two cases with a checkpoint, so that no step is done twice. And when the cluster
-has lost the room that they and Ray Data need, though no worker: Ray Data would wait without a word. Ray Train's own
-restarts and elastic sizes are not used: they take the CPU that Ray Data needs, repeat what a user got wrong, lose the
-steps since the last checkpoint whenever the size changes, and end with the controller.
+directory's last sound checkpoint on. Attempts end, and the next one begins, when a worker, a process of Ray Data's or
+a node is lost, when a notice says that a node will be, and when `scale.workers` leaves room for more workers and the
+cluster has it by now. In the last two cases with a checkpoint, so that no step is done twice. And when the cluster has
+lost the room that they and Ray Data need, though no worker: Ray Data would wait without a word. Ray Train's own
+restarts and elastic sizes are not used: they take the CPU that Ray Data needs, repeat what a user got wrong, and lose
+the steps since the last checkpoint whenever the size changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.autoscaler.sdk import request_resources
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import PreemptionError
 
 from minimind_ray.config.errors import UserError
@@ -39,6 +39,7 @@ from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.storage import Flag, flag, watched
+from minimind_ray.on_ray.controller import Trainer
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
@@ -263,7 +264,7 @@ def _ask_for(scale: ScaleConfig) -> None:
 def _attempt(job: Job, workers: int, start: int) -> list[str]:
     """One Ray Train run, from step `start` on; the ids of nodes for which notice was given meanwhile."""
     scale, first = job.config.scale, start + own_steps(job, start)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         partial(_worker, job, first),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=worker_resources(scale)
@@ -275,6 +276,8 @@ def _attempt(job: Job, workers: int, start: int) -> list[str]:
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
+            # Its messages go to its own log file; the terminal is for our progress.
+            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         ),
         datasets={"train": partial(step_dataset, job, first, workers)} if first < job.plan.steps else None,
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
@@ -325,9 +328,9 @@ def told(error: BaseException) -> str:
             return "a machine ran out of memory, and Ray ended the process"
     for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
         if any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes(failure)):
-            return f"worker {rank}'s process, or the node it was on, is gone"
+            return f"worker {rank}'s process, one of Ray Data's, or the node it was on, is gone"
     if isinstance(error, ray.exceptions.RayActorError):
-        return "the process of Ray Train's controller, or the node it was on, is gone"
+        return "a process of the run, or the node it was on, is gone"
     last = (str(error).strip() or "no message").splitlines()[-1]
     if "gloo" in last or "NCCL" in last:
         return "a worker's connection to the others broke, as when one of them ends"

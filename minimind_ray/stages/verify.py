@@ -125,7 +125,7 @@ def prove_resume(
     common = [
         "--set", "data.max_seq_len=256", "--set", "data.pack_tokens=512", "--set", "batch.tokens=2048",
         "--set", f"data.cache_dir={directory}/cache", "--set", "eval.samples=0", "--wandb", "off",
-        "--set", "train.deterministic=true",
+        "--set", "train.deterministic=true", "--set", "data.direct_steps=4",
     ]  # fmt: skip
 
     def command(stage: StageName, out: Path, steps: int) -> list[str]:

@@ -205,7 +205,10 @@ def fit(
 def deterministic(wanted: bool) -> Generator[None]:
     """Torch's deterministic algorithms while inside, where `wanted`."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    if before or not wanted:  # Nothing to ask for; asking imports torch's compiler, seconds of a run's start.
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from minimind_ray.config.schema import OptimConfig
+
+
+class _AdamW(torch.optim.AdamW):
+    # Torch's own, without the wrappers that import its compiler to keep it out of them: seconds of a run's start.
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -16,7 +24,7 @@ def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return _AdamW(
         [g for g in groups if g["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -19,7 +19,7 @@ from minimind_ray.config.load import to_yaml
 from minimind_ray.stages.verify import check_checkpoint, compare_runs
 from minimind_ray.track.wandb import log_records, parse_record
 from minimind_ray.train.run import RunDirectory
-from tests.faults import CONTROLLER, WORKER, LocalCluster, fill, logged, small_disk, wait_for
+from tests.faults import COORDINATOR, WORKER, LocalCluster, fill, logged, small_disk, wait_for
 from tests.jobs import make_config
 
 pytestmark = pytest.mark.cluster
@@ -144,7 +144,7 @@ def test_workers_killed_in_a_step_in_validation_and_while_they_write(scene: Scen
     assert [row["step"] for row in history] == list(range(1, STEPS + 1)) and {"loss", "val/loss"} <= history[-1].keys()
 
 
-def test_notice_for_a_node_then_one_lost_without_and_the_controller(scene: Scene) -> None:
+def test_notice_for_a_node_then_one_lost_without_and_ray_datas_coordinator(scene: Scene) -> None:
     run, cluster = scene.directory / "nodes", scene.cluster
     with scene.run("nodes") as driver:
         wait_for(lambda: logged(run))
@@ -162,11 +162,11 @@ def test_notice_for_a_node_then_one_lost_without_and_the_controller(scene: Scene
         cluster.lose(lost)
         cluster.add(1)
         goes_on(run, 2)
-        assert cluster.kill(CONTROLLER) == 1
+        assert cluster.kill(COORDINATOR) == 1
         ends_well(scene, driver, "nodes")
     why = [restart["why"] for restart in restarts(run)]
     assert len(why) == 3 and why[0] == "notice was given for 1 node(s)"
-    assert "worker" in why[1] and "controller" in why[2]
+    assert "worker" in why[1] and "Ray Data's" in why[2]
     is_the_twin(scene, "nodes")
 
 

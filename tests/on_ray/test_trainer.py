@@ -170,8 +170,11 @@ def test_a_stream_gives_workers_what_the_plain_process_reads(tmp_path: Path, ray
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
 
 
-def test_dpo_with_adapters_on_experts_over_two_workers(tmp_path: Path, ray_session: None) -> None:
+def test_dpo_with_adapters_on_experts_over_two_workers(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reference log-probabilities by Ray Data, a mixture of experts, adapters, two workers: as one plain process."""
+    from minimind_ray.on_ray import reference
     from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
     from minimind_ray.stages.run import prepare_job, run_here
 
@@ -183,8 +186,9 @@ def test_dpo_with_adapters_on_experts_over_two_workers(tmp_path: Path, ray_sessi
     start(plain)
     run_here(plain)
     config = make_config(tmp_path, "dpo", 60, out=str(tmp_path / "ray"), scale__workers=2, **settings)
-    for reference in Path(plain.train).glob("reference-*"):
-        reference.unlink()
+    for file in Path(plain.train).glob("reference-*"):
+        file.unlink()
+    monkeypatch.setattr(reference, "SMALL_FLOPS", 0)
     job = prepare_job(config, RAY_HOST)
     assert Path(str(job.train_reference)).exists()
     start(job)
@@ -198,14 +202,14 @@ def test_dpo_with_adapters_on_experts_over_two_workers(tmp_path: Path, ray_sessi
     assert (resolve_model(tmp_path / "ray") / "adapter_model.safetensors").exists()
 
 
-def test_what_a_killed_controller_held_is_free_again(ray_session: None) -> None:
+def test_what_a_killed_trial_held_is_free_again(ray_session: None) -> None:
     import ray
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
     from minimind_ray.on_ray.session import free_left_groups
 
     @ray.remote(num_cpus=0)
-    class Controller:
+    class Trial:
         def start(self) -> str:
             self.group = placement_group([{"CPU": 1}])
             assert self.group.wait(10)
@@ -218,7 +222,7 @@ def test_what_a_killed_controller_held_is_free_again(ray_session: None) -> None:
 
     ours = placement_group([{"CPU": 1}])
     assert ours.wait(10)
-    killed, living = Controller.remote(), Controller.remote()
+    killed, living = Trial.remote(), Trial.remote()
     left, used = ray.get([killed.start.remote(), living.start.remote()])
     ray.kill(killed)
     # Not by `start`: it may still run in the one that is being killed, and leave a group that nobody knows of.

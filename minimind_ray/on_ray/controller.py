@@ -1,0 +1,68 @@
+"""Ray Train's controller in the process that starts the run, not in an actor of its own.
+
+An actor's process would be started, and import torch, before the first worker's could be: a third of a run's start. And
+with it one more process on which the run depends goes away. What follows are the few places where Ray Train 2.60 takes
+for granted that its controller is an actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.train import Result
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+
+
+class _Workers(WorkerGroup):
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        """None: its variables would cost each worker a second start, and workers have those of the job."""
+        return {}
+
+    def _init_train_context_on_workers(
+        self, workers: list[Worker], sync_actor: ActorHandle, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        """As Ray Train's, without a handle of the controller, which is asked only for what was reported with files."""
+        starts = []
+        for rank, worker in enumerate(workers):
+            own = {name: values[rank] for name, values in train_context_args.items()}
+            starts.append(
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **own,
+                )
+            )
+        ray.get(starts)
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _Workers
+
+
+class Trainer(TorchTrainer):
+    """A TorchTrainer whose controller runs in `fit`, in any thread. Interrupts are the caller's to see to."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """All but the actor that removes a dead controller's placement group: see `session.free_left_groups`."""
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, PlacementGroupCleanerCallback)
+        ]
+
+    def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
+        controller = _Controller(**controller_init_kwargs)
+        asyncio.run(controller.run())
+        return controller.get_result()
