@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import ray
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig
@@ -72,6 +73,14 @@ def test_a_users_error_in_a_worker_arrives_as_it_is(tmp_path: Path, source: Path
         prepare("pretrain", config(tmp_path / "cache", source), "train", tokenizer, changes)
     assert str(error.value).startswith(f"{source}: it has changed while it was read")
     assert "\n" not in str(error.value)
+
+
+def test_few_bytes_are_encoded_where_they_are_asked_for(
+    tmp_path: Path, source: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNIT_BYTES", source.stat().st_size)
+    monkeypatch.setattr(ray.data, "from_items", None)
+    assert prepare("pretrain", config(tmp_path, source), "train", tokenizer, run_units_on_ray).made == 1
 
 
 def test_what_one_host_made_the_other_finds(tmp_path: Path, source: Path, tokenizer: Tokenizer) -> None:

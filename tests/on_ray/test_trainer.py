@@ -133,10 +133,16 @@ def test_stop_and_resume_give_the_same_end_as_no_stop(tmp_path: Path, ray_sessio
     assert sums[0] == sums[1]
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_documents(tmp_path: Path, ray_session: None) -> None:
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_documents(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minimind_ray.on_ray import trainer
     from minimind_ray.on_ray.trainer import train_on_ray
 
-    job = make_job(tmp_path, scale__workers=2, optim__lr=1e30, optim__clip=0.0, eval__every=1)
+    # A run this short is read by its workers alone.
+    monkeypatch.setattr(trainer, "step_dataset", None)
+    job = make_job(tmp_path, scale__workers=2, data__direct_steps=64, optim__lr=1e30, optim__clip=0.0, eval__every=1)
+    assert job.plan.steps <= 64
     run = start(job)
     with pytest.raises(UserError, match=r"step \d+: the loss is .*nonfinite.*optim.lr"):
         train_on_ray(job)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import to_yaml
 from minimind_ray.data.store import PackStore
 from minimind_ray.stages import run as stages_run
 from minimind_ray.stages.run import run_here
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model, sound
-from tests.jobs import make_job, start
+from tests.jobs import make_config, make_job, start
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +44,19 @@ def test_sft_learns_and_its_loss_is_on_answers_only(base: Path, tmp_path: Path) 
     assert lines[-1]["loss"] < lines[0]["loss"]
     store = PackStore(job.train)
     assert 0 < store.counted_tokens < 0.7 * store.n_tokens
+
+
+def test_a_run_that_is_not_compiled_does_not_import_the_compiler(base: Path, tmp_path: Path) -> None:
+    """Torch does for a number of harmless calls; the import takes longer than all else that starts a process."""
+    config = make_config(tmp_path, "lora", 60, init_from=str(base / "run-pretrain"), data__tokenizer=None)
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    run = (
+        "import sys; from minimind_ray.cli.main import app; "
+        f"app(['train', 'lora', '--config', {str(tmp_path / 'config.yaml')!r}, '--no-ray'], standalone_mode=False); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", run], check=True)
+    assert RunDirectory(config.out).info()["state"] == "finished"
 
 
 def test_lora_starts_as_the_base_and_leaves_it_alone(base: Path, tmp_path: Path) -> None:
