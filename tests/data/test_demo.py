@@ -43,6 +43,7 @@ def content(files: DemoFiles) -> dict[str, bytes]:
     return {str(p.relative_to(files.directory)): p.read_bytes() for p in files.directory.rglob("*.jsonl")}
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_bytes(files: DemoFiles, tmp_path: Path) -> None:
     assert content(write_demo(tmp_path / "again", seed=0)) == content(files)
 

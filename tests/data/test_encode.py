@@ -126,6 +126,7 @@ def test_loss_is_on_each_answer_its_end_and_the_newline(tokenizer: Tokenizer, st
     assert tokenizer.decode(document.tokens.tolist()).count('{"name": "add", "parameters": {}}') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["ours", "minimind"])
 def test_ids_and_mask_are_those_of_the_whole_rendered_template(
     tokenizer: Tokenizer, corpus: Path, tmp_path: Path, source: str

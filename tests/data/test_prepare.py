@@ -437,6 +437,7 @@ def test_units_add_up_to_the_file(
         assert len(piece[: piece.rstrip(b"\n").rfind(b"\n") + 1]) < unit or piece.endswith(b"\n\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_real_text(tmp_path: Path, corpus: Path, stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "UNIT_BYTES", 100_000)

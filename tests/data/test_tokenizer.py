@@ -123,6 +123,7 @@ def test_tools_cannot_spell_control_tokens(tokenizer: Tokenizer) -> None:
     assert json.dumps(tools[0]) in tokenizer.decode(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("turns", [2, 3, len(CONVERSATION)])
 def test_ids_are_those_of_transformers(directory: Path, turns: int, tools: list[Any] | None) -> None:
@@ -140,6 +141,7 @@ def test_ids_are_those_of_transformers(directory: Path, turns: int, tools: list[
     assert ours.encode(TEXTS[:3]) == [theirs(text, add_special_tokens=False).input_ids for text in TEXTS[:3]]
 
 
+@pytest.mark.slow
 def test_corpus_rows_have_the_ids_of_transformers(directory: Path, corpus: Path) -> None:
     from transformers import AutoTokenizer
 

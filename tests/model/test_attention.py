@@ -55,6 +55,7 @@ def test_cpu_equals_padded_reference(lengths: tuple[int, ...], dtype: torch.dtyp
     check(lengths, dtype, "cpu", tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.unit
 def test_gradient_in_float64() -> None:
     """Lengths over QUERY_BLOCK and many heads are too slow for gradcheck; blocks of 4 rows take the same path."""

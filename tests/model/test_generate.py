@@ -30,6 +30,7 @@ def make(**fields: Any) -> Transformer:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": False}, {"num_experts": 4, "moe_intermediate_size": 32}])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_equals_transformers(fields: dict[str, Any], penalty: float, tmp_path: Path) -> None:

@@ -209,6 +209,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_peft_loads_ours_to_the_same_logits_and_merges_the_same(variant: str, tmp_path: Path) -> None:
     fields, config = VARIANTS[variant]
@@ -251,6 +252,7 @@ def test_merged_weights_equal_peft(base: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

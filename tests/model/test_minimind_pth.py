@@ -63,6 +63,7 @@ def logits(model: Transformer) -> Tensor:
         return model.project(model(TOKENS, torch.tensor([0, len(TOKENS)], dtype=torch.int32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_round_trip_is_exact(name: str, tokenizer: Path, tmp_path: Path) -> None:
     directory = make_directory(SHAPES[name], tokenizer, tmp_path / "model")

@@ -67,6 +67,7 @@ def reference_logits(model: Any) -> Tensor:
     return torch.cat([model(tokens.unsqueeze(0)).logits[0] for tokens in documents()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_and_gradients_equal_transformers(name: str, tmp_path: Path) -> None:
     model = make(SHAPES[name])
@@ -113,6 +114,7 @@ def in_memory(name: str) -> str:
     return name.replace("router.layer.weight", "router.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_loads_what_transformers_saves(name: str, tmp_path: Path) -> None:
     model = make(SHAPES[name])

@@ -298,6 +298,7 @@ def trl_dpo(loss: str, beta: float, counts_D: Tensor) -> Callable[[Tensor, Tenso
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
 def test_losses_with_a_reference_equal_trl(loss: Any, beta: float) -> None:
@@ -313,6 +314,7 @@ def test_losses_with_a_reference_equal_trl(loss: Any, beta: float) -> None:
     assert_same(values_and_gradients(ours), values_and_gradients(trl_dpo(loss, beta, counts_D)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_simpo_equals_trl(label_smoothing: float) -> None:
     from trl.experimental.cpo import CPOTrainer
@@ -326,6 +328,7 @@ def test_simpo_equals_trl(label_smoothing: float) -> None:
     assert_same(values_and_gradients(Preference(config, SHAPE).losses, divide_by=5), theirs)
 
 
+@pytest.mark.slow
 def test_orpo_equals_trl() -> None:
     from trl.experimental.orpo import ORPOTrainer
 

@@ -113,6 +113,7 @@ def summary(out: Path) -> dict[str, Any]:
     return merged
 
 
+@pytest.mark.slow
 @pytest.mark.unit
 def test_an_offline_run_holds_config_metrics_samples_and_summary(tmp_path: Path) -> None:
     out = tmp_path / "a run"
@@ -155,6 +156,7 @@ def test_an_offline_run_holds_config_metrics_samples_and_summary(tmp_path: Path)
     assert (last["best/loss"], last["best/perplexity"], last["best/step"], last["best/tokens"]) == (1.5, 4.5, 2, 200)
 
 
+@pytest.mark.slow
 @pytest.mark.unit
 def test_records_are_what_wandb_itself_reads(tmp_path: Path) -> None:
     tracker = start(tmp_path)
