@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.train import Result
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
@@ -55,14 +56,19 @@ class Trainer(TorchTrainer):
     """A TorchTrainer whose controller runs in `fit`, in any thread. Interrupts are the caller's to see to."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        """All but the actor that removes a dead controller's placement group: see `session.free_left_groups`."""
-        return [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, PlacementGroupCleanerCallback)
-        ]
+        """Without the actor that removes a dead controller's placement group: see `session.free_left_groups`."""
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
         controller = _Controller(**controller_init_kwargs)
-        asyncio.run(controller.run())
-        return controller.get_result()
+        try:
+            asyncio.run(controller.run())
+            return controller.get_result()
+        finally:
+            # An actor's end would be the end of what it started.
+            for callback in controller_init_kwargs["callbacks"]:
+                if isinstance(callback, DatasetsCallback):
+                    provider: Any = callback._dataset_shard_provider  # pyright: ignore[reportPrivateUsage]
+                    if provider:
+                        ray.kill(provider._dataset_manager)

@@ -162,6 +162,7 @@ def test_notice_for_a_node_then_one_lost_without_and_ray_datas_coordinator(scene
         cluster.lose(lost)
         cluster.add(1)
         goes_on(run, 2)
+        wait_for(lambda: cluster.processes(COORDINATOR), 30)
         assert cluster.kill(COORDINATOR) == 1
         ends_well(scene, driver, "nodes")
     why = [restart["why"] for restart in restarts(run)]
