@@ -9,8 +9,9 @@ from typing import Any
 
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import Config
+from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.tokenizer import train_tokenizer
-from minimind_ray.stages.run import Job, begin, prepare_job, resolve_paths
+from minimind_ray.stages.run import Job, begin, prepare_job
 
 NOUNS = ["river", "mountain", "fox", "poem", "lantern", "winter", "bridge", "月", "山", "春风"]
 VERBS = ["sees", "follows", "remembers", "forgets", "likes", "爱", "看"]

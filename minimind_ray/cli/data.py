@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -65,8 +66,8 @@ def prepare(
     from rich.console import Console
 
     from minimind_ray.data.prepare import prepare, run_units_here, worth_spreading
+    from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.tokenizer import Tokenizer
-    from minimind_ray.stages.run import resolve_paths
 
     flags = {"train": files, "val": val, "tokenizer": tokenizer, "max_seq_len": max_seq_len}
     flags |= {"pack_tokens": pack_tokens, "cache_dir": cache_dir}
@@ -78,9 +79,9 @@ def prepare(
     with ExitStack() as stack:
 
         def on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterable[UnitStats]:
-            if not worth_spreading(units):
-                return run_units_here(units, encoding)
             # Not before there is work: starting Ray takes seconds.
+            if not (os.environ.get("RAY_ADDRESS") or worth_spreading(units)):
+                return run_units_here(units, encoding)
             from minimind_ray.on_ray.prepare import run_units_on_ray
             from minimind_ray.on_ray.session import start_ray, stop_ray
 

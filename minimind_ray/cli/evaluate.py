@@ -78,9 +78,9 @@ def measure(
     import torch
 
     from minimind_ray.data.prepare import prepare
+    from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.objectives.causal_lm import CausalLM
     from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
-    from minimind_ray.stages.run import resolve_paths
     from minimind_ray.stages.use import open_trained
     from minimind_ray.train.evaluate import evaluate
 

@@ -40,9 +40,9 @@ def plan(config: Config) -> dict[str, str]:
     """
     from minimind_ray.config.errors import UserError
     from minimind_ray.data.estimate import estimate
+    from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.model.checkpoint import config_of
     from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
-    from minimind_ray.stages.run import resolve_paths
     from minimind_ray.stages.start import load_tokenizer, model_shape, require_base
     from minimind_ray.train.context import default_device, resolve_precision
     from minimind_ray.train.footprint import footprint

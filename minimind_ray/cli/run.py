@@ -50,8 +50,8 @@ def run_recipe(
     from minimind_ray.cli.train import host
     from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.data.files import join
+    from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.stages.recipe import read_recipe, require_sources, stage_config
-    from minimind_ray.stages.run import resolve_paths
 
     console = Console(highlight=False, soft_wrap=True)
     recipe = read_recipe(path)

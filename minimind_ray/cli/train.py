@@ -69,14 +69,17 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
     from rich.console import Console
 
-    from minimind_ray.cli.progress import print_result, watching
-    from minimind_ray.stages.run import begin, prepare_job, resolve_paths
+    from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.train.run import RunDirectory
 
     console = Console()
     config = resolve_paths(config)
     RunDirectory(config.out).check(config, resume=resume)
     with host(config.scale, ray=ray) as (work, run_job):
+        # Not before: what imports torch does so while Ray starts.
+        from minimind_ray.cli.progress import print_result, watching
+        from minimind_ray.stages.run import begin, prepare_job
+
         job = prepare_job(config, work, partial(console.print, highlight=False, soft_wrap=True))
         begin(job, resume=resume)
         with watching(job, console):

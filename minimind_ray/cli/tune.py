@@ -213,7 +213,6 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     from minimind_ray.data.storage import url_of
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
-    from minimind_ray.sweep.run import run_sweep
     from minimind_ray.train.run import RunDirectory
 
     console = Console()
@@ -221,6 +220,8 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     nested = plan.base.scale.most > 1
     start_ray(local_cpus(plan.base.scale) if nested else None, meanwhile="minimind_ray.sweep.run")
     try:
+        from minimind_ray.sweep.run import run_sweep
+
         with Board(plan, console) as board:
             ending = run_sweep(plan, resume=resume, say=say, watch=board.watch)
     finally:

@@ -71,7 +71,7 @@ class DataConfig(Section):
     )
     direct_steps: PositiveInt = Field(
         default=64,
-        description="steps whose packs workers read themselves, while Ray Data's processes start beside them",
+        description="steps whose packs workers read themselves, beside which Ray Data starts for those after",
     )
     cache: bool = Field(default=True, description="keep the packs on disk; false: encode and pack inside the stream")
     cache_dir: str = Field(default=".cache/packs", description="where prepared packs are kept")

@@ -136,7 +136,8 @@ def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitSt
 
 def worth_spreading(units: Sequence[Unit]) -> bool:
     """Whether encoding them takes longer than it takes other processes to start."""
-    return sum(unit.size for unit in units) > UNIT_BYTES
+    text = sum(unit.size if unit.source.suffix in (".jsonl", ".parquet") else 5 * unit.size for unit in units)
+    return len(units) > 1 and text > UNIT_BYTES
 
 
 def prepare(

@@ -12,7 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
-from minimind_ray.config.paths import STORAGE, in_job
+from minimind_ray.config.paths import STORAGE, in_job, input_path, output_path
+from minimind_ray.config.schema import Config
 from minimind_ray.data.files import atomic_output, join, locate
 
 UNPACKED = "working_dir_files"
@@ -42,6 +43,26 @@ def keep_shipped(path: str) -> str:
             with (root / file).open("rb") as source, atomic_output(filesystem, join(folder, file)) as copy:
                 shutil.copyfileobj(source, copy)
     return join(target, name)
+
+
+def resolve_paths(config: Config) -> Config:
+    """The same config with absolute paths, since workers run in other directories."""
+
+    def inputs(paths: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(paths, list):
+            return [keep_shipped(input_path(path)) for path in paths]
+        return paths and keep_shipped(input_path(paths))
+
+    data = config.data.model_copy(
+        update={
+            "train": inputs(config.data.train),
+            "val": inputs(config.data.val),
+            "tokenizer": inputs(config.data.tokenizer),
+            "cache_dir": output_path(config.data.cache_dir),
+        }
+    )
+    out = output_path(config.out.replace("{stage}", config.stage))
+    return config.model_copy(update={"data": data, "out": out, "init_from": inputs(config.init_from)})
 
 
 def _sum(file: Path) -> str:

@@ -16,11 +16,25 @@ from ray.train import Result
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 
+from minimind_ray.on_ray.session import alone
+
 
 class _Workers(WorkerGroup):
+    def _start(self) -> None:
+        """As Ray Train's, which leaves workers that fail just after their start for its actor's end to free."""
+        try:
+            super()._start()
+        except BaseException:
+            if self._worker_group_state:
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
+
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
         """None: its variables would cost each worker a second start, and workers have those of the job."""
@@ -51,14 +65,20 @@ class _Workers(WorkerGroup):
 class _Controller(TrainController):
     worker_group_cls = _Workers
 
+    def __init__(self, **controller_init_kwargs: Any) -> None:
+        super().__init__(**controller_init_kwargs)
+        if alone():  # Notice is given of nodes. Here the process that looks for it would only cost its start.
+            kept = [c for c in self._worker_group_callbacks_to_propagate if not isinstance(c, PreemptionCallback)]
+            self._worker_group_callbacks_to_propagate = kept
+
 
 class Trainer(TorchTrainer):
     """A TorchTrainer whose controller runs in `fit`, in any thread. Interrupts are the caller's to see to."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without the actor that removes a dead controller's placement group: see `session.free_left_groups`."""
+        """Without what looks after the controller's actor. Placement groups: see `session.free_left_groups`."""
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [c for c in callbacks if not isinstance(c, (PlacementGroupCleanerCallback, StateManagerCallback))]
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
         controller = _Controller(**controller_init_kwargs)

@@ -13,16 +13,18 @@ import ray
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.prepare import Encoding, Unit, encode_unit, run_units_here, worth_spreading
 from minimind_ray.data.store import UnitStats
-from minimind_ray.on_ray.session import require_cpus
+from minimind_ray.on_ray.session import alone, require_cpus
 
 
 def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
-    """Encode units in parallel, as `data.prepare.RunUnits`: their counts, as they get done. Few bytes in this process.
+    """Encode units in parallel, as `data.prepare.RunUnits`: their counts, as they get done.
+
+    Where other processes would gain nothing, in this one. Not on a cluster, whose nodes may not see what it writes.
 
     Raises:
         UserError: as `encode_unit`; or the cluster has no CPU to do it on.
     """
-    if not worth_spreading(units):
+    if alone() and not worth_spreading(units):
         yield from run_units_here(units, encoding)
         return
     require_cpus(1, 0, "preparing data")

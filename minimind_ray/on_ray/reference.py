@@ -12,7 +12,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from minimind_ray.data.store import PackStore
 from minimind_ray.model.checkpoint import load_shape
-from minimind_ray.on_ray.session import machines, require_cpus
+from minimind_ray.on_ray.session import alone, machines, require_cpus
 from minimind_ray.stages.reference import Reference, ReferenceModel, compute_here
 from minimind_ray.train.throughput import training_flops_per_token
 
@@ -34,10 +34,10 @@ class _Scorer:
 def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
     """Each pack's log-probabilities in the order of the packs, as `stages.reference.ComputeReference`.
 
-    What is small for a CPU is computed in this process.
+    What is small for a CPU is computed in this process, where there is one machine.
     """
     flops = PackStore(reference.store).n_tokens * training_flops_per_token(load_shape(reference.base), 0) / 3
-    if not reference.gpus and flops < SMALL_FLOPS:
+    if alone() and not reference.gpus and flops < SMALL_FLOPS:
         yield from compute_here(reference)
         return
     require_cpus(1, reference.gpus, "computing reference log-probabilities")

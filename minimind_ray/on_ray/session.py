@@ -38,8 +38,6 @@ def start_ray(cpus: int | None = None, *, meanwhile: str | None = None) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
-    # Notices are for a cluster's nodes. Here the process that looks for them would only cost a start.
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int("RAY_ADDRESS" in os.environ))
     with ThreadPoolExecutor(1) as beside:
         if meanwhile:
             beside.submit(import_module, meanwhile)
@@ -156,6 +154,13 @@ def interruptible(work: Callable[[], object], stop: Callable[[], object], second
     if failure:
         raise failure[0]
     return ending
+
+
+def alone() -> bool:
+    """Whether this machine is all of the cluster: whatever is lost with it, this process is too."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) == 1
 
 
 def local_cpus(scale: ScaleConfig) -> int:

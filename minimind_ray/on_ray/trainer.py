@@ -166,7 +166,7 @@ def _keep_going(job: Job) -> None:
             gone |= set(noticed)
             failures, most, done = 0, scale.most, _steps_done(run)
         except Exception as error:
-            if _user_error(error) or stop_file.exists():
+            if _user_error(error) or stop_file.exists() or not ray.is_initialized():
                 raise
             why, done = told(error), _steps_done(run)
             if leave_file.exists():
@@ -276,7 +276,7 @@ def _attempt(job: Job, workers: int, start: int) -> list[str]:
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
-            # Its messages go to its own log file; the terminal is for our progress.
+            # Ray's logs have it all, in ray-train-sys-*.log; the terminal is for our progress.
             logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         ),
         datasets={"train": partial(step_dataset, job, first, workers)} if first < job.plan.steps else None,
@@ -329,7 +329,7 @@ def told(error: BaseException) -> str:
     for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
         if any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes(failure)):
             return f"worker {rank}'s process, one of Ray Data's, or the node it was on, is gone"
-    if isinstance(error, ray.exceptions.RayActorError):
+    if any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes(error)):
         return "a process of the run, or the node it was on, is gone"
     last = (str(error).strip() or "no message").splitlines()[-1]
     if "gloo" in last or "NCCL" in last:

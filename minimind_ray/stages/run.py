@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.paths import input_path, output_path
 from minimind_ray.config.schema import Config, DataConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import StepPlan, read_steps
 from minimind_ray.data.prepare import RunUnits, Split, encoding_of, plan_units, prepare, run_units_here
-from minimind_ray.data.shipped import keep_shipped
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.stream import Stream, StreamPlan, stream_steps
 from minimind_ray.data.tokenizer import Tokenizer
@@ -71,26 +69,6 @@ class Job:
     def run(self, context: Context, data: TrainingData) -> None:
         """The stage's train-loop function."""
         STAGES[self.config.stage](self.config, context, data)
-
-
-def resolve_paths(config: Config) -> Config:
-    """The same config with absolute paths, since workers run in other directories."""
-
-    def inputs(paths: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(paths, list):
-            return [keep_shipped(input_path(path)) for path in paths]
-        return paths and keep_shipped(input_path(paths))
-
-    data = config.data.model_copy(
-        update={
-            "train": inputs(config.data.train),
-            "val": inputs(config.data.val),
-            "tokenizer": inputs(config.data.tokenizer),
-            "cache_dir": output_path(config.data.cache_dir),
-        }
-    )
-    out = output_path(config.out.replace("{stage}", config.stage))
-    return config.model_copy(update={"data": data, "out": out, "init_from": inputs(config.init_from)})
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ RESERVED = {
     "data.val": "trials are compared on the same validation data",
     "data.val_fraction": "trials are compared on the same validation data",
     "data.cache_dir": "trials share prepared data",
+    "data.direct_steps": "it changes nothing that is learned",
 }
 """Keys, and whole sections, that no axis can have."""
 

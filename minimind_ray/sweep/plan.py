@@ -21,11 +21,12 @@ from minimind_ray.config.search import SearchConfig
 from minimind_ray.data.files import join, remove
 from minimind_ray.data.plan import StepPlan
 from minimind_ray.data.prepare import Encoding, Unit
+from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.storage import copy_of, url_of
 from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import Reference
-from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job, resolve_paths
+from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
 from minimind_ray.sweep.axes import Axis, Drawn, PlannedTrial, parse_axis, plan_trials
 from minimind_ray.sweep.searchers import Explorer, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep

@@ -37,7 +37,16 @@ from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_o
 CHECKPOINT_SUMS = MARK
 UNFINISHED = ".writing-"
 # What may change between stop and resume without making it another run.
-FREE_KEYS = ("scale.", "eval.", "checkpoint.", "track.", "out", "data.cache_dir", "batch.pass_tokens")
+FREE_KEYS = (
+    "scale.",
+    "eval.",
+    "checkpoint.",
+    "track.",
+    "out",
+    "data.cache_dir",
+    "data.direct_steps",
+    "batch.pass_tokens",
+)
 
 
 class RunDirectory:

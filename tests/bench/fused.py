@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from minimind_ray.config.load import load_config
+from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.model.checkpoint import read_weights, save_model
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.stages.fused import member
-from minimind_ray.stages.run import Job, begin, prepare_job, resolve_paths, run_here
+from minimind_ray.stages.run import Job, begin, prepare_job, run_here
 from minimind_ray.train.context import default_device, keep_freed_memory, resolve_precision
 from minimind_ray.train.fused import Lockstep, PlainFusedContext
 from tests.bench.common import Report, first_rows, tokenizer

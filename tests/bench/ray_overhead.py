@@ -40,7 +40,7 @@ def train(args: Namespace, host: str, scratch: Path, name: str, threads: int) ->
         "--train", files(args, "pretrain")[0].path, "--tokenizer", args.tokenizer,
         "--preset", args.preset, "--batch-tokens", "8192", "--max-steps", args.steps,
         "--cpus-per-worker", threads, "--set", "data.val_fraction=0",
-        "--set", "checkpoint.every=1000000",
+        "--set", "checkpoint.every=1000000", "--set", "data.direct_steps=4",
         "--set", f"data.cache_dir={scratch}/cache",
     ]  # fmt: skip
     start = time.time()

@@ -20,10 +20,11 @@ from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import ModelConfig
 from minimind_ray.data.encode import encode_rows
 from minimind_ray.data.records import Reject, discover, read_rows
+from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import save_model
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.stages.run import begin, prepare_job, resolve_paths, run_here
+from minimind_ray.stages.run import begin, prepare_job, run_here
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.run import RunDirectory
 from minimind_ray.train.throughput import measure_matmul_flops

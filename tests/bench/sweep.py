@@ -17,8 +17,9 @@ from pathlib import Path
 
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import SearchConfig
+from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.on_ray.session import start_ray, stop_ray
-from minimind_ray.stages.run import prepare_job, resolve_paths
+from minimind_ray.stages.run import prepare_job
 from minimind_ray.sweep.axes import parse_axis
 from minimind_ray.sweep.plan import plan_sweep
 from minimind_ray.sweep.run import run_sweep

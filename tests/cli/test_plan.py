@@ -23,12 +23,13 @@ from minimind_ray.data import estimate as module
 from minimind_ray.data.batch import batch_from_packs
 from minimind_ray.data.estimate import estimate
 from minimind_ray.data.pack import Pack
+from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.lora import add_lora
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
-from minimind_ray.stages.run import prepare_job, resolve_paths
+from minimind_ray.stages.run import prepare_job
 from minimind_ray.train.footprint import footprint
 from minimind_ray.train.step import autocast
 from tests.cli.conftest import Command, Models

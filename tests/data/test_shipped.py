@@ -8,8 +8,7 @@ import pytest
 
 from minimind_ray.config.load import load_config
 from minimind_ray.data.records import discover
-from minimind_ray.data.shipped import keep_shipped
-from minimind_ray.stages.run import resolve_paths
+from minimind_ray.data.shipped import keep_shipped, resolve_paths
 
 pytestmark = pytest.mark.unit
 

@@ -8,6 +8,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,6 +207,33 @@ def test_dpo_with_adapters_on_experts_over_two_workers(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert RunDirectory(job.config.out).info()["state"] == "finished"
     assert (resolve_model(tmp_path / "ray") / "adapter_model.safetensors").exists()
+
+
+def test_workers_that_fail_just_after_their_start_are_gone(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+    from ray.util.placement_group import placement_group_table
+
+    from minimind_ray.on_ray.controller import Trainer
+    from minimind_ray.on_ray.trainer import train_on_ray
+
+    class Fails(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            raise RuntimeError("no network between the workers")
+
+    def callbacks(trainer: Trainer) -> list[Any]:
+        return [*own(trainer), Fails()]
+
+    own = Trainer._create_default_callbacks
+    monkeypatch.setattr(Trainer, "_create_default_callbacks", callbacks)
+    before = {name for name, group in placement_group_table().items() if group["state"] == "CREATED"}
+    job = make_job(tmp_path, scale__workers=2, scale__max_failures=1)
+    start(job)
+    with pytest.raises(UserError, match=r"no network between the workers.*after 1 restart"):
+        train_on_ray(job)
+    after = {name for name, group in placement_group_table().items() if group["state"] == "CREATED"}
+    assert after == before
 
 
 def test_what_a_killed_trial_held_is_free_again(ray_session: None) -> None:
