@@ -18,7 +18,9 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 
 from minimind_ray.on_ray.session import alone
@@ -62,6 +64,17 @@ class _Workers(WorkerGroup):
         self._decorate_worker_log_file_paths(workers)
 
 
+class _OneMachine(FixedScalingPolicy):
+    """Does not register what the workers take, so that Ray Data and the autoscaler know: one machine has no other place
+    for them, and the actor that keeps the register would start before they do.
+    """
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Ray Train's."""
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
 class _Controller(TrainController):
     worker_group_cls = _Workers
 
@@ -81,6 +94,8 @@ class Trainer(TorchTrainer):
         return [c for c in callbacks if not isinstance(c, (PlacementGroupCleanerCallback, StateManagerCallback))]
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
+        if alone():
+            controller_init_kwargs["scaling_policy"] = _OneMachine(self.scaling_config)
         controller = _Controller(**controller_init_kwargs)
         try:
             asyncio.run(controller.run())
