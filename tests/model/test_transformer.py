@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minimind_ray.config.schema import ModelShape, RopeScaling
+from minimind_ray.config.schema import ModelConfig, ModelShape, RopeScaling
 from minimind_ray.model.checkpoint import load_model, load_shape, save_model, weights_fingerprint
 from minimind_ray.model.granite import is_granite, to_granite
 from minimind_ray.model.transformer import Transformer
+from minimind_ray.train.throughput import parameter_counts
 
 pytestmark = pytest.mark.unit
 
@@ -132,3 +133,21 @@ def test_documents_do_not_see_each_other() -> None:
     together = model(torch.cat(documents()), bounds())
     apart = torch.cat([model(tokens, bounds((len(tokens),))) for tokens in documents()])
     torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    [
+        ("minimind-2-small", 25_829_888, 25_829_888),
+        ("minimind-2", 104_030_976, 104_030_976),
+        ("minimind-2-moe", 145_029_760, 91_945_600),
+        ("minimind-3", 63_912_192, 63_912_192),
+        ("minimind-3-moe", 198_416_640, 63_936_768),
+    ],
+)
+def test_presets_are_of_the_sizes_that_minimind_publishes(preset: Any, total: int, active: int) -> None:
+    shape = ModelConfig(preset=preset).shape(6400)
+    with torch.device("meta"):
+        model = Transformer(shape)
+    assert sum(parameter.numel() for parameter in model.parameters()) == total
+    assert parameter_counts(shape) == (total, active)
