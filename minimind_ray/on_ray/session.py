@@ -156,13 +156,6 @@ def interruptible(work: Callable[[], object], stop: Callable[[], object], second
     return ending
 
 
-def alone() -> bool:
-    """Whether this machine is all of the cluster: whatever is lost with it, this process is too."""
-    import ray
-
-    return sum(node["Alive"] for node in ray.nodes()) == 1
-
-
 def local_cpus(scale: ScaleConfig) -> int:
     """Logical CPUs for a Ray in this machine's processes: at least what a run needs, however few there are."""
     return max(os.cpu_count() or 1, math.ceil(scale.most * scale.cpus_per_worker) + 2)
@@ -216,7 +209,7 @@ def machines(without: Collection[str] = ()) -> Machines:
         if told := os.environ.get("MINIMIND_NODE_TYPES"):
             nodes = [dict(kind) for kind in json.loads(told) for _ in range(kind["count"])]
             return Machines(nodes, len(nodes))
-        file = Path.home() / "ray_bootstrap_config.yaml"
+        file = _bootstrap_file()
         if file.is_file() and (config := json.loads(file.read_text()))["provider"]["type"] != "local":
             types = [node for name, node in config["available_node_types"].items() if name != config["head_node_type"]]
             nodes = [dict(node["resources"]) for node in types for _ in range(node["max_workers"])]
@@ -225,6 +218,18 @@ def machines(without: Collection[str] = ()) -> Machines:
     with ThreadPoolExecutor(64) as pool:
         nodes = [dict(node["Resources"]) for node, up in zip(alive, pool.map(_answers, alive)) if up]
     return Machines(nodes, len(nodes))
+
+
+def _bootstrap_file() -> Path:
+    return Path.home() / "ray_bootstrap_config.yaml"
+
+
+def alone() -> bool:
+    """Whether this machine is all of the cluster and will be: whatever is lost with it, this process is too."""
+    import ray
+
+    grows = "MINIMIND_NODE_TYPES" in os.environ or _bootstrap_file().is_file()
+    return not grows and sum(node["Alive"] for node in ray.nodes()) == 1
 
 
 def _answers(node: dict[str, Any]) -> bool:

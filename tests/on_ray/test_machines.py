@@ -11,7 +11,7 @@ import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.on_ray.session import machines, require_cpus, room, start_ray
+from minimind_ray.on_ray.session import alone, machines, require_cpus, room, start_ray
 
 pytestmark = pytest.mark.unit
 
@@ -53,6 +53,24 @@ def test_a_node_that_cannot_be_reached_has_no_room_whatever_ray_says(monkeypatch
         monkeypatch.setattr("ray.nodes", lambda: [node | common for node in nodes])
         assert room(ScaleConfig(), spare_cpus=1) == 7
         assert room(ScaleConfig(), spare_cpus=1, without={"noticed"}) == 3
+
+
+def test_one_machine_is_alone_unless_others_are_there_or_may_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MINIMIND_NODE_TYPES", raising=False)
+    nodes = [{"Alive": True}, {"Alive": False}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert alone()
+    nodes[1]["Alive"] = True
+    assert not alone()
+    nodes.pop()
+    monkeypatch.setenv("MINIMIND_NODE_TYPES", "[]")
+    assert not alone()
+    monkeypatch.delenv("MINIMIND_NODE_TYPES")
+    request.getfixturevalue("head")
+    assert not alone()
 
 
 @pytest.mark.usefixtures("head")
