@@ -49,14 +49,15 @@ def one_step(job, out: str) -> None:
 
 def test_gradient_is_the_same_for_any_split(tmp_path: Path, ray_session: None) -> None:
     import ray.train
-    from ray.train.torch import TorchTrainer
+
+    from minimind_ray.on_ray.controller import Trainer
 
     # Six packs of 128 tokens, or three of 256, are one step; on 1, 2 and 3 workers (and 4, which get unequal shares).
     gradients = {}
     for workers in (1, 2, 3, 4):
         job = make_job(tmp_path, batch__tokens=256 * 6, scale__workers=workers, out=str(tmp_path / f"run{workers}"))
         out = tmp_path / f"gradient{workers}.pt"
-        TorchTrainer(
+        Trainer(
             partial(one_step, job, str(out)),
             scaling_config=ray.train.ScalingConfig(num_workers=workers),
             run_config=ray.train.RunConfig(name=f"w{workers}", storage_path=str(tmp_path / "ray")),
