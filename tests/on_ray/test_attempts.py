@@ -48,6 +48,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attem
         for name in ("require_cpus", "request_resources", "free_left_groups"):
             monkeypatch.setattr(trainer, name, lambda *a, **k: None)
         monkeypatch.setattr(trainer, "room", lambda *a, **k: room)
+        monkeypatch.setattr("ray.is_initialized", lambda: True)
         monkeypatch.setattr(trainer, "_attempt", attempts)
         monkeypatch.setattr(trainer, "_steps_done", lambda run: run.info().get("steps", 0))
         try:
@@ -91,6 +92,18 @@ def test_notices_are_free_and_a_late_start_takes_fewer_workers(play: Callable[..
     attempts = play(["node"], slow, ["another"], None, scale__workers="1:3", scale__max_failures=0)
     assert attempts.workers == [3, 3, 2, 3]
     assert [restart["why"].split(" ")[0] for restart in attempts.restarts] == ["notice", "3", "notice"]
+
+
+def test_nothing_is_tried_again_once_ray_is_left(
+    play: Callable[..., Attempts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left() -> None:
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        raise LOST
+
+    with pytest.raises(UserError, match="a worker ended before the run did"):
+        play(left)
+    assert "restarts" not in RunDirectory(tmp_path / "run-pretrain").info()
 
 
 def test_a_stop_while_workers_are_lost_is_a_stop(play: Callable[..., Attempts], tmp_path: Path) -> None:
