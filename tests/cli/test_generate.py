@@ -162,7 +162,7 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(models: Model
     whole = "".join(talk.answer("hi"))
     talk.reset()
     with closing(talk.answer("hi")) as pieces:
-        begun = next(pieces) + next(pieces)
+        begun = next(pieces)
     assert whole.startswith(begun) and len(begun) < len(whole)
     roles = [("system", "s"), ("user", "hi"), ("assistant", begun)]
     assert [(m["role"], m["content"]) for m in talk.messages] == roles
