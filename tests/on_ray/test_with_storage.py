@@ -128,7 +128,7 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
     server.failing, server.silent = False, True
     time.sleep(5)
     server.silent = False
-    assert process.wait(200) == 0, log.read_text()
+    assert process.wait(400) == 0, log.read_text()
     info = json.loads(content(store, f"{run}/run.json"))
     assert info["state"] == "finished" and f"{info['result']}/model.safetensors" in names(store, run)
     lines = [json.loads(line) for line in content(store, f"{run}/metrics.jsonl").splitlines()]
