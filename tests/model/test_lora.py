@@ -237,6 +237,7 @@ def test_peft_loads_ours_to_the_same_logits_and_merges_the_same(variant: str, tm
     torch.testing.assert_close(logits(load_model(tmp_path / "merged")), theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_merged_weights_equal_peft(base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

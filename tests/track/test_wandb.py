@@ -176,6 +176,7 @@ def test_records_are_what_wandb_itself_reads(tmp_path: Path) -> None:
     assert [r["num"] for r in read] == [r.num for r in records(tmp_path)]
 
 
+@pytest.mark.slow
 @pytest.mark.unit
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     """Also when the steps after the checkpoint had been logged already, or W&B died before it wrote the last ones."""
