@@ -79,9 +79,9 @@ def prepare(
     with ExitStack() as stack:
 
         def on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterable[UnitStats]:
-            # Not before there is work: starting Ray takes seconds.
             if not (os.environ.get("RAY_ADDRESS") or worth_spreading(units)):
                 return run_units_here(units, encoding)
+            # Not before there is work: starting Ray takes seconds.
             from minimind_ray.on_ray.prepare import run_units_on_ray
             from minimind_ray.on_ray.session import start_ray, stop_ray
 

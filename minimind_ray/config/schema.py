@@ -71,7 +71,7 @@ class DataConfig(Section):
     )
     direct_steps: PositiveInt = Field(
         default=64,
-        description="steps whose packs workers read themselves, beside which Ray Data starts for those after",
+        description="steps whose packs workers read themselves, at a start, while Ray Data starts for the later ones",
     )
     cache: bool = Field(default=True, description="keep the packs on disk; false: encode and pack inside the stream")
     cache_dir: str = Field(default=".cache/packs", description="where prepared packs are kept")

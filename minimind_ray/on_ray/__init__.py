@@ -13,7 +13,7 @@ SETTINGS = {
     # Ray's workers are nice (15), so that whatever else a machine does would stop a step's threads, which wait for each
     # other: 10 to 30 % of the time on two cores. A run is as urgent here as it is without Ray.
     "RAY_worker_niceness": "0",
-    "RAY_prestart_worker_first_driver": "0",  # They would start beside what a run waits for; nothing was gained.
+    "RAY_prestart_worker_first_driver": "0",  # Started ahead, they take turns with what a run waits for.
     "RAY_ENABLE_AUTO_CONNECT": "0",  # A thread that is still at work when a run is left must not start another Ray.
     # Train functions run in threads, to which glibc would give arenas of their own, of memory mapped anew for each
     # large tensor (see `keep_freed_memory`); the main arena is chosen before a process starts.

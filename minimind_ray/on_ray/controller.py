@@ -8,6 +8,7 @@ for granted that its controller is an actor.
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import ray
@@ -35,6 +36,8 @@ class _Workers(WorkerGroup):
             if self._worker_group_state:
                 self._worker_group_state.shutdown()
                 self._clear_state()
+                for callback in self._callbacks:
+                    callback.after_worker_group_abort(self._worker_group_context)
             raise
 
     @staticmethod
@@ -65,8 +68,8 @@ class _Workers(WorkerGroup):
 
 
 class _OneMachine(FixedScalingPolicy):
-    """Does not register what the workers take, so that Ray Data and the autoscaler know: one machine has no other place
-    for them, and the actor that keeps the register would start before they do.
+    """Does not tell Ray Data and the autoscaler what the workers take: on one machine that decides nothing but how many
+    tasks Ray Data lets wait, and the actor that is told would start before the workers.
     """
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
@@ -80,21 +83,31 @@ class _Controller(TrainController):
 
     def __init__(self, **controller_init_kwargs: Any) -> None:
         super().__init__(**controller_init_kwargs)
-        if alone():  # Notice is given of nodes. Here the process that looks for it would only cost its start.
+        # Notice is given of a cluster's nodes. Here the process that looks for it would only cost its start.
+        if alone() and "RAY_ADDRESS" not in os.environ:
             kept = [c for c in self._worker_group_callbacks_to_propagate if not isinstance(c, PreemptionCallback)]
             self._worker_group_callbacks_to_propagate = kept
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer whose controller runs in `fit`, in any thread. Interrupts are the caller's to see to."""
+    """A TorchTrainer whose controller runs in `fit`, in any thread. Interrupts are the caller's to see to.
+
+    `shares` says that Ray Data has to know what the workers take, on one machine too: its tasks wait for each other.
+    """
+
+    shares = False
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without what looks after the controller's actor. Placement groups: see `session.free_left_groups`."""
-        callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if not isinstance(c, (PlacementGroupCleanerCallback, StateManagerCallback))]
+        """Without what looks after the controller's actor, and after no datasets. Placement groups: see
+        `session.free_left_groups`.
+        """
+        unwanted: list[type] = [PlacementGroupCleanerCallback, StateManagerCallback]
+        if not self.datasets:
+            unwanted.append(DatasetsCallback)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, tuple(unwanted))]
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
-        if alone():
+        if alone() and not self.shares:
             controller_init_kwargs["scaling_policy"] = _OneMachine(self.scaling_config)
         controller = _Controller(**controller_init_kwargs)
         try:
@@ -105,5 +118,5 @@ class Trainer(TorchTrainer):
             for callback in controller_init_kwargs["callbacks"]:
                 if isinstance(callback, DatasetsCallback):
                     provider: Any = callback._dataset_shard_provider  # pyright: ignore[reportPrivateUsage]
-                    if provider:
+                    if provider and ray.is_initialized():
                         ray.kill(provider._dataset_manager)

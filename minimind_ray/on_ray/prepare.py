@@ -19,7 +19,8 @@ from minimind_ray.on_ray.session import alone, require_cpus
 def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
     """Encode units in parallel, as `data.prepare.RunUnits`: their counts, as they get done.
 
-    Where other processes would gain nothing, in this one. Not on a cluster, whose nodes may not see what it writes.
+    Work too small to gain by it is done in this process, but only where there is one machine: a cluster's nodes may not
+    see what this process writes.
 
     Raises:
         UserError: as `encode_unit`; or the cluster has no CPU to do it on.

@@ -225,10 +225,10 @@ def _bootstrap_file() -> Path:
 
 
 def alone() -> bool:
-    """Whether this machine is all of the cluster and will be: whatever is lost with it, this process is too."""
+    """Whether this machine is all of the cluster, and no others will be started for it, as far as can be known here."""
     import ray
 
-    grows = "MINIMIND_NODE_TYPES" in os.environ or _bootstrap_file().is_file()
+    grows = bool(os.environ.get("MINIMIND_NODE_TYPES")) or _bootstrap_file().is_file()
     return not grows and sum(node["Alive"] for node in ray.nodes()) == 1
 
 

@@ -39,6 +39,7 @@ from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.storage import Flag, flag, watched
+from minimind_ray.data.stream import Stream
 from minimind_ray.on_ray.controller import Trainer
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
@@ -282,6 +283,7 @@ def _attempt(job: Job, workers: int, start: int) -> list[str]:
         datasets={"train": partial(step_dataset, job, first, workers)} if first < job.plan.steps else None,
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
     )
+    trainer.shares = isinstance(job.train, Stream)
     return trainer.fit().return_value or []
 
 

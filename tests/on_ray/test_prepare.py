@@ -11,6 +11,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig
 from minimind_ray.data import prepare as module
 from minimind_ray.data.prepare import Encoding, Progress, Unit, prepare, run_units_here
+from minimind_ray.data.records import Part, Source
 from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
 from minimind_ray.on_ray.prepare import run_units_on_ray
@@ -79,8 +80,32 @@ def test_few_bytes_are_encoded_where_they_are_asked_for(
     tmp_path: Path, source: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "UNIT_BYTES", source.stat().st_size)
+    spread = ray.data.from_items
     monkeypatch.setattr(ray.data, "from_items", None)
     assert prepare("pretrain", config(tmp_path, source), "train", tokenizer, run_units_on_ray).made == 1
+
+    # The nodes of a cluster may not see what this process writes.
+    monkeypatch.setattr("minimind_ray.on_ray.prepare.alone", lambda: False)
+    with pytest.raises(TypeError):
+        prepare("pretrain", config(tmp_path / "cluster", source), "train", tokenizer, run_units_on_ray)
+    monkeypatch.setattr(ray.data, "from_items", spread)
+    assert prepare("pretrain", config(tmp_path / "cluster", source), "train", tokenizer, run_units_on_ray).made == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "size", "spread"),
+    [
+        (["a.jsonl"], 10_000, False),
+        (["a.jsonl", "b.jsonl"], 1_000, False),
+        (["a.jsonl", "b.jsonl"], 1_001, True),
+        (["a.jsonl.gz", "b.jsonl"], 400, True),
+    ],
+)
+def test_several_units_of_much_text_are_spread(files: list[str], size: int, spread: bool) -> None:
+    def unit(file: str) -> Unit:
+        return Unit(Source(file, size, "", 0.0), Part(), file, size)
+
+    assert module.worth_spreading([unit(file) for file in files]) is spread
 
 
 def test_what_one_host_made_the_other_finds(tmp_path: Path, source: Path, tokenizer: Tokenizer) -> None:

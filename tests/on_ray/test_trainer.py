@@ -81,6 +81,8 @@ def without_timing(lines: list[dict]) -> list[dict]:
 
 
 def test_a_run_learns_and_equals_the_plain_process(tmp_path: Path, ray_session: None) -> None:
+    import ray._private.state
+
     from minimind_ray.on_ray.trainer import train_on_ray
     from minimind_ray.stages.run import run_here
 
@@ -100,6 +102,9 @@ def test_a_run_learns_and_equals_the_plain_process(tmp_path: Path, ray_session: 
     for ours, theirs in zip(finished(plain), lines, strict=True):
         assert ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+    actors = [(actor["ActorClassName"], actor["State"]) for actor in ray._private.state.actors().values()]
+    ended = [state for name, state in actors if name == "DatasetManager"]
+    assert ended and set(ended) == {"DEAD"}
 
 
 def test_stop_and_resume_give_the_same_end_as_no_stop(tmp_path: Path, ray_session: None) -> None:
@@ -234,7 +239,7 @@ def test_workers_that_fail_just_after_their_start_are_gone(
     with pytest.raises(UserError, match=r"no network between the workers.*after 1 restart"):
         train_on_ray(job)
     after = {name for name, group in placement_group_table().items() if group["state"] == "CREATED"}
-    assert after == before
+    assert after <= before
 
 
 def test_what_a_killed_trial_held_is_free_again(ray_session: None) -> None:

@@ -59,6 +59,17 @@ def test_a_run_that_is_not_compiled_does_not_import_the_compiler(base: Path, tmp
     assert RunDirectory(config.out).info()["state"] == "finished"
 
 
+def test_a_run_goes_on_though_its_config_lacks_a_key_that_changes_nothing_learned(tmp_path: Path) -> None:
+    config = make_job(tmp_path, rows=60).config
+    run = RunDirectory(start(make_job(tmp_path, rows=60)))
+    file = run.path / "config.yaml"
+    file.write_text("".join(line for line in file.open() if "direct_steps" not in line))
+    run.check(config, resume=True)
+    other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
+    with pytest.raises(UserError, match="cannot be resumed with another optim.lr"):
+        run.check(other, resume=True)
+
+
 def test_lora_starts_as_the_base_and_leaves_it_alone(base: Path, tmp_path: Path) -> None:
     from_base = {"init_from": str(base / "run-pretrain"), "data__tokenizer": None}
     whole = train(make_job(tmp_path, "sft", 100, out=str(tmp_path / "whole"), **from_base))
