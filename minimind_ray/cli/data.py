@@ -73,7 +73,7 @@ def prepare(
     flags |= {"pack_tokens": pack_tokens, "cache_dir": cache_dir}
     config = resolve_paths(config_from_flags(stage, [], set_ or [], flags))
     loaded = Tokenizer.load(config.data.tokenizer or tokenizer)
-    splits = ("train", "val") if val or config.data.val_fraction else ("train",)
+    splits = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
     console = Console(highlight=False, soft_wrap=True)
     prepared: list[Prepared] = []
     with ExitStack() as stack:
@@ -140,9 +140,9 @@ def _print_prepared(prepared: list[Prepared], console: Console) -> None:
     if not any(p.made for p in prepared):
         console.print("nothing to do: all of it was in the cache")
     for p in prepared:
-        console.print(f"{p.manifest.split}: {p.path}")
+        console.print(f"{p.manifest.split}: {p.path}", markup=False)
         if p.manifest.total("rejected"):
-            console.print(f"  rejected rows: {p.rejects}")
+            console.print(f"  rejected rows: {p.rejects}", markup=False)
 
 
 def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, config: DataConfig) -> None:

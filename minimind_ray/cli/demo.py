@@ -81,6 +81,7 @@ def sweep_beta(out: str, console: Console) -> None:
 
 def ask_questions(out: str, console: Console) -> None:
     """The ten questions, and who the model is before and after LoRA."""
+    from rich.markup import escape
     from rich.table import Table
 
     from minimind_ray.data.demo import DemoFiles, read_questions
@@ -96,7 +97,9 @@ def ask_questions(out: str, console: Console) -> None:
     right = [question.is_right(answer) for question, answer in zip(questions, answers)]
     table = Table("question", "answer", "", box=None, header_style="dim")
     for question, answer, ok in zip(questions, answers, right):
-        table.add_row(question.question, answer, "[green]right[/]" if ok else f"[red]not {question.answers[0]}[/]")
+        table.add_row(
+            question.question, escape(answer), "[green]right[/]" if ok else f"[red]not {question.answers[0]}[/]"
+        )
     console.print(table)
     console.print(f"{sum(right)} of {len(right)} right")
     identity = ["Who are you?", "你是谁？"]

@@ -46,7 +46,9 @@ def flag_value(flag: str, value: Any) -> Any:
 
     if flag in SOURCES:
         texts = [value] if isinstance(value, str) else list(value)
-        paths = [path for text in texts for path in (parse_value(text) if text.startswith("[") else [text])]
+        values = [parse_value(text) if text.startswith("[") else text for text in texts]
+        # Not each text that begins so is a list: [ab]*.jsonl.
+        paths = [path for v, text in zip(values, texts) for path in (v if isinstance(v, list) else [text])]
         return paths if len(paths) > 1 else paths[0]
     return parse_value(value) if isinstance(value, str) and flag not in PATHS else value
 

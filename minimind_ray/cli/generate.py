@@ -49,6 +49,7 @@ def generate(
     """Answer prompts, or go on with them, many at a time."""
     from json import dumps
 
+    from minimind_ray.config.errors import UserError
     from minimind_ray.stages.use import Sampling, complete, open_trained
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
@@ -56,6 +57,8 @@ def generate(
     trained = open_trained(model, adapter=adapter, precision=precision)
     if raw is None:
         raw = trained.stage == "pretrain"
+    if raw and system is not None:
+        raise UserError("--system is for --chat: a text that is gone on with has no turns; leave one of them out")
     ids = [text_ids(p, trained.tokenizer) if raw else chat_ids(p, system, trained.tokenizer) for p in prompts]
     for asked, (answer, ended) in zip(prompts, complete(trained, ids, sampling, batch_size), strict=True):
         text = trained.tokenizer.decode(answer, skip_special=True)

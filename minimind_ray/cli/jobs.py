@@ -179,7 +179,7 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
 
     if params.get("dry_run"):
         return {}
-    paths = [*(params.get("config") or []), params.get("sweep"), params.get("recipe")]
+    paths = [*(params.get("config") or []), params.get("sweep") if name == "tune" else None, params.get("recipe")]
     for path in map(Path, filter(None, paths)):
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{path} does not lie in the working directory, which is all that the cluster gets")

@@ -70,7 +70,7 @@ def plan(config: Config) -> dict[str, str]:
     steps_per_epoch = math.ceil(epoch.packs / packs_per_step)
     steps = config.train.max_steps or steps_per_epoch * config.train.epochs
     tokens = epoch.tokens / steps_per_epoch * steps
-    flops = tokens * training_flops_per_token(shape, sample.mean_context)
+    flops = tokens * training_flops_per_token(shape, sample.mean_context, config.trains_adapter)
     total, active = parameter_counts(shape)
     dtype = resolve_precision(config.train.precision, default_device())
     # `auto` depends on the GPU, which may not be here.
@@ -136,7 +136,7 @@ def _adapt(config: Config) -> Callable[[Transformer], None]:
     """Puts the adapters on a model that the stage trains, if it trains adapters."""
     from minimind_ray.model.lora import add_lora
 
-    if config.stage == "lora" or (config.stage == "dpo" and config.dpo.lora):
+    if config.trains_adapter:
         return lambda model: add_lora(model, config.lora, seed=config.train.seed)
     return lambda model: None
 

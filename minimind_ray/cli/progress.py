@@ -50,6 +50,8 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
         try:
             path = run.file("metrics.jsonl")
         except StoreError:  # The run tells of it when it matters.
+            if ending:
+                return
             continue
         if path.exists():
             if path.stat().st_size < position:

@@ -53,7 +53,7 @@ def run_recipe(
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.stages.recipe import read_recipe, require_sources, stage_config
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     recipe = read_recipe(path)
     out = output_path(out or recipe.out or f"runs/{recipe.name}")
     data_dir = input_path(data_dir or recipe.data_dir)

@@ -72,7 +72,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.train.run import RunDirectory
 
-    console = Console()
+    console = Console(markup=False)
     config = resolve_paths(config)
     RunDirectory(config.out).check(config, resume=resume)
     with host(config.scale, ray=ray) as (work, run_job):
@@ -85,6 +85,8 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
         with watching(job, console):
             run_job(job)
     print_result(config.out, console)
+    if RunDirectory(config.out).info()["state"] == "stopped":
+        raise typer.Exit(130)
 
 
 @contextmanager

@@ -44,15 +44,15 @@ def import_(
     from minimind_ray.model.minimind_pth import import_lora_pth, import_pth
     from minimind_ray.stages.start import whole_model
 
+    of_model = {"--heads": heads, "--experts-per-token": experts_per_token, "--rope-theta": rope_theta,
+                "--rms-norm-eps": rms_norm_eps}  # fmt: skip
     if source.is_dir():
-        of_pth = {"--base": base, "--heads": heads, "--experts-per-token": experts_per_token,
-                  "--rope-theta": rope_theta, "--rms-norm-eps": rms_norm_eps}  # fmt: skip
-        if told := [name for name, value in of_pth.items() if value is not None]:
-            raise UserError(f"{source} is a directory, whose config.json says this: leave {told[0]} out")
+        _refuse({"--base": base, **of_model}, f"{source} is a directory, whose config.json says this")
         shape = _import_directory(source, out, tokenizer)
     elif not source.exists():
         raise UserError(f"{source}: no such file or directory")
     elif base is not None:
+        _refuse({"--tokenizer": tokenizer, **of_model}, f"{base} says this of {source}")
         import_lora_pth(source, whole_model(base, "--base").absolute(), out)
         print(f"{out}: adapter for {base}")
         return
@@ -68,6 +68,13 @@ def import_(
             rms_norm_eps=rms_norm_eps,
         )  # fmt: skip
     _describe(out, shape)
+
+
+def _refuse(options: dict[str, object], why: str) -> None:
+    from minimind_ray.config.errors import UserError
+
+    if told := [name for name, value in options.items() if value is not None]:
+        raise UserError(f"{why}: leave {told[0]} out")
 
 
 def _import_directory(source: Path, out: Path, tokenizer: str | None) -> ModelShape:
@@ -119,5 +126,6 @@ def export(
     if is_adapter(directory):
         export_lora_pth(directory, base_of(directory, base), file, dtype)
     else:
+        _refuse({"--base": base}, f"{source} is a whole model")
         export_pth(directory, file, dtype)
     print(f"{file}: {directory}, {dtype}")

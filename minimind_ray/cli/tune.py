@@ -231,7 +231,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
         say(f"{ending}; go on with: minimind-ray tune --resume {quote(url_of(plan.path))}")
     if ending == "interrupted":
         raise typer.Exit(130)
-    if any(RunDirectory(path).info()["state"] == "failed" for path in (plan.path / "trials").iterdir()):
+    if any(RunDirectory(path).info().get("state") == "failed" for path in (plan.path / "trials").iterdir()):
         raise typer.Exit(1)
 
 

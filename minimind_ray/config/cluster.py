@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import merged, read_yaml
+from minimind_ray.config.reading import parse_yaml
 from minimind_ray.config.schema import ScaleConfig
 
 PRICE_ANNOTATION = "minimind-ray/price-per-hour"
@@ -103,6 +104,8 @@ def read_cluster(path: str | Path) -> ClusterFile:
             return _kuberay(path, tree)
         if "provider" in tree:
             return _launched(path, tree)
+    except UserError:
+        raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a cluster file as it should be: {type(error).__name__}: {error}") from None
     raise UserError(f"{path}: no cluster file: it has neither `provider` (ray up) nor `kind: RayCluster` (KubeRay)")
@@ -143,7 +146,11 @@ def _kuberay(path: Path, tree: dict[str, Any]) -> ClusterFile:
         least, most = int(group.get("minReplicas", 0)) * hosts, int(group["maxReplicas"]) * hosts
         workers.append(NodeType(str(group["groupName"]), cpus, gpus, least, most))
     most = sum(node.most for node in workers)
-    return ClusterFile(path, "kuberay", tree, "head", tuple(workers), most, _prices(path, yaml.safe_load(text)))
+    try:
+        prices = _prices(path, parse_yaml(str(text)))
+    except yaml.YAMLError:
+        raise UserError(f"{path}: {PRICE_ANNOTATION}: no YAML: {text}") from None
+    return ClusterFile(path, "kuberay", tree, "head", tuple(workers), most, prices)
 
 
 def _quantity(text: object) -> float:
@@ -181,5 +188,5 @@ def scales(path: str | Path) -> list[ScaleConfig]:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: scale.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise UserError(f"{path}: not a stage's config, a sweep or a recipe") from None

@@ -383,7 +383,7 @@ class LoraConfig(Section):
     rank: PositiveInt = 8
     alpha: PositiveFloat | None = Field(default=None, description="default: the rank, a scale of 1, as MiniMind")
     dropout: Probability = 0.0
-    targets: str | list[str] = Field(
+    targets: str | Annotated[list[str], Field(min_length=1)] = Field(
         default="square", description="square (as MiniMind), all-linear, or names such as [q_proj, v_proj]"
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
@@ -447,6 +447,11 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     dpo: DpoConfig = DpoConfig()
     track: TrackConfig = TrackConfig()
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained and all else is frozen: stage lora, or dpo with `dpo.lora`."""
+        return self.stage == "lora" or (self.stage == "dpo" and self.dpo.lora)
 
     def packs_per_step(self) -> int:
         """Packs in one optimizer step, over all workers.

@@ -8,6 +8,7 @@ row's number.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -268,9 +269,13 @@ def _parquet_row(path: str, line: int, row: pa.StructScalar) -> RawRow | Reject:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet gives each struct all fields of its kind, null where a row has none; JSON leaves those out."""
+    """Parquet gives each struct all fields of its kind, null or NaN where a row has none; JSON leaves those out."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {
+            key: _without_nulls(item)
+            for key, item in value.items()
+            if item is not None and not (isinstance(item, float) and math.isnan(item))
+        }
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value

@@ -105,16 +105,11 @@ class PackStore:
         self.n_packs = self._starts[-1]
         self.n_documents = self.manifest.total("documents")
         self.n_tokens = self.manifest.total("tokens")
-        self.counted_tokens = self.manifest.total("counted_tokens")
         self._group = lru_cache(WINDOW)(self._read_group)
         self._shard = lru_cache(WINDOW)(self._open_shard)
         self._references = (
             read_from(reference, partial(self._open_reference, reference)) if reference is not None else None
         )
-
-    def with_reference(self, path: str) -> PackStore:
-        """The same packs with the reference log-probabilities that `write_reference` put at `path`."""
-        return PackStore(self.path, path)
 
     def read(self, ids: Iterable[int]) -> list[Pack]:
         """The packs of these ids, in this order."""
@@ -202,7 +197,7 @@ def read_manifest(path: str) -> Manifest:
 def write_reference(store: PackStore, url: str, references: Iterable[np.ndarray]) -> None:
     """Write each pack's reference log-probabilities, float32 [D] and in the order of the packs, beside the packs.
 
-    One Parquet file with the row groups of the whole store, for `PackStore.with_reference`.
+    One Parquet file with the row groups of the whole store, for a `PackStore`.
     """
     filesystem, path = locate(url)
     packs = iter(references)

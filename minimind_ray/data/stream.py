@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 
 import numpy as np
@@ -38,12 +38,16 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class Stream:
-    """The source files' units and how they are encoded; rejected rows go to a file per unit in folder `rejects`."""
+    """The source files' units and how they are encoded; rejected rows go to a file per unit in folder `rejects`.
+
+    `bytes_per_token`: what a token takes in the source, by the first piece (see `Stream.check_first`).
+    """
 
     units: tuple[Unit, ...]
     encoding: Encoding
     seed: int
     rejects: str
+    bytes_per_token: float = 4.0
 
     @property
     def key(self) -> str:
@@ -83,21 +87,28 @@ class Stream:
                 "this piece cannot be used, more than data.max_reject_fraction allows; mend them, or raise the limit"
             )
 
-    def check_first(self) -> str:
-        """Read the first unit of the first epoch, so that data of another kind are refused before training; its rows.
+    def check_first(self) -> tuple[Stream, str]:
+        """Read the first unit of the first epoch, so that data of another kind are refused before training.
+
+        The stream with what was learned of it, and the piece's rows in words.
 
         Raises:
             UserError: more bad rows in it than one and `data.max_reject_fraction`.
         """
-        unit, seen, rejected = self.units[self.order(0)[0]], Seen(), 0
+        unit, seen, rejected, tokens = self.units[self.order(0)[0]], Seen(), 0, 0
         for item in unit_groups(unit, self.encoding, seen, Tally()):
-            rejected += isinstance(item, Reject)
+            if isinstance(item, Reject):
+                rejected += 1
+            else:
+                tokens += sum(len(document.tokens) for document in item)
         if rejected:
             for _ in self._groups(unit):
                 pass  # It writes them down, and judges.
-        return f"{seen.rows:,} rows = {seen.rows - rejected - seen.held_out:,} kept + {rejected:,} rejected + " + (
+        rows = (
+            f"{seen.rows:,} rows = {seen.rows - rejected - seen.held_out:,} kept + {rejected:,} rejected + "
             f"{seen.held_out:,} held out in the first piece"
         )
+        return replace(self, bytes_per_token=unit.size / max(1, tokens)), rows
 
     def packs(self) -> Iterator[Pack]:
         """All packs, epoch after epoch without end, numbered through.

@@ -195,7 +195,7 @@ class _BucketAttention(Function):
                 mask = q.new_full((rows.stop - rows.start, end), -torch.inf).triu_(1 + rows.start)
                 mask = mask.repeat(heads // groups, 1)
                 scores = torch.baddbmm(mask, q_[:, :, rows].flatten(1, 2), k_[:, :end].transpose(1, 2))
-                p = scores.softmax(-1)
+                p = scores.softmax(-1, dtype=scores.dtype)  # Said, since autocast would take float32 on a GPU.
                 out_[:, :, rows] = torch.bmm(p, v_[:, :end]).unflatten(1, (heads // groups, -1))
                 probabilities.append(p)
         ctx.save_for_backward(q, k, v, *probabilities)

@@ -3,8 +3,8 @@
     N tokens   I, O a projection's inputs and outputs   R rank   W [O, I]   A [R, I]   B [O, R]
 
 `add_lora` replaces projections of a model in place, `load_adapter` does the same with an adapter from disk;
-`merge_lora` and `remove_lora` put plain projections back. To generate, merge first: adapters cost two more products a
-projection, and DoRA a norm of every weight on each pass.
+`merge_lora` puts plain projections back. To generate, merge first: adapters cost two more products a projection, and
+DoRA a norm of every weight on each pass.
 
 A directory holds what `peft` reads:
 
@@ -15,7 +15,8 @@ A directory holds what `peft` reads:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -62,7 +63,7 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(self.weight.new_zeros(config.rank, base.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(base.out_features, config.rank))
         self.dropout = nn.Dropout(config.dropout)
-        self.magnitude = nn.Parameter(self.row_norms()) if config.dora else None
+        self.magnitude = nn.Parameter(self._first_magnitude()) if config.dora else None
 
     def forward(self, x_NI: Tensor) -> Tensor:
         """[N, I] to [N, O]."""
@@ -75,6 +76,10 @@ class LoraLinear(nn.Module):
         if self.magnitude is None:
             return y_NO
         return y_NO * (self.magnitude / self.row_norms()).to(y_NO.dtype)
+
+    def _first_magnitude(self) -> Tensor:
+        # A model without values is only measured; autocast knows no meta device.
+        return self.weight.new_empty(len(self.weight)) if self.weight.is_meta else self.row_norms()
 
     def summed_weight(self) -> Tensor:
         """W + s B A, whatever autocast says."""
@@ -115,6 +120,8 @@ def target_names(model: nn.Module, targets: str | list[str]) -> list[str]:
         UserError: a name that no projection has, or no projection is square.
     """
     linears = _projections(model)
+    if targets in (["all-linear"], ["square"]):
+        (targets,) = targets
     if targets == "all-linear":
         return list(linears)
     if targets == "square":
@@ -135,12 +142,14 @@ def adapters(model: nn.Module) -> dict[str, LoraLinear]:
 
 def merge_lora(model: M) -> M:
     """Fold the adapters into the weights: the same model, plain again and all of it trainable."""
-    return _unwrap(model, LoraLinear.merged_weight)
-
-
-def remove_lora(model: M) -> M:
-    """Drop the adapters: the same model as before `add_lora`."""
-    return _unwrap(model, lambda layer: layer.weight.detach())
+    for name, layer in adapters(model).items():
+        rows, columns = layer.weight.shape
+        plain = nn.Linear(columns, rows, bias=False, device="meta")
+        plain.weight = nn.Parameter(layer.merged_weight())
+        _replace(model, name, plain)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
 
 
 def save_adapter(
@@ -226,8 +235,13 @@ def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str)
     sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     names = _adapted_names(model, folder, config, sizes)
     if layers := adapters(model):
-        shapes = {(layer.config.rank, layer.scale, layer.config.dora) for layer in layers.values()}
-        if list(layers) != names or shapes != {(config.rank, config.scale, config.dora)}:
+        # The scale is the file's only to rounding: experts have it as an alpha.
+        same = all(
+            (layer.config.rank, layer.config.dora) == (config.rank, config.dora)
+            and math.isclose(layer.scale, config.scale)
+            for layer in layers.values()
+        )
+        if list(layers) != names or not same:
             raise UserError(
                 f"{folder}: the model already has an adapter of another shape; use the lora section it was trained with"
             )
@@ -274,17 +288,6 @@ def _wrap(model: nn.Module, names: list[str], config: LoraConfig) -> None:
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
         _replace(model, name, LoraLinear(base, config).train(base.training))
-
-
-def _unwrap(model: M, weight_of: Callable[[LoraLinear], Tensor]) -> M:
-    for name, layer in adapters(model).items():
-        rows, columns = layer.weight.shape
-        plain = nn.Linear(columns, rows, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight_of(layer))
-        _replace(model, name, plain)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -22,9 +22,39 @@ from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, state, worker_group
 
 from minimind_ray.on_ray.session import alone
+
+
+def looks_for_notices() -> bool:
+    """Whether there may be some: they are given of a cluster's nodes."""
+    return not alone() or "RAY_ADDRESS" in os.environ
+
+
+class _Collectives:
+    """In the place of the actor by which workers tell each other things in Ray Train: ours do so of notices alone."""
+
+    actor = worker_group.SynchronizationActor
+
+    @classmethod
+    def options(cls, **options: Any) -> Any:
+        """Ray's: what makes the actor, or nobody."""
+        return cls.actor.options(**options) if looks_for_notices() else cls
+
+    @classmethod
+    def remote(cls, **arguments: Any) -> type[_Collectives]:
+        """Nobody."""
+        return cls
+
+
+def _end(actor: Any) -> None:
+    if actor is not _Collectives:
+        ray.kill(actor)
+
+
+worker_group.SynchronizationActor = _Collectives
+state._shutdown_sync_actor = _end  # pyright: ignore[reportPrivateUsage]
 
 
 class _Workers(WorkerGroup):
@@ -48,7 +78,8 @@ class _Workers(WorkerGroup):
     def _init_train_context_on_workers(
         self, workers: list[Worker], sync_actor: ActorHandle, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """As Ray Train's, without a handle of the controller, which is asked only for what was reported with files."""
+        """As Ray Train's, without a handle of the controller, which is asked only for what was reported with files, nor
+        one of nobody."""
         starts = []
         for rank, worker in enumerate(workers):
             own = {name: values[rank] for name, values in train_context_args.items()}
@@ -56,7 +87,7 @@ class _Workers(WorkerGroup):
                 worker.actor.init_train_context.remote(
                     train_run_context=self._train_run_context,
                     distributed_context=worker.distributed_context,
-                    synchronization_actor=sync_actor,
+                    synchronization_actor=None if sync_actor is _Collectives else sync_actor,
                     storage_context=self._storage_context,
                     worker_callbacks=self._worker_callbacks_to_propagate,
                     controller_actor=None,
@@ -83,8 +114,8 @@ class _Controller(TrainController):
 
     def __init__(self, **controller_init_kwargs: Any) -> None:
         super().__init__(**controller_init_kwargs)
-        # Notice is given of a cluster's nodes. Here the process that looks for it would only cost its start.
-        if alone() and "RAY_ADDRESS" not in os.environ:
+        # The process that looks for them costs its start.
+        if not looks_for_notices():
             kept = [c for c in self._worker_group_callbacks_to_propagate if not isinstance(c, PreemptionCallback)]
             self._worker_group_callbacks_to_propagate = kept
 

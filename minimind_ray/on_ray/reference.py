@@ -8,20 +8,27 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.util.annotations import RayDeprecationWarning
 
 from minimind_ray.data.store import PackStore
 from minimind_ray.model.checkpoint import load_shape
 from minimind_ray.on_ray.session import alone, machines, require_cpus
 from minimind_ray.stages.reference import Reference, ReferenceModel, compute_here
+from minimind_ray.train.context import default_device
 from minimind_ray.train.throughput import training_flops_per_token
 
 SMALL_FLOPS = 1e12  # A core's work of some seconds: no more than to start a process that holds a model.
 
 
+def granted_device() -> torch.device:
+    """The GPU that Ray gave this process, else the CPU: one that none asked for would be many processes' at once."""
+    return default_device() if ray.get_gpu_ids() else torch.device("cpu")
+
+
 class _Scorer:
     def __init__(self, reference: Reference) -> None:
-        self.score = ReferenceModel(reference)
+        self.score = ReferenceModel(reference, granted_device())
         self.store = PackStore(reference.store)
         sizes = self.store.row_groups
         self.starts = np.cumsum([0, *sizes])
@@ -34,10 +41,11 @@ class _Scorer:
 def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
     """Each pack's log-probabilities in the order of the packs, as `stages.reference.ComputeReference`.
 
-    What is small for a CPU is computed in this process, where there is one machine.
+    What is small for a CPU, or has a GPU that it did not ask for, is computed in this process, where there is one
+    machine.
     """
     flops = PackStore(reference.store).n_tokens * training_flops_per_token(load_shape(reference.base), 0) / 3
-    if alone() and not reference.gpus and flops < SMALL_FLOPS:
+    if alone() and not reference.gpus and (flops < SMALL_FLOPS or default_device().type == "cuda"):
         yield from compute_here(reference)
         return
     require_cpus(1, reference.gpus, "computing reference log-probabilities")

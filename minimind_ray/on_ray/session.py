@@ -66,19 +66,11 @@ def _join(address: str) -> None:
 def _start_here(cpus: int | None) -> None:
     """Ray's helpers have 15 seconds to come up, which can be too short for a busy machine; the second time their files
     have been read."""
-    import ray
+    from minimind_ray.on_ray.head import start
 
     for last in (False, True):
         try:
-            ray.init(
-                address="local",  # Not one that runs on this machine for something else.
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                # No runtime environment: it would cost each worker a second start, and processes of this machine
-                # inherit the settings.
-            )
+            start(cpus)
             return
         except Exception as error:  # Ray raises this bare.
             if "timed out during startup" not in str(error):

@@ -11,6 +11,7 @@ the steps since the last checkpoint whenever the size changes.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -40,7 +41,7 @@ from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.data.stream import Stream
-from minimind_ray.on_ray.controller import Trainer
+from minimind_ray.on_ray.controller import Trainer, looks_for_notices
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
@@ -58,26 +59,26 @@ NOTICE_SECONDS = 2.0
 LOOK_SECONDS, LEAVE_SECONDS = 5.0, 60.0
 
 
-def granted_device() -> torch.device:
-    """The GPU that Ray gave this process, else the CPU: one that none asked for would be many processes' at once."""
-    return default_device() if ray.get_gpu_ids() else torch.device("cpu")
-
-
 class RayTrainContext:
     """A Ray Train worker."""
 
     reads_checkpoints = False
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: str, *, notices: bool) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        if torch.cuda.is_available() and self.world_size > 1 and not ray.get_gpu_ids():
+            raise UserError(
+                "scale.gpus_per_worker is 0, so that all workers of a machine would share its first GPU: set it to 1, "
+                "or CUDA_VISIBLE_DEVICES to nothing, to train on CPUs"
+            )
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
         # Rank 0 looks for the driver's files, and the step tells the other workers.
         names = (STOP_FILE, AGAIN_FILE) if self.rank == 0 else ()
         self.flags = [watched(flag(run_dir, name)) for name in names]
         if self.rank == 0:
             threading.Thread(target=_leave_when_told, args=(run_dir,), daemon=True).start()
-        self.steps, self.look_after, self.looked = 0, 1, time.monotonic()
+        self.steps, self.look_after, self.looked = 0, 1 if notices else math.inf, time.monotonic()
         self.noticed: list[str] = []
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
@@ -195,17 +196,22 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> i
     Raises:
         UserError: asked to stop meanwhile.
     """
-    told_so = False
-    while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
-        if stop_file.exists():
-            raise UserError(
-                "stopped while there was no room for the workers; --resume goes on from the last checkpoint"
-            )
-        if not told_so:
-            told_so = True
-            print(f"the cluster has room for {workers} of {scale.workers} workers; waiting for nodes", file=sys.stderr)
-            _ask_for(scale)
-        time.sleep(1)
+    asked = False
+    try:
+        while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
+            if stop_file.exists():
+                raise UserError(
+                    "stopped while there was no room for the workers; --resume goes on from the last checkpoint"
+                )
+            if not asked:
+                asked = True
+                room_for = f"{workers} of {scale.workers} workers"
+                print(f"the cluster has room for {room_for}; waiting for nodes", file=sys.stderr)
+                _ask_for(scale)
+            time.sleep(1)
+    finally:
+        if asked and scale.fewest == scale.most:  # Else it is asked for as long as the run lasts.
+            request_resources(bundles=[])
     return min(workers, scale.most)
 
 
@@ -266,7 +272,7 @@ def _attempt(job: Job, workers: int, start: int) -> list[str]:
     """One Ray Train run, from step `start` on; the ids of nodes for which notice was given meanwhile."""
     scale, first = job.config.scale, start + own_steps(job, start)
     trainer = Trainer(
-        partial(_worker, job, first),
+        partial(_worker, job, first, looks_for_notices()),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=worker_resources(scale)
         ),
@@ -292,10 +298,13 @@ def _steps_done(run: RunDirectory) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def _worker(job: Job, first: int) -> list[str]:
-    """The train function, whose steps from `first` on come by Ray Data; see `_attempt` for what it returns."""
+def _worker(job: Job, first: int, notices: bool) -> list[str]:
+    """The train function, whose steps from `first` on come by Ray Data; see `_attempt` for what it returns.
+
+    `notices`: whether to look for some.
+    """
     torch.set_num_threads(max(1, int(job.config.scale.cpus_per_worker)))
-    context = RayTrainContext(job.config.out)
+    context = RayTrainContext(job.config.out, notices=notices)
     with ThreadPoolExecutor(1) as beside:
 
         def steps(start: int) -> Iterator[list[Pack]]:

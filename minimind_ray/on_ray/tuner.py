@@ -48,8 +48,9 @@ from minimind_ray.data.files import join, remove
 from minimind_ray.data.storage import copy_of, flag, url_of, watched
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.fused import run_fused, start_groups
+from minimind_ray.on_ray.reference import granted_device
 from minimind_ray.on_ray.session import Ending, configure_data, interruptible, machines, room, worker_resources
-from minimind_ray.on_ray.trainer import STOP_FILE, granted_device, told, train_on_ray
+from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.loop import last_sound_checkpoint
@@ -295,14 +296,16 @@ def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float)
 
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
     thread.start()
-    worth_it = True
-    while thread.is_alive():
+    worth_it = ended = True
+    # Once more after the end: the last line may have come while Tune was asked about the one before.
+    while thread.is_alive() or not ended:
+        ended = not thread.is_alive()
         thread.join(run.poll_seconds)
         for line in list(run.metrics()):
             if worth_it and line["step"] > known and context.metric in line:
                 known = line["step"]
                 worth_it = context.report(line, None)
-        if not worth_it or context.should_stop():
+        if not ended and (not worth_it or context.should_stop()):
             flag(run.where, STOP_FILE).touch()
     flag(run.where, STOP_FILE).unlink(missing_ok=True)
     if failure:
@@ -384,6 +387,7 @@ def run_trials(
         searcher, samples = None, 1
     else:
         space, searcher, samples = None, _Asking(trials, search), trials.count
+    watcher = _Watcher(watch, search.metric)
     tuner = tune.Tuner(
         tune.with_resources(trainable, nested_driver() if nested or groups else resources),
         param_space=space,
@@ -401,19 +405,32 @@ def run_trials(
         run_config=tune.RunConfig(
             name=f"attempt-{time.time_ns()}",
             storage_path=own,
-            callbacks=[_Watcher(watch, search.metric)],
+            callbacks=[watcher],
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False),
             verbose=0,
         ),
     )
     try:
-        return interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
+        ending = interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
+        if ending == "by itself" and search.scheduler != "pbt":
+            for trial in watcher.ended:
+                _settle(RunDirectory(trial))
+        return ending
     finally:
         for group in groups:
             ray.kill(group)
         stop_file.unlink(missing_ok=True)
         remove(own)
+
+
+def _settle(run: RunDirectory) -> None:
+    """Note that a trial was stopped early, where its process was not given the time to: Tune kills the last ones some
+    ten seconds after its verdict."""
+    if run.info()["state"] in ("running", "stopped") and (checkpoint := last_sound_checkpoint(run)):
+        state = read_state(checkpoint)
+        result = f"checkpoints/{_best(checkpoint)}"
+        run.update(state="early-stopped", steps=state["step"], tokens=state["tokens"], result=result)
 
 
 def _scheduler(search: Search) -> TrialScheduler:
@@ -422,11 +439,18 @@ def _scheduler(search: Search) -> TrialScheduler:
             time_attr="percent", max_t=100, grace_period=ASHA_FIRST, reduction_factor=ASHA_KEEP
         )
     if search.scheduler == "median":
-        return MedianStoppingRule(time_attr="percent", grace_period=ASHA_FIRST)
+        return _Median(time_attr="percent", grace_period=ASHA_FIRST)
     if search.scheduler == "pbt":
         assert search.explore
         return _Exchange(search.explore)
     return FIFOScheduler()
+
+
+class _Median(MedianStoppingRule):
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
+        """To go on. Tune's would have a trial wait until there is enough to compare it with, which takes a process that
+        can be left in the middle of a run."""
+        return TrialScheduler.CONTINUE
 
 
 class _Exchange(PopulationBasedTraining):
@@ -485,6 +509,7 @@ class _Watcher(tune.Callback):
 
     def __init__(self, watch: Watch, metric: str) -> None:
         self.watch, self.metric = watch, metric
+        self.ended: list[Path] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as above; a terminal cannot be written down."""
@@ -503,6 +528,7 @@ class _Watcher(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""
+        self.ended.append(_path(trial))
         self.watch(_path(trial), "ended", {})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -25,7 +25,7 @@ def obstacle(configs: Sequence[Config]) -> str | None:
     What may differ: rank and scale, the whole of optimizer, schedule, length, seed and batch, and how pairs are judged.
     """
     first = configs[0]
-    if first.stage != "lora" and not (first.stage == "dpo" and first.dpo.lora):
+    if not all(config.trains_adapter for config in configs):
         return "only adapters can share a base: stage lora, or dpo with dpo.lora"
     for config in configs:
         if config.scale.most > 1:

@@ -86,16 +86,8 @@ def stage_config(
     Raises:
         UserError: as `load_config`, or an `init_from` that names nothing earlier.
     """
-    step = recipe.stages[index]
-    names = [s.name for s in recipe.stages]
-    # Stages may be named as sections are: dpo.beta is the config key, dpo.optim.lr is of the stage dpo.
-    of_stages = {k: v for k, v in overrides.items() if k not in config_keys() and k.split(".")[0] in names}
-    own = {k.removeprefix(f"{step.name}."): v for k, v in of_stages.items() if k.startswith(f"{step.name}.")}
-    common = {k: v for k, v in overrides.items() if k not in of_stages}
-    stage = step.stage or step.name
-    config = load_config(stage, trees={f"{recipe.name}, {step.name}": merged(recipe.settings, step.settings)},
-                         overrides=common | own)  # fmt: skip
-    init_from = _base(recipe, index, out) if config.init_from is None else config.init_from
+    step, config = recipe.stages[index], _own_config(recipe, index, overrides)
+    init_from = _base(recipe, index, out, overrides) if config.init_from is None else config.init_from
     data = config.data.model_copy(
         update={
             "train": _under(data_dir, config.data.train),
@@ -107,29 +99,43 @@ def stage_config(
     return config.model_copy(update={"data": data, "init_from": init_from, "out": join(out, step.name)})
 
 
+def _own_config(recipe: Recipe, index: int, overrides: Mapping[str, Any]) -> Config:
+    """As the recipe and the overrides say, without what follows from where it stands."""
+    step, names = recipe.stages[index], [s.name for s in recipe.stages]
+    # Stages may be named as sections are: dpo.beta is the config key, dpo.optim.lr is of the stage dpo.
+    of_stages = {k: v for k, v in overrides.items() if k not in config_keys() and k.split(".")[0] in names}
+    own = {k.removeprefix(f"{step.name}."): v for k, v in of_stages.items() if k.startswith(f"{step.name}.")}
+    common = {k: v for k, v in overrides.items() if k not in of_stages}
+    trees = {f"{recipe.name}, {step.name}": merged(recipe.settings, step.settings)}
+    return load_config(step.stage or step.name, trees=trees, overrides=common | own)
+
+
 def require_sources(configs: Sequence[Config]) -> None:
     """Whether the data of each stage are there, and its base, unless an earlier stage makes that.
 
     Raises:
         UserError: what the first stage that lacks something lacks.
     """
-    made: list[str] = []
+    made: dict[str, Config] = {}
     for config in configs:
         if config.data.train is None:
             raise UserError(f"{config.out}: data.train is not set: give the training files of this stage")
         for files in (config.data.train, config.data.val):
             if files is not None:
                 discover(files)
-        if config.init_from not in made and (config.init_from or config.stage != "pretrain"):
+        base = made.get(config.init_from or "")
+        if base and base.trains_adapter:
+            raise UserError(f"{config.out}: init_from {base.out} leaves an adapter, not a whole model: give its base")
+        if base is None and (config.init_from or config.stage != "pretrain"):
             require_base(config)
-        made.append(config.out)
+        made[config.out] = config
 
 
-def _base(recipe: Recipe, index: int, out: str) -> str | None:
+def _base(recipe: Recipe, index: int, out: str, overrides: Mapping[str, Any]) -> str | None:
     step, earlier = recipe.stages[index], recipe.stages[:index]
     if step.init_from is not None:
         return join(out, step.init_from) if step.init_from in [s.name for s in earlier] else step.init_from
-    whole = [s.name for s in earlier if (s.stage or s.name) != "lora"]
+    whole = [s.name for i, s in enumerate(earlier) if not _own_config(recipe, i, overrides).trains_adapter]
     return join(out, whole[-1]) if whole else None
 
 

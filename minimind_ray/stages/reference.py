@@ -45,8 +45,8 @@ ComputeReference = Callable[[Reference], Iterable[np.ndarray]]
 class ReferenceModel:
     """The base in eval mode; called with a pack, it gives each document's log-probability, float32 [D]."""
 
-    def __init__(self, reference: Reference) -> None:
-        self.device = default_device()
+    def __init__(self, reference: Reference, device: torch.device | None = None) -> None:
+        self.device = device or default_device()
         self.dtype = resolve_precision(reference.precision, self.device)
         self.model = load_model(Path(reference.base), self.device).eval()
 

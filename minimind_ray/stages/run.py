@@ -42,7 +42,7 @@ class Job:
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """What the run depends on beside its config, by content: prepared sets are named by their hash."""
+        """What the run depends on beside its config, by content: prepared sets lie in folders named by their hash."""
         train = self.train.key if isinstance(self.train, Stream) else self.train
         return {"data.train": train, "data.val": self.val, "init_from": self.base_fingerprint}
 
@@ -103,7 +103,8 @@ def prepare_job(
     if not config.data.cache:
         stream, splits = _stream(config, tokenizer), splits[1:]
         say(f"train: {len(stream.units)} pieces of {config.data.train}, encoded while training")
-        say(f"  {stream.check_first()}; rejected rows: {stream.rejects}")
+        stream, rows = stream.check_first()
+        say(f"  {rows}; rejected rows: {stream.rejects}")
     for split in splits:
         data = validation if validation and split == "val" else config.data
         prepared = prepare(config.stage, data, split, tokenizer, host.run_units)
@@ -155,7 +156,12 @@ def step_plan(config: Config, train: str | Stream) -> StepPlan | StreamPlan:
 def changed_inputs(job: Job, run: RunDirectory) -> list[str]:
     """Which of the job's inputs are not what the run in that directory began with."""
     before = run.info().get("inputs", {})
-    return [key for key, value in job.inputs.items() if before.get(key) != value]
+    # By name: the cache may lie elsewhere now.
+    return [key for key, value in job.inputs.items() if _name(before.get(key)) != _name(value)]
+
+
+def _name(value: str | None) -> str | None:
+    return value and value.rpartition("/")[2]
 
 
 def begin(job: Job, *, resume: bool) -> RunDirectory:
@@ -169,8 +175,8 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
         run.recover(job.config)
     if resume and (changed := changed_inputs(job, run)):
         raise UserError(
-            f"{run.where}: {' and '.join(changed)} has other content than when the run began; choose another --out, "
-            "or put the old files back"
+            f"{run.where}: {' and '.join(changed)} has other content than when the run began, or another version of "
+            "minimind-ray prepares it otherwise; choose another --out, or put back what was there"
         )
     run.create(job.config, {"inputs": job.inputs}, resume=resume)
     return run

@@ -65,7 +65,7 @@ def check_stage(config: Config, tokenizer: Tokenizer) -> None:
     if config.init_from or config.stage != "pretrain":
         check_model(require_base(config))
     shape = model_shape(config, tokenizer)
-    if config.stage == "lora" or (config.stage == "dpo" and config.dpo.lora):
+    if config.trains_adapter:
         with torch.device("meta"):
             model = Transformer(shape)
         add_lora(model, config.lora, seed=0)

@@ -57,7 +57,7 @@ def check_checkpoint(path: str | Path) -> Iterator[Finding]:
         model = load_model(base, torch.device("cpu"))
         if base != directory:
             load_adapter(model, directory, weights_fingerprint(base))
-        trained = {name: p for name, p in model.named_parameters() if base == directory or "lora_" in name}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         broken = [name for name, p in trained.items() if not p.isfinite().all()]
         count = sum(p.numel() for p in trained.values())
         yield Finding("weights", not broken, f"{broken[0]} is not finite" if broken else f"{count:,} finite numbers")

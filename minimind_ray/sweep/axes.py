@@ -24,6 +24,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, parse_value
 from minimind_ray.config.reading import parse_yaml
 from minimind_ray.config.schema import Config
+from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.sweep.text import number_text, value_text
 
 FORMS = "0.05,0.1 (a grid), log(1e-6,1e-4), uniform(0,0.1) or int(1,64)"
@@ -124,6 +125,8 @@ def parse_assignment(text: str) -> Axis:
 def _grid(key: str, values: list[Any]) -> Grid:
     if not values or any(v is None or v == "" for v in values):
         raise UserError(f"{key}: an axis needs values; expected {FORMS}")
+    if mapping := next((v for v in values if isinstance(v, dict)), None):
+        raise UserError(f"{key}: {mapping} is a group of keys, not a value: make an axis of one of them")
     return Grid(key, tuple(values))
 
 
@@ -187,7 +190,8 @@ def trial_at(base: Config, values: Mapping[str, Any], seed: int) -> PlannedTrial
     """The trial at a point; `values` in the order of the axes. Raises as `trial_config`."""
     config, labels = trial_config(base, values, seed), short_names(list(values))
     point = {key: setting(config, key) for key in values}
-    return PlannedTrial(trial_id({labels[key]: value for key, value in point.items()}, seed), point, seed, config)
+    id = trial_id({labels[key]: value for key, value in point.items()}, seed)
+    return PlannedTrial(id, point, seed, resolve_paths(config))  # Which trials run elsewhere.
 
 
 def draw_points(axes: Sequence[Drawn], count: int, sweep_seed: int) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def _flops_per_token(job: Job) -> float:
     store = train_store(job)
     lengths = np.concatenate([pack.lengths for pack in store.read(range(min(8, store.n_packs)))]).astype(float)
     shape = model_shape(job.config, load_tokenizer(job.config))
-    return training_flops_per_token(shape, float((lengths**2).sum() / lengths.sum() / 2))
+    return training_flops_per_token(shape, float((lengths**2).sum() / lengths.sum() / 2), job.config.trains_adapter)
 
 
 def asha_keeps(trials: int) -> float:
@@ -122,34 +122,35 @@ def _rungs() -> list[float]:
 
 
 class _Stopwatch(PlainContext):
-    """Lets a run go on for a few steps and notes when each began, and when its validation was done."""
+    """Lets a run go on for some seconds, to a validation at least; notes when steps began and what validations took."""
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[float] = []
-        self.reported = 0.0
+        self.validations: list[float] = []
 
     def should_stop(self) -> bool:
-        """After enough steps for a mean."""
+        """After a validation, when it is time."""
         self.steps.append(time.perf_counter())
-        return len(self.steps) >= CALIBRATION_STEPS and self.steps[-1] - self.steps[0] > CALIBRATION_SECONDS
+        return bool(self.validations) and self.steps[-1] - self.steps[0] > CALIBRATION_SECONDS
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """After the validation at the end."""
-        self.reported = time.perf_counter()
+        """After a validation, or the checkpoint of a stop."""
+        if any(name.startswith("val/") for name in metrics):
+            self.validations.append(time.perf_counter() - self.steps[-1] - metrics["timing"]["seconds"])
         return True
 
 
 def calibrate(job: Job) -> Pace:
-    """Train a few steps of a trial in this process, validate once and throw it away."""
+    """Train a few steps of a trial in this process, validate after some and throw it away."""
     watch = _Stopwatch()
     with tempfile.TemporaryDirectory() as out:
-        never = {"every": job.plan.steps}
+        steps = job.plan.steps
         config = job.config.model_copy(
             update={
                 "out": out,
-                "eval": job.config.eval.model_copy(update=never),
-                "checkpoint": job.config.checkpoint.model_copy(update=never),
+                "eval": job.config.eval.model_copy(update={"every": min(CALIBRATION_STEPS, steps)}),
+                "checkpoint": job.config.checkpoint.model_copy(update={"every": steps}),
                 "track": job.config.track.model_copy(update={"wandb": "off"}),
             }
         )
@@ -163,5 +164,5 @@ def calibrate(job: Job) -> Pace:
         start=watch.steps[0] - started,
         # The first step warms up.
         step=statistics.median(seconds[1:] or seconds) / job.config.scale.most,
-        validation=watch.reported - watch.steps[-1] - seconds[-1],
+        validation=max(0.0, statistics.median(watch.validations)),
     )

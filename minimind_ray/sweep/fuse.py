@@ -33,7 +33,9 @@ def together(plan: SweepPlan) -> tuple[int, str]:
 def _obstacle(plan: SweepPlan) -> str | None:
     if plan.search.scheduler == "pbt":
         return "pbt changes settings in the middle of a run"
-    if not plan.trials and (unknown := [axis.key for axis in plan.axes if axis.key in (*SHARED, *UNKNOWN)]):
+    # Those that a sweep goes on with are not all of its points.
+    found_later = plan.search.searcher == "optuna"
+    if found_later and (unknown := [axis.key for axis in plan.axes if axis.key in (*SHARED, *UNKNOWN)]):
         return f"the points of {unknown[0]} are found while the sweep runs"
     return obstacle(_configs(plan))
 

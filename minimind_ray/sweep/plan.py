@@ -276,12 +276,13 @@ def reopen_sweep(path: str | Path) -> SweepPlan:
             trial, number = TrialInfo.model_validate(facts), int(facts["number"])
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
-        # What is trained, not what was planned: budgets and pbt change it.
+        # What is trained, not what was planned: budgets and pbt change it. In the sweep's place, which may be another.
         config = load_config(info.stage, [file.with_name("config.yaml")])
         found.append((number, PlannedTrial(trial.id, trial.point, trial.seed, config)))
     trials = tuple(trial for _, trial in sorted(found, key=lambda pair: pair[0]))
     axes = tuple(parse_axis(key, spec) for key, spec in info.axes.items())
-    return SweepPlan(path, validate(info.config), axes, search, trials)
+    plan = SweepPlan(path, validate(info.config), axes, search, ())
+    return replace(plan, trials=tuple(map(plan.in_place, trials)))
 
 
 def check_same_inputs(job: Job) -> None:
@@ -293,6 +294,6 @@ def check_same_inputs(job: Job) -> None:
     run = RunDirectory(job.config.out)
     if changed := changed_inputs(job, run):
         raise UserError(
-            f"{run.where}: {' and '.join(changed)} has other content than when the sweep began; start a new sweep, "
-            "or put the old files back"
+            f"{run.where}: {' and '.join(changed)} has other content than when the sweep began, or another version of "
+            "minimind-ray prepares it otherwise; start a new sweep, or put back what was there"
         )

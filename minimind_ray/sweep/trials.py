@@ -55,7 +55,7 @@ class Timing(BaseModel):
 
 
 class MetricsLine(BaseModel):
-    """A line of metrics.jsonl. All other keys have numbers."""
+    """A line of metrics.jsonl. Keys that are not named here have numbers."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -63,6 +63,7 @@ class MetricsLine(BaseModel):
     step: int = Field(ge=0)
     tokens: int = Field(ge=0)
     timing: Timing | None = None
+    warning: str | None = None
 
 
 class SamplesLine(BaseModel):

@@ -151,7 +151,7 @@ class Together:
         self.settings = [self._column([getattr(m.config, name) for m in members]) for name in SETTINGS]
 
     def step(self, steps: Sequence[Step]) -> list[StepResult | NonFiniteError]:
-        """Train one step of every run. Runs whose loss or gradient is not finite are left as they are."""
+        """Train one step of every run. Weights of a run whose loss or gradient is not finite stay as they are."""
         start = time.perf_counter()
         self.gradients_KP.zero_()
         counts = [sum(map(m.objective.count, step.packs)) for m, step in zip(self.members, steps, strict=True)]

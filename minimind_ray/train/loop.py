@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -168,31 +168,32 @@ def fit(
     with deterministic(config.train.deterministic and device.type == "cuda"):
         before = RunDirectory(config.out).info()
         dtype = resolve_precision(config.train.precision, device)
-        flops = data.plan.steps * config.batch.tokens * training_flops_per_token(model.shape, mean_context=0)
+        flops = data.plan.steps * config.batch.tokens * training_flops_per_token(model.shape, 0, config.trains_adapter)
         settle_compile(config.train.compile, flops, device, before.get("compiled"))
-        optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
-        pass_tokens = settle_pass_tokens(config, model, dtype, before.get("pass_tokens"))
-
-        def answer(asked: Step | Report) -> StepResult | NonFiniteError | bool:
-            if isinstance(asked, Report):
-                return context.report(asked.metrics, asked.checkpoint)
-            try:
-                return training_step(
-                    model, objective, asked.packs, asked.batches, optimizer, gradients,
-                    step=asked.step, lr=asked.lr, clip=config.optim.clip, device=device, dtype=dtype, stop=asked.stop,
-                )  # fmt: skip
-            except NonFiniteError as error:
-                return error
-
-        run = training(model, objective, optimizer, weights, config, context, data, tokenizer, pass_tokens)
+        most = config.data.pack_tokens
         try:
-            asked = next(run, None)
-            while asked:
-                asked = run.send(answer(asked))
-        except StopIteration:
-            return
+            optimizer, gradients = build_adamw(model, config.optim), FlatGradients(model)
+            pass_tokens = settle_pass_tokens(config, model, dtype, before.get("pass_tokens"))
+            most = max(min(pass_tokens, config.batch.tokens), most)
+
+            def answer(asked: Step | Report) -> StepResult | NonFiniteError | bool:
+                if isinstance(asked, Report):
+                    return context.report(asked.metrics, asked.checkpoint)
+                try:
+                    return training_step(
+                        model, objective, asked.packs, asked.batches, optimizer, gradients, step=asked.step,
+                        lr=asked.lr, clip=config.optim.clip, device=device, dtype=dtype, stop=asked.stop,
+                    )  # fmt: skip
+                except NonFiniteError as error:
+                    return error
+
+            run = training(model, objective, optimizer, weights, config, context, data, tokenizer, pass_tokens)
+            # However it ends, the run's own ending is not to wait until nobody refers to it any more.
+            with closing(run), suppress(StopIteration):
+                asked = next(run)
+                while True:
+                    asked = run.send(answer(asked))
         except torch.OutOfMemoryError as error:
-            most = max(min(pass_tokens, config.batch.tokens), config.data.pack_tokens)
             raise UserError(
                 f"the GPU's memory does not hold what goes through the model at once, up to {most} tokens: set "
                 f"batch.pass_tokens lower, or data.pack_tokens too ({str(error).partition('. ')[0]})"
@@ -268,7 +269,7 @@ def _training(
         tracker = open_tracker(here, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)
         if tracker:
             run.update(wandb=tracker.identity)
-    meter = Meter(model.shape, context, dtype)
+    meter = Meter(model.shape, context, dtype, frozen=config.trains_adapter)
     state = "finished"
     model.train()
 
@@ -349,6 +350,8 @@ def _training(
         if result.stop and not last:
             state = "stopped"
             break
+    if state == "finished" and progress.step < plan.steps:
+        raise UserError(f"the data ended after step {progress.step} of {plan.steps}: set train.max_steps lower")
     if writer:
         writer.close()
         run.write_lines()
@@ -456,8 +459,8 @@ class Validation:
 class Meter:
     """Tokens per second and the part of the machine's matrix-product rate used (MFU), validation left out."""
 
-    def __init__(self, shape: ModelShape, context: Context, dtype: torch.dtype) -> None:
-        self.shape = shape
+    def __init__(self, shape: ModelShape, context: Context, dtype: torch.dtype, *, frozen: bool) -> None:
+        self.shape, self.frozen = shape, frozen
         self.peak = measure_matmul_flops(context.device, dtype) * context.world_size
         self.seconds_per_step: float | None = None
         self.restart()
@@ -478,7 +481,7 @@ class Meter:
         self.seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
         lengths = np.concatenate([p.lengths for p in packs]) if packs else np.ones(1)
         mean_context = float((lengths.astype(float) ** 2).sum() / lengths.sum() / 2)
-        flops = tokens * training_flops_per_token(self.shape, mean_context)
+        flops = tokens * training_flops_per_token(self.shape, mean_context, self.frozen)
         return {
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,

@@ -2,7 +2,7 @@
 
 config.yaml     the resolved config
 run.json        command line, versions, git commit, data fingerprints, state, and where the result is
-metrics.jsonl   one line per step and one per validation
+metrics.jsonl   one line per step, with what its validation found
 samples.jsonl   what the model wrote at each validation
 validation.parquet   the validation of the result, one row per example
 checkpoints/    step-00000100/: a Hugging Face model directory, and resume/ beside it
@@ -193,8 +193,12 @@ class RunDirectory:
     def forget_after(self, step: int) -> None:
         """Drop what was logged after `step` steps were done, so that a resumed run logs no step twice.
 
-        And the checkpoints that processes which were killed had begun to write.
+        And checkpoints of later steps, which were found damaged, and those that processes which were killed had begun
+        to write.
         """
+        for directory in self.checkpoints():
+            if directory.name > f"step-{step:08d}":
+                shutil.rmtree(directory)
         for directory in self.path.glob(f"checkpoints/{UNFINISHED}*"):
             shutil.rmtree(directory, ignore_errors=True)
         for file in self.path.glob(f"{UNFINISHED}*"):

@@ -27,17 +27,18 @@ def parameter_counts(shape: ModelShape) -> tuple[int, int]:
     return outside + layers * (attention + norms + mlp), outside + layers * (attention + norms + active_mlp)
 
 
-def training_flops_per_token(shape: ModelShape, mean_context: float) -> float:
+def training_flops_per_token(shape: ModelShape, mean_context: float, frozen: bool = False) -> float:
     """FLOPs of forward and backward for one token.
 
     6 per active weight of a matrix product (2 forward, 4 backward; the input embedding is a look-up and counts none),
-    and for attention 12 · layers · heads · head_dim per token attended to (Chowdhery et al. 2022, PaLM, appendix B);
+    4 per `frozen` weight, which gets no gradient of its own (the adapter's weights are too few to count), and for
+    attention 12 · layers · heads · head_dim per token attended to (Chowdhery et al. 2022, PaLM, appendix B);
     `mean_context` is the mean number of tokens a token attends to, half the document's length.
     """
     _, active = parameter_counts(shape)
     lookup = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * mean_context
-    return 6 * (active - lookup) + attention
+    return (4 if frozen else 6) * (active - lookup) + attention
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

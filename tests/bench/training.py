@@ -157,8 +157,8 @@ def row_tokens(stage: str, rows: Path, args: Namespace) -> tuple[float, float, f
 
 
 def flops_per_token(shape: ModelShape, stage: str, mean_context: float) -> float:
-    """Of forward and backward; in LoRA the base's weights get no gradients, a third of the whole."""
-    return training_flops_per_token(shape, mean_context) * (2 / 3 if stage == "lora" else 1)
+    """Of forward and backward."""
+    return training_flops_per_token(shape, mean_context, frozen=stage == "lora")
 
 
 def our_settings(

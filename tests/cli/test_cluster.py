@@ -72,6 +72,21 @@ def test_what_is_no_cluster_file_is_said_in_a_sentence(command: Command, tmp_pat
     assert outcome.err.startswith(f"error: {tmp_path}/x.yaml: no cluster file")
 
 
+def test_what_is_wrong_with_a_price_or_an_experiment_is_said_in_a_sentence(command: Command, tmp_path: Path) -> None:
+    tree = yaml.safe_load((ROOT / "cluster" / "kuberay.yaml").read_text())
+    tree["metadata"]["annotations"] = {"minimind-ray/price-per-hour": "{head: 0.2"}
+    (tmp_path / "k.yaml").write_text(yaml.safe_dump(tree))
+    outcome = command("cluster", "check", tmp_path / "k.yaml")
+    assert outcome.err == f"error: {tmp_path}/k.yaml: minimind-ray/price-per-hour: no YAML: {{head: 0.2\n"
+    tree["metadata"]["annotations"] = {"minimind-ray/price-per-hour": "{head: much}"}
+    (tmp_path / "k.yaml").write_text(yaml.safe_dump(tree))
+    outcome = command("cluster", "check", tmp_path / "k.yaml")
+    assert outcome.err.startswith(f"error: {tmp_path}/k.yaml: price_per_hour: should give")
+    (tmp_path / "e.yaml").write_text("stages: 5\n")
+    outcome = command("cluster", "check", "--config", tmp_path / "e.yaml")
+    assert outcome.err == f"error: {tmp_path}/e.yaml: not a stage's config, a sweep or a recipe\n"
+
+
 @pytest.mark.parametrize(("text", "price"), [("0.5", 0.5), ("cluster.yaml", 0.45)])
 def test_a_sweep_is_priced_by_a_number_or_by_a_cluster_file(text: str, price: float) -> None:
     assert trial_price(text, ScaleConfig(gpus_per_worker=1.0)) == pytest.approx(price)

@@ -59,6 +59,7 @@ def test_what_is_wrong_is_told_before_anything_is_sent(tmp_path: Path) -> None:
         ("train", "pretrain", "--config", "/etc/mine.yaml"): "working directory",
         ("run", "../mine.yaml"): "working directory",
         ("data", "prep"): "No such command",
+        ("report", "/shared/sweeps/x"): "mine.yaml",
         ("chat", "runs/a"): "leave --cluster out",
         ("export", "runs/a", "there"): "leave --cluster out",
         ("eval", "runs/a", "a.jsonl", "--stage", "sft", "--out", "b"): "--out",

@@ -87,7 +87,7 @@ def test_from_bucket_to_packs_in_a_bucket(
 
     reference = "s3://bucket/cache/reference.parquet"
     write_reference(store, reference, (pack.lengths for pack in store))
-    for pack in store.with_reference(reference):
+    for pack in PackStore(store.path, reference):
         assert pack.reference is not None
         assert pack.reference.tolist() == pack.lengths.tolist()
 

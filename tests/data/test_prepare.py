@@ -112,7 +112,7 @@ def test_every_document_is_in_the_packs_once(tmp_path: Path, tokenizer: Tokenize
     assert (total("rows"), total("kept"), total("rejected"), total("held_out")) == (240, 240, 0, 0)
     assert (store.n_documents, store.n_packs) == (240, prepared.manifest.n_packs)
     assert store.n_tokens == sum(len(pack.tokens) for pack in store)
-    assert store.counted_tokens == sum(pack.counted for pack in store)
+    assert store.manifest.total("counted_tokens") == sum(pack.counted for pack in store)
     assert max(len(pack.tokens) for pack in store) <= 64
     assert 0.8 < prepared.fullness <= 1
     assert prepared.made == {".jsonl": 11, ".parquet": 5}.get(suffix, 1)

@@ -196,8 +196,9 @@ def test_parquet_rows_that_json_cannot_hold_are_rejected(tmp_path: Path) -> None
     (reject,) = read(path)
     assert isinstance(reject, Reject)
     assert "a column of bytes" in reject.reason
-    pq.write_table(pa.table({"text": [1.5, float("nan")]}), path)
-    assert [type(row) for row in read(path)] == [Row, Reject]
+    # NaN is what pandas writes where there is nothing.
+    pq.write_table(pa.table({"text": ["a", "b"], "score": [1.5, float("nan")]}), path)
+    assert [row.value for row in read(path) if isinstance(row, Row)] == [{"text": "a", "score": 1.5}, {"text": "b"}]
 
 
 def test_damaged_parquet_is_one_reject(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_reads_what_was_written_in_any_order(tmp_path: Path, vocab_size: int, dt
     assert (store.n_packs, store.n_documents) == (74, 74 * 3)
     assert [pack.id for pack in in_order] == list(range(74))
     assert store.n_tokens == sum(len(pack.tokens) for pack in in_order)
-    assert store.counted_tokens == sum(pack.counted for pack in in_order)
+    assert store.manifest.total("counted_tokens") == sum(pack.counted for pack in in_order)
     assert {pack.tokens.dtype for pack in in_order} == {np.dtype(dtype)}
     ids = np.random.default_rng(1).permutation(74)
     for pack in store.read(ids.tolist()):
@@ -130,14 +130,14 @@ def test_reference_log_probabilities_lie_beside_the_packs(tmp_path: Path) -> Non
     store = PackStore(make_store(tmp_path, [[4, 2], [3]]))
     path = str(tmp_path / "reference" / "weights.parquet")
     write_reference(store, path, (np.arange(3, dtype=np.float32) - 10 * pack.id for pack in store))
-    with_reference = store.with_reference(path)
+    with_reference = PackStore(store.path, path)
     for pack in with_reference.read([8, 0, 5]):
         assert pack.reference is not None
         assert pack.reference.dtype == np.float32
         assert pack.reference.tolist() == [-10.0 * pack.id, 1 - 10.0 * pack.id, 2 - 10.0 * pack.id]
     other = PackStore(make_store(tmp_path / "other", [[4, 1]]))
     with pytest.raises(UserError, match="row groups are not those of"):
-        other.with_reference(path)
+        PackStore(other.path, path)
 
 
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:

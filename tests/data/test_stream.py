@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize(("good", "bad", "fraction"), [(5, 1, 0.01), (300, 3, 0.01)])
 def test_a_bad_row_in_a_short_piece_is_no_reason_to_stop(tmp_path: Path, good: int, bad: int, fraction: float) -> None:
     stream = make_stream(tmp_path, good, bad, fraction)
-    assert stream.check_first().startswith(f"{good + bad} rows = {good} kept + {bad} rejected + 0 held out")
+    assert stream.check_first()[1].startswith(f"{good + bad} rows = {good} kept + {bad} rejected + 0 held out")
     assert len(list((tmp_path / "rejects").iterdir())) == 1
 
 

@@ -33,7 +33,7 @@ def one_step(job, out: str) -> None:
     from minimind_ray.train.optim import FlatGradients, build_adamw
     from minimind_ray.train.step import training_step
 
-    context = RayTrainContext(job.config.out)
+    context = RayTrainContext(job.config.out, notices=False)
     model = initial_model(job.config, load_tokenizer(job.config), context)
     gradients = FlatGradients(model)
     packs = next(read_steps(PackStore(job.train), job.plan, 0, context.rank, context.world_size))

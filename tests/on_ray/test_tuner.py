@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,26 @@ def test_asha_stops_what_falls_behind_and_keeps_what_it_found(tmp_path: Path, ra
     assert states(again) == states(found)
     assert before == {file: file.read_bytes() for file in before}
     assert sum(percent > 0 for percent in heard) == sum(len(trial.metrics) for trial in found.values())
+
+
+def test_nothing_is_stopped_while_there_is_too_little_to_compare_it_with(tmp_path: Path, ray_session: None) -> None:
+    """Tune's rule would have the first of two wait for the second, and it could not go on."""
+    plan = planned(tmp_path, {"optim.lr": "1e-2,1e-6"}, search={"concurrent": 1, "scheduler": "median"}, eval__every=1)
+    assert set(states(run(plan)).values()) == {"finished"}
+
+
+def test_a_trial_that_had_no_time_to_say_that_it_was_stopped(tmp_path: Path) -> None:
+    from minimind_ray.on_ray.tuner import _settle
+
+    job = make_job(tmp_path, rows=100, checkpoint__every=1, train__max_steps=3)
+    run = RunDirectory(start(job))
+    run_here(job)
+    run.update(state="running", result=None)
+    shutil.rmtree(run.checkpoints()[-1])
+    _settle(run)
+    info = run.info()
+    assert (info["state"], info["steps"]) == ("early-stopped", 2)
+    assert sound(run.path / info["result"])
 
 
 def test_out_of_time_and_again(tmp_path: Path, ray_session: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from minimind_ray.cli.run import run_recipe
 from minimind_ray.config.errors import UserError
-from minimind_ray.stages.recipe import read_recipe, stage_config
+from minimind_ray.stages.recipe import Recipe, read_recipe, stage_config
 from minimind_ray.train.run import RunDirectory
 from tests.jobs import rows_of, write_jsonl
 
@@ -93,6 +94,19 @@ def test_what_a_later_stage_lacks_is_found_before_the_first(recipe: Path, capsys
     with pytest.raises(UserError, match="data/dpo.jsonl: no such file"):
         run(recipe, capsys)
     assert not (recipe.parent / "out").exists()
+
+
+def test_adapters_are_no_base(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = yaml.safe_load(recipe.read_text())
+    tree["stages"][1:1] = [{**tree["stages"][2], "name": "first"}]
+    tree["stages"][1] |= {"stage": "dpo"}
+    parsed = Recipe.model_validate(tree)
+    base = partial(stage_config, parsed, 2, "out", None, "data")
+    assert base({}).init_from == "out/first"
+    assert base({"first.dpo.lora": True}).init_from == "out/pretrain"
+    recipe.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="out/first leaves an adapter, not a whole model"):
+        run(recipe, capsys, first__dpo__lora=True, sft__init_from=str(recipe.parent / "out" / "first"))
 
 
 def test_overrides_name_a_key_or_a_stage_and_a_key(recipe: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -43,7 +46,7 @@ def test_sft_learns_and_its_loss_is_on_answers_only(base: Path, tmp_path: Path) 
     lines = train(job)
     assert lines[-1]["loss"] < lines[0]["loss"]
     store = PackStore(job.train)
-    assert 0 < store.counted_tokens < 0.7 * store.n_tokens
+    assert 0 < store.manifest.total("counted_tokens") < 0.7 * store.n_tokens
 
 
 def test_a_run_that_is_not_compiled_does_not_import_the_compiler(base: Path, tmp_path: Path) -> None:
@@ -85,6 +88,13 @@ def test_lora_starts_as_the_base_and_leaves_it_alone(base: Path, tmp_path: Path)
     kept = load_file(adapter / "resume" / "optimizer.safetensors")
     assert all("lora_" in name for name in kept)
     assert all(torch.equal(weights[k], v) for k, v in load_file(before / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "v_proj"]])
+def test_dora_trains_a_list_of_targets(base: Path, tmp_path: Path, targets: list[str]) -> None:
+    from_base = {"init_from": str(base / "run-pretrain"), "data__tokenizer": None}
+    lines = train(make_job(tmp_path, "lora", 100, lora__dora=True, lora__targets=targets, optim__lr=0.03, **from_base))
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_minimind_2_with_experts_learns_and_is_a_base_for_the_next_stage(tmp_path: Path) -> None:
@@ -183,6 +193,36 @@ def test_resume_is_exact_and_passes_over_a_damaged_checkpoint(tmp_path: Path, ca
         files = [resolve_model(tmp_path / run) / name for run in ("whole", "parted")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert all(sound(c) for c in RunDirectory(run).checkpoints())
+
+
+def test_a_cache_may_move_and_damaged_checkpoints_go(tmp_path: Path) -> None:
+    settings = {"rows": 150, "checkpoint__every": 1, "checkpoint__keep": 1, "data__val_fraction": 0.0}
+    job = make_job(tmp_path, **settings)
+    run = start(job)
+    context = PlainContext()
+    context.should_stop = lambda: len(list(read_jsonl(run / "metrics.jsonl"))) == 1
+    job.run(context, job.data(context))
+    (sound_one,) = RunDirectory(run).checkpoints()
+    damaged = sound_one.with_name("step-00000003")
+    shutil.copytree(sound_one, damaged)
+    (damaged / "model.safetensors").write_bytes(b"")
+    shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
+    moved = make_job(tmp_path, data__cache_dir=str(tmp_path / "elsewhere"), **settings)
+    start(moved, resume=True)
+    context.should_stop = lambda: True
+    moved.run(context, moved.data(context))
+    assert [path.name for path in RunDirectory(run).checkpoints()] == ["step-00000003"]
+    assert sound(RunDirectory(run).checkpoints()[0])
+
+
+def test_data_that_end_before_the_run_are_no_success(tmp_path: Path) -> None:
+    job = make_job(tmp_path, rows=150)
+    run = start(job)
+    context = PlainContext()
+    data = job.data(context)
+    with pytest.raises(UserError, match=rf"the data ended after step 2 of {job.plan.steps}"):
+        job.run(context, replace(data, steps=lambda step: islice(data.steps(step), 2)))
+    assert RunDirectory(run).info()["state"] != "finished"
 
 
 def test_run_directory_explains_itself(base: Path) -> None:

@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from minimind_ray.cli.main import app
@@ -61,6 +64,23 @@ def test_damage_is_named(copy: Path) -> None:
     assert bad(copy)["sums"] == "../../run.json leads out of the checkpoint"
     sums.write_text("{")
     assert "not valid JSON" in bad(copy)["sums"]
+
+
+@pytest.mark.unit
+def test_adapters_are_looked_at_with_their_magnitudes(trained: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "lora", 60, init_from=str(trained), data__tokenizer=None, lora__dora=True,
+                   train__max_steps=2)  # fmt: skip
+    run = start(job)
+    run_here(job)
+    assert bad(run) == {}
+    weights = RunDirectory(run).checkpoints()[-1] / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("lora_magnitude_vector"))
+    tensors[name][0] = torch.nan
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, weights, metadata=metadata)
+    assert bad(run)["weights"].endswith("magnitude is not finite")
 
 
 @pytest.mark.unit

@@ -51,6 +51,7 @@ def test_forms(key: str, spec: object, axis: object) -> None:
         ("eval.max_tokens=100,200", "the same validation"),
         ("data.val=a,b", "the same validation data"),
         ("optim.lr=[1", "not an axis"),
+        ("optim={lr: 1e-3}", "is a group of keys"),
     ],
 )
 def test_wrong_text(text: str, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def planned(base: Path, axes: dict[str, Any], search: dict[str, Any] | None = None, **settings: Any) -> SweepPlan:
-    config = make_config(base, "lora", 20, init_from=str(base / "run-pretrain"), **settings)
+def planned(
+    base: Path, axes: dict[str, Any], search: dict[str, Any] | None = None, stage: str = "lora", **settings: Any
+) -> SweepPlan:
+    config = make_config(base, stage, 20, init_from=str(base / "run-pretrain"), **settings)
     return plan_sweep(
         base / "sweep", config, [parse_axis(k, v) for k, v in axes.items()], SearchConfig(**(search or {}))
     )
@@ -40,6 +43,9 @@ def test_a_number_is_taken_or_refused(base: Path) -> None:
     assert together(planned(base, axes, {"fuse": "off"}))[0] == 1
     with pytest.raises(UserError, match=r"fuse is 3, but .* lora.targets is not the same in all trials"):
         together(planned(base, {"lora.targets": ["square", "all-linear"]}, {"fuse": 3}))
+    for values in ("true,false", "false,true"):
+        with pytest.raises(UserError, match=r"fuse is 2, but .* only adapters can share a base"):
+            together(planned(base, {"dpo.lora": values}, {"fuse": 2}, "dpo"))
     with pytest.raises(UserError, match="pbt changes settings"):
         together(planned(base, {"optim.lr": "1e-3,1e-2"}, {"fuse": 3, "scheduler": "pbt"}))
     with pytest.raises(UserError, match="fuse"):
@@ -64,5 +70,8 @@ def test_points_that_are_not_known_yet(base: Path) -> None:
     assert together(planned(base, {"lora.rank": "int(2,8)"}, search)) == (2, "as asked for")
     on_gpu = planned(base, {"lora.rank": "int(2,8)"}, {**search, "fuse": "auto"}, scale__gpus_per_worker=1.0)
     assert together(on_gpu) == (4, "one trial's steps leave the GPU waiting")
-    with pytest.raises(UserError, match="the points of lora.dropout are found while the sweep runs"):
-        together(planned(base, {"lora.dropout": "uniform(0.0,0.2)"}, search))
+    plan = planned(base, {"lora.dropout": "uniform(0.0,0.2)"}, search)
+    # Nor when it goes on, and some points are known.
+    for known in ((), planned(base, {"lora.rank": "2,4"}).trials):
+        with pytest.raises(UserError, match="the points of lora.dropout are found while the sweep runs"):
+            together(replace(plan, trials=tuple(known)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from minimind_ray.sweep.plan import (
     within_budget,
 )
 from minimind_ray.sweep.trials import read_sweep
+from minimind_ray.train.evaluate import Evaluation
+from minimind_ray.train.loop import Validation
 from tests.jobs import make_config, make_job, rows_of, start, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -247,6 +250,11 @@ def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
     record_resume(resumed, {"prepared datasets": 2, "units of them encoded for this sweep": 1})
     shared = read_sweep(plan.path).info.shared
     assert shared == {"prepared datasets": 2, "units of them encoded for this sweep": 2}
+    # Wherever it lies by now.
+    moved = plan.path.rename(tmp_path / "moved")
+    outs = {trial.config.out for trial in reopen_sweep(moved).trials}
+    assert outs == {str(moved / "trials" / trial.id) for trial in plan.trials}
+    moved.rename(plan.path)
     with pytest.raises(UserError, match="already holds a sweep: go on with minimind-ray tune --resume"):
         check_free(plan.path)
     with pytest.raises(UserError, match="holds no sweep"):
@@ -277,6 +285,29 @@ def test_calibration_measures_and_leaves_nothing(tmp_path: Path) -> None:
     pace = calibrate(job)
     assert 0 < pace.step < 30 and 0 < pace.validation < 30 and 0 < pace.start < 30
     assert set(tmp_path.iterdir()) == before
+
+
+def test_calibration_validates_though_it_stops_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [job] = prepared(planned(tmp_path, {}, train__max_steps=400))
+    found: list[int] = []
+
+    def slowly(validation: Validation) -> Evaluation:
+        found.append(1)
+        time.sleep(0.5)
+        return plain(validation)
+
+    plain = Validation.__call__
+    monkeypatch.setattr(Validation, "__call__", slowly)
+    monkeypatch.setattr("minimind_ray.sweep.estimate.CALIBRATION_SECONDS", 0.6)
+    assert 0.5 < calibrate(job).validation < 5
+    assert 1 <= len(found) <= 3
+
+
+def test_paths_on_an_axis_are_those_of_where_the_sweep_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = planned(tmp_path, {"init_from": ["runs/a", "runs/b"]}, stage="sft")
+    assert [trial.config.init_from for trial in plan.trials] == [str(tmp_path / "runs" / name) for name in "ab"]
+    assert plan.trials[0].point == {"init_from": "runs/a"}
 
 
 def test_asha_keeps_less_of_more_trials() -> None:

@@ -80,6 +80,14 @@ def test_a_line_that_is_still_being_written(tmp_path: Path) -> None:
     assert read_sweep(path).trials[0].metrics[-1]["step"] == 10
 
 
+def test_a_warning_is_no_damage(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    file = path / "trials/beta=0.1,seed=0/metrics.jsonl"
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({**json.loads(first), "warning": "the warm-up is longer"}), *others]) + "\n")
+    assert len(read_sweep(path).trials[0].metrics) == 10
+
+
 def test_no_sweep(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="minimind-ray tune"):
         read_sweep(tmp_path)

@@ -1,0 +1,42 @@
+"""A Ray in this machine's processes, without those of Ray's that would serve nobody here.
+
+Each of them takes a second of a core to start, and some of it as long as it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import ray
+from ray._private import node
+
+
+class Head(node.Node):
+    """Starts neither of three: what they are for is said below."""
+
+    def start_monitor(self) -> None:
+        """The autoscaler, which starts other machines."""
+
+    def start_log_monitor(self) -> None:
+        """What sends the workers' output to the driver, which does not want it."""
+
+    def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+        """The dashboard, which `include_dashboard=False` leaves without pages."""
+
+
+def start(cpus: int | None) -> None:
+    """`ray.init` of a Ray here, which has `cpus` logical CPUs."""
+    before = node.Node
+    node.Node = Head
+    try:
+        ray.init(
+            address="local",  # Not one that runs on this machine for something else.
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # No runtime environment: it would cost each worker a second start, and processes of this machine
+            # inherit the settings.
+        )
+    finally:
+        node.Node = before
