@@ -413,7 +413,7 @@ def run_trials(
     )
     try:
         ending = interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
-        if ending == "by itself" and search.scheduler != "pbt":
+        if ending == "by itself" and not stop_file.exists() and search.scheduler != "pbt":
             for trial in watcher.ended:
                 _settle(RunDirectory(trial))
         return ending
@@ -427,7 +427,7 @@ def run_trials(
 def _settle(run: RunDirectory) -> None:
     """Note that a trial was stopped early, where its process was not given the time to: Tune kills the last ones some
     ten seconds after its verdict."""
-    if run.info()["state"] in ("running", "stopped") and (checkpoint := last_sound_checkpoint(run)):
+    if run.info()["state"] == "running" and (checkpoint := last_sound_checkpoint(run)):
         state = read_state(checkpoint)
         result = f"checkpoints/{_best(checkpoint)}"
         run.update(state="early-stopped", steps=state["step"], tokens=state["tokens"], result=result)
