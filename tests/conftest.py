@@ -32,7 +32,11 @@ def ray_session() -> Iterator[None]:
     """One local Ray instance with 8 logical CPUs, stopped at the end."""
     from minimind_ray.on_ray.session import start_ray, stop_ray
 
-    start_ray(cpus=8)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(
+            "CUDA_VISIBLE_DEVICES", ""
+        )  # Runs of several workers are refused where GPUs are not asked for.
+        start_ray(cpus=8)
     yield
     stop_ray()
 

@@ -108,7 +108,9 @@ class Stream:
             f"{seen.rows:,} rows = {seen.rows - rejected - seen.held_out:,} kept + {rejected:,} rejected + "
             f"{seen.held_out:,} held out in the first piece"
         )
-        return replace(self, bytes_per_token=unit.size / max(1, tokens)), rows
+        # Of less than a pack there is nothing to learn.
+        known = tokens >= self.encoding.config.pack_tokens
+        return replace(self, bytes_per_token=unit.size / tokens) if known else self, rows
 
     def packs(self) -> Iterator[Pack]:
         """All packs, epoch after epoch without end, numbered through.

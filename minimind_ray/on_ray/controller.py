@@ -2,7 +2,8 @@
 
 An actor's process would be started, and import torch, before the first worker's could be: a third of a run's start. And
 with it one more process on which the run depends goes away. What follows are the few places where Ray Train 2.60 takes
-for granted that its controller is an actor.
+for granted that its controller is an actor, and how to do without another one, by which its workers would tell each
+other things.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, s
 from minimind_ray.on_ray.session import alone
 
 
-def looks_for_notices() -> bool:
-    """Whether there may be some: they are given of a cluster's nodes."""
+def notices_may_come() -> bool:
+    """They are given of a cluster's nodes."""
     return not alone() or "RAY_ADDRESS" in os.environ
 
 
 class _Collectives:
-    """In the place of the actor by which workers tell each other things in Ray Train: ours do so of notices alone."""
+    """In the place of that actor where it is not needed: ours tell each other of notices alone."""
 
     actor = worker_group.SynchronizationActor
+    needed = True
 
     @classmethod
     def options(cls, **options: Any) -> Any:
         """Ray's: what makes the actor, or nobody."""
-        return cls.actor.options(**options) if looks_for_notices() else cls
+        return cls.actor.options(**options) if cls.needed else cls
 
     @classmethod
     def remote(cls, **arguments: Any) -> type[_Collectives]:
@@ -53,6 +55,7 @@ def _end(actor: Any) -> None:
         ray.kill(actor)
 
 
+# Both are looked up in their modules each time.
 worker_group.SynchronizationActor = _Collectives
 state._shutdown_sync_actor = _end  # pyright: ignore[reportPrivateUsage]
 
@@ -115,7 +118,7 @@ class _Controller(TrainController):
     def __init__(self, **controller_init_kwargs: Any) -> None:
         super().__init__(**controller_init_kwargs)
         # The process that looks for them costs its start.
-        if not looks_for_notices():
+        if not _Collectives.needed:
             kept = [c for c in self._worker_group_callbacks_to_propagate if not isinstance(c, PreemptionCallback)]
             self._worker_group_callbacks_to_propagate = kept
 
@@ -124,9 +127,10 @@ class Trainer(TorchTrainer):
     """A TorchTrainer whose controller runs in `fit`, in any thread. Interrupts are the caller's to see to.
 
     `shares` says that Ray Data has to know what the workers take, on one machine too: its tasks wait for each other.
+    Without `notices` none are looked for, and workers can neither ask for them nor report to Ray Train.
     """
 
-    shares = False
+    shares, notices = False, True
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without what looks after the controller's actor, and after no datasets. Placement groups: see
@@ -140,6 +144,7 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
         if alone() and not self.shares:
             controller_init_kwargs["scaling_policy"] = _OneMachine(self.scaling_config)
+        _Collectives.needed = self.notices
         controller = _Controller(**controller_init_kwargs)
         try:
             asyncio.run(controller.run())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 import ray
-from ray._private import node
+from ray._private import node, ray_constants
 
 
 class Head(node.Node):
@@ -21,7 +21,14 @@ class Head(node.Node):
         """What sends the workers' output to the driver, which does not want it."""
 
     def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
-        """The dashboard, which `include_dashboard=False` leaves without pages."""
+        """The dashboard, which `include_dashboard=False` leaves without pages.
+
+        Ray's agent asks for its address every second until there is one, to send it what happens; no one is at this.
+        """
+        client = self.get_gcs_client()
+        client.internal_kv_put(
+            ray_constants.DASHBOARD_ADDRESS.encode(), b"127.0.0.1:9", True, ray_constants.KV_NAMESPACE_DASHBOARD
+        )
 
 
 def start(cpus: int | None) -> None:

@@ -44,10 +44,10 @@ def stream_dataset(job: Job, workers: int) -> ray.data.Dataset:
     """Shares out of a stream from its first step on: units encoded by tasks side by side, dealt out in order."""
     stream, plan = job.train, job.plan
     assert isinstance(stream, Stream)
-    # Tasks start only as packs are used up, so epochs too many cost little: half as many packs as the first piece lets
-    # expect, since others may hold fewer. Were they not enough, the loop would say so.
-    size = sum(unit.size for unit in stream.units)
-    fewest = max(1, int(size / (2 * stream.bytes_per_token * stream.encoding.config.pack_tokens)))
+    # Tasks start only as packs are used up, so epochs too many cost little: no token takes more than 32 bytes, or twice
+    # what it does in the first piece where rows are cut, held out, or hold other things. Else the loop would say so.
+    per_token = max(32.0, 2 * stream.bytes_per_token)
+    fewest = max(1, int(sum(unit.size for unit in stream.units) / (per_token * stream.encoding.config.pack_tokens)))
     epochs = 1 + -(-plan.steps * plan.packs_per_step // fewest)
     units = len(stream.units) * epochs
     # Ray's types know neither fn_kwargs nor that a batch may be of one kind alone.

@@ -47,6 +47,7 @@ def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
     flops = PackStore(reference.store).n_tokens * training_flops_per_token(load_shape(reference.base), 0) / 3
     if alone() and not reference.gpus and (flops < SMALL_FLOPS or default_device().type == "cuda"):
         yield from compute_here(reference)
+        torch.cuda.empty_cache()  # For the workers, which come after.
         return
     require_cpus(1, reference.gpus, "computing reference log-probabilities")
     groups = len(PackStore(reference.store).row_groups)

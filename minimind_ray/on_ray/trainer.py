@@ -41,7 +41,7 @@ from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.data.stream import Stream
-from minimind_ray.on_ray.controller import Trainer, looks_for_notices
+from minimind_ray.on_ray.controller import Trainer, notices_may_come
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
@@ -67,11 +67,6 @@ class RayTrainContext:
     def __init__(self, run_dir: str, *, notices: bool) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        if torch.cuda.is_available() and self.world_size > 1 and not ray.get_gpu_ids():
-            raise UserError(
-                "scale.gpus_per_worker is 0, so that all workers of a machine would share its first GPU: set it to 1, "
-                "or CUDA_VISIBLE_DEVICES to nothing, to train on CPUs"
-            )
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
         # Rank 0 looks for the driver's files, and the step tells the other workers.
         names = (STOP_FILE, AGAIN_FILE) if self.rank == 0 else ()
@@ -126,6 +121,11 @@ def train_on_ray(job: Job) -> None:
     scale, run = job.config.scale, RunDirectory(job.config.out)
     # Ray Data hangs without a CPU of its own beside the workers'.
     require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
+    if scale.most > 1 and not scale.gpus_per_worker and ray.cluster_resources().get("GPU"):
+        raise UserError(
+            "scale.gpus_per_worker is 0, so that all workers of a machine would share its first GPU: set it to 1, or "
+            "CUDA_VISIBLE_DEVICES to nothing where Ray starts, to train on CPUs"
+        )
     files = [flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE)]
     for file in files:
         file.unlink(missing_ok=True)
@@ -270,9 +270,9 @@ def _ask_for(scale: ScaleConfig) -> None:
 
 def _attempt(job: Job, workers: int, start: int) -> list[str]:
     """One Ray Train run, from step `start` on; the ids of nodes for which notice was given meanwhile."""
-    scale, first = job.config.scale, start + own_steps(job, start)
+    scale, first, notices = job.config.scale, start + own_steps(job, start), notices_may_come()
     trainer = Trainer(
-        partial(_worker, job, first, looks_for_notices()),
+        partial(_worker, job, first, notices),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=worker_resources(scale)
         ),
@@ -289,7 +289,7 @@ def _attempt(job: Job, workers: int, start: int) -> list[str]:
         datasets={"train": partial(step_dataset, job, first, workers)} if first < job.plan.steps else None,
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
     )
-    trainer.shares = isinstance(job.train, Stream)
+    trainer.shares, trainer.notices = isinstance(job.train, Stream), notices
     return trainer.fit().return_value or []
 
 

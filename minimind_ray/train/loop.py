@@ -351,7 +351,12 @@ def _training(
             state = "stopped"
             break
     if state == "finished" and progress.step < plan.steps:
-        raise UserError(f"the data ended after step {progress.step} of {plan.steps}: set train.max_steps lower")
+        if writer:
+            writer.settle()
+        raise UserError(
+            f"the data ended after step {progress.step} of {plan.steps}: the first piece of data.train holds more "
+            "tokens for its size than the others; leave data.cache out, or train with --no-ray"
+        )
     if writer:
         writer.close()
         run.write_lines()

@@ -29,6 +29,16 @@ def test_too_many_bad_rows_in_a_piece(tmp_path: Path, good: int, bad: int, fract
         stream.check_first()
 
 
+def test_the_first_piece_says_what_a_token_takes(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, 3000, 0, 0.01)
+    (unit,) = stream.units
+    tokens = sum(len(table["tokens"][0]) for table in stream.unit_tables(0))
+    assert stream.check_first()[0].bytes_per_token == pytest.approx(unit.size / tokens)
+    # Less than a pack says nothing.
+    few = make_stream(tmp_path, 3, 0, 0.01)
+    assert few.check_first()[0] == few
+
+
 def make_stream(directory: Path, good: int, bad: int, fraction: float) -> Stream:
     lines = [f'{{"text": "It is {i}."}}\n' for i in range(good)] + ['{"txt": ""}\n'] * bad
     (directory / "rows.jsonl").write_text("".join(lines))

@@ -45,6 +45,14 @@ def one_step(job, out: str) -> None:
         torch.save(gradients.buffer, out)
 
 
+def test_a_ray_here_starts_no_process_that_serves_nobody(ray_session: None) -> None:
+    import ray._private.worker
+
+    head = ray._private.worker._global_node
+    assert head and {"gcs_server", "raylet"} <= set(head.all_processes)
+    assert not {"dashboard", "log_monitor", "monitor"} & set(head.all_processes)
+
+
 def test_gradient_is_the_same_for_any_split(tmp_path: Path, ray_session: None) -> None:
     import ray.train
 

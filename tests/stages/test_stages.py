@@ -203,7 +203,7 @@ def test_a_cache_may_move_and_damaged_checkpoints_go(tmp_path: Path) -> None:
     context.should_stop = lambda: len(list(read_jsonl(run / "metrics.jsonl"))) == 1
     job.run(context, job.data(context))
     (sound_one,) = RunDirectory(run).checkpoints()
-    damaged = sound_one.with_name("step-00000003")
+    damaged = sound_one.with_name("step-00000009")
     shutil.copytree(sound_one, damaged)
     (damaged / "model.safetensors").write_bytes(b"")
     shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
