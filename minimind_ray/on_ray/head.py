@@ -26,6 +26,7 @@ class Head(node.Node):
         Ray's agent asks for its address every second until there is one, to send it what happens; no one is at this.
         """
         client = self.get_gcs_client()
+        assert client
         client.internal_kv_put(
             ray_constants.DASHBOARD_ADDRESS.encode(), b"127.0.0.1:9", True, ray_constants.KV_NAMESPACE_DASHBOARD
         )
