@@ -168,6 +168,17 @@ def require_cpus(cpus: float, gpus: float, what: str) -> None:
             )
 
 
+def require_own_gpus(scale: ScaleConfig) -> None:
+    """Raises UserError where workers that asked for no GPU would all find the first one of their machine."""
+    import ray
+
+    if scale.most > 1 and not scale.gpus_per_worker and ray.cluster_resources().get("GPU"):
+        raise UserError(
+            "scale.gpus_per_worker is 0, so that all workers of a machine would share its first GPU: set it to 1, or "
+            "CUDA_VISIBLE_DEVICES to nothing where Ray starts, to train on CPUs"
+        )
+
+
 @dataclass(frozen=True)
 class Machines:
     """What each node has, of which at most `most` run at once."""

@@ -45,7 +45,14 @@ from minimind_ray.on_ray.controller import Trainer, notices_may_come
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray
-from minimind_ray.on_ray.session import free_left_groups, interruptible, require_cpus, room, worker_resources
+from minimind_ray.on_ray.session import (
+    free_left_groups,
+    interruptible,
+    require_cpus,
+    require_own_gpus,
+    room,
+    worker_resources,
+)
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
@@ -121,11 +128,7 @@ def train_on_ray(job: Job) -> None:
     scale, run = job.config.scale, RunDirectory(job.config.out)
     # Ray Data hangs without a CPU of its own beside the workers'.
     require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
-    if scale.most > 1 and not scale.gpus_per_worker and ray.cluster_resources().get("GPU"):
-        raise UserError(
-            "scale.gpus_per_worker is 0, so that all workers of a machine would share its first GPU: set it to 1, or "
-            "CUDA_VISIBLE_DEVICES to nothing where Ray starts, to train on CPUs"
-        )
+    require_own_gpus(scale)
     files = [flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE)]
     for file in files:
         file.unlink(missing_ok=True)

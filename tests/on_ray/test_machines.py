@@ -11,7 +11,7 @@ import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.on_ray.session import alone, machines, require_cpus, room, start_ray
+from minimind_ray.on_ray.session import alone, machines, require_cpus, require_own_gpus, room, start_ray
 
 pytestmark = pytest.mark.unit
 
@@ -106,3 +106,13 @@ def test_a_start_that_timed_out_is_tried_once_more(slow: int, monkeypatch: pytes
     with nullcontext() if slow == 1 else pytest.raises(UserError, match="did not come up .* busy"):
         start_ray(2)
     assert len(starts) == 2 and starts[0] == starts[1]
+
+
+def test_workers_do_not_share_a_gpu_that_none_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    require_own_gpus(ScaleConfig(workers=1))
+    require_own_gpus(ScaleConfig(workers=2, gpus_per_worker=0.5))
+    with pytest.raises(UserError, match="scale.gpus_per_worker is 0"):
+        require_own_gpus(ScaleConfig(workers=2))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    require_own_gpus(ScaleConfig(workers=2))
