@@ -12,7 +12,7 @@ from ray._private import node, ray_constants
 
 
 class Head(node.Node):
-    """Starts neither of three: what they are for is said below."""
+    """Starts none of the three below."""
 
     def start_monitor(self) -> None:
         """The autoscaler, which starts other machines."""
