@@ -297,7 +297,7 @@ def go_on_with_run(root: Path) -> None:
 
 
 def forget(root: Path) -> None:
-    RunDirectory(root / "run").forget_after(0)
+    RunDirectory(root / "run").forget_after(1)
 
 
 def use_adapter(root: Path) -> None:

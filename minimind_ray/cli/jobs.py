@@ -121,6 +121,7 @@ def _send(context: typer.Context, cluster: Path | None, command: Sequence[str]) 
     metadata = _plan(command[0], params)
     if out := metadata.get("out"):
         _check_target(_target(out))
+    _check_cluster(cluster)
     from minimind_ray.on_ray.jobs import connect, submit
 
     with connect(cluster) as client:
@@ -228,7 +229,16 @@ def _cluster(context: typer.Context) -> Path | None:
             f"which cluster? minimind-ray --cluster FILE {context.info_name}, or set RAY_ADDRESS to its dashboard, "
             "such as http://127.0.0.1:8265"
         )
-    return Path(cluster) if cluster else None
+    _check_cluster(cluster)
+    return cluster
+
+
+def _check_cluster(cluster: Path | None) -> None:
+    """A file that is not there, or is none, is told before Ray is imported."""
+    from minimind_ray.config.cluster import read_cluster
+
+    if cluster:
+        read_cluster(cluster)
 
 
 def _ours(cluster: Path | None) -> str:
