@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.compare import METHOD, Comparison, Row, compare
+from minimind_ray.sweep.compare import LEAST_EXAMPLES, METHOD, Comparison, Row, compare
 from minimind_ray.sweep.text import count_text, duration_text, shorten, value_text
 from minimind_ray.sweep.trials import Sweep, read_sweep
 from minimind_ray.train.run import write_atomically
@@ -71,6 +71,7 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
     environment.filters.update(filters)
     rows, info = comparison.rows, sweep.info
     measured = [row for row in rows if row.verdict]
+    judged, worse = comparison.examples >= LEAST_EXAMPLES, [row for row in measured if row.verdict == "worse"]
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         info=info,
@@ -87,9 +88,9 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
             if any(row.metric for row in rows)
         ],
         parallel=chart.parallel_coordinates(comparison, info.axes) if len(info.axes) > 1 and measured else None,
-        ticks=chart.difference_ticks(comparison) if len(measured) > 1 else None,
-        matrix=matrix(comparison, measured) if 2 < len(measured) <= MATRIX_POINTS else None,
-        samples=samples(measured[0], measured[-1]) if len(measured) > 1 else None,
+        ticks=chart.difference_ticks(comparison) if len(measured) > 1 and judged else None,
+        matrix=matrix(comparison, measured) if 2 < len(measured) <= MATRIX_POINTS and judged else None,
+        samples=samples(measured[0], worse[-1]) if worse else None,
         config=yaml.safe_dump(info.config, sort_keys=False, allow_unicode=True),
     )
 

@@ -110,6 +110,47 @@ def test_the_spread_of_seeds() -> None:
     assert not split_seeds(np.zeros((3, 1))).own_P.any()
 
 
+def test_seeds_that_points_do_not_have_in_common() -> None:
+    nan = np.nan
+    # By hand: two pairs of points, each with seeds of its own, whose effects are 0.2 either way in both.
+    value_PS = np.array([[1.3, 0.7, nan, nan], [1.1, 0.9, nan, nan], [nan, nan, 2.1, 1.9], [nan, nan, 2.3, 1.7]])
+    spread = split_seeds(value_PS)
+    assert spread.effect_S == pytest.approx([0.2, -0.2, 0.2, -0.2])
+    assert (spread.group_S.tolist(), spread.common_free) == ([0, 0, 1, 1], 2)
+    assert spread.own_P == pytest.approx([0.04] * 4) and spread.own_free_P.tolist() == [2] * 4
+    weight_PS = np.isfinite(value_PS) / 2
+    assert spread.unadjusted(weight_PS).tolist() == [[0.5, 0.5, 0, 0]] * 2 + [[0, 0, 0.5, 0.5]] * 2
+    # One that shares a single seed has its level without that seed's effect.
+    spread = split_seeds(np.array([[1.3, 0.7, 1.0, nan], [1.3, 0.7, 1.0, nan], [1.3, nan, nan, 1.0]]))
+    assert spread.effect_S == pytest.approx([0.3, -0.3, 0, 0]) and spread.group_S.tolist() == [0, 0, 0, -1]
+    assert spread.unadjusted(np.array([[0.5, 0, 0, 0.5]])) == pytest.approx(np.array([[1 / 6] * 3 + [1 / 2]]))
+    # No seed in common at all: what seeds do to all alike is in each point's own variance.
+    spread = split_seeds(np.array([[1.1, 0.9, nan, nan], [nan, nan, 2.3, 1.7]]))
+    assert (spread.common, spread.common_free) == (0, 0) and not spread.effect_S.any()
+    assert spread.own_P == pytest.approx([0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("points", "seeds"),
+    [
+        ([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], [0, 1, 2] * 2 + [10, 11, 12] * 2),
+        ([0, 0, 1, 1], [0, 1, 2, 3]),
+        ([0, 0, 0, 1, 1, 1, 2], [0, 1, 2, 0, 1, 2, 10]),
+        ([0, 0, 0, 1, 1, 1], [0, 1, 2, 2, 3, 4]),
+    ],
+    ids=["two sweeps", "two points", "one of another seed", "one seed in common"],
+)
+def test_equal_points_with_other_seeds_are_not_told_apart(points: list[int], seeds: list[int]) -> None:
+    rng, apart = np.random.default_rng(7), []
+    point_T, seed_T = np.array(points), np.array(seeds)
+    for _ in range(100):
+        common = rng.normal(0, 0.05, 20)[seed_T] + rng.normal(0, 0.01, len(seed_T))
+        x_TE = common[:, None] + rng.normal(2, 0.4, 100) + rng.normal(0, 0.2, (len(seed_T), 100))
+        s = statistics(x_TE, np.ones_like(x_TE), point_T, seed_T, draws=400, random_seed=int(rng.integers(2**31)))
+        apart.append((s.low_PP[:, int(np.argmin(s.mean_P))] > 0).any())
+    assert np.mean(apart) <= 0.08
+
+
 def test_same_input_same_numbers() -> None:
     _, data = simulate(np.random.default_rng(5), [1.0, 1.1])
     a, b = statistics(**data), statistics(**data)
