@@ -45,7 +45,8 @@ class SearchConfig(Section):
     @field_validator("fuse", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML 1.1 takes off for false.
+        # YAML 1.1 takes them for truth values.
+        return "off" if value is False else "on" if value is True else value
 
     def judged_by(self, stage: StageName) -> tuple[Metric, Mode]:
         """The metric and its mode.

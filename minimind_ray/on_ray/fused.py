@@ -33,7 +33,7 @@ from minimind_ray.train.context import (
     settle_compile,
 )
 from minimind_ray.train.fused import Lockstep, Member
-from minimind_ray.train.run import resolve_model
+from minimind_ray.train.run import RunDirectory, resolve_model
 
 VERDICT_SECONDS = 600
 """After so long without a word a trial's process is taken for dead, and the others go on without it."""
@@ -49,7 +49,8 @@ class GroupContext(PlainContext):
         super().__init__(device)
         self.weights, self.stopped = weights, stopped
         self.answers: SimpleQueue[Answer] = SimpleQueue()
-        self.verdicts: SimpleQueue[bool] = SimpleQueue()
+        self.verdicts: SimpleQueue[bool | None] = SimpleQueue()
+        self.left = False
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor]:
         """The group's own, not a copy."""
@@ -65,11 +66,13 @@ class GroupContext(PlainContext):
         self.answers.put(metrics)
 
     def verdict(self) -> bool:
-        """From there."""
+        """From there. Without a process to decide on it a run ends, and `left` says why."""
         try:
-            return self.verdicts.get(timeout=VERDICT_SECONDS)
+            verdict = self.verdicts.get(timeout=VERDICT_SECONDS)
         except Empty:
-            return False
+            verdict = None
+        self.left = verdict is None
+        return bool(verdict)
 
 
 class Group:
@@ -104,6 +107,11 @@ class Group:
         """Tell a run the verdict of its last report; the next one."""
         self.contexts[out].verdicts.put(worth_it)
         return self.contexts[out].answers.get()
+
+    def leave(self, out: str) -> None:
+        """The process of a run is gone; in the group that has it, it ends at its next validation."""
+        if out in self.contexts:
+            self.contexts[out].verdicts.put(None)
 
     def _load(self, job: Job) -> Mapping[str, Tensor]:
         base = resolve_model(str(job.config.init_from))
@@ -143,6 +151,9 @@ class Group:
                 lockstep, outs = None, {}
 
     def _end(self, out: str, error: BaseException | None) -> None:
+        if self.contexts[out].left:  # Not the scheduler's doing, as its own ending says.
+            run = RunDirectory(out)
+            run.fail(run.info().get("error") or "its process ended")
         with self.lock:
             self.taken.discard(out)
         self.contexts[out].answers.put(error)

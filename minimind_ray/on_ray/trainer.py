@@ -44,7 +44,7 @@ from minimind_ray.data.stream import Stream
 from minimind_ray.on_ray.controller import Trainer, notices_may_come
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
-from minimind_ray.on_ray.reference import compute_on_ray
+from minimind_ray.on_ray.reference import compute_on_ray, dtype_on_ray
 from minimind_ray.on_ray.session import (
     free_left_groups,
     interruptible,
@@ -113,7 +113,7 @@ def _leave_when_told(run_dir: str) -> None:
     os._exit(1)
 
 
-RAY_HOST = Host(run_units_on_ray, compute_on_ray)
+RAY_HOST = Host(run_units_on_ray, compute_on_ray, dtype_on_ray)
 
 
 def train_on_ray(job: Job) -> None:

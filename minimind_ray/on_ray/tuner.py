@@ -67,6 +67,7 @@ SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
+EXAMPLES = "validation.parquet"
 Point = dict[str, Any]
 Event = Literal["started", "validated", "ended"]
 Watch = Callable[[Path, Event, Mapping[str, Any]], None]
@@ -221,6 +222,8 @@ class _Trial(tune.Trainable):
         (Path(checkpoint_dir) / "trial").write_text(run.where)
         for path in {last, best}:
             shutil.copytree(path, Path(checkpoint_dir) / path.name)
+        if (examples := run.path / EXAMPLES).exists():
+            shutil.copy(examples, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Tune's, for pbt: take another trial's checkpoints in place of one's own."""
@@ -234,6 +237,10 @@ class _Trial(tune.Trainable):
             shutil.rmtree(path)
         for path in directory.glob("step-????????"):
             shutil.copytree(path, run.checkpoint_path(path.name))
+        # It is of the best checkpoint, which may stay the best.
+        (run.path / EXAMPLES).unlink(missing_ok=True)
+        if (directory / EXAMPLES).exists():
+            shutil.copy(directory / EXAMPLES, run.path)
         run.write("config.yaml", to_yaml(self.job.config))
         last = run.checkpoints()[-1].name
         lineage = {"step": int(last.removeprefix("step-")), "from": Path(donor).name, "checkpoint": last}
@@ -386,8 +393,8 @@ def run_trials(
         space = {"trial": tune.grid_search(configs)}
         searcher, samples = None, 1
     else:
-        space, searcher, samples = None, _Asking(trials, search), trials.count
-    watcher = _Watcher(watch, search.metric)
+        space, searcher, samples = None, _Asking(trials, search, stop_file.exists), trials.count
+    watcher = _Watcher(watch, search.metric, groups)
     tuner = tune.Tuner(
         tune.with_resources(trainable, nested_driver() if nested or groups else resources),
         param_space=space,
@@ -469,11 +476,12 @@ class _Exchange(PopulationBasedTraining):
 
 
 class _Asking(Searcher):
-    """Points behind Tune's interface."""
+    """Points behind Tune's interface, none any more once the sweep is `stopped`."""
 
-    def __init__(self, points: Points, search: Search) -> None:
+    def __init__(self, points: Points, search: Search, stopped: Callable[[], bool]) -> None:
         super().__init__(metric=search.metric, mode=search.mode)
-        self.points, self.waiting, self.trials = points, list[Job](), dict[str, Path]()
+        self.points, self.stopped = points, stopped
+        self.waiting, self.trials = list[Job](), dict[str, Path]()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes its set-up down for a restore that is never asked for."""
@@ -481,6 +489,8 @@ class _Asking(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Tune's: the next trial."""
+        if self.stopped():
+            return Searcher.FINISHED
         if not self.waiting:
             asked = self.points.ask()
             if asked is None:
@@ -507,8 +517,8 @@ class _Asking(Searcher):
 class _Watcher(tune.Callback):
     """Passes events on, and marks trials whose process died before it could."""
 
-    def __init__(self, watch: Watch, metric: str) -> None:
-        self.watch, self.metric = watch, metric
+    def __init__(self, watch: Watch, metric: str, groups: Sequence[Any]) -> None:
+        self.watch, self.metric, self.groups = watch, metric, groups
         self.ended: list[Path] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -537,6 +547,8 @@ class _Watcher(tune.Callback):
         if run.info()["state"] != "failed":
             error = trial.get_error()
             run.fail(f"its process ended{f': {told(error)}' if error else ''}")
+            for group in self.groups:
+                group.leave.remote(trial.config["trial"]["job"].config.out)
         self.watch(run.path, "ended", {})
 
 

@@ -444,7 +444,7 @@ def _row(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], metric: str
         tokens=sum(t.tokens for t in trials),
         seconds=seconds,
         cost=None if price is None else seconds / 3600 * price,
-        status=_status(trials, sweep.info.seeds),
+        status=_status(trials, sweep.info.seeds) + _moves(trials),
     )
 
 
@@ -529,6 +529,13 @@ def _status(trials: Sequence[Trial], seeds: int) -> str:
     return ", ".join(f"{count} {state}" for state, count in states.most_common())
 
 
+def _moves(trials: Sequence[Trial]) -> str:
+    """Where pbt has moved them to."""
+    ends = [trial.lineage[-1]["point"] for trial in trials if trial.lineage]
+    names = short_names(list(ends[0]) if ends else [])
+    return "".join(f", moved to {' '.join(f'{names[k]} {value_text(v)}' for k, v in end.items())}" for end in ends)
+
+
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes: list[str] = []
     compared = [row for row in rows if row.compared]
@@ -546,6 +553,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         )
     elif len(seeds) > 1:
         notes.append("Points that lack a seed are compared without what that seed did to the others.")
+    if any(t.lineage for row in rows for t in row.trials):
+        notes.append("pbt moved points while they were trained: they stand here as they began, and where they ended.")
     if any(t.state != "finished" for row in compared for t in row.compared):
         notes.append("Points that were stopped are compared as they stood.")
     unmeasured = [t.id for row in rows for t in row.trials if t.validation and not t.validation.finite]

@@ -27,6 +27,7 @@ from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import Reference
 from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
+from minimind_ray.stages.start import check_stage, load_tokenizer
 from minimind_ray.sweep.axes import Axis, Drawn, PlannedTrial, parse_axis, plan_trials
 from minimind_ray.sweep.searchers import Explorer, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
@@ -80,6 +81,8 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
         raise UserError(
             "data.train is an axis, so data.val must be set: trials are compared on the same validation data"
         )
+    for key in [axis.key for axis in axes if not applies(axis.key, base, axes)]:
+        raise UserError(f"{key} changes nothing in {base.stage}: leave that axis out")
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
     drawn = any(isinstance(axis, Drawn) for axis in axes)
@@ -101,6 +104,13 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
     return replace(plan, trials=tuple(plan.in_place(trial) for trial in trials))
 
 
+def applies(key: str, base: Config, axes: Sequence[Axis]) -> bool:
+    """Whether a config key has a meaning for the sweep's stage at all."""
+    if key.startswith("lora."):
+        return base.trains_adapter or any(axis.key == "dpo.lora" for axis in axes)
+    return base.stage == "dpo" or not key.startswith("dpo.")
+
+
 def _check_pbt(base: Config, axes: Sequence[Axis]) -> None:
     Explorer(axes, 0)
     if base.scale.most > 1:
@@ -118,6 +128,7 @@ class Preparation:
     def __init__(self, base: Config, host: Host, say: Callable[[str], None] = lambda line: None) -> None:
         self.validation = base.data
         self.jobs: dict[Hashable, Job] = {}
+        self.checked: set[Hashable] = set()
         self.units = self.references = 0
         self.host, self.own, self.say = Host(self._run_units, self._compute_reference), host, say
 
@@ -127,6 +138,10 @@ class Preparation:
 
     def job(self, config: Config) -> Job:
         """The job of a trial. Raises as `prepare_job`."""
+        stage = repr((config.stage, config.init_from, config.data.tokenizer, config.model, config.lora, config.dpo))
+        if stage not in self.checked:  # More of it than the data that trials share depends on.
+            check_stage(config, load_tokenizer(config))
+            self.checked.add(stage)
         key = (
             config.stage, config.data, config.init_from, config.model, config.train.precision,
             config.scale.gpus_per_worker, config.dpo.loss in WITHOUT_REFERENCE,
@@ -206,8 +221,9 @@ def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -
     """Make the directory with all trials that are known, waiting."""
     open_sweep(plan.path)
     (plan.path / "trials").mkdir(parents=True, exist_ok=True)
-    for path in (plan.path / "trials").iterdir():  # of a sweep that never was whole
-        if RunDirectory(path).info().get("state") == "waiting":
+    for path in (plan.path / "trials").iterdir():
+        # Of a sweep that never was whole, so that no trial of it has begun.
+        if (path / "trial.json").exists() and not any(RunDirectory(path).metrics()):
             shutil.rmtree(path)
             remove(url_of(path))
     for number, (trial, job) in enumerate(zip(plan.trials, jobs, strict=True)):
@@ -240,10 +256,10 @@ def record_resume(plan: SweepPlan, shared: dict[str, int]) -> None:
 
 def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
     """Make the run directory of a trial, the sweep's `number`th."""
-    run = begin(job, resume=False)
-    run.update(state="waiting")
     facts = {**TrialInfo(id=trial.id, point=trial.point, seed=trial.seed).model_dump(mode="json"), "number": number}
-    run.write("trial.json", json.dumps(facts, ensure_ascii=False) + "\n")
+    # First: a directory with a config and without it would be no trial, and no sweep of it could be read.
+    RunDirectory(job.config.out).write("trial.json", json.dumps(facts, ensure_ascii=False) + "\n")
+    begin(job, resume=False).update(state="waiting")
 
 
 def check_free(path: Path) -> None:
@@ -276,6 +292,8 @@ def reopen_sweep(path: str | Path) -> SweepPlan:
             trial, number = TrialInfo.model_validate(facts), int(facts["number"])
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+        if not file.with_name("config.yaml").exists():
+            continue  # It was about to be made, and will be again.
         # What is trained, not what was planned: budgets and pbt change it. In the sweep's place, which may be another.
         config = load_config(info.stage, [file.with_name("config.yaml")])
         found.append((number, PlannedTrial(trial.id, trial.point, trial.seed, config)))

@@ -3,6 +3,7 @@
 sweep.json          SweepInfo: what was varied, by which metric it is judged, what was shared
 trials/<id>/        a run directory (train/run.py) for each trial, and in it
     trial.json          TrialInfo: the point on the axes and the seed
+    lineage.jsonl       under pbt, what it took over from other trials
     validation.parquet  what the validation of its result found, one row per example; the result of a run is the
                         checkpoint with the lowest validation loss
 report.html, report.png
@@ -47,11 +48,12 @@ class SweepInfo(BaseModel):
 
 
 class Timing(BaseModel):
-    """How long a step took."""
+    """How long a step took, and what was validated and written as a sample after it."""
 
     model_config = ConfigDict(extra="ignore")
 
     seconds: float = Field(ge=0, allow_inf_nan=False)
+    validation_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 class MetricsLine(BaseModel):
@@ -64,6 +66,15 @@ class MetricsLine(BaseModel):
     tokens: int = Field(ge=0)
     timing: Timing | None = None
     warning: str | None = None
+
+
+class LineageLine(BaseModel):
+    """A line of lineage.jsonl: from this step on, under pbt, the trial went on from another's weights, at `point`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    step: int = Field(ge=0)
+    point: dict[str, Value]
 
 
 class SamplesLine(BaseModel):
@@ -94,7 +105,6 @@ class RunInfo(BaseModel):
     error: str | None = None
     steps: Annotated[int, Field(ge=0)] | None = None
     tokens: Annotated[int, Field(ge=0)] | None = None
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     result: str | None = None
     inputs: dict[str, str | None] = Field(default_factory=dict)
 
@@ -134,6 +144,7 @@ class Trial:
     validated_on: str | None
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    lineage: list[dict[str, Any]]
     validation: Validation | None
 
     def last(self, metric: str) -> float | None:
@@ -197,7 +208,8 @@ def read_trial(path: Path) -> Trial:
         raise UserError(f"{path}/run.json: its result {run.result!r} is no place in the run's directory")
     metrics = _read_lines(path / "metrics.jsonl", MetricsLine)
     last = metrics[-1] if metrics else {"step": 0, "tokens": 0}
-    timed = [m["timing"]["seconds"] for m in metrics if "timing" in m]
+    timings = [m["timing"] for m in metrics if "timing" in m]
+    timed = [timing["seconds"] + timing.get("validation_seconds", 0.0) for timing in timings]
     return Trial(
         id=trial.id,
         path=path,
@@ -208,11 +220,12 @@ def read_trial(path: Path) -> Trial:
         # A run that is still going has not summed up yet.
         steps=last["step"] if run.steps is None else run.steps,
         tokens=last["tokens"] if run.tokens is None else run.tokens,
-        seconds=sum(timed) if run.seconds is None else run.seconds,
+        seconds=sum(timed),
         result=path / run.result if run.result else None,
         validated_on=Path(val).name if (val := run.inputs.get("data.val")) else None,
         metrics=metrics,
         samples=_read_lines(path / "samples.jsonl", SamplesLine),
+        lineage=_read_lines(path / "lineage.jsonl", LineageLine),
         validation=read_validation(path / "validation.parquet"),
     )
 

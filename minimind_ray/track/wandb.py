@@ -170,6 +170,8 @@ def open_tracker(
         UserError: `track.wandb` is online, and there is no key, or W&B refuses it or cannot be reached.
     """
     mode = config.track.wandb
+    if os.environ.get("WANDB_MODE") == "":
+        del os.environ["WANDB_MODE"]  # Unset, as a shell has it; W&B itself would refuse it.
     if mode == "auto":
         mode = MODES.get(os.environ.get("WANDB_MODE", ""), "auto")
     if mode == "off":

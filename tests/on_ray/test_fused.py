@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minimind_ray.config.search import SearchConfig
-from minimind_ray.stages.run import run_here
+from minimind_ray.stages.run import Host, run_here
 from minimind_ray.sweep.axes import parse_axis
-from minimind_ray.sweep.plan import SweepPlan, plan_sweep, reopen_sweep
+from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep, reopen_sweep
 from minimind_ray.sweep.trials import Trial, read_sweep
 from minimind_ray.train.run import RunDirectory, sound
 from tests.jobs import make_config, make_job, start
@@ -62,3 +65,33 @@ def test_each_trial_is_stopped_fails_and_is_resumed_by_itself(tmp_path: Path, ra
     again = sweep(reopen_sweep(plan.path), resume=True)
     assert states(again) == states(found)
     assert before == {id: lines_of(trial.path / "metrics.jsonl") for id, trial in again.items()}
+
+
+def test_a_trial_whose_process_is_gone_stays_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_ray.on_ray import fused
+
+    monkeypatch.setattr(fused, "granted_device", lambda: torch.device("cpu"))
+    base = make_job(tmp_path, rows=120, eval__samples=0, train__max_steps=2)
+    start(base)
+    run_here(base)
+    config = make_config(tmp_path, "lora", 120, init_from=base.config.out, eval__samples=0, eval__every=1)
+    plan = plan_sweep(tmp_path / "sweep", config, [parse_axis("optim.lr", "1e-4,1e-3")], SearchConfig())
+    preparation = Preparation(plan.base, Host())
+    jobs = [preparation.job(trial.config) for trial in plan.trials]
+    create_sweep(plan, jobs, {})
+    group = fused.Group(2, str(plan.path), {}, threads=1)
+    dying, living = (job.config.out for job in jobs)
+    first = Future[Any]()
+    threading.Thread(target=lambda: first.set_result(group.begin(jobs[0])), daemon=True).start()
+    answer = group.begin(jobs[1])
+    first.result(60)
+    RunDirectory(dying).fail("its process ended: killed")
+    group.leave(dying)
+    steps = []
+    while isinstance(answer, dict):
+        steps.append(answer["step"])
+        answer = group.go_on(living, True)
+    assert answer is None and steps == list(range(1, jobs[1].plan.steps + 1))
+    assert RunDirectory(living).info()["state"] == "finished"
+    info = RunDirectory(dying).info()
+    assert (info["state"], info["error"]) == ("failed", "its process ended: killed")

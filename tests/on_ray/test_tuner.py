@@ -24,6 +24,7 @@ from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis
 from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep, reopen_sweep
 from minimind_ray.sweep.trials import Trial, read_sweep
+from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.run import RunDirectory, read_jsonl, sound
 from tests.jobs import make_config, make_job, start
 
@@ -251,7 +252,9 @@ def test_pbt_takes_over_the_better_trial_and_moves_on_from_it(tmp_path: Path, ra
             assert line["point"]["optim.lr"] in plan.axes[0].values
         lr = read_yaml(trial.path / "config.yaml")["optim"]["lr"]
         assert trial.metrics[-1]["lr"] == lr
-        assert trial.result and sound(trial.result)
+        assert trial.result and sound(trial.result) and trial.validation
+        losses = trial.validation.columns
+        assert losses["loss"].sum() / losses["count"].sum() == pytest.approx(read_state(trial.result)["best_value"])
     assert moved
     # With its own learning rate it would have stayed where an untrained model is.
     worst = found["lr=1e-7,seed=0"]
@@ -300,6 +303,22 @@ def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_sess
     run_sweep(reopen_sweep(plan.path), resume=True, say=said.append, watch=lambda *event: None)
     again = read_sweep(plan.path).trials
     assert before == {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in again}
+
+
+def test_a_sweep_that_is_stopped_asks_for_no_more_points() -> None:
+    from ray.tune.search import Searcher
+
+    from minimind_ray.on_ray.tuner import Search, _Asking
+
+    class Points:
+        count = 2
+
+        def ask(self) -> list[Job]:
+            raise AssertionError
+
+        def tell(self, trial: Path, value: float | None) -> None: ...
+
+    assert _Asking(Points(), Search("val/loss", "min"), lambda: True).suggest("a") == Searcher.FINISHED
 
 
 def test_more_workers_a_trial_and_nothing_is_left_behind(tmp_path: Path, ray_session: None) -> None:

@@ -102,6 +102,7 @@ def make_sweep(
                 line["timing"] = {"seconds": 1.5 + 0.2 * rng.random(), "tokens_per_second": 2e4, "mfu": 0.3}
                 if step % (steps // 10) == 0 or step == done:
                     line["val/loss"] = loss if step < done else final
+                    line["timing"]["validation_seconds"] = 0.5
                     if stage == "dpo":
                         line["val/accuracy"] = float(columns["accuracy"].mean()) * (0.9 + 0.1 * step / done)
                         line["val/margin"] = float(columns["margin"].mean()) * step / done
@@ -112,7 +113,7 @@ def make_sweep(
         if state == "failed":
             run["error"] = f"step {done}: the loss is nan and the gradient norm inf; training stopped"
         if state != "running":
-            run |= {"steps": done, "tokens": done * 32768, "seconds": done * 1.6}
+            run |= {"steps": done, "tokens": done * 32768}
         if state in ("finished", "early-stopped"):
             run["result"] = f"checkpoints/step-{done:08d}"
             pq.write_table(pa.table({"example": np.arange(examples), **columns}), path / "validation.parquet")

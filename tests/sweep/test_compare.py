@@ -16,6 +16,7 @@ import pytest
 from minimind_ray.cli.compare import compare as compare_command
 from minimind_ray.config.errors import UserError
 from minimind_ray.sweep.compare import Comparison, Statistics, compare, split_seeds, statistics, to_json
+from minimind_ray.sweep.report import render
 from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 
@@ -334,3 +335,24 @@ def test_the_printed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "best" in lines[1]
     assert "not distinguishable" in out
     assert "failed: beta=0.05,lr=1e-5,seed=0: step 24" in out
+
+
+def test_a_few_examples_tell_nothing_apart(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.02,0.1,0.3"}, examples=3, steps=10)
+    comparison = compare([read_sweep(sweep)])
+    assert [row.verdict for row in comparison.rows] == ["best", *["not distinguishable"] * 2]
+    assert all(row.metric and row.metric.low is None for row in comparison.rows)
+    assert comparison.winner and "3 validation example(s) are too few" in comparison.notes[0]
+    page = render(read_sweep(sweep), comparison)
+    assert "Differences to the best" not in page and "All pairs" not in page
+    one = make_sweep(tmp_path / "one", axes={"dpo.beta": "0.02,0.1"}, examples=1, steps=10, seeds=1)
+    assert "1 validation example(s) are too few" in compare([read_sweep(one)]).notes[0]
+
+
+def test_only_a_point_that_is_worse_is_shown_as_worse(tmp_path: Path) -> None:
+    equal = make_sweep(tmp_path / "equal", axes={"dpo.beta": "0.1,0.3"}, quality=lambda point: 0.5)
+    worse = make_sweep(tmp_path / "worse", axes={"dpo.beta": "0.1,0.3"}, quality=lambda point: 1 - point["dpo.beta"])
+    for sweep, shown in ((equal, False), (worse, True)):
+        found = compare([read_sweep(sweep)])
+        assert (found.rows[-1].verdict == "worse") == shown
+        assert ('class="samples"' in render(read_sweep(sweep), found)) == shown

@@ -72,6 +72,10 @@ def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"scheduler": "pbt"}, {"checkpoint__every": 50}, "checkpoint.every"),
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"searcher": "optuna"}, {}, "needs --trials"),
         ("pretrain", {}, {"searcher": "optuna", "trials": 3}, {}, "needs an axis"),
+        ("pretrain", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing in pretrain"),
+        ("sft", {"dpo.beta": "0.1,0.2"}, {}, {}, "dpo.beta changes nothing in sft"),
+        ("dpo", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing in dpo"),
+        ("pretrain", {"data.cache": "true,false"}, {}, {}, "data.cache cannot be an axis"),
         (
             "pretrain",
             {"optim.lr": "log(1e-4,1e-3)"},
@@ -215,6 +219,42 @@ def test_validation_data_that_hold_no_row(tmp_path: Path) -> None:
         prepared(planned(tmp_path, {"optim.lr": "1e-4,1e-3"}, data__val_fraction=1e-6))
 
 
+def test_what_a_stage_refuses_is_told_of_every_point(tmp_path: Path) -> None:
+    base = make_job(tmp_path, rows=60, train__max_steps=1)
+    start(base)
+    run_here(base)
+    plan = planned(tmp_path, {"lora.targets": [["q_proj"], ["nonsense"]]}, stage="lora", init_from=base.config.out)
+    preparation = Preparation(plan.base, Host())
+    preparation.job(plan.trials[0].config)
+    with pytest.raises(UserError, match="nonsense"):
+        preparation.job(plan.trials[1].config)
+
+
+def test_a_sweep_that_was_not_made_whole_is_begun_anew(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-4,1e-3"})
+    preparation = Preparation(plan.base, Host())
+    jobs = [preparation.job(trial.config) for trial in plan.trials]
+    create_sweep(plan, jobs, {})
+    # It was interrupted while the second was made, at any point.
+    (plan.path / "sweep.json").unlink()
+    second = Path(jobs[1].config.out)
+    info = second / "run.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "state": "running"}))
+    create_sweep(plan, jobs, {})
+    (second / "run.json").unlink()
+    (second / "config.yaml").unlink()
+    assert len(reopen_sweep(plan.path).trials) == 1
+    assert [trial.state for trial in read_sweep(plan.path).trials] == ["waiting", "waiting"]
+    (plan.path / "sweep.json").unlink()
+    create_sweep(plan, jobs, {})
+    assert len(reopen_sweep(plan.path).trials) == 2
+    # What is no trial of a sweep is left alone.
+    mine = tmp_path / "other" / "trials" / "mine"
+    mine.mkdir(parents=True)
+    create_sweep(replace(plan, path=tmp_path / "other", trials=()), [], {})
+    assert mine.exists()
+
+
 def test_tokens_are_those_of_the_run(tmp_path: Path) -> None:
     job = make_job(tmp_path, rows=60, eval__samples=0, train__epochs=2, out=str(tmp_path / "run"))
     start(job)
@@ -237,7 +277,11 @@ def test_budget_of_tokens(tmp_path: Path) -> None:
 
 
 def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
-    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4", "lora.targets": ["square", ["q_proj", "v_proj"]]}, {"seeds": 2})
+    base = make_job(tmp_path, rows=60, train__max_steps=1)
+    start(base)
+    run_here(base)
+    axes = {"optim.lr": "1e-3,1e-4", "lora.targets": ["square", ["q_proj", "v_proj"]]}
+    plan = planned(tmp_path, axes, {"seeds": 2}, "lora", init_from=base.config.out)
     check_free(plan.path)
     jobs = prepared(plan)
     create_sweep(plan, jobs, {"prepared datasets": 2})
@@ -260,7 +304,7 @@ def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no sweep"):
         reopen_sweep(tmp_path)
     check_same_inputs(jobs[0])
-    write_jsonl(tmp_path / "pretrain.jsonl", rows_of("pretrain", 50, seed=1))
+    write_jsonl(tmp_path / "lora.jsonl", rows_of("lora", 50, seed=1))
     with pytest.raises(UserError, match="data.train and data.val has other content"):
         check_same_inputs(prepared(plan)[0])
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_sweep
 
@@ -33,7 +34,7 @@ def test_every_state(tmp_path: Path) -> None:
     assert failed.error and "nan" in failed.error
     assert failed.validation is None and failed.result is None
     assert (running.steps, running.tokens) == (4, 4 * 32768)
-    assert 6 <= running.seconds <= 8
+    assert 4 * (1.5 + 0.5) <= running.seconds <= 4 * (1.7 + 0.5)  # A step and a validation, each time.
     finished = trials["beta=0.1,seed=0"]
     assert finished.result == finished.path / "checkpoints/step-00000010"
     assert finished.validation and "margin" in finished.validation.columns
@@ -78,6 +79,20 @@ def test_a_line_that_is_still_being_written(tmp_path: Path) -> None:
     with (path / "trials/beta=0.1,seed=0/metrics.jsonl").open("a") as f:
         f.write('{"step": 11, "tok')
     assert read_sweep(path).trials[0].metrics[-1]["step"] == 10
+
+
+def test_where_pbt_has_moved_a_trial(tmp_path: Path) -> None:
+    path = small(tmp_path, seeds=1)
+    trial = path / "trials" / "beta=0.1,seed=0"
+    line = {"step": 4, "from": "beta=0.2,seed=0", "checkpoint": "step-00000004", "point": {"dpo.beta": 0.2}}
+    (trial / "lineage.jsonl").write_text(json.dumps(line) + "\n")
+    comparison = compare([read_sweep(path)])
+    status = {row.label: row.status for row in comparison.rows}
+    assert status == {"beta 0.1": "finished, moved to beta 0.2", "beta 0.2": "finished"}
+    assert any("pbt moved points" in note for note in comparison.notes)
+    (trial / "lineage.jsonl").write_text('{"step": 4}\n')
+    with pytest.raises(UserError, match=r"lineage.jsonl:1: point"):
+        read_sweep(path)
 
 
 def test_a_warning_is_no_damage(tmp_path: Path) -> None:
