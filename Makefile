@@ -1,5 +1,5 @@
 # Each target does its own set-up: a virtual environment in .venv, and the package in it, installed again only when
-# pyproject.toml changes. PYTHON picks the interpreter (3.11 or newer).
+# pyproject.toml changes. PYTHON picks the interpreter (3.11 or 3.12).
 
 PYTHON ?= python3
 BIN := .venv/bin

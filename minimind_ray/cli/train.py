@@ -70,11 +70,13 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     from rich.console import Console
 
     from minimind_ray.data.shipped import resolve_paths
+    from minimind_ray.track.wandb import require_key
     from minimind_ray.train.run import RunDirectory
 
     console = Console(markup=False)
     config = resolve_paths(config)
     RunDirectory(config.out).check(config, resume=resume)
+    require_key(config)
     with host(config.scale, ray=ray) as (work, run_job):
         # Not before: what imports torch does so while Ray starts.
         from minimind_ray.cli.progress import print_result, watching

@@ -49,7 +49,7 @@ def tune(
     ] = None,
     out: Annotated[str | None, typer.Option(help="the sweep's directory or URL; default: sweeps/STAGE")] = None,
     resume: Annotated[str | None, typer.Option(metavar="DIR", help="go on with the sweep in DIR")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print plan and cost, and start nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="prepare the data, measure a few steps, and print plan and cost")] = False,
     trials: Annotated[int | None, typer.Option(help="points to draw from log(), uniform(), int()")] = None,
     seeds: Annotated[int | None, typer.Option(help="runs of every point")] = None,
     scheduler: Annotated[str | None, typer.Option(help="none, asha, median or pbt")] = None,
@@ -213,8 +213,10 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     from minimind_ray.data.storage import url_of
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
+    from minimind_ray.track.wandb import require_key
     from minimind_ray.train.run import RunDirectory
 
+    require_key(plan.base)
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     nested = plan.base.scale.most > 1

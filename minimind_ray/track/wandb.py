@@ -187,23 +187,53 @@ def open_tracker(
     return tracker
 
 
+def require_key(config: Config) -> None:
+    """Before a run is made: raises UserError where `track.wandb` is online and W&B has no key."""
+    if config.track.wandb != "online":
+        return
+    import wandb
+
+    try:
+        there = _has_key()
+    except wandb.Error as error:
+        raise UserError(NOT_ONLINE.format(_unusable(error))) from None
+    finally:
+        wandb.teardown()
+    if not there:
+        raise UserError(NO_KEY)
+
+
+def _has_key() -> bool:
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True, mode="online"))
+    return wandb.login(prompt=False, verify=False)
+
+
+def _unusable(error: Exception) -> str:
+    return f"W&B cannot be used: {' '.join(str(error).split())}"
+
+
+NOT_ONLINE = "track.wandb is online, but {}; or set track.wandb to offline and send the run later"
+NO_KEY = NOT_ONLINE.format("there is no key: run `wandb login` or set WANDB_API_KEY")
+
+
 def _open_online(config: Config, info: Mapping[str, Any], base: Path | None) -> WandbTracker | None:
     """None when `track.wandb` is auto and W&B has no key or cannot be used."""
     import wandb
 
     asked_for = config.track.wandb == "online"
     try:
-        wandb.setup(wandb.Settings(silent=True, mode="online"))
-        if wandb.login(prompt=False, verify=False):
+        if _has_key():
             return WandbTracker(config, info, "online", base)
     except wandb.Error as error:
-        problem = f"W&B cannot be used: {' '.join(str(error).split())}"
-        if not asked_for:
-            print(f"{problem}; logging offline", file=sys.stderr)
-    else:
-        problem = "there is no key: run `wandb login` or set WANDB_API_KEY"
+        problem = _unusable(error)
+        if asked_for:
+            raise UserError(NOT_ONLINE.format(problem)) from None
+        print(f"{problem}; logging offline", file=sys.stderr)
+        return None
     if asked_for:
-        raise UserError(f"track.wandb is online, but {problem}; or set track.wandb to offline and send the run later")
+        raise UserError(NO_KEY)
     return None
 
 

@@ -58,9 +58,9 @@ def test_gradient_is_the_same_for_any_split(tmp_path: Path, ray_session: None) -
 
     from minimind_ray.on_ray.controller import Trainer
 
-    # Six packs of 128 tokens, or three of 256, are one step; on 1, 2 and 3 workers (and 4, which get unequal shares).
+    # Six packs are one step; on 1 worker, on 3, and on 4, which get unequal shares.
     gradients = {}
-    for workers in (1, 2, 3, 4):
+    for workers in (1, 3, 4):
         job = make_job(tmp_path, batch__tokens=256 * 6, scale__workers=workers, out=str(tmp_path / f"run{workers}"))
         out = tmp_path / f"gradient{workers}.pt"
         Trainer(
@@ -71,7 +71,7 @@ def test_gradient_is_the_same_for_any_split(tmp_path: Path, ray_session: None) -
         gradients[workers] = torch.load(out, weights_only=True)
     norm = gradients[1].norm()
     assert norm > 0
-    for workers in (2, 3, 4):
+    for workers in (3, 4):
         assert (gradients[workers] - gradients[1]).norm() / norm < 1e-5
 
 

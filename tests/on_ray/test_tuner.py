@@ -388,7 +388,7 @@ def lines_of(path: Path) -> int:
 
 
 def test_ctrl_c_and_a_crash_lose_nothing(tmp_path: Path) -> None:
-    config = make_config(tmp_path, rows=200, eval__samples=0, train__epochs=8, model__dropout=0.1)
+    config = make_config(tmp_path, rows=200, eval__samples=0, train__epochs=5, model__dropout=0.1)
     from minimind_ray.config.load import to_yaml
 
     file = tmp_path / "config.yaml"

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import wandb
+from typer.testing import CliRunner
 
+from minimind_ray.cli.main import app
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import Config
@@ -29,10 +31,11 @@ from minimind_ray.track.wandb import (
     mark_failure,
     open_tracker,
     parse_record,
+    require_key,
     sync_command,
 )
 from minimind_ray.train.context import PlainContext
-from tests.jobs import make_job
+from tests.jobs import make_config, make_job
 from tests.track.endpoint import Endpoint
 
 KEY = "0" * 40
@@ -303,12 +306,28 @@ def test_online_without_a_usable_key_is_the_users_error(
     with pytest.raises(UserError, match="track.wandb is online, but") as error:
         open_tracker(config_of(tmp_path, "online"), {})
     assert reason in str(error.value)
+    with pytest.raises(UserError, match="track.wandb is online, but") as before:
+        require_key(config_of(tmp_path, "online"))
+    assert str(before.value) == str(error.value)
+    require_key(config_of(tmp_path, "auto"))
     assert capfd.readouterr() == ("", "")
     if key:  # With auto it is said, and the run goes on offline.
         tracker = open_tracker(config_of(tmp_path, "auto"), {})
         assert tracker
         assert tracker.run.offline
         assert "logging offline" in capfd.readouterr().err
+
+
+@pytest.mark.unit
+def test_without_a_key_no_run_is_made(tmp_path: Path) -> None:
+    wandb.teardown()  # It remembers the key that a test before this one gave it.
+    make_config(tmp_path)
+    out = tmp_path / "out"
+    arguments = ["train", "pretrain", "--train", str(tmp_path / "pretrain.jsonl"), "--tokenizer"]
+    arguments += [str(tmp_path / "tokenizer"), "--wandb", "online", "--no-ray", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UserError) and "there is no key" in str(result.exception)
+    assert not out.exists()
 
 
 @pytest.mark.unit
