@@ -40,7 +40,7 @@ from minimind_ray.config.search import read_sweep_file
 from minimind_ray.data.encode import encode_rows
 from minimind_ray.data.records import discover, read_rows
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import load_model, save_model, weights_fingerprint
+from minimind_ray.model.checkpoint import load_model, model_fingerprint, save_model
 from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter
 from minimind_ray.model.minimind_pth import export_pth, import_pth
 from minimind_ray.model.transformer import Transformer
@@ -240,7 +240,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_model(Transformer(granite.shape(tokenizer.vocab_size)), tokenizer, root / "granite")
     add_lora(model, LoraConfig(rank=2), seed=0)
-    save_adapter(model, root / "adapter", base, weights_fingerprint(base))
+    save_adapter(model, root / "adapter", base, model_fingerprint(base))
     make_sweep(root / "sweep", axes={"dpo.beta": [0.1, 0.3]}, seeds=1, examples=8, steps=10, quality=lambda p: 0.5)
     info = root / "sweep" / "sweep.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "search": {"trials": 2}}))
@@ -303,7 +303,7 @@ def forget(root: Path) -> None:
 def use_adapter(root: Path) -> None:
     open_trained(root / "adapter", base=root / "run")
     model = load_model(root / "run" / "checkpoints" / "step-00000001")
-    load_adapter(model, root / "adapter", weights_fingerprint(root / "run" / "checkpoints" / "step-00000001"))
+    load_adapter(model, root / "adapter", model_fingerprint(root / "run" / "checkpoints" / "step-00000001"))
     assert adapters(model)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind_ray.cli import options
+from minimind_ray.cli.generate import require_text
 from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def chat(
     from minimind_ray.stages.conversation import Conversation
     from minimind_ray.stages.use import Sampling, base_of, open_trained
     from minimind_ray.train.run import resolve_model
+
+    require_text(system or "", "--system")
 
     def open_first(adapter: str | None) -> Trained:
         return open_trained(model, adapter=adapter, precision=precision)

@@ -161,6 +161,8 @@ def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, 
     for reason in inspection.reasons[:5]:
         where = f"{reason.first.file}:{reason.first.line}"
         console.print(f"  {reason.count:,} rejected, the first at {where}: {reason.first.reason}", markup=False)
+    if tally.rejected > config.max_reject_fraction * inspection.rows:
+        console.print(f"data.max_reject_fraction {config.max_reject_fraction:g} allows fewer: training would stop")
     if not inspection.documents:
         return
 

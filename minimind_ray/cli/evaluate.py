@@ -41,7 +41,7 @@ def evaluate_(
     precision: Annotated[str | None, typer.Option(help="train.precision", show_default=False)] = None,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file, such as a run's config.yaml")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="data.…, or dpo.beta and dpo.loss")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="data.…, eval.max_tokens, dpo.beta, dpo.loss")
     ] = None,
     max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
     pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
@@ -75,14 +75,17 @@ def measure(
     config: Config, model: str, adapter: str | None, reference: str | None, say: Any
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate on `data.val`; the examples, and what to tell, in order."""
+    from itertools import islice
+
     import torch
 
     from minimind_ray.data.prepare import prepare
     from minimind_ray.data.shipped import resolve_paths
+    from minimind_ray.data.store import PackStore
     from minimind_ray.objectives.causal_lm import CausalLM
     from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
     from minimind_ray.stages.use import open_trained
-    from minimind_ray.train.evaluate import evaluate
+    from minimind_ray.train.evaluate import evaluate, packs_within
 
     preference = config.stage == "dpo"
     if reference is not None and not preference:
@@ -94,8 +97,9 @@ def measure(
     if not prepared.manifest.n_packs:
         raise UserError(f"{config.data.val}: no row is left to measure on; see {prepared.rejects}")
     objective = Preference(config.dpo, trained.model.shape) if preference else CausalLM(trained.model.shape)
+    count = packs_within(PackStore(prepared.path), config.eval.max_tokens)
     evaluation = evaluate(
-        trained.model, objective, _packs(config, prepared.path, reference),
+        trained.model, objective, islice(_packs(config, prepared.path, reference), count),
         token_bytes_V=torch.from_numpy(trained.tokenizer.token_bytes()).to(trained.device),
         device=trained.device, dtype=trained.dtype,
     )  # fmt: skip
@@ -129,7 +133,7 @@ def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
 
     from minimind_ray.data.store import PackStore
     from minimind_ray.objectives.preference import WITHOUT_REFERENCE
-    from minimind_ray.stages.reference import Reference, compute_here, ensure_reference
+    from minimind_ray.stages.reference import Reference, compute_here, dtype_here, ensure_reference
     from minimind_ray.stages.start import whole_model
 
     if config.stage != "dpo":
@@ -139,6 +143,6 @@ def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
     if config.dpo.loss in WITHOUT_REFERENCE:
         raise UserError(f"dpo.loss {config.dpo.loss} has no reference model: leave --reference out")
     base = whole_model(reference, "--reference")
-    values = Reference(path, str(base), config.train.precision)
+    values = Reference(path, str(base), dtype_here(config.train.precision))
     ensure_reference(values, compute_here)
     return PackStore(path, values.path)

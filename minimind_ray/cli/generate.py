@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -12,6 +12,13 @@ from minimind_ray.cli import options
 if TYPE_CHECKING:
     from minimind_ray.data.chat_template import Message
     from minimind_ray.data.tokenizer import Tokenizer
+
+
+class Talk(NamedTuple):
+    """A conversation up to a turn that is to be answered, and the tools that there are."""
+
+    messages: list[Message]
+    tools: list[Any] | None
 
 
 def generate(
@@ -53,6 +60,7 @@ def generate(
     from minimind_ray.stages.use import Sampling, complete, open_trained
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    require_text(system or "", "--system")
     prompts = read_prompts(prompt or [], file)
     trained = open_trained(model, adapter=adapter, precision=precision)
     if raw is None:
@@ -64,9 +72,10 @@ def generate(
         text = trained.tokenizer.decode(answer, skip_special=True)
         if json:
             end = "stop" if ended else "length"
-            print(dumps({"prompt": asked, "answer": text, "tokens": len(answer), "end": end}, ensure_ascii=False))
+            given = asked if isinstance(asked, str) else asked.messages
+            print(dumps({"prompt": given, "answer": text, "tokens": len(answer), "end": end}, ensure_ascii=False))
             continue
-        shown = asked if isinstance(asked, str) else asked[-1]["content"]
+        shown = asked if isinstance(asked, str) else asked.messages[-1]["content"]
         if raw:
             print(options.printable(shown + text))
         else:
@@ -75,7 +84,7 @@ def generate(
             print()
 
 
-def read_prompts(given: list[str], file: Path | None) -> list[str | list[Message]]:
+def read_prompts(given: list[str], file: Path | None) -> list[str | Talk]:
     """Prompts of the command line and the file: texts, or conversations up to a question.
 
     Raises:
@@ -83,9 +92,9 @@ def read_prompts(given: list[str], file: Path | None) -> list[str | list[Message
     """
     from minimind_ray.config.errors import UserError
 
-    prompts: list[str | list[Message]] = []
+    prompts: list[str | Talk] = []
     for text in given:
-        _require_text(text, "--prompt")
+        require_text(text, "--prompt")
         prompts.append(text)
     if file is not None:
         from minimind_ray.data.records import SUFFIXES
@@ -108,11 +117,11 @@ def _line_prompts(file: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _row_prompts(path: str) -> list[str | list[Message]]:
+def _row_prompts(path: str) -> list[str | Talk]:
     from minimind_ray.config.errors import UserError
     from minimind_ray.data.records import Reject, discover, read_rows
 
-    prompts: list[str | list[Message]] = []
+    prompts: list[str | Talk] = []
     for source in discover(path):
         for row in read_rows(source):
             where = f"{row.file}:{row.line}"
@@ -122,35 +131,43 @@ def _row_prompts(path: str) -> list[str | list[Message]]:
     return prompts
 
 
-def _row_prompt(row: dict[str, Any], where: str) -> str | list[Message]:
+def _row_prompt(row: dict[str, Any], where: str) -> str | Talk:
     """The row's prompt, or its turns up to the last that is no answer."""
+    from json import dumps
+
     from minimind_ray.config.errors import UserError
+    from minimind_ray.config.reading import DEEPEST, deeper
+    from minimind_ray.data.encode import BadRowError, conversation
 
     prompt = row.get("prompt")
     if isinstance(prompt, str):
-        _require_text(prompt, f"{where}: prompt")
+        require_text(prompt, f"{where}: prompt")
         return prompt
-    key = next((key for key in ("conversations", "messages") if key in row), None)
+    key = next((key for key in ("messages", "conversations") if key in row), None)
     if key is None:
         raise UserError(f"{where}: needs prompt (a text), or conversations or messages (a list of turns)")
-    turns = row[key]
-    if not isinstance(turns, list):
-        raise UserError(f"{where}: {key} is no list of turns")
-    messages: list[Message] = []
-    for turn in cast("list[Any]", turns):
-        message = cast("Message", turn) if isinstance(turn, dict) else {}
-        if not all(isinstance(message.get(field), str) for field in ("role", "content")) or message.get("tools"):
-            raise UserError(f"{where}: {key} needs turns with a role and a content, both texts, and without tools")
-        _require_text(message["content"], f"{where}: {key}")
-        messages.append(message)
+    try:
+        messages, tools = conversation(row, key)
+        if deeper([messages, tools], DEEPEST):  # as JSON in a text can be
+            raise RecursionError
+    except BadRowError as error:
+        raise UserError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: objects are nested too deeply") from None
+    require_text(dumps([messages, tools], ensure_ascii=False), f"{where}: {key}")
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
         raise UserError(f"{where}: {key} has no turn to answer")
-    return messages
+    return Talk(messages, tools)
 
 
-def _require_text(text: str, where: str) -> None:
+def require_text(text: str, where: str) -> None:
+    """Check that a text can be encoded: bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
+
+    Raises:
+        UserError: it cannot.
+    """
     from minimind_ray.config.errors import UserError
 
     try:
@@ -159,7 +176,7 @@ def _require_text(text: str, where: str) -> None:
         raise UserError(f"{where} is no UTF-8 text") from None
 
 
-def text_ids(prompt: str | list[Message], tokenizer: Tokenizer) -> list[int]:
+def text_ids(prompt: str | Talk, tokenizer: Tokenizer) -> list[int]:
     """As pretraining documents begin."""
     from minimind_ray.config.errors import UserError
 
@@ -168,9 +185,9 @@ def text_ids(prompt: str | list[Message], tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode([prompt])[0]]
 
 
-def chat_ids(prompt: str | list[Message], system: str | None, tokenizer: Tokenizer) -> list[int]:
+def chat_ids(prompt: str | Talk, system: str | None, tokenizer: Tokenizer) -> list[int]:
     """By the chat template, up to where the answer begins."""
-    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages, tools = Talk([{"role": "user", "content": prompt}], None) if isinstance(prompt, str) else prompt
     if system is not None:
         messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
-    return tokenizer.prompt_ids(messages)
+    return tokenizer.prompt_ids(messages, tools)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from minimind_ray.cli.flags import FLAGS, config_from_flags
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.reading import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,7 +122,7 @@ def _send(context: typer.Context, cluster: Path | None, command: Sequence[str]) 
     params = _parse(context, command)
     metadata = _plan(command[0], params)
     if out := metadata.get("out"):
-        _check_target(_target(out))
+        _check_target(out)
     _check_cluster(cluster)
     from minimind_ray.on_ray.jobs import connect, submit
 
@@ -132,6 +134,8 @@ def _send(context: typer.Context, cluster: Path | None, command: Sequence[str]) 
 
 def _watch(client: Client, job: str, cluster: Path | None) -> None:
     """Show the job's output until it has ended, and bring home what it made; exits as the job did."""
+    from json import dumps
+
     from minimind_ray.on_ray.jobs import fetch, follow
 
     try:
@@ -141,10 +145,13 @@ def _watch(client: Client, job: str, cluster: Path | None) -> None:
         print(f"\n{job} goes on without this terminal. See it again: {ours} logs {job}; stop it: {ours} stop {job}")
         raise typer.Exit(130) from None
     if out := (info.metadata or {}).get("out"):
-        target = _target(out)
-        _check_target(target)
+        target = _check_target(out)
+        before = _fetched(target).get("files", [])
         if files := fetch(client, out, target):
-            (target / FETCHED).write_text(f'{{"job": "{job}", "out": "{out}"}}\n', encoding="utf-8")
+            names = [str(file.relative_to(target)) for file in files]
+            _remove(target, set(before) - set(names))
+            note = {"job": job, "out": out, "files": names}
+            (target / FETCHED).write_text(dumps(note) + "\n", encoding="utf-8")
             pages = [file for file in files if file.name == "report.html"]
             print(f"fetched {len(files)} files into {target}" + "".join(f"; report: {page}" for page in pages))
     print(f"job {job}: {info.status}" + (f": {info.message}" if info.status == "FAILED" else ""))
@@ -212,14 +219,39 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
 def _target(out: str) -> Path:
     """Where results come to: the same relative path here; of others the last part, under fetched/."""
     path = Path(out)
+    if ".." in path.parts:
+        raise UserError(f"{out} leads out of the working directory, where its results would come: choose another --out")
     return path if "://" not in out and not path.is_absolute() else Path("fetched") / path.name
 
 
-def _check_target(target: Path) -> None:
-    if target.exists() and not (target / FETCHED).exists():
+def _check_target(out: str) -> Path:
+    """The target, which is not there, or holds what was fetched of the same directory."""
+    target = _target(out)
+    if not target.exists():
+        return target
+    if not (target / FETCHED).exists():
         raise UserError(
             f"{target} here is of this machine, and the cluster's results would come there: choose another --out"
         )
+    if (other := _fetched(target).get("out")) != out:
+        raise UserError(f"{target} holds what was fetched of {other}, not of {out}: move or delete it")
+    return target
+
+
+def _fetched(target: Path) -> dict[str, Any]:
+    """What was fetched into a directory; {} where nothing was."""
+    return read_json(target / FETCHED) if (target / FETCHED).exists() else {}
+
+
+def _remove(target: Path, names: set[str]) -> None:
+    """Remove what was fetched before and is no more, such as the trials of an earlier sweep."""
+    from minimind_ray.train.run import inside
+
+    for name in filter(inside, names):
+        (target / name).unlink(missing_ok=True)
+        with suppress(OSError):  # Other files are there.
+            for folder in Path(name).parents:
+                (target / folder).rmdir()
 
 
 def _cluster(context: typer.Context) -> Path | None:

@@ -18,7 +18,7 @@ TopP = Annotated[float, typer.Option(min=0, max=1, help="keep the likeliest toke
 TopK = Annotated[int, typer.Option(min=0, help="keep so many tokens; 0: all")]
 RepetitionPenalty = Annotated[float, typer.Option(min=0.01, help="over 1: tokens already there become less likely")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
-Seed = Annotated[int, typer.Option(min=0, help="the same seed draws the same answers")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed draws the same answers")]
 
 
 def require_new(path: Path) -> None:

@@ -42,8 +42,8 @@ def plan(config: Config) -> dict[str, str]:
     from minimind_ray.data.estimate import estimate
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.model.checkpoint import config_of
-    from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
-    from minimind_ray.stages.start import load_tokenizer, model_shape, require_base
+    from minimind_ray.objectives.preference import WITHOUT_REFERENCE
+    from minimind_ray.stages.start import check_stage, load_tokenizer, model_shape, require_base, require_used
     from minimind_ray.train.context import default_device, resolve_precision
     from minimind_ray.train.footprint import footprint
     from minimind_ray.train.run import RunDirectory
@@ -58,9 +58,9 @@ def plan(config: Config) -> dict[str, str]:
     if not data.cache and config.train.max_steps is None:
         raise UserError("train.max_steps is not set: with data.cache false nothing else says where the run ends")
     tokenizer = load_tokenizer(config)
+    require_used(config)
+    check_stage(config, tokenizer)
     shape = model_shape(config, tokenizer)
-    if config.stage == "dpo":
-        Preference(config.dpo, shape)
     sample = estimate(config.stage, data, tokenizer)
     epoch = _epoch(config, tokenizer, sample)
     if not epoch.packs:

@@ -113,7 +113,7 @@ def _make_tokenizer(step: TokenizerStep, where: str, data_dir: str, console: Con
     if record.exists() and json.loads(record.read_text()) == made_from:
         console.print(f"tokenizer: {where} is there and its sources are unchanged")
         return
-    tokenizer.train(files, where, step.vocab_size, step.max_bytes)
+    tokenizer.make(files, where, step.vocab_size, step.max_bytes)
     record.write_text(json.dumps(made_from, indent=2))
     if mirror:
         mirror.put(record.name)

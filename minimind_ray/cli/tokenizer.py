@@ -21,6 +21,18 @@ def train(
 ) -> None:
     """Train a byte-level BPE tokenizer with MiniMind's control tokens; report how it does on rows held out."""
     from minimind_ray.config.errors import UserError
+    from minimind_ray.config.paths import output_path
+    from minimind_ray.data.files import exists, join
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if exists(join(output_path(out), name)):
+            raise UserError(f"{out} holds a tokenizer already: remove it, or write to another place")
+    make(files, out, vocab_size, max_bytes)
+
+
+def make(files: list[str], out: str, vocab_size: int, max_bytes: int | None) -> None:
+    """As `train`, in place of a tokenizer that is there already."""
+    from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.data.encode import row_texts
     from minimind_ray.data.records import Reject, discover, read_rows

@@ -83,13 +83,15 @@ def _import_directory(source: Path, out: Path, tokenizer: str | None) -> ModelSh
     from minimind_ray.data.tokenizer import Tokenizer
     from minimind_ray.model.checkpoint import load_model, save_model
     from minimind_ray.model.lora import is_adapter
+    from minimind_ray.model.minimind_pth import require_room
     from minimind_ray.train.run import resolve_model
 
     directory = resolve_model(source)
     if is_adapter(directory):
         raise UserError(f"{source} is an adapter, which is used as it is: give it as --adapter, or see lora merge")
-    model = load_model(directory)
-    save_model(model, Tokenizer.load(tokenizer or directory), out)
+    model, loaded = load_model(directory), Tokenizer.load(tokenizer or directory)
+    require_room(model.shape, loaded, directory)
+    save_model(model, loaded, out)
     return model.shape
 
 
@@ -114,7 +116,7 @@ def export(
     ] = None,
     float32: Annotated[bool, typer.Option("--float32", help="exact, where MiniMind's own files hold half")] = False,
 ) -> None:
-    """Write a model or an adapter as a file that MiniMind's scripts load."""
+    """Write a model or an adapter as a file that MiniMind's scripts load, and say what their config lacks for it."""
     require_new(file)
     from minimind_ray.model.lora import is_adapter
     from minimind_ray.model.minimind_pth import export_lora_pth, export_pth
@@ -123,9 +125,13 @@ def export(
 
     directory = resolve_model(source)
     dtype = "float32" if float32 else "half"
+    settings: dict[str, object] = {}
     if is_adapter(directory):
         export_lora_pth(directory, base_of(directory, base), file, dtype)
     else:
         _refuse({"--base": base}, f"{source} is a whole model")
-        export_pth(directory, file, dtype)
+        settings = export_pth(directory, file, dtype)
     print(f"{file}: {directory}, {dtype}")
+    if settings:
+        told = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        print(f"MiniMind must be told in its MiniMindConfig, or it computes something else: {told}")

@@ -49,7 +49,9 @@ def tune(
     ] = None,
     out: Annotated[str | None, typer.Option(help="the sweep's directory or URL; default: sweeps/STAGE")] = None,
     resume: Annotated[str | None, typer.Option(metavar="DIR", help="go on with the sweep in DIR")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="prepare the data, measure a few steps, and print plan and cost")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="prepare the data, measure a few steps, and print plan and cost")
+    ] = False,
     trials: Annotated[int | None, typer.Option(help="points to draw from log(), uniform(), int()")] = None,
     seeds: Annotated[int | None, typer.Option(help="runs of every point")] = None,
     scheduler: Annotated[str | None, typer.Option(help="none, asha, median or pbt")] = None,

@@ -71,7 +71,7 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     trees: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-    """The config of one stage: defaults, then the stage's own, each file, each tree by name, then dotted overrides.
+    """The config of one stage: defaults, then the stage's own, each tree by name, each file, then dotted overrides.
 
     Raises:
         UserError: an unknown key, a wrong type or an impossible value, with the key and what is allowed.
@@ -79,11 +79,16 @@ def load_config(
     tree: dict[str, Any] = {"stage": stage}
     origins: dict[str, str] = {}
     _merge(tree, STAGE_DEFAULTS.get(stage, {}), origins, f"the defaults of {stage}")
-    for name, content in {**{str(path): read_yaml(path) for path in files}, **(trees or {})}.items():
+    for name, content in {**(trees or {}), **{str(path): read_yaml(path) for path in files}}.items():
+        for key, command in {"stages": "run", "axes": "tune --sweep"}.items():
+            if key in content:
+                raise UserError(f"{name} has {key}, so it is no config of one stage: give it to minimind-ray {command}")
         if content.get("stage", stage) != stage:
             raise UserError(f"{name}: stage is {content['stage']}, but the command trains {stage}")
         _merge(tree, content, origins, name)
     for key, value in (overrides or {}).items():
+        if key == "stage" and value != stage:
+            raise UserError(f"stage={value} is set, but the command trains {stage}")
         node = tree
         *parents, last = key.split(".")
         for part in parents:
@@ -141,12 +146,14 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 def nearest_key(key: str) -> str:
     """`did you mean …` for a key that does not exist, or the keys beside it."""
     known = list(config_keys())
+    sections = sorted({k.split(".")[0] for k in known})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     last = key.rsplit(".", 1)[-1]
     if not close or close[0].rsplit(".", 1)[-1] != last:
-        close = [k for k in known if k.rsplit(".", 1)[-1] == last] or close
+        section = difflib.get_close_matches(key, sections, n=1) if "." not in key else []
+        close = [k for k in known if k.rsplit(".", 1)[-1] == last] or section or close
     prefix = key.rsplit(".", 1)[0] + "." if "." in key else ""
-    beside = [k for k in known if prefix and k.startswith(prefix)] or sorted({k.split(".")[0] for k in known})
+    beside = [k for k in known if prefix and k.startswith(prefix)] or sections
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}valid here: {', '.join(beside)}"
 

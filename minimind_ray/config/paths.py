@@ -49,6 +49,8 @@ def in_job() -> bool:
 
 
 def _at_home(path: str | Path) -> str:
+    if path == "":
+        raise UserError("a path is empty, as from a shell variable that is not set: name a file or directory")
     return path if isinstance(path, str) and "://" in path else str(Path(path).expanduser())
 
 

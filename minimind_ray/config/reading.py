@@ -100,7 +100,7 @@ def parse_yaml(text: str) -> Any:
     """As yaml.safe_load.
 
     Raises:
-        yaml.YAMLError: no YAML, or an absurd one.
+        yaml.YAMLError: no YAML, or an absurd one, or one with a key twice.
     """
     loader = _Loader(text)
     try:
@@ -163,11 +163,22 @@ def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
             children = node.value
         elif isinstance(node, yaml.MappingNode):
             children = [part for pair in node.value for part in pair]
+            _require_unique([key for key, _ in node.value])
         size = sizes[id(node)] = 1 + sum(_measure(child, sizes, depth + 1) for child in children)
     if size > MOST_NODES:
         problem = f"more than {MOST_NODES:,} values, counted with every alias written out"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     return size
+
+
+def _require_unique(keys: list[yaml.Node]) -> None:
+    """The last of two would win without a word. `<<` is no key of its own."""
+    seen: set[tuple[str, str]] = set()
+    for key in keys:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} appears twice", key.start_mark)
+            seen.add((key.tag, key.value))
 
 
 def _int(text: str) -> int:

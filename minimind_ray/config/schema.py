@@ -75,7 +75,9 @@ class DataConfig(Section):
     )
     cache: bool = Field(default=True, description="keep the packs on disk; false: encode and pack inside the stream")
     cache_dir: str = Field(default=".cache/packs", description="where prepared packs are kept")
-    max_reject_fraction: Fraction = Field(default=0.01, description="part of bad rows above which nothing is trained")
+    max_reject_fraction: Fraction = Field(
+        default=0.01, description="part of bad rows above which nothing is trained; 1: use damaged files, too"
+    )
 
     @model_validator(mode="after")
     def _packs_hold_documents(self) -> DataConfig:
@@ -189,7 +191,10 @@ class ModelConfig(Section):
         "minimind-2",
         "minimind-2-small",
         "minimind-2-moe",
-    ] = "minimind-3-small"
+    ] = Field(
+        default="minimind-3-small",
+        description="with init_from it must be the base's shape; the default is as good as not given",
+    )
     vocab_size: PositiveInt | None = Field(default=None, description="default: the tokenizer's size")
     hidden_size: PositiveInt | None = None
     num_hidden_layers: PositiveInt | None = None
@@ -290,7 +295,10 @@ class TrainConfig(Section):
     """How long, from which seed, in which precision."""
 
     epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = Field(default=None, description="stop after so many optimizer steps")
+    max_steps: PositiveInt | None = Field(
+        default=None,
+        description="so many optimizer steps instead of train.epochs, over more epochs than these if it takes more",
+    )
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="auto: bfloat16 matrix products where the hardware has them, else float32"

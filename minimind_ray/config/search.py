@@ -44,9 +44,12 @@ class SearchConfig(Section):
 
     @field_validator("fuse", mode="before")
     @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        # YAML 1.1 takes them for truth values.
-        return "off" if value is False else "on" if value is True else value
+    def _number_or_word(cls, value: Any) -> Any:
+        # YAML 1.1 takes off and on for truth values.
+        word = "off" if value is False else "on" if value is True else value
+        if isinstance(word, str) and word not in ("auto", "off") and not word.isdecimal():
+            raise ValueError("should be a number, auto or off")
+        return word
 
     def judged_by(self, stage: StageName) -> tuple[Metric, Mode]:
         """The metric and its mode.
@@ -104,4 +107,5 @@ def _explained(error: ValidationError, origin: str) -> UserError:
     if first["type"] == "extra_forbidden":
         return UserError(f"{origin}{key}: no such setting of a sweep; valid: {', '.join(SweepFile.model_fields)}")
     value = "" if first["type"] == "missing" else f", not {first['input']!r}"
-    return UserError(f"{origin}{key}: {first['msg'][0].lower()}{first['msg'][1:]}{value}")
+    message = first["msg"].removeprefix("Value error, ")
+    return UserError(f"{origin}{key}: {message[0].lower()}{message[1:]}{value}")

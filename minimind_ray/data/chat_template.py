@@ -1,8 +1,8 @@
 """Chat templates: a conversation as the text a model reads, rendered as Hugging Face renders it, in a sandbox.
 
 A template comes with a tokenizer, from anywhere; it is a program in Jinja. Here it can neither reach Python, nor loop
-for ever, nor make values that fill the memory: what a step is given bounds what it makes, but for repeating, padding,
-replacing and joining, and those are checked before they are done.
+for ever, nor make values that fill the memory: values have a size, which is looked at where they are made, and before
+where little makes much, as in repeating, padding, replacing and joining. What it can do within that may take a while.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jinja2
 from jinja2 import nodes
-from jinja2.nodes import EvalContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from minimind_ray.config.errors import UserError
 
 Message = dict[str, Any]
+T = TypeVar("T")
 
 LARGEST_TEMPLATE = 1_000_000  # characters; the largest in use have some 20,000
 LARGEST_VALUE = 1 << 24  # characters of a text, items of a list
@@ -74,10 +77,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        del self.globals["lipsum"]
-        for name in ("center", "indent", "replace", "join", "format"):
-            self.filters[name] = _bounded(name, self.filters[name])
+        del self.globals["lipsum"], self.filters["pprint"]  # They make much of little, and no template has them.
         self.filters["tojson"] = _to_json
+        self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
+        self.finalize = _small  # What {{ }} puts out, before it is made a text.
         self.steps_left = MOST_STEPS
 
     def count_step(self) -> None:
@@ -88,44 +91,88 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Jinja's hook for the operators above."""
         if operator == "%" and isinstance(left, str):
-            _require_small(_widths(left))
+            _require_small(_makes("%", left, list(right) if isinstance(right, tuple) else [right]))
+        elif operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() + right.bit_length() if operator == "*" else left.bit_length() * abs(right)
+            _require_small(_int_size(bits))
         elif operator == "*":
             _require_small(max(_size(left) * _factor(right), _factor(left) * _size(right)))
-        elif operator == "**":
-            _require_small(_factor(left).bit_length() * _factor(right))
         else:
             _require_small(_size(left) + _size(right))
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (Jinja's hook)
-        text = getattr(obj, "__self__", None)
-        if isinstance(text, str):
-            _require_small(_makes(str(getattr(obj, "__name__", "")), text, [*args, *kwargs.values()]))
-        return super().call(context, obj, *args, **kwargs)
+        owner = getattr(obj, "__self__", None)
+        if owner is self:  # what _Counting puts in
+            return obj(*args)
+        name = str(getattr(obj, "__name__", ""))
+        if name == "join":
+            args = tuple(map(_whole, args))
+        _require_small(_makes(name, owner, [*args, *kwargs.values()]))
+        return _small(super().call(context, obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Any:  # noqa: D102 (Jinja's hook)
         wrapped = super().wrap_str_format(value)
-        if wrapped is not None:
-            _require_small(_widths(value.__self__))
-        return wrapped
+        if wrapped is None:
+            return None
+
+        @functools.wraps(wrapped)
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            _require_small(_makes("format", value.__self__, [*args, *kwargs.values()]))
+            return wrapped(*args, **kwargs)
+
+        return bounded
 
     @staticmethod
-    def concat_values(*values: Any) -> str:
-        """What ~ makes."""
-        texts = [str(value) for value in values]
-        _require_small(sum(map(len, texts)))
+    def concat(pieces: Iterable[str]) -> str:
+        """What a template, a macro or a block puts out."""
+        size, texts = 0, list[str]()
+        for piece in pieces:
+            size += len(piece)
+            _require_small(size)
+            texts.append(piece)
         return "".join(texts)
+
+    def concat_values(self, *values: Any) -> str:
+        """What ~ makes."""
+        return self.concat(str(_small(value)) for value in values)
+
+    def made(self, value: Any) -> Any:
+        """A list, tuple or dictionary that stands in a template."""
+        return _small(value)
 
     def _generate(
         self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False
     ) -> str:
-        # Jinja's hook between parsing and compiling: each loop and macro counts a step where its body begins.
-        for node in source.find_all((nodes.For, nodes.Macro)):
-            count = nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None)
-            node.body.insert(0, nodes.ExprStmt(count).set_lineno(node.lineno))
-        for node in source.find_all(nodes.Concat):
-            node.nodes = [nodes.Call(nodes.EnvironmentAttribute("concat_values"), node.nodes, [], None, None)]
-        return super()._generate(source, name, filename, defer_init)
+        # Jinja's hook between parsing and compiling.
+        return super()._generate(_Counting().visit(source), name, filename, defer_init)
+
+
+class _Counting(NodeTransformer):
+    """Each loop and macro counts a step where its body begins, and what Python would make without a hook is looked
+    at: the values of ~, and lists, tuples and dictionaries, which double with every step when they hold another twice.
+    """
+
+    def visit_For(self, node: Any) -> Any:  # noqa: N802
+        node.body.insert(0, nodes.ExprStmt(_call("count_step", [], node)).set_lineno(node.lineno))
+        return self.generic_visit(node)
+
+    visit_Macro = visit_For
+
+    def visit_Concat(self, node: Any) -> Any:  # noqa: N802
+        return _call("concat_values", self.generic_visit(node).nodes, node)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def visit_List(self, node: Any) -> Any:  # noqa: N802
+        node = self.generic_visit(node)
+        return node if getattr(node, "ctx", "load") == "store" else _call("made", [node], node)
+
+    visit_Tuple = visit_Dict = visit_List
+
+
+def _call(name: str, args: list[Any], node: nodes.Node) -> nodes.Call:
+    call = nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None)
+    call.set_lineno(node.lineno)
+    return call
 
 
 def _require_small(size: int) -> None:
@@ -133,8 +180,41 @@ def _require_small(size: int) -> None:
         raise SecurityError(f"it makes a value of more than {LARGEST_VALUE:,} characters")
 
 
+def _small(value: Any) -> Any:
+    """The value, if it is not too large."""
+    _require_small(_size(value))
+    return value
+
+
 def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple) else 0
+    """Characters of all texts in a value, each as often as it is there, and for the rest about what it weighs in bytes.
+
+    Counting ends where it is too much: lists that hold others twice, level after level, have more than can be counted.
+    """
+    if isinstance(value, str):  # as most are
+        return len(value)
+    size, waiting = 0, [value]
+    while waiting and size <= LARGEST_VALUE:
+        item = waiting.pop()
+        if isinstance(item, str | bytes):
+            size += len(item)
+        elif isinstance(item, int):
+            size += _int_size(item.bit_length())
+        elif isinstance(item, dict):
+            size += 64 + 64 * len(item)
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            size += 64 + 32 * len(item)
+            waiting += item
+        elif isinstance(item, Namespace):
+            waiting.append(object.__getattribute__(item, "_Namespace__attrs"))
+    return size
+
+
+def _int_size(bits: int) -> int:
+    """By the time that a product takes: 65,536 bits are the most."""
+    return bits * bits >> 8
 
 
 def _factor(value: Any) -> int:
@@ -147,39 +227,75 @@ def _widths(form: str) -> int:
     return LARGEST_VALUE + 1 if digits > 6 or "*" in form else len(form)
 
 
-def _makes(name: str, text: str, args: list[Any]) -> int:
-    """Characters, at most, that a method or filter of that name makes of a text."""
-    given = max(map(_factor, args), default=0)
-    longest = max(map(_size, args), default=0)
+def _makes(name: str, value: Any, args: list[Any]) -> int:
+    """The size, at most, of what a method or filter of that name makes of a value, if that is not the value's."""
+    size = _size(value)
+    if size > LARGEST_VALUE or not args:
+        return size
+    given = max(map(_factor, args))
+    longest = max(map(_size, args))
     match name:
-        case "format":
-            return _widths(text) + sum(map(_widths, (a for a in args if isinstance(a, str))))
-        case "replace":
-            return len(text) + (len(text) + 1) * longest
+        case "%":
+            return _widths(value) + value.count("%") * longest
+        case "format" | "format_map":
+            form = str(value)
+            if re.search(r":[^{}]*\{", form):  # a width that is taken from elsewhere
+                return LARGEST_VALUE + 1
+            widths = sum(map(_widths, (form, *(a for a in args if isinstance(a, str)))))
+            return widths + (form.count("{") + form.count("%")) * longest
+        case "replace" | "translate" | "wordwrap" | "urlize":
+            return size + (size + 1) * longest
         case "join":
-            return len(text) * longest
+            return size + longest + size * len(args[0])
+        case "sum":
+            return size * len(value) if any(isinstance(a, list | tuple) for a in args) else size
         case "expandtabs" | "indent":
-            return (text.count("\t") + text.count("\n") + 1) * max(given, longest) + len(text)
+            text = str(value)
+            return (text.count("\t") + text.count("\n") + 1) * max(given, longest) + size
+        case "tojson":  # A separator is there for each value, an indent for each level.
+            parts = [part for a in args for part in (a if isinstance(a, list | tuple) else [a])]
+            longest = max(len(part) if isinstance(part, str) else _factor(part) for part in [*parts, 0])
+            return size + longest * ((size >> 5) + (1 << 20))
+        case "batch" | "slice":
+            return size + 64 * given
+        case "center" | "ljust" | "rjust" | "zfill" | "to_bytes":
+            return max(size, given)
         case _:
-            return max(len(text), given)
+            return size
 
 
 def _bounded(name: str, function: Any) -> Any:
-    """Jinja's filter, refused where it would make too much."""
+    """A filter, refused where it would make too much."""
+    first = int(hasattr(function, "jinja_pass_arg"))  # the context
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        context = [a for a in args[:1] if isinstance(a, EvalContext)]
-        value, *rest = args[len(context) :]
+        context, (value, *rest) = args[:first], args[first:]
+        given = [*rest, *kwargs.values()]
+        if name in ("join", "sum"):
+            value = _whole(value)
         if name == "join":
-            value = list(value)  # which may be there only once
-            separator = str(next(iter([*rest, *kwargs.values()]), ""))
-            _require_small(_makes(name, separator, [value]))
+            _require_small(_makes(name, str(given[0]) if given else "", [value]))
         else:
-            _require_small(_makes(name, str(value), [*rest, *kwargs.values()]))
-        return function(*context, value, *rest, **kwargs)
+            _require_small(_makes(name, value, given))
+        result = function(*context, value, *rest, **kwargs)
+        return _counted(result) if isinstance(result, Iterator) else _small(result)
 
     return bounded
+
+
+def _whole(value: Any) -> Any:
+    """A list of what may be there only once."""
+    return value if hasattr(value, "__len__") else list(value)
+
+
+def _counted(items: Iterable[T]) -> Iterator[T]:
+    """The items, up to where they are too much together."""
+    size = 0
+    for item in items:
+        size += 32 + _size(item)
+        _require_small(size)
+        yield item
 
 
 class ChatTemplate:
@@ -221,10 +337,12 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own escapes HTML, which would put \\u003c into prompts.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _Sandbox.concat(encoder.iterencode(value, _one_shot=True))
 
 
 def _strftime_now(form: str) -> str:
+    _require_small(len(form) << 14)  # which can ask for widths
     return datetime.now().strftime(form)
 
 

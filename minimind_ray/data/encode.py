@@ -27,6 +27,7 @@ from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
+SAID = ("role", "content", "reasoning_content", "tool_calls")
 ROWS_AT_ONCE = 512  # tokenized in one call, which spreads over the cores
 
 
@@ -41,7 +42,7 @@ class Tally:
     cut_tokens: int = 0
 
 
-class _BadRowError(ValueError):
+class BadRowError(ValueError):
     """Why a row cannot be used."""
 
 
@@ -113,6 +114,8 @@ def fit(stage: StageName, row: Row, group: Group, config: DataConfig, tally: Tal
         if not document.weights.any():
             first = int(np.argmax(whole.weights))
             return Reject(row.file, row.line, f"the answer begins at token {first}, beyond the {longest} that are kept")
+    if stage == "dpo" and np.array_equal(kept[0].tokens, kept[1].tokens):
+        return Reject(row.file, row.line, f"chosen and rejected are the same in the {longest} tokens that are kept")
     tally.cut += len(excess)
     tally.cut_tokens += sum(excess)
     return [kept]
@@ -148,35 +151,42 @@ def _draft(stage: StageName, row: Row, tokenizer: Tokenizer) -> tuple[Row, _Draf
         return Reject(row.file, row.line, "the text holds half a surrogate pair, which is no character")
     except RecursionError:
         return Reject(row.file, row.line, "objects are nested too deeply")
-    except (_BadRowError, UserError) as error:
+    except (BadRowError, UserError) as error:
         return Reject(row.file, row.line, str(error))
     return row, draft
 
 
 def _draft_conversation(value: dict[str, Any], key: str, tokenizer: Tokenizer) -> _Draft:
-    messages, tools = _conversation(value, key)
+    messages, tools = conversation(value, key)
+    _require_answers(messages, key)
     return _Draft([tokenizer.render(messages, tools)], (_count_answers(messages),))
 
 
 def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
-    chosen, chosen_tools = _conversation(value, "chosen")
-    rejected, rejected_tools = _conversation(value, "rejected")
-    if (chosen, chosen_tools) == (rejected, rejected_tools):
-        raise _BadRowError("chosen and rejected are the same")
+    chosen, chosen_tools = conversation(value, "chosen")
+    rejected, rejected_tools = conversation(value, "rejected")
+    _require_answers(chosen, "chosen")
+    _require_answers(rejected, "rejected")
+    texts = [tokenizer.render(chosen, chosen_tools), tokenizer.render(rejected, rejected_tools)]
+    if texts[0] == texts[1]:
+        raise BadRowError("chosen and rejected are the same")
     common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+    while common < min(len(chosen), len(rejected)) and _same(chosen[common], rejected[common], tokenizer):
         common += 1
     ends = {"chosen": chosen[common:], "rejected": rejected[common:]}
     for key, messages in ends.items():
         if not messages:
-            raise _BadRowError(f"{key} has no answer after the turns that both share")
+            raise BadRowError(f"{key} has no answer after the turns that both share")
     if chosen_tools != rejected_tools or any(messages[0]["role"] != "assistant" for messages in ends.values()):
-        raise _BadRowError("chosen and rejected answer different prompts")
-    return _Draft(
-        [tokenizer.render(chosen, chosen_tools), tokenizer.render(rejected, rejected_tools)],
-        (_count_answers(chosen), _count_answers(rejected)),
-        shared=_count_answers(chosen[:common]),
-    )
+        raise BadRowError("chosen and rejected answer different prompts")
+    answers = (_count_answers(chosen), _count_answers(rejected))
+    return _Draft(texts, answers, shared=_count_answers(chosen[:common]))
+
+
+def _same(one: Message, other: Message, tokenizer: Tokenizer) -> bool:
+    """They differ, if at all, in further fields that the chat template does not write, such as an id."""
+    differ = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+    return not any(key in SAID or tokenizer.writes(key) for key in differ)
 
 
 def _text_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> Iterator[tuple[Row, Group]]:
@@ -201,14 +211,14 @@ def _chat_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> I
         own = [next(ids) for _ in draft.texts]
         try:
             yield row, tuple(_chat_document(i, n, draft.shared, tokenizer) for i, n in zip(own, draft.answers))
-        except _BadRowError as error:
+        except BadRowError as error:
             yield Reject(row.file, row.line, str(error))
 
 
 def _chat_document(ids: list[int], answers: int, shared: int, tokenizer: Tokenizer) -> Document:
     spans = tokenizer.answer_spans(ids)
     if len(spans) != answers:
-        raise _BadRowError(f"the chat template writes {len(spans)} of its {answers} assistant turns")
+        raise BadRowError(f"the chat template writes {len(spans)} of its {answers} assistant turns")
     weights = np.zeros(len(ids), np.uint8)
     for start, end in spans[shared:]:
         weights[start:end] = 1
@@ -237,11 +247,15 @@ def _require_fields_of(stage: StageName, value: dict[str, Any]) -> None:
     others = [field for field in FIELDS if field in value and field not in own]
     if others and not any(field in value for field in own):
         reads = " and ".join(FIELDS[others[0]])
-        raise _BadRowError(f"{own[0]} is missing, but {others[0]} is there, which {reads} would read")
+        raise BadRowError(f"{own[0]} is missing, but {others[0]} is there, which {reads} would read")
 
 
-def _conversation(value: dict[str, Any], key: str) -> tuple[list[Message], list[Any] | None]:
-    """Messages for the chat template, and the tools: those of the system turn or of the row."""
+def conversation(value: dict[str, Any], key: str) -> tuple[list[Message], list[Any] | None]:
+    """The row's turns as the chat template takes them, and the tools: those of the system turn or of the row.
+
+    Raises:
+        BadRowError: they are none that can be rendered; which field, and why.
+    """
     turns = _list(value, key, key)
     tools = _json_list(value, "tools", "tools")
     messages: list[Message] = []
@@ -250,10 +264,10 @@ def _conversation(value: dict[str, Any], key: str) -> tuple[list[Message], list[
         message = _object(turn, where)
         role = message.get("role")
         if role not in ROLES:
-            raise _BadRowError(f"{where}.role is {json.dumps(role)}; known are {', '.join(ROLES)}")
+            raise BadRowError(f"{where}.role is {json.dumps(role)}; known are {', '.join(ROLES)}")
         here = _json_list(message, "tools", f"{where}.tools")
         if here and (role != "system" or tools):
-            raise _BadRowError(f"{where}.tools are not alone or not on a system turn")
+            raise BadRowError(f"{where}.tools are not alone or not on a system turn")
         tools = tools or here
         calls = _json_list(message, "tool_calls", f"{where}.tool_calls")
         for j, call in enumerate(calls or []):
@@ -261,7 +275,7 @@ def _conversation(value: dict[str, Any], key: str) -> tuple[list[Message], list[
             function = _object(call.get("function") or call, f"{called}.function")
             _text(function, "name", f"{called}.name")
             if "arguments" not in function:
-                raise _BadRowError(f"{called}.arguments is missing")
+                raise BadRowError(f"{called}.arguments is missing")
         checked: Message = {k: v for k, v in message.items() if k not in ("tools", "tool_calls") and v is not None}
         if calls:
             checked["tool_calls"] = calls
@@ -274,9 +288,12 @@ def _conversation(value: dict[str, Any], key: str) -> tuple[list[Message], list[
         else:
             _text(checked, "content", f"{where}.content")
         messages.append(checked)
-    if not _count_answers(messages):
-        raise _BadRowError(f"{key} has no assistant turn")
     return messages, tools
+
+
+def _require_answers(messages: list[Message], key: str) -> None:
+    if not _count_answers(messages):
+        raise BadRowError(f"{key} has no assistant turn")
 
 
 def _count_answers(messages: list[Message]) -> int:
@@ -285,34 +302,34 @@ def _count_answers(messages: list[Message]) -> int:
 
 def _string(holder: dict[str, Any], key: str, where: str) -> str:
     if key not in holder:
-        raise _BadRowError(f"{where} is missing")
+        raise BadRowError(f"{where} is missing")
     value = holder[key]
     if not isinstance(value, str):
-        raise _BadRowError(f"{where} is {_kind(value)}, not a string")
+        raise BadRowError(f"{where} is {_kind(value)}, not a string")
     return value
 
 
 def _text(holder: dict[str, Any], key: str, where: str) -> str:
     value = _string(holder, key, where)
     if not value or value.isspace():
-        raise _BadRowError(f"{where} is empty")
+        raise BadRowError(f"{where} is empty")
     return value
 
 
 def _list(holder: dict[str, Any], key: str, where: str) -> list[Any]:
     if key not in holder:
-        raise _BadRowError(f"{where} is missing")
+        raise BadRowError(f"{where} is missing")
     value = holder[key]
     if not isinstance(value, list):
-        raise _BadRowError(f"{where} is {_kind(value)}, not a list")
+        raise BadRowError(f"{where} is {_kind(value)}, not a list")
     if not value:
-        raise _BadRowError(f"{where} is empty")
+        raise BadRowError(f"{where} is empty")
     return cast("list[Any]", value)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _BadRowError(f"{where} is {_kind(value)}, not an object")
+        raise BadRowError(f"{where} is {_kind(value)}, not an object")
     return cast("dict[str, Any]", value)
 
 
@@ -323,11 +340,11 @@ def _json_list(holder: dict[str, Any], key: str, where: str) -> list[dict[str, A
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise _BadRowError(f"{where} is a string but not JSON ({error})") from error
+            raise BadRowError(f"{where} is a string but not JSON ({error})") from error
     if value in (None, "", []):
         return None
     if not isinstance(value, list):
-        raise _BadRowError(f"{where} is {_kind(value)}, not a list")
+        raise BadRowError(f"{where} is {_kind(value)}, not a list")
     return [_object(item, f"{where}[{i}]") for i, item in enumerate(cast("list[Any]", value))]
 
 

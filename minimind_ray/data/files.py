@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import fsspec
@@ -30,19 +31,67 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
     if scheme == "hf":
         from huggingface_hub import HfFileSystem
 
-        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem())), rest
+        return _filesystem(HfFileSystem()), rest
     if scheme in ("s3", "gs"):
         try:  # From the bucket alone: a path may hold what an URI may not, such as the wildcards of a glob.
             return fs.FileSystem.from_uri(f"{scheme}://{rest.split('/')[0]}")[0], rest
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{url}: the object store cannot be used: {one_line(error)}") from None
     try:
-        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme))), rest
-    except (ValueError, TypeError, ImportError, OSError) as error:
+        return _filesystem(fsspec.filesystem(scheme)), rest
+    except Exception as error:  # each package has its own
         raise UserError(
             f"{url}: no file system for {scheme}:// ({one_line(error)}); use a local path, s3://, gs://, "
             "hf://datasets/… or what fsspec has a package for"
         ) from None
+
+
+def _filesystem(filesystem: Any) -> fs.FileSystem:
+    return fs.PyFileSystem(fs.FSSpecHandler(_WithOSErrors(filesystem)))
+
+
+class _WithOSErrors:
+    """fsspec's file system, or a file of it, whose errors are OSErrors, as pyarrow's own are: packages for fsspec let
+    through what their clients raise (RuntimeError, azure's, httpx's), which nobody else would catch."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __reduce__(self) -> tuple[type[_WithOSErrors], tuple[Any]]:
+        return _WithOSErrors, (self._inner,)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = value(*args, **kwargs)
+            except OSError:
+                raise
+            except Exception as error:
+                raise OSError(f"{type(error).__name__}: {error}") from error
+            return _WithOSErrors(result) if name == "open" else result
+
+        return call
+
+    # fsspec's own take errors for a no, and then what a store does not give for a while would count as deleted.
+
+    def isfile(self, path: str) -> bool:
+        return self._type(path) == "file"
+
+    def isdir(self, path: str) -> bool:
+        return self._type(path) == "directory"
+
+    def exists(self, path: str) -> bool:
+        return self._type(path) is not None
+
+    def _type(self, path: str) -> str | None:
+        try:
+            return self.info(path)["type"]
+        except FileNotFoundError:
+            return None
 
 
 def absolute(url: str) -> str:

@@ -37,7 +37,18 @@ from minimind_ray.config.schema import DataConfig, Section, StageName
 from minimind_ray.data.encode import Tally, encode_rows
 from minimind_ray.data.files import TEMPORARY, absolute, atomic_output, join, locate, one_line
 from minimind_ray.data.pack import Group, pack_groups, pack_schema, packs_table
-from minimind_ray.data.records import CHUNK, Part, Reject, Row, Source, current_version, discover, parse_row, read_raw
+from minimind_ray.data.records import (
+    CHUNK,
+    Damage,
+    Part,
+    Reject,
+    Row,
+    Source,
+    current_version,
+    discover,
+    parse_row,
+    read_raw,
+)
 from minimind_ray.data.store import FORMAT, ROW_GROUP, Manifest, UnitStats, read_manifest
 from minimind_ray.data.tokenizer import Tokenizer
 
@@ -154,8 +165,8 @@ def prepare(
     of their content, `data.val_fraction` of them. `run_units` encodes the units that are missing, in any order.
 
     Raises:
-        UserError: sources that match nothing or hold no rows, more bad rows than `data.max_reject_fraction`, a source
-            that changes meanwhile, a cache that cannot be written.
+        UserError: sources that match nothing or hold no rows, more bad rows than `data.max_reject_fraction`, a damaged
+            file unless that is 1, a source that changes meanwhile, a cache that cannot be written.
     """
     started = time.perf_counter()
     config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
@@ -182,7 +193,7 @@ def prepare(
         manifest = _manifest(encoding, split, sources, units, found)
         path = cache.publish(manifest, units)
     prepared = Prepared(path, manifest, len(missing), len(by_key) - len(missing), time.perf_counter() - started)
-    _check(prepared, config)
+    _check(prepared, config, [unit.source.path for unit in units if found[unit.key].damaged])
     return prepared
 
 
@@ -226,22 +237,46 @@ def encoding_of(
     """How a split's rows are encoded, and the source files they come from.
 
     Raises:
-        UserError: `data.train` is not set, or matches nothing.
+        UserError: `data.train` is not set, matches nothing, or has a file that `data.val` has.
     """
     files = config.train if config.val is None or split == "train" else config.val
     if files is None:
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
+    sources = discover(files)
+    if split == "train" and config.val is not None:
+        val = {source.path for source in discover(config.val)}
+        if both := next((source.path for source in sources if source.path in val), None):
+            raise UserError(
+                f"{both} is in data.train and in data.val: what is trained on validates nothing; name the training "
+                "files without it"
+            )
     held_out = config.val is None and (split == "val" or config.val_fraction > 0)
-    return Encoding(stage, config, tokenizer, split if held_out else None), discover(files)
+    return Encoding(stage, config, tokenizer, split if held_out else None), sources
 
 
-def _check(prepared: Prepared, config: DataConfig) -> None:
+def require_undamaged(damaged: Sequence[str], split: str, rejects: str, config: DataConfig) -> None:
+    """Check that no file breaks off: what is lost beyond the break is no row, and no fraction of rows counts it.
+
+    Raises:
+        UserError: one does, and `data.max_reject_fraction` is not 1.
+    """
+    if damaged and config.max_reject_fraction < 1:
+        files = list(dict.fromkeys(damaged))
+        more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+        raise UserError(
+            f"data.{split}: what lies beyond the damage is lost in {', '.join(files[:3])}{more} ({rejects} has where "
+            "and why); mend or remove what is damaged, or set data.max_reject_fraction to 1 to use what can be read"
+        )
+
+
+def _check(prepared: Prepared, config: DataConfig, damaged: Sequence[str]) -> None:
     total = prepared.manifest.total
     rows, rejected = total("rows"), total("rejected")
     split = f"data.{prepared.manifest.split}"
     if rows == 0:
         raise UserError(f"{split}: no rows, only empty files, in {', '.join(list(prepared.manifest.sources)[:3])}")
     assert rows == total("kept") + rejected + total("held_out"), "a row was lost"
+    require_undamaged(damaged, prepared.manifest.split, prepared.rejects, config)
     if rejected > config.max_reject_fraction * rows:
         why, example, count = _commonest(prepared.rejects)
         raise UserError(
@@ -369,10 +404,12 @@ def _digest(file: pa.NativeFile) -> str:
 
 @dataclass(slots=True)
 class Seen:
-    """Rows of a unit that were read, and those of them that belong to the other side of the validation split."""
+    """Rows of a unit that were read, those of them that belong to the other side of the validation split, and whether
+    the file breaks off in it."""
 
     rows: int = 0
     held_out: int = 0
+    damaged: int = 0
 
 
 def unit_groups(unit: Unit, encoding: Encoding, seen: Seen, tally: Tally) -> Iterator[Group | Reject]:
@@ -382,6 +419,7 @@ def unit_groups(unit: Unit, encoding: Encoding, seen: Seen, tally: Tally) -> Ite
         for raw in read_raw(unit.source, unit.part):
             seen.rows += 1
             if isinstance(raw, Reject):
+                seen.damaged += isinstance(raw, Damage)
                 yield raw
             elif encoding.holds_out(raw.content):
                 seen.held_out += 1
@@ -462,7 +500,8 @@ class _Cache:
         folder = join(self._root, "units")
         listing = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         for info in listing:
-            if info.base_name.endswith(TEMPORARY) and info.mtime_ns < (time.time() - STALE_SECONDS) * 1e9:
+            # Some stores do not tell the time.
+            if info.base_name.endswith(TEMPORARY) and 0 < (info.mtime_ns or 0) < (time.time() - STALE_SECONDS) * 1e9:
                 with suppress(FileNotFoundError):  # Another process does the same.
                     self._filesystem.delete_file(info.path)
         sizes = {info.base_name: info.size for info in listing}

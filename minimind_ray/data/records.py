@@ -23,6 +23,7 @@ from pyarrow import fs
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import deeper
 from minimind_ray.data.files import locate, one_line
+from minimind_ray.data.storage import is_url
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LINE_LIMIT = 16 << 20
@@ -48,6 +49,12 @@ class Reject:
     file: str
     line: int
     reason: str
+
+
+class Damage(Reject):
+    """Where a file is damaged: nothing beyond can be read."""
+
+    __slots__ = ()
 
 
 class RawRow(NamedTuple):
@@ -158,7 +165,7 @@ def read_rows(source: Source, part: Part = Part()) -> Iterator[Row | Reject]:
 
 
 def read_raw(source: Source, part: Part = Part()) -> Iterator[RawRow | Reject]:
-    """As `read_rows`, with rows as they lie in the file. Rejects are lines too long and what lies beyond damage."""
+    """As `read_rows`, with rows as they lie in the file. Rejects are lines too long, and a Damage at the end."""
     filesystem, path = locate(source.path)
     try:
         with filesystem.open_input_file(path) as file:
@@ -244,7 +251,7 @@ def _lines(path: str, chunks: Iterator[bytes], part: Part) -> Iterator[RawRow | 
                     pending.clear()
         yield from finish()
     except _DamagedError as damage:
-        yield Reject(path, line, str(damage))
+        yield Damage(path, line, str(damage))
 
 
 def _parquet_rows(path: str, file: pa.NativeFile, part: Part) -> Iterator[RawRow | Reject]:
@@ -257,13 +264,15 @@ def _parquet_rows(path: str, file: pa.NativeFile, part: Part) -> Iterator[RawRow
                 yield _parquet_row(path, line, row)
                 line += 1
     except (pa.ArrowException, OSError) as error:
-        yield Reject(path, line, f"the Parquet file is damaged from here on: {one_line(error)}")
+        if isinstance(error, OSError) and is_url(path):  # What an object store does not give may come later.
+            raise
+        yield Damage(path, line, f"the Parquet file is damaged from here on: {one_line(error)}")
 
 
 def _parquet_row(path: str, line: int, row: pa.StructScalar) -> RawRow | Reject:
     try:
         content = json.dumps(_without_nulls(row.as_py()), ensure_ascii=False, default=_json_value).encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:  # OverflowError: a date that Python has no year for
         return Reject(path, line, f"not a row that JSON can hold: {one_line(error)}")
     return RawRow(line, content) if len(content) <= LINE_LIMIT else Reject(path, line, TOO_LONG)
 

@@ -179,7 +179,10 @@ class Mirror:
 
     def _upload(self, name: str) -> None:
         with (self.path / name).open("rb") as f:
-            target = self.filesystem.open_output_stream(join(self.root, name), compression=None)
+            path = join(self.root, name)
+            if isinstance(self.filesystem, fs.LocalFileSystem):  # file://
+                self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            target = self.filesystem.open_output_stream(path, compression=None)
             with target:
                 shutil.copyfileobj(f, target, 1 << 22)
 
@@ -287,7 +290,7 @@ class Mirror:
                 return
             try:
                 self.push(whole=whole)
-            except OSError as error:
+            except Exception as error:  # Whatever it is, the thread goes on.
                 self._whole = whole or self._whole
                 if not failing:
                     self._news = f"{self.url}: the object store fails and is tried again: {one_line(error)}"

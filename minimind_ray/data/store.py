@@ -28,7 +28,7 @@ from minimind_ray.data.files import atomic_output, join, locate, one_line
 from minimind_ray.data.pack import Pack, pack_from_row, pack_schema
 from minimind_ray.data.storage import is_url, read_from
 
-FORMAT = 2
+FORMAT = 3
 ROW_GROUP = 64
 WINDOW = 16
 
@@ -47,6 +47,7 @@ class UnitStats(Section):
     kept: Count
     rejected: Count
     held_out: Count
+    damaged: Count = Field(description="1 where the file breaks off in it")
     documents: Count
     tokens: Count
     counted_tokens: Count = Field(description="tokens that carry loss")
@@ -60,7 +61,7 @@ class UnitStats(Section):
 class Manifest(Section):
     """The units of a prepared dataset in the order of its sources, and where they came from."""
 
-    format: Literal[2]
+    format: Literal[3]
     stage: StageName
     split: Literal["train", "val"]
     tokenizer: str = Field(description="the tokenizer's fingerprint")

@@ -20,7 +20,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.data.encode import Tally
 from minimind_ray.data.files import atomic_output, join, locate
 from minimind_ray.data.pack import Group, Pack, pack_from_row, pack_groups, packs_table
-from minimind_ray.data.prepare import Encoding, Seen, Unit, unit_groups
+from minimind_ray.data.prepare import Encoding, Seen, Unit, require_undamaged, unit_groups
 from minimind_ray.data.records import Reject
 
 
@@ -62,7 +62,7 @@ class Stream:
         """One unit's packs, each a table of one row as a prepared dataset has them.
 
         Raises:
-            UserError: more bad rows in the unit than one and `data.max_reject_fraction`.
+            UserError: more bad rows in the unit than one and `data.max_reject_fraction`; the file is damaged there.
         """
         for pack in pack_groups(self._groups(self.units[index]), self.encoding.config.pack_tokens):
             yield packs_table([pack], self.encoding.tokenizer.vocab_size)
@@ -79,6 +79,8 @@ class Stream:
             filesystem, folder = locate(self.rejects)
             with atomic_output(filesystem, join(folder, f"{unit.key}.jsonl")) as stream:
                 stream.write("".join(lines).encode())  # An epoch later the same once more.
+        damaged = [unit.source.path] * seen.damaged
+        require_undamaged(damaged, "train", self.rejects, self.encoding.config)
         # A piece may be a file's last line: that one row of it is bad says nothing about the data.
         fraction = self.encoding.config.max_reject_fraction
         if len(rejects) > (max(1, fraction * seen.rows) if fraction else 0):
@@ -93,7 +95,7 @@ class Stream:
         The stream with what was learned of it, and the piece's rows in words.
 
         Raises:
-            UserError: more bad rows in it than one and `data.max_reject_fraction`.
+            UserError: more bad rows in it than one and `data.max_reject_fraction`; the file is damaged there.
         """
         unit, seen, rejected, tokens = self.units[self.order(0)[0]], Seen(), 0, 0
         for item in unit_groups(unit, self.encoding, seen, Tally()):

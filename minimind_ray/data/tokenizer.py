@@ -137,9 +137,15 @@ class Tokenizer:
         meaning = {
             **{k: v for k, v in json.loads(self._definition).items() if k not in ("truncation", "padding")},
             "chat_template": self._template_source,
+            "names": self._names,
             "ids": [self.bos_id, self.eos_id, self.pad_id],
         }
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+    def extends(self, other: Tokenizer) -> bool:
+        """Whether every token of the other has the same id here."""
+        ids = self._full.get_vocab()
+        return all(ids.get(token) == id for token, id in other._full.get_vocab().items())
 
     # Plain text
 
@@ -181,6 +187,10 @@ class Tokenizer:
             self._escape(tools, self._any_token),
             add_generation_prompt,
         )
+
+    def writes(self, field: str) -> bool:
+        """Whether the chat template could write this field of a message: it names it."""
+        return re.search(rf"\b{re.escape(field)}\b", self._template_source or "") is not None
 
     def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of rendered conversations: control tokens where the template put them, plain text between."""
@@ -249,8 +259,13 @@ class Tokenizer:
         source = self._template_source
         if source is None:
             raise UserError(f"{self.name} has no chat template; add chat_template.jinja or use another tokenizer")
+        return ChatTemplate(source, self._names, self.name)
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """What the chat template knows by name."""
         names = {key: self._token(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return ChatTemplate(source, {key: token for key, token in names.items() if token is not None}, self.name)
+        return {key: token for key, token in names.items() if token is not None}
 
     def _token(self, key: str) -> str | None:
         token = self._settings.get(key)

@@ -229,9 +229,14 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     return _read_weights(Path(directory), load_shape(directory))
 
 
-def weights_fingerprint(directory: str | Path) -> str:
-    """SHA-256 (hex) over all tensors' names, dtypes, shapes and bytes, by name: the same however they are sharded."""
-    digest = hashlib.sha256()
+def model_fingerprint(directory: str | Path) -> str:
+    """SHA-256 (hex) over the shape and all tensors' names, dtypes, sizes and bytes: the same however they are sharded.
+
+    Raises:
+        UserError: config.json or the weights cannot be read.
+    """
+    # Without defaults, so that a field a later version adds leaves the hashes of today's models as they are.
+    digest = hashlib.sha256(load_shape(directory).model_dump_json(exclude_defaults=True).encode())
     for name, entry in sorted(_read_headers(Path(directory)).items()):
         digest.update(json.dumps([name, entry.dtype, entry.size]).encode())
         digest.update(entry.file.get_tensor(name).flatten().view(torch.uint8).numpy())

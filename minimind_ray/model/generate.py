@@ -139,7 +139,8 @@ def choose(logits_BV: Tensor, temperature: float, top_p: float, top_k: int, gene
     """One token per row: the likeliest at temperature 0, else drawn from what top_k and top_p leave."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / temperature
+    # From the largest down: divided by next to nothing the others become -inf, and none inf.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits_BV.dtype).tiny)
     if 0 < top_k < logits_BV.shape[-1]:
         smallest_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)

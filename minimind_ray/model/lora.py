@@ -9,7 +9,7 @@ DoRA a norm of every weight on each pass.
 A directory holds what `peft` reads:
 
     adapter_config.json         rank, scale, which projections, where the base lies
-    adapter_model.safetensors   A and B; the metadata says `base_fingerprint`, the hash of the base's weights
+    adapter_model.safetensors   A and B; the metadata says `base_fingerprint`, the hash of the base
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ UNSUPPORTED = (
     "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens",
     "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
+# Begun so, an adapter is trained on a base with other weights than the one it names.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 class LoraLinear(nn.Module):
@@ -105,10 +107,15 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
     The same seed gives the same A on every worker and device.
 
     Raises:
-        UserError: no such projections, or a choice of experts' projections that PEFT has no form for.
+        UserError: no such projections, a choice of experts' projections that PEFT has no form for, or a rank that is
+            more than any of them has.
     """
     generator = torch.Generator().manual_seed(seed)
-    _wrap(model, target_names(model, config.targets), config)
+    names, linears = target_names(model, config.targets), _projections(model)
+    most = max(min(linears[name].weight.shape) for name in names)
+    if config.rank > most:
+        raise UserError(f"lora.rank is {config.rank}, but no matrix of lora.targets has more than rank {most}")
+    _wrap(model, names, config)
     for layer in adapters(model).values():
         layer.lora_A.data.copy_(torch.empty(layer.lora_A.shape).normal_(std=INIT_STD, generator=generator))
 
@@ -159,7 +166,7 @@ def save_adapter(
     base_fingerprint: str,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the model's adapters as a PEFT directory that refers to the base by path and by the hash of its weights.
+    """Write the model's adapters as a PEFT directory that refers to the base by path and fingerprint.
 
     `weights`: a copy of `adapter_weights(model)` (float32, on the CPU) to write in their place.
     """
@@ -218,18 +225,18 @@ def adapter_base(directory: str | Path) -> AdapterBase:
 def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str) -> None:
     """Put an adapter of ours or of `peft` on a plain model, or its values into the adapters the model already has.
 
-    `base_fingerprint` is the hash of the model's own weights; the model is left as it was where this raises.
+    `base_fingerprint` is the model's own (see `model_fingerprint`); the model is left as it was where this raises.
 
     Raises:
         UserError: the directory cannot be read, asks for what is not supported, or does not fit the model; or it was
-            trained on other weights.
+            trained on another model.
     """
     folder = Path(directory)
     config, file = _lora_config(folder), _open(folder)
     trained_on = adapter_base(folder)
     if trained_on.fingerprint not in (None, base_fingerprint):
         raise UserError(
-            f"{folder}: trained on {trained_on.path} with weights of hash {trained_on.fingerprint:.12}, "
+            f"{folder}: trained on {trained_on.path} with config and weights of hash {trained_on.fingerprint:.12}, "
             f"not on this model (hash {base_fingerprint:.12}); put it on its own base"
         )
     sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -337,6 +344,12 @@ def _lora_config(folder: Path) -> LoraConfig:
     for key in UNSUPPORTED:
         if content.get(key):
             raise UserError(f"{folder / CONFIG}: {key} is set to {content[key]!r}, which is not supported")
+    begun = content.get("init_lora_weights")
+    if str(begun).lower().startswith(CHANGES_BASE):
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights is {begun!r}, which changes the base's weights too; save it with "
+            "peft's path_initial_model_for_weight_conversion, or merge it there"
+        )
     fields = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
     if missing := [key for key in ("r", "lora_alpha") if key not in content]:
         raise UserError(f"{folder / CONFIG}: {missing[0]} is missing")

@@ -7,6 +7,7 @@ model's shape, which is read off the tensors. Files are mapped, never unpickled 
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import zipfile
@@ -20,9 +21,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import MINIMIND_2, MINIMIND_2_MOE, MINIMIND_3, LoraConfig, ModelShape
+from minimind_ray.config.schema import MINIMIND_2, MINIMIND_2_MOE, MINIMIND_3, LoraConfig, ModelShape, RopeScaling
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import expected_tensors, load_model, save_model, weights_fingerprint
+from minimind_ray.model.checkpoint import expected_tensors, load_model, model_fingerprint, save_model
 from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter, target_names
 from minimind_ray.model.transformer import Transformer
 
@@ -54,11 +55,7 @@ def import_pth(
     tokenizer = Tokenizer.load(tokenizer_dir)
     tensors = read_pth(path)
     shape = _shape_of(tensors, path, heads, experts_per_token, rope_theta, rms_norm_eps)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise UserError(
-            f"{path}: the model has {shape.vocab_size} tokens, fewer than the {tokenizer.vocab_size} of "
-            f"{tokenizer_dir}; name the tokenizer it was trained with"
-        )
+    require_room(shape, tokenizer, path)
     if shape.tie_word_embeddings:
         tensors.pop(HEAD, None)
     with torch.device("meta"):
@@ -68,10 +65,21 @@ def import_pth(
     return shape
 
 
-def export_pth(directory: str | Path, path: str | Path, dtype: Literal["half", "float32"] = "half") -> None:
+def require_room(shape: ModelShape, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Raises UserError where the tokenizer has more tokens than the model from `path`."""
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(
+            f"{path}: the model has {shape.vocab_size} tokens, fewer than the {tokenizer.vocab_size} of "
+            f"{tokenizer.name}; name the tokenizer it was trained with"
+        )
+
+
+def export_pth(
+    directory: str | Path, path: str | Path, dtype: Literal["half", "float32"] = "half"
+) -> dict[str, object]:
     """Write a model directory as a file that MiniMind loads, which holds tied embeddings under both their names.
 
-    MiniMind takes the number of heads and the like from its command line, not from the file.
+    Returns the `minimind_settings` of the model.
 
     Raises:
         UserError: the directory cannot be read, a weight is too large for half precision, or MiniMind has no such
@@ -83,6 +91,35 @@ def export_pth(directory: str | Path, path: str | Path, dtype: Literal["half", "
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     tensors.setdefault(HEAD, tensors[EMBEDDING])
     _write(tensors, Path(path), dtype)
+    return minimind_settings(model.shape)
+
+
+def minimind_settings(shape: ModelShape) -> dict[str, object]:
+    """What MiniMindConfig must be told for this model, as its defaults are others.
+
+    MiniMind reads nothing of it off the file, and its scripts have options for hidden_size, num_hidden_layers, use_moe
+    and inference_rope_scaling alone. MiniMind-2 ties embeddings whatever it is told: to untie them, change its code.
+    """
+    scaled, experts = shape.rope_scaling is not None, shape.num_experts
+    ours: dict[str, object] = {**shape.model_dump(), "n_routed_experts": experts, "inference_rope_scaling": scaled}
+    family = MINIMIND_3 if shape.qk_norm else MINIMIND_2
+    theirs: dict[str, object] = {
+        "vocab_size": 6400, "head_dim": shape.hidden_size // shape.num_attention_heads, "rope_theta": 1e6,
+        "inference_rope_scaling": False, "rope_scaling": RopeScaling().model_dump() if scaled else None,
+        "tie_word_embeddings": True,
+        **{key: family[key] for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")},
+    }  # fmt: skip
+    if shape.qk_norm:
+        width = "moe_intermediate_size" if experts else "intermediate_size"
+        theirs[width] = math.ceil(shape.hidden_size * math.pi / 64) * 64
+        if experts:
+            theirs |= {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}
+    else:
+        theirs["intermediate_size"] = math.ceil(int(shape.hidden_size * 8 / 3) / 64) * 64
+        if experts:
+            theirs |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+            ours["intermediate_size"] = shape.moe_intermediate_size
+    return {key: ours[key] for key, value in theirs.items() if ours[key] != value}
 
 
 def import_lora_pth(path: str | Path, base_dir: str | Path, out_dir: str | Path) -> None:
@@ -113,7 +150,7 @@ def import_lora_pth(path: str | Path, base_dir: str | Path, out_dir: str | Path)
     for name, layer in adapters(model).items():
         layer.lora_A.data.copy_(tensors[f"{name}.lora.A.weight"])
         layer.lora_B.data.copy_(tensors[f"{name}.lora.B.weight"])
-    save_adapter(model, out_dir, base_dir, weights_fingerprint(base_dir))
+    save_adapter(model, out_dir, base_dir, model_fingerprint(base_dir))
 
 
 def export_lora_pth(
@@ -127,7 +164,7 @@ def export_lora_pth(
     """
     model = load_model(base_dir)
     square = target_names(model, "square")
-    load_adapter(model, adapter_dir, weights_fingerprint(base_dir))
+    load_adapter(model, adapter_dir, model_fingerprint(base_dir))
     tensors: dict[str, Tensor] = {}
     for name, layer in adapters(model).items():
         if layer.magnitude is not None:
@@ -212,6 +249,12 @@ def _shape_of(
     layers = [int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,4})\.", name))]
     network = "model.layers.0.mlp.experts.0" if experts else "model.layers.0.mlp"
     width = size(f"{network}.gate_proj.weight")[0]
+    if experts_per_token and not experts:
+        raise UserError(f"{path}: has no experts; leave the number of experts per token out")
+    if rms_norm_eps is None:
+        rms_norm_eps = float((MINIMIND_3 if qk_norm else MINIMIND_2)["rms_norm_eps"])
+    elif not 0 < rms_norm_eps < math.inf:
+        raise UserError(f"{path}: the norms' epsilon is {rms_norm_eps:g}; give a number above 0, or leave it out")
     more: dict[str, Any] = {}
     if experts and not qk_norm:
         more = {**MINIMIND_2_MOE, "n_shared_experts": len(shared)}
@@ -227,7 +270,7 @@ def _shape_of(
             head_dim=head_dim,
             intermediate_size=width,
             rope_theta=rope_theta,
-            rms_norm_eps=rms_norm_eps or (MINIMIND_3 if qk_norm else MINIMIND_2)["rms_norm_eps"],
+            rms_norm_eps=rms_norm_eps,
             tie_word_embeddings=HEAD not in tensors or torch.equal(tensors[HEAD].float(), tensors[EMBEDDING].float()),
             qk_norm=qk_norm,
             num_experts=len(experts),

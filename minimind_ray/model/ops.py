@@ -317,7 +317,7 @@ def _log_probs(logits_MV: Tensor, targets_M: Tensor) -> Any:
     exp_MV = (wide(logits_MV) - largest_M1).exp()
     sum_M = exp_MV.sum(-1)
     targets_M1 = targets_M.unsqueeze(1)
-    log_probs_M = wide(logits_MV.gather(1, targets_M1) - largest_M1).squeeze(1) - sum_M.log()
+    log_probs_M = (wide(logits_MV.gather(1, targets_M1)) - largest_M1).squeeze(1) - sum_M.log()
     return log_probs_M, exp_MV.to(logits_MV.dtype), sum_M
 
 

@@ -14,8 +14,8 @@ from ray.util.annotations import RayDeprecationWarning
 from minimind_ray.data.store import PackStore
 from minimind_ray.model.checkpoint import load_shape
 from minimind_ray.on_ray.session import alone, machines, require_cpus
-from minimind_ray.stages.reference import Reference, ReferenceModel, compute_here
-from minimind_ray.train.context import default_device
+from minimind_ray.stages.reference import Reference, ReferenceModel, compute_here, dtype_here
+from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.throughput import training_flops_per_token
 
 SMALL_FLOPS = 1e12  # A core's work of some seconds: no more than to start a process that holds a model.
@@ -24,6 +24,15 @@ SMALL_FLOPS = 1e12  # A core's work of some seconds: no more than to start a pro
 def granted_device() -> torch.device:
     """The GPU that Ray gave this process, else the CPU: one that none asked for would be many processes' at once."""
     return default_device() if ray.get_gpu_ids() else torch.device("cpu")
+
+
+def dtype_on_ray(precision: str, gpus: float) -> torch.dtype:
+    """As `stages.reference.ResolveDtype`; where workers may run on other machines than this, one of those is asked."""
+    if precision != "auto" or alone():
+        return dtype_here(precision, gpus)
+    require_cpus(1, gpus, "computing reference log-probabilities")
+    ask = ray.remote(num_cpus=1, num_gpus=gpus)(lambda: resolve_precision(precision, granted_device()))
+    return ray.get(ask.remote())
 
 
 class _Scorer:

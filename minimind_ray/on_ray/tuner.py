@@ -281,8 +281,9 @@ class _Trial(tune.Trainable):
 
 
 def _best(checkpoint: Path) -> str:
-    """The name of the best checkpoint up to this one; this one's where none was validated."""
-    return read_state(checkpoint)["best"] or checkpoint.name
+    """The name of the best checkpoint up to this one; this one's where none was validated, or it is gone."""
+    best = read_state(checkpoint)["best"]
+    return best if best and checkpoint.with_name(best).exists() else checkpoint.name
 
 
 def is_done(run: RunDirectory, scheduler: SchedulerName) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minimind_ray.config.schema import Config
 from minimind_ray.data.storage import url_of
-from minimind_ray.model.checkpoint import weights_fingerprint
+from minimind_ray.model.checkpoint import model_fingerprint
 from minimind_ray.model.lora import adapter_weights, add_lora, load_adapter, save_adapter
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
@@ -30,7 +30,7 @@ class Adapter:
 
     def __init__(self, model: Transformer, config: Config) -> None:
         self.model, self.base = model, require_base(config)
-        self.fingerprint, self.copy = weights_fingerprint(self.base), HostCopy()
+        self.fingerprint, self.copy = model_fingerprint(self.base), HostCopy()
         add_lora(model, config.lora, seed=config.train.seed)
 
     def snapshot(self) -> Write:

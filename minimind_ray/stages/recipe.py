@@ -23,8 +23,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.load import config_keys, load_config, merged, read_yaml
-from minimind_ray.config.schema import Config, Section, StageName
+from minimind_ray.config.load import config_keys, load_config, merged, nearest_key, read_yaml
+from minimind_ray.config.schema import Config, LoraConfig, Section, StageName
 from minimind_ray.data.files import exists, join
 from minimind_ray.data.records import discover
 from minimind_ray.stages.run import Job, changed_inputs
@@ -66,8 +66,12 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises:
         UserError: it cannot be read, or a key is wrong.
     """
+    tree = read_yaml(path)
+    if "stages" not in tree:
+        use = "tune --sweep" if "axes" in tree else "train STAGE --config"
+        raise UserError(f"{path} is no recipe, since it has no stages: give it to minimind-ray {use}")
     try:
-        recipe = Recipe.model_validate(read_yaml(path))
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -106,8 +110,17 @@ def _own_config(recipe: Recipe, index: int, overrides: Mapping[str, Any]) -> Con
     of_stages = {k: v for k, v in overrides.items() if k not in config_keys() and k.split(".")[0] in names}
     own = {k.removeprefix(f"{step.name}."): v for k, v in of_stages.items() if k.startswith(f"{step.name}.")}
     common = {k: v for k, v in overrides.items() if k not in of_stages}
+    sections = {key.split(".")[0] for key in config_keys()}
+    if wrong := next((k for k in common if k.split(".")[0] not in sections), None):
+        raise UserError(
+            f"{wrong}: neither a setting nor one of a stage of {recipe.name}, which are {', '.join(names)}; "
+            f"{nearest_key(wrong)}"
+        )
     trees = {f"{recipe.name}, {step.name}": merged(recipe.settings, step.settings)}
-    return load_config(step.stage or step.name, trees=trees, overrides=common | own)
+    config = load_config(step.stage or step.name, trees=trees, overrides=common | own)
+    if config.trains_adapter or "lora" in step.settings or any(key.startswith("lora.") for key in own):
+        return config
+    return config.model_copy(update={"lora": LoraConfig()})  # Said to all stages, it is meant for those that adapt.
 
 
 def require_sources(configs: Sequence[Config]) -> None:

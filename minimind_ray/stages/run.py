@@ -15,11 +15,18 @@ from minimind_ray.data.prepare import RunUnits, Split, encoding_of, plan_units, 
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.stream import Stream, StreamPlan, stream_steps
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import weights_fingerprint
+from minimind_ray.model.checkpoint import model_fingerprint
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
-from minimind_ray.stages.reference import ComputeReference, Reference, compute_here, ensure_reference
+from minimind_ray.stages.reference import (
+    ComputeReference,
+    Reference,
+    ResolveDtype,
+    compute_here,
+    dtype_here,
+    ensure_reference,
+)
 from minimind_ray.stages.registry import STAGES
-from minimind_ray.stages.start import check_stage, load_tokenizer
+from minimind_ray.stages.start import check_stage, load_tokenizer, require_used
 from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import TrainingData
 from minimind_ray.train.run import RunDirectory, resolve_model
@@ -73,10 +80,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Host:
-    """How the work before training is done: units encoded, reference log-probabilities computed."""
+    """How the work before training is done: units encoded, reference log-probabilities computed, and in which dtype."""
 
     run_units: RunUnits = run_units_here
     compute_reference: ComputeReference = compute_here
+    dtype: ResolveDtype = dtype_here
 
 
 def prepare_job(
@@ -87,14 +95,18 @@ def prepare_job(
 ) -> Job:
     """Prepare what `config` (with resolved paths) names, and plan the steps; `say` is told what was done.
 
-    With `validation` the run is validated on what that section makes, not on its own.
+    With `validation` the run is a trial: it is validated on what that section makes, not on its own, and may have
+    settings that only other trials use.
 
     Raises:
-        UserError: bad sources, too many bad rows, nothing to train on, or a budget that does not divide.
+        UserError: bad sources, too many bad rows, nothing to train on, a budget that does not divide, or a setting
+            without a use.
     """
     if config.data.train is None:
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
     config.packs_per_step()
+    if validation is None:
+        require_used(config)
     tokenizer = load_tokenizer(config)
     check_stage(config, tokenizer)
     splits: tuple[Split, ...] = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
@@ -119,15 +131,17 @@ def prepare_job(
     references = {}
     if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
         assert base
+        gpus = config.scale.gpus_per_worker
+        dtype = host.dtype(config.train.precision, gpus)
         for split, store in stores.items():
-            reference = Reference(store, base, config.train.precision, config.scale.gpus_per_worker)
+            reference = Reference(store, base, dtype, gpus)
             made = ensure_reference(reference, host.compute_reference)
             say(f"reference log-probabilities of {split}: {'computed' if made else 'in the cache'}")
             references[split] = reference.path
     train = stream or stores["train"]
     return Job(
         config, step_plan(config, train), train, stores.get("val"), references.get("train"), references.get("val"),
-        weights_fingerprint(base) if base else None,
+        model_fingerprint(base) if base else None,
     )  # fmt: skip
 
 

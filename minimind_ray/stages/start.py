@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.config.schema import PRESETS, Config, DpoConfig, LoraConfig, ModelConfig, ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import check_model, load_model, load_shape, load_weights, save_model
 from minimind_ray.model.lora import add_lora, is_adapter
@@ -37,23 +37,50 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelShape:
     """The shape the stage trains: that of `init_from`, else what section model says.
 
     Raises:
-        UserError: section model asks for something else than `init_from` is.
+        UserError: section model or data.tokenizer asks for something else than `init_from` is.
     """
     if not config.init_from:
         return config.model.shape(tokenizer.vocab_size)
-    shape = load_shape(require_base(config))
+    base = require_base(config)
+    shape = load_shape(base)
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"init_from {config.init_from} has {shape.vocab_size} tokens, fewer than the tokenizer's "
             f"{tokenizer.vocab_size}; leave data.tokenizer out to take the one it was trained with"
         )
-    found = shape.model_dump()
-    for key, value in config.model.model_dump(exclude_unset=True).items():
-        if key != "preset" and value is not None and found[key] != value:
+    if config.data.tokenizer and (Path(base) / "tokenizer.json").exists():
+        own = Tokenizer.load(base)
+        if not tokenizer.extends(own):
+            raise UserError(
+                f"data.tokenizer {config.data.tokenizer} has other tokens than that of init_from {config.init_from}; "
+                "leave data.tokenizer out"
+            )
+        if config.trains_adapter and own.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"data.tokenizer {config.data.tokenizer} is not the one of init_from {config.init_from}, with which "
+                "its adapters are used; leave data.tokenizer out, or train all weights"
+            )
+    _require_agreement(config, shape)
+    return shape
+
+
+def _require_agreement(config: Config, shape: ModelShape) -> None:
+    """Whether section model asks for nothing but what the base's `shape` is."""
+    found, preset = shape.model_dump(), config.model.preset
+    given = {k: v for k, v in config.model.model_dump(exclude={"preset"}).items() if v is not None}
+    for key, value in given.items():
+        if found[key] != value:
             raise UserError(
                 f"model.{key} is {value}, but init_from {config.init_from} has {found[key]}; leave model.{key} out"
             )
-    return shape
+    if preset == ModelConfig().preset:
+        return
+    for key, value in {"num_experts": 0, **PRESETS[preset]}.items():
+        if key not in given and key != "initializer_range" and found[key] != value:
+            raise UserError(
+                f"model.preset {preset} has {key} {value}, but init_from {config.init_from} has {found[key]}; "
+                "leave model.preset out"
+            )
 
 
 def check_stage(config: Config, tokenizer: Tokenizer) -> None:
@@ -71,6 +98,25 @@ def check_stage(config: Config, tokenizer: Tokenizer) -> None:
         add_lora(model, config.lora, seed=0)
     if config.stage == "dpo":
         Preference(config.dpo, shape)
+
+
+def require_used(config: Config) -> None:
+    """Whether the settings that only some runs have a use for are used in this one.
+
+    Raises:
+        UserError: one that is not, and is not as it is by default.
+    """
+    if not config.trains_adapter:
+        default = LoraConfig().model_dump()
+        for key, value in config.lora.model_dump().items():
+            if value != default[key]:
+                how = "set dpo.lora too" if config.stage == "dpo" else "train stage lora"
+                raise UserError(f"lora.{key} is {value}, but this run trains no adapter; leave it out, or {how}")
+    gamma, loss = config.dpo.simpo_gamma, config.dpo.loss
+    if config.stage == "dpo" and loss != "simpo" and gamma != DpoConfig().simpo_gamma:
+        raise UserError(
+            f"dpo.simpo_gamma is {gamma:g}, but dpo.loss {loss} has no such margin; leave it out, or use simpo"
+        )
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, context: Context) -> Transformer:

@@ -12,7 +12,7 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import load_model, weights_fingerprint
+from minimind_ray.model.checkpoint import load_model, model_fingerprint
 from minimind_ray.model.generate import generate
 from minimind_ray.model.lora import adapter_base, is_adapter, load_adapter, merge_lora
 from minimind_ray.model.transformer import Transformer
@@ -83,7 +83,7 @@ def open_trained(
             f"{model.shape.vocab_size:,}; put the tokenizer there that it was trained with"
         )
     if adapter_dir:
-        load_adapter(model, adapter_dir, weights_fingerprint(directory))
+        load_adapter(model, adapter_dir, model_fingerprint(directory))
         merge_lora(model)
     stage = _stage_of(adapter_dir or directory)
     return Trained(model.eval(), tokenizer, directory, stage, device, resolve_precision(precision, device))
@@ -146,8 +146,8 @@ def complete(
     settings = asdict(sampling)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        longest = min(trained.room(prompt, sampling.max_new_tokens) for prompt in batch)
-        settings |= {"max_new_tokens": longest, "seed": sampling.seed + start}
+        rooms = [trained.room(prompt, sampling.max_new_tokens) for prompt in batch]
+        settings |= {"max_new_tokens": max(rooms), "seed": sampling.seed + start}
         with trained.autocast():
             answers = generate(trained.model, batch, eos_id=trained.tokenizer.eos_id, **settings)
-        yield from ((ids, len(ids) < longest) for ids in answers)
+        yield from ((ids[:room], len(ids) < room) for ids, room in zip(answers, rooms, strict=True))

@@ -26,7 +26,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import StageName
 from minimind_ray.data.demo import write_demo
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import load_model, weights_fingerprint
+from minimind_ray.model.checkpoint import load_model, model_fingerprint
 from minimind_ray.model.lora import is_adapter, load_adapter
 from minimind_ray.stages.use import base_of
 from minimind_ray.train.checkpoint import STATE, read_state
@@ -56,7 +56,7 @@ def check_checkpoint(path: str | Path) -> Iterator[Finding]:
         base = base_of(directory) if is_adapter(directory) else directory
         model = load_model(base, torch.device("cpu"))
         if base != directory:
-            load_adapter(model, directory, weights_fingerprint(base))
+            load_adapter(model, directory, model_fingerprint(base))
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         broken = [name for name, p in trained.items() if not p.isfinite().all()]
         count = sum(p.numel() for p in trained.values())

@@ -130,7 +130,7 @@ class Preparation:
         self.jobs: dict[Hashable, Job] = {}
         self.checked: set[Hashable] = set()
         self.units = self.references = 0
-        self.host, self.own, self.say = Host(self._run_units, self._compute_reference), host, say
+        self.host, self.own, self.say = Host(self._run_units, self._compute_reference, host.dtype), host, say
 
     def work_here(self) -> None:
         """From now on, do what is left in this process."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minimind_ray.data.batch import batch_from_packs, passes
 from minimind_ray.data.pack import Pack
+from minimind_ray.data.store import PackStore
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.step import Objective, autocast
 
@@ -37,6 +38,26 @@ class Evaluation:
         pq.write_table(pa.table(self.examples), path)
 
 
+def packs_within(store: PackStore, max_tokens: int | None) -> int:
+    """How many packs of a validation set, from its first on, `eval.max_tokens` leaves to validate on."""
+    if max_tokens is None:
+        return store.n_packs
+    return min(max(1, store.n_packs * max_tokens // store.n_tokens), store.n_packs)
+
+
+def drop_stale(path: Path, loss: float) -> None:
+    """Delete a file that `Evaluation.write` wrote, where its mean loss is another: it is of another checkpoint."""
+    if not path.exists():
+        return
+    try:
+        table = pq.read_table(path)
+        found = float(table["loss"].to_numpy().sum() / table["count"].to_numpy().sum())
+    except (pa.ArrowException, OSError, KeyError):
+        found = math.nan
+    if not math.isclose(found, loss):
+        path.unlink()
+
+
 @torch.no_grad()
 def evaluate(
     model: Transformer,
@@ -53,7 +74,8 @@ def evaluate(
     Packs go through the model together up to `pass_tokens`, else one by one.
 
     For losses per token also `perplexity` = exp(loss) and `bits_per_byte`, the loss in bits over the bytes of text
-    that the counted tokens stand for (`token_bytes_V` int32, 0 for control tokens), which compares tokenizers.
+    that the counted tokens stand for (`token_bytes_V` int32, 0 for control tokens), which compares tokenizers. Where
+    they stand for none, there is neither it nor `bytes`.
     """
     was_training = model.training
     model.eval()
@@ -87,5 +109,8 @@ def _evaluation(examples: dict[str, np.ndarray], unit: str) -> Evaluation:
     means = {n: float(v.sum() / count) for n, v in examples.items() if n not in ("example", "count", "bytes")}
     if unit == "token":
         means["perplexity"] = math.exp(min(means["loss"], 700.0))
-        means["bits_per_byte"] = means["loss"] * float(count) / math.log(2) / float(examples["bytes"].sum())
+        if size := float(examples["bytes"].sum()):
+            means["bits_per_byte"] = means["loss"] * float(count) / math.log(2) / size
+        else:  # All that counts are control tokens: there is no text to measure by.
+            del examples["bytes"]
     return Evaluation(means, examples)

@@ -31,7 +31,7 @@ from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
 from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision, settle_compile
-from minimind_ray.train.evaluate import Evaluation, evaluate
+from minimind_ray.train.evaluate import Evaluation, drop_stale, evaluate, packs_within
 from minimind_ray.train.footprint import settle_pass_tokens
 from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.optim import FlatGradients, build_adamw
@@ -261,8 +261,12 @@ def _training(
     validate = Validation(model, objective, config, context, data.val, tokenizer, dtype, pass_tokens or 0)
     tracker, writer, optimizer_copy = None, None, HostCopy()
     if main:
-        writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
         run.forget_after(progress.step)
+        # Gone, if a better one came after it and was found damaged.
+        if progress.best and run.checkpoint_path(progress.best) not in run.checkpoints():
+            progress.best, progress.best_value = None, math.inf
+        drop_stale(run.path / "validation.parquet", progress.best_value)
+        writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
         run.update(compiled=compiled(), pass_tokens=pass_tokens)
         base = resolve_model(config.init_from) if config.init_from else None
         here = config.model_copy(update={"out": str(run.path)})
@@ -308,17 +312,18 @@ def _training(
         metrics: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens, "epoch": epoch, "lr": lr}
         metrics |= {**result.means, "grad_norm": result.grad_norm}
         metrics["timing"] = meter.read(result.tokens, packs, plan.steps - progress.step, result.seconds)
+        began = time.perf_counter()
         evaluation = validate() if validating else None
+        samples = validate.samples(progress.step) if evaluation and writer and config.eval.samples else []
         if evaluation:
+            metrics["timing"]["validation_seconds"] = time.perf_counter() - began
             metrics |= {f"val/{name}": value for name, value in evaluation.means.items()}
         if writer:
             if warning := writer.news() or (shortfall(config.schedule, plan.steps) if progress.step == 1 else None):
                 metrics["warning"] = warning
             # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
             run.append("metrics.jsonl", metrics)
-            samples: list[str] = []
-            if validating and config.eval.samples:
-                samples = validate.samples(progress.step)
+            if samples:
                 run.append("samples.jsonl", {"step": progress.step, "samples": samples})
             if tracker:
                 tracker.log(metrics, samples)
@@ -428,10 +433,8 @@ class Validation:
     def __call__(self) -> Evaluation:
         """The result over all workers' packs, the same on all of them."""
         assert self.store
-        limit = self.store.n_packs
-        if self.config.max_tokens:
-            limit = max(1, limit * self.config.max_tokens // self.store.n_tokens)
-        ids = range(min(limit, self.store.n_packs))[self.context.rank :: self.context.world_size]
+        count = packs_within(self.store, self.config.max_tokens)
+        ids = range(count)[self.context.rank :: self.context.world_size]
         packs = (self.store.read([i])[0] for i in ids)
         return evaluate(
             self.model, self.objective, packs, token_bytes_V=self.token_bytes_V,

@@ -77,6 +77,8 @@ class RunDirectory:
 
     def check(self, config: Config, *, resume: bool) -> None:
         """Whether `create` would be refused, without writing anything."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"out {self.where} is a file: name a directory")
         holds_run = self.file("config.yaml").exists()
         if holds_run and not resume:
             raise UserError(f"{self.where} already holds a run: add --resume to go on with it, or choose another --out")

@@ -17,7 +17,7 @@ from minimind_ray.cli.main import run
 from minimind_ray.config.load import load_config, to_yaml
 from minimind_ray.config.schema import LoraConfig, ModelConfig
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import load_model, save_model, weights_fingerprint
+from minimind_ray.model.checkpoint import load_model, model_fingerprint, save_model
 from minimind_ray.model.lora import adapters, add_lora, save_adapter
 from minimind_ray.model.transformer import Transformer
 from tests.jobs import make_tokenizer, rows_of, write_jsonl
@@ -57,7 +57,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     add_lora(model, LoraConfig(rank=4), seed=0)
     for layer in adapters(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.5)
-    save_adapter(model, adapter, base, weights_fingerprint(base))
+    save_adapter(model, adapter, base, model_fingerprint(base))
     return Models(root / "tokenizer", run_dir, base, root / "other", adapter)
 
 

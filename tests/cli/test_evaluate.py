@@ -68,6 +68,13 @@ def test_loss_perplexity_and_bits_per_byte(evaluate, models: Models, rows: Path,
     assert columns["loss"].sum() / columns["count"].sum() == pytest.approx(found["loss"])
 
 
+def test_as_many_tokens_as_training_validates_on(evaluate, models: Models) -> None:
+    whole, part = (evaluate(models.base, "sft", *more) for more in ((), ("--set", "eval.max_tokens=1")))
+    assert 0 < part["tokens"] < whole["tokens"]
+    pairs = [evaluate(models.base, "dpo", *more) for more in ((), ("--set", "eval.max_tokens=1"))]
+    assert 0 < pairs[1]["examples"] < pairs[0]["examples"] == 40
+
+
 def test_an_adapter_is_measured_on_its_base(evaluate, models: Models) -> None:
     adapted, base = evaluate(models.adapter, "sft"), evaluate(models.base, "sft")
     assert adapted["tokens"] == base["tokens"] and adapted["loss"] != base["loss"]

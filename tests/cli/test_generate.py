@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minimind_ray.cli.generate import chat_ids, read_prompts
 from minimind_ray.cli.options import printable
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model
@@ -72,6 +73,22 @@ def test_prompts_come_from_files_and_batches_change_nothing(command: Command, mo
     lines.write_text("\ufefffirst\n\nsecond\n", encoding="utf-8")
     out = command("generate", models.run, "--file", lines, *GREEDY).out
     assert out.startswith("first") and "\nsecond" in out
+
+
+def test_rows_are_read_as_sft_reads_them(models: Models, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(models.other)
+    tools, calls = [{"name": "time"}], [{"name": "time", "arguments": {}}]
+    user, result = {"role": "user", "content": "a"}, {"role": "tool", "content": "12:00"}
+    call = {"role": "assistant", "content": None, "tool_calls": json.dumps(calls)}
+    rows = [
+        {"messages": [user], "tools": json.dumps(tools)},
+        {"messages": [{"role": "system", "content": "s", "tools": tools}, user, call, result]},
+    ]
+    prompts = read_prompts([], write_jsonl(tmp_path / "p.jsonl", rows))
+    turns = [{"role": "system", "content": "s"}, user, {**call, "content": "", "tool_calls": calls}, result]
+    assert [chat_ids(prompt, None, tokenizer) for prompt in prompts] == [
+        tokenizer.prompt_ids([user], tools), tokenizer.prompt_ids(turns, tools),
+    ]  # fmt: skip
 
 
 def test_an_answer_has_room_only_as_far_as_positions_go(command: Command, models: Models, tmp_path: Path) -> None:
@@ -186,13 +203,18 @@ BAD = [
     (["generate", "{base}", "--prompt", "x", "--raw", "--system", "y"], "--system is for --chat"),
     (["generate", "{base}", "--file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
     (["generate", "{base}", "--file", "{files}/bad.jsonl"], "bad.jsonl:1: needs prompt"),
-    (["generate", "{base}", "--file", "{files}/list.jsonl"], "list.jsonl:1: conversations needs turns"),
+    (["generate", "{base}", "--file", "{files}/list.jsonl"], "list.jsonl:1: conversations[0] is a string, not an"),
     (["generate", "{base}", "--file", "{files}/latin.txt"], "latin.txt: not UTF-8"),
     (["generate", "{base}", "--prompt", "x", "--adapter", "{other}"], "is a whole model, not an adapter"),
     (["generate", "{other}", "--prompt", "x", "--adapter", "{adapter}"], "not on this model"),
     (["generate", "{adapter}", "--prompt", "x", "--adapter", "{adapter}"], "is an adapter itself"),
     (["generate", "{base}", "--prompt", "x", "--temperature", "inf"], "--temperature is inf"),
     (["generate", "{base}", "--prompt", "\ud800"], "--prompt is no UTF-8 text"),
+    (["generate", "{base}", "--prompt", "x", "--chat", "--system", "\ud800"], "--system is no UTF-8 text"),
+    (["chat", "{base}", "--system", "\ud800"], "--system is no UTF-8 text"),
+    (["generate", "{base}", "--file", "{files}/human.jsonl"], 'messages[0].role is "human"; known are'),
+    (["generate", "{base}", "--file", "{files}/half.jsonl"], "half.jsonl:1: messages is no UTF-8 text"),
+    (["generate", "{base}", "--file", "{files}/deep.jsonl"], "deep.jsonl:1: objects are nested too deeply"),
     (["chat", "/nowhere"], "/nowhere is no model"),
     (["chat", "{files}/sweep"], "is a sweep, no model: name one of its trials"),
     (["chat", "{base}", "--compare", "{base}"], "is the same model"),
@@ -205,6 +227,10 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     write_jsonl(tmp_path / "bad.jsonl", [{"text": "x"}])
     write_jsonl(tmp_path / "list.jsonl", [{"conversations": ["x"]}])
+    question = {"role": "user", "content": "x"}
+    write_jsonl(tmp_path / "human.jsonl", [{"messages": [{**question, "role": "human"}]}])
+    for name, tools in {"half": '[{"a": "\\ud800"}]', "deep": '[{"a": ' + "[" * 200 + "]" * 200 + "}]"}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": [question], "tools": tools}])
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from minimind_ray.cli import jobs
+from minimind_ray.config.errors import UserError
 from tests.cli.conftest import Command
 
 pytestmark = pytest.mark.slow
@@ -75,6 +78,39 @@ def test_results_do_not_come_over_a_run_of_this_machine(tmp_path: Path) -> None:
     command = ("train", "pretrain", "--train", "a.jsonl", "--tokenizer", "tokenizer")
     assert "choose another --out" in told(tmp_path, ("--cluster=mine.yaml", *command))[0]
     assert "choose another --out" in told(tmp_path, command, address="http://127.0.0.1:9")[0]
+
+
+def test_what_is_fetched_of_one_directory_does_not_mix_with_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: list[str] = []
+
+    def fetch(client: object, out: str, target: Path) -> list[Path]:
+        for name in made:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_text(out)
+        return [target / name for name in made]
+
+    monkeypatch.setattr("minimind_ray.on_ray.jobs.fetch", fetch)
+    monkeypatch.setattr("minimind_ray.on_ray.jobs.follow", lambda client, job, write: info)
+
+    def watch(out: str) -> set[str]:
+        info.metadata = {"out": out}
+        jobs._watch(None, 'a "job"', None)  # pyright: ignore[reportArgumentType]
+        return {str(path.relative_to(tmp_path)) for path in (tmp_path / "fetched").rglob("*") if path.is_dir()}
+
+    info = SimpleNamespace(status="SUCCEEDED", metadata={})
+    made[:] = ["sweep.json", "trials/a/trial.json", "trials/b/trial.json"]
+    watch("s3://bucket/one/dpo")
+    (tmp_path / "fetched/dpo/notes.txt").write_text("mine")
+    made[:] = ["sweep.json", "trials/b/trial.json"]
+    assert watch("s3://bucket/one/dpo") == {"fetched/dpo", "fetched/dpo/trials", "fetched/dpo/trials/b"}
+    assert (tmp_path / "fetched/dpo/notes.txt").exists()
+    with pytest.raises(UserError, match="holds what was fetched of s3://bucket/one/dpo, not of s3://bucket/two/dpo"):
+        watch("s3://bucket/two/dpo")
+    with pytest.raises(UserError, match="leads out of the working directory"):
+        watch("../dpo")
 
 
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])

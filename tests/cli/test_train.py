@@ -35,6 +35,17 @@ def test_a_run_that_was_stopped_is_no_success(
     assert command(*arguments, "--resume").code == 0
 
 
+def test_places_that_cannot_be_written_to_are_told_first(command: Command, tmp_path: Path) -> None:
+    make_config(tmp_path, rows=100)
+    rows, tokenizer = tmp_path / "pretrain.jsonl", tmp_path / "tokenizer"
+    told = command("train", "pretrain", "--no-ray", "--train", rows, "--tokenizer", tokenizer, "--out", rows)
+    assert told.code == 1 and "is a file: name a directory" in told.err
+    before = (tokenizer / "tokenizer.json").read_bytes()
+    told = command("tokenizer", "train", rows, "--out", tokenizer)
+    assert told.code == 1 and "holds a tokenizer already" in told.err
+    assert (tokenizer / "tokenizer.json").read_bytes() == before
+
+
 def test_a_store_that_stays_away_does_not_keep_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(tmp_path, rows=60)
     start(job)

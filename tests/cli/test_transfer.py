@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minimind_ray.model.checkpoint import load_model, weights_fingerprint
+from minimind_ray.model.checkpoint import load_model, model_fingerprint
 from minimind_ray.model.lora import load_adapter
+from minimind_ray.model.minimind_pth import export_pth
 from tests.cli.conftest import Command, Models
 
 pytestmark = pytest.mark.unit
@@ -18,10 +20,11 @@ pytestmark = pytest.mark.unit
 
 def test_a_model_goes_to_pth_and_back(command: Command, models: Models, tmp_path: Path) -> None:
     file, back = tmp_path / "model.pth", tmp_path / "back"
-    assert command("export", models.run, file, "--float32").code == 0
+    told = command("export", models.run, file, "--float32").out.splitlines()[1]
+    assert told.startswith("MiniMind must be told in its MiniMindConfig") and "num_attention_heads = 4" in told
     outcome = command("import", file, back, "--tokenizer", models.tokenizer)
     assert "Qwen3ForCausalLM" in outcome.out and "4 heads, 2 key heads" in outcome.out
-    assert weights_fingerprint(back) == weights_fingerprint(models.base)
+    assert model_fingerprint(back) == model_fingerprint(models.base)
     half = tmp_path / "half.pth"
     assert command("export", models.base, half).code == 0
     assert half.stat().st_size < 0.6 * file.stat().st_size
@@ -56,7 +59,7 @@ def test_merged_weights_compute_what_base_and_adapter_do(command: Command, model
     merged = tmp_path / "merged"
     assert command("lora", "merge", models.adapter, merged, "--base", base).code == 0
     adapted = load_model(models.base)
-    load_adapter(adapted, models.adapter, weights_fingerprint(models.base))
+    load_adapter(adapted, models.adapter, model_fingerprint(models.base))
     tokens_N, bounds_D1 = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
     with torch.no_grad():
         theirs, ours = (m.eval()(tokens_N, bounds_D1) for m in (adapted, load_model(merged)))
@@ -74,6 +77,9 @@ BAD = [
     (["import", "{adapter}", "{new}"], "is an adapter, which is used as it is"),
     (["import", "{tokenizer}", "{new}"], "is no model"),
     (["import", "{broken}", "{new}"], "model.norm.weight is [3], not [64]"),
+    (["import", "{base}", "{new}", "--tokenizer", "{large}"], "tokens, fewer than the"),
+    (["import", "{whole}", "{new}", "--tokenizer", "{tokenizer}", "--experts-per-token", "3"], "has no experts; leave"),
+    (["import", "{whole}", "{new}", "--tokenizer", "{tokenizer}", "--rms-norm-eps", "0"], "give a number above 0"),
     (["import", "{file}", "{new}", "--base", "{base}"], "no MiniMind LoRA file"),
     (["import", "{file}", "{new}", "--base", "{adapter}"], "--base {adapter} is an adapter, not a whole model"),
     (["import", "{base}", "{new}", "--heads", "2"], "whose config.json says this: leave --heads out"),
@@ -102,7 +108,15 @@ def test_bad_input_is_one_sentence(
     save_file({**weights, "model.norm.weight": torch.ones(3)}, broken / "model.safetensors")
     file = tmp_path / "few.pth"
     torch.save({"model.embed_tokens.weight": weights["model.embed_tokens.weight"]}, file)
-    places = {**vars(models), "file": file, "new": tmp_path / "new", "broken": broken}
+    export_pth(models.base, tmp_path / "whole.pth")
+    large = shutil.copytree(models.tokenizer, tmp_path / "large")
+    content = json.loads((large / "tokenizer.json").read_text())
+    added = [{**content["added_tokens"][0], "id": 499, "content": "<|more|>"}]
+    (large / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], *added]}))
+    places = {
+        **vars(models), "file": file, "new": tmp_path / "new", "broken": broken, "whole": tmp_path / "whole.pth",
+        "large": large,
+    }  # fmt: skip
     outcome = command(*(arg.format_map(places) for arg in args))
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.load import config_keys, load_config, parse_override, to_yaml
+from minimind_ray.config.load import config_keys, load_config, parse_override, read_yaml, to_yaml
 from minimind_ray.config.schema import PRESETS, ModelConfig
 
 pytestmark = pytest.mark.unit
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.unit
 WRONG = [
     ({"optim.lrr": 1}, ["optim.lrr", "did you mean optim.lr?", "optim.weight_decay"]),
     ({"lr": 1}, ["lr", "did you mean optim.lr?"]),
+    ({"opt.lr": 1}, ["opt", "did you mean optim?"]),
     ({"optim.lr": "x"}, ["optim.lr", "the command line", "valid number", "'x'"]),
     ({"scale.workers": "2:x"}, ["scale.workers", "2:8", "'2:x'"]),
     ({"optim.weight_decay": True}, ["optim.weight_decay", "number", "True"]),
@@ -56,6 +57,8 @@ def test_later_sources_win_and_files_are_named(tmp_path) -> None:
         ("a: [1", "a.yaml:"),
         ("- 1", "mapping"),
         ("stage: sft", "stage is sft"),
+        ("optim:\n  lr: 1\ndata: {}\noptim:\n  clip: 2\n", "a.yaml:4: .*key optim appears twice"),
+        ("optim: {lr: 1, 'lr': 2}", "a.yaml:1: .*key lr appears twice"),
         ("!!python/object/apply:os.getcwd []", "a.yaml:1"),
     ],
 )
@@ -66,6 +69,28 @@ def test_bad_files(tmp_path, text: str, words: str) -> None:
         load_config("pretrain", [file])
     with pytest.raises(UserError, match="cannot be read"):
         load_config("pretrain", [tmp_path / "none.yaml"])
+
+
+def test_a_recipe_or_a_sweep_is_no_config(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    for text, command in {"stages: []": "minimind-ray run", "axes: {}": "minimind-ray tune --sweep"}.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=command):
+            load_config("sft", [file])
+
+
+def test_files_win_over_a_sweeps_settings(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {epochs: 3}")
+    config = load_config("sft", [file], trees={"sweep": {"train": {"epochs": 10, "seed": 4}}})
+    assert (config.train.epochs, config.train.seed) == (3, 4)
+
+
+def test_merge_keys_stay_and_a_stage_is_not_set(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("optim: &a {lr: 0.5, clip: 2}\nmore: {<<: *a, lr: 0.1}\n")
+    assert read_yaml(tmp_path / "a.yaml")["more"] == {"lr": 0.1, "clip": 2}
+    with pytest.raises(UserError, match="stage=dpo is set, but the command trains sft"):
+        load_config("sft", overrides={"stage": "dpo"})
 
 
 def test_yaml_round_trip() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,9 @@ def test_a_job_without_storage_writes_nothing_that_goes_away(monkeypatch: pytest
     with pytest.raises(UserError, match="MINIMIND_STORAGE"):
         output_path("runs/a")
     assert output_path("/mnt/a") == "/mnt/a"
+
+
+@pytest.mark.parametrize("of", [input_path, output_path])
+def test_an_empty_path_is_not_this_directory(of: Callable[[str], str]) -> None:
+    with pytest.raises(UserError, match="a path is empty"):
+        of("")

@@ -306,6 +306,29 @@ def test_a_bad_pair_says_why(tokenizer: Tokenizer, chosen: Any, rejected: Any, r
     assert outcome.reason.startswith(reason)
 
 
+def test_fields_that_nobody_reads_do_not_tell_turns_apart(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def pair(key: str, answer: str) -> dict[str, Any]:
+        return {"chosen": [{**USER, key: 1}, {**ANSWER, key: 2}], "rejected": [{**USER, key: 3}, {**ANSWER, key: 4,
+                "content": answer}]}  # fmt: skip
+
+    (kept, same), _ = encode(tokenizer, "dpo", pair("id", "3"), pair("id", str(ANSWER["content"])))
+    assert isinstance(kept, tuple) and answers(tokenizer, kept[0]) == ["It is 2.<|im_end|>\n"]
+    assert same == Reject("file.jsonl", 2, "chosen and rejected are the same")
+    tokenizer.save(tmp_path)
+    template = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].id }}" + template, "utf-8")
+    (told_apart,), _ = encode(Tokenizer.load(tmp_path), "dpo", pair("id", "3"))
+    assert told_apart == Reject("file.jsonl", 1, "chosen and rejected answer different prompts")
+
+
+def test_a_pair_that_is_the_same_once_cut_is_no_pair(tokenizer: Tokenizer) -> None:
+    long = "It is " * 60
+    value = {"chosen": [USER, {**ANSWER, "content": long + "2"}], "rejected": [USER, {**ANSWER, "content": long + "3"}]}
+    (outcome,), tally = encode(tokenizer, "dpo", value)
+    assert outcome == Reject("file.jsonl", 1, "chosen and rejected are the same in the 64 tokens that are kept")
+    assert tally == Tally(rejected=1)
+
+
 def test_texts_of_any_row() -> None:
     rows: list[dict[str, Any]] = [
         {"text": "a"},

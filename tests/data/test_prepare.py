@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -268,11 +269,37 @@ def test_too_many_rejects_stop_with_the_commonest_reason(tmp_path: Path, tokeniz
         prepare("pretrain", config(tmp_path, path), "train", tokenizer)
 
 
+def test_a_file_in_both_splits_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write(tmp_path / "rows" / "t.jsonl", jsonl(TEXTS[:200]))
+    val = write(tmp_path / "rows" / "v.jsonl", jsonl(TEXTS[200:]))
+    with pytest.raises(UserError, match=r"v.jsonl is in data.train and in data.val: .* without it$"):
+        prepare("pretrain", config(tmp_path, tmp_path / "rows", val=str(val)), "train", tokenizer)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+def test_a_damaged_file_stops_whatever_is_lost(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
+    whole = write(tmp_path / "whole.jsonl", jsonl([f"{i}" for i in range(5000)]))
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=20)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    else:
+        content = gzip.compress(jsonl(TEXTS))[:100]
+    write(path, bytes(content))
+    for fraction in (0.0, 0.5):  # It is one row of thousands that cannot be used; how many are lost is not known.
+        with pytest.raises(UserError, match=rf"lost in {path} .*data.max_reject_fraction to 1") as error:
+            prepare("pretrain", config(tmp_path, [whole, path], max_reject_fraction=fraction), "train", tokenizer)
+        assert str(whole) not in str(error.value)
+    prepared = prepare("pretrain", config(tmp_path, [whole, path], max_reject_fraction=1.0), "train", tokenizer)
+    assert prepared.manifest.total("kept") > 5000 and "damaged" in Path(prepared.rejects).read_text()
+
+
 def test_a_truncated_file_keeps_the_rows_before_the_break(tmp_path: Path, tokenizer: Tokenizer) -> None:
     numbers = random.Random(0)
     content = gzip.compress(jsonl([str(numbers.random()) for _ in range(5000)]))
     path = write(tmp_path / "x.jsonl.gz", content[: len(content) // 2])
-    prepared = prepare("pretrain", config(tmp_path, path), "train", tokenizer)
+    prepared = prepare("pretrain", config(tmp_path, path, max_reject_fraction=1.0), "train", tokenizer)
     assert prepared.manifest.total("kept") > 2000
     (reject,) = rejects_of(prepared)
     assert reject["line"] == prepared.manifest.total("rows")
@@ -325,6 +352,13 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path, tokenizer: 
     prepare("pretrain", config(tmp_path, write(tmp_path / "x.jsonl", jsonl(TEXTS))), "train", tokenizer)
     assert not old.exists()
     assert new.exists()
+
+
+def test_a_cache_whose_store_does_not_tell_the_time(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    fsspec.filesystem("memory").pipe("/untimed/units/half.parquet.tmp", b"half")
+    path = write(tmp_path / "x.jsonl", jsonl(TEXTS))
+    prepared = prepare("pretrain", config(tmp_path, path, cache_dir="memory://untimed"), "train", tokenizer)
+    assert prepared.manifest.total("kept") == 240
 
 
 def test_damage_to_the_cache_is_mended(tmp_path: Path, tokenizer: Tokenizer) -> None:

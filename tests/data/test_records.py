@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.data import records
-from minimind_ray.data.records import Part, Reject, Row, discover, parse_row, read_raw, read_rows
+from minimind_ray.data.records import Damage, Part, Reject, Row, discover, parse_row, read_raw, read_rows
 
 pytestmark = pytest.mark.unit
 
@@ -133,7 +133,7 @@ def test_a_truncated_file_gives_the_rows_before_the_break(tmp_path: Path, suffix
     assert 20_000 < len(rows) < 40_000
     assert [row.line for row in rows] == list(range(1, len(rows) + 1))
     assert all(isinstance(row, Row) for row in rows)
-    assert reject == Reject(
+    assert reject == Damage(
         str(tmp_path / f"x{suffix}"), len(rows) + 1, "the compressed file is truncated: it ends in the middle"
     )
 
@@ -141,7 +141,7 @@ def test_a_truncated_file_gives_the_rows_before_the_break(tmp_path: Path, suffix
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_damage_is_one_reject(tmp_path: Path, suffix: str) -> None:
     (reject,) = read_bytes(tmp_path, b"this was never compressed", suffix)
-    assert isinstance(reject, Reject)
+    assert isinstance(reject, Damage)
     assert reject.reason.startswith("the compressed file is damaged from here on")
 
 
@@ -196,6 +196,11 @@ def test_parquet_rows_that_json_cannot_hold_are_rejected(tmp_path: Path) -> None
     (reject,) = read(path)
     assert isinstance(reject, Reject)
     assert "a column of bytes" in reject.reason
+    when = pa.array([2**62, 0]).cast(pa.timestamp("us"))  # in the year 148108
+    pq.write_table(pa.table({"when": when}), path)
+    reject, row = read(path)
+    assert isinstance(reject, Reject) and isinstance(row, Row)
+    assert reject.reason.startswith("not a row that JSON can hold: ")
     # NaN is what pandas writes where there is nothing.
     pq.write_table(pa.table({"text": ["a", "b"], "score": [1.5, float("nan")]}), path)
     assert [row.value for row in read(path) if isinstance(row, Row)] == [{"text": "a", "score": 1.5}, {"text": "b"}]
@@ -205,7 +210,7 @@ def test_damaged_parquet_is_one_reject(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 but no more than that")
     (reject,) = read(path)
-    assert isinstance(reject, Reject)
+    assert isinstance(reject, Damage)
     assert "damaged" in reject.reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def test_too_many_bad_rows_in_a_piece(tmp_path: Path, good: int, bad: int, fract
         stream.check_first()
 
 
+def test_a_damaged_file_stops(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(f'{{"text": "It is {i}."}}\n' for i in range(300)).encode())
+    (tmp_path / "rows.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"lost in .*rows.jsonl.gz"):
+        stream_of(tmp_path, "rows.jsonl.gz", 0.5).check_first()
+    assert "1 rejected" in stream_of(tmp_path, "rows.jsonl.gz", 1.0).check_first()[1]
+
+
 def test_the_first_piece_says_what_a_token_takes(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, 3000, 0, 0.01)
     (unit,) = stream.units
@@ -42,6 +51,10 @@ def test_the_first_piece_says_what_a_token_takes(tmp_path: Path) -> None:
 def make_stream(directory: Path, good: int, bad: int, fraction: float) -> Stream:
     lines = [f'{{"text": "It is {i}."}}\n' for i in range(good)] + ['{"txt": ""}\n'] * bad
     (directory / "rows.jsonl").write_text("".join(lines))
-    config = DataConfig(train=str(directory / "rows.jsonl"), val_fraction=0.0, max_reject_fraction=fraction)
+    return stream_of(directory, "rows.jsonl", fraction)
+
+
+def stream_of(directory: Path, name: str, fraction: float) -> Stream:
+    config = DataConfig(train=str(directory / name), val_fraction=0.0, max_reject_fraction=fraction)
     encoding, sources = encoding_of("pretrain", config, "train", train_tokenizer(["It is 1."], 300))
     return Stream(tuple(plan_units(sources, encoding)), encoding, 0, str(directory / "rejects"))

@@ -199,6 +199,17 @@ def test_fingerprint_and_pickle(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert other.fingerprint != tokenizer.fingerprint
 
 
+@pytest.mark.parametrize("name", ["bos_token", "unk_token"])
+def test_the_fingerprint_knows_the_names_that_a_template_is_given(
+    tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    changes = {"chat_template": f"{{{{ {name} }}}}", "bos_token": "<|im_end|>"}  # what a missing one is replaced by
+    first = Tokenizer.load(rewrite(tmp_path, tokenizer, **changes))
+    other = Tokenizer.load(rewrite(tmp_path, tokenizer, **{**changes, name: None}))
+    assert (first.bos_id, first.render([])) != (other.bos_id, other.render([]))
+    assert first.fingerprint != other.fingerprint
+
+
 def rewrite(tmp_path: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
     """The tokenizer's directory with other settings; None removes one."""
     tokenizer.save(tmp_path)

@@ -18,8 +18,8 @@ from minimind_ray.model.checkpoint import (
     load_model,
     load_shape,
     load_weights,
+    model_fingerprint,
     save_model,
-    weights_fingerprint,
 )
 from minimind_ray.model.transformer import Transformer
 
@@ -75,18 +75,25 @@ def test_round_trip(shape: ModelShape, tmp_path: Path) -> None:
 
 
 def test_shards_and_16_bits_load_and_a_fingerprint_is_of_the_content(saved: Path) -> None:
-    model, before = load_model(saved), weights_fingerprint(saved)
+    model, before = load_model(saved), model_fingerprint(saved)
     shard(saved)
-    assert weights_fingerprint(saved) == before
+    assert model_fingerprint(saved) == before
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_model(saved).parameters(), strict=True))
 
     with torch.no_grad():
         model.model.norm.weight[0] += 1
     save_model(model, None, saved)
-    assert weights_fingerprint(saved) != before
+    assert model_fingerprint(saved) != before
     save_file({k: v.bfloat16() for k, v in model.state_dict().items()}, saved / "model.safetensors")
     loaded = load_model(saved)
     assert all(torch.equal(a.bfloat16().float(), b) for a, b in zip(model.parameters(), loaded.parameters()))
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 10.0}, {"rms_norm_eps": 0.1}])
+def test_a_fingerprint_is_of_what_tensors_do_not_show_too(changes: dict[str, Any], saved: Path) -> None:
+    before = model_fingerprint(saved)
+    change_config(saved, **changes)
+    assert model_fingerprint(saved) != before
 
 
 def test_load_weights_into_a_model_that_trains(saved: Path) -> None:

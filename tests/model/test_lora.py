@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import LoraConfig, ModelConfig
-from minimind_ray.model.checkpoint import load_model, save_model, weights_fingerprint
+from minimind_ray.model.checkpoint import load_model, model_fingerprint, save_model
 from minimind_ray.model.lora import (
     adapter_base,
     adapters,
@@ -178,6 +178,10 @@ def test_targets() -> None:
             target_names(make_model(), unknown)
     with pytest.raises(UserError, match=r"lora.targets is square, but no projection"):
         target_names(make_model({**DENSE, "head_dim": 8}), "square")
+    rank = make_model().model.embed_tokens.weight.shape[1]
+    add_lora(make_model(), LoraConfig(rank=rank), seed=0)
+    with pytest.raises(UserError, match=f"no matrix of lora.targets has more than rank {rank}"):
+        add_lora(make_model(), LoraConfig(rank=rank + 1), seed=0)
 
 
 def peft_logits(base: Path, adapter: Path, merge: bool = False) -> Tensor:
@@ -220,7 +224,7 @@ def test_peft_loads_ours_to_the_same_logits_and_merges_the_same(variant: str, tm
     model.eval()
     ours = logits(model).detach()
     assert (ours - plain).abs().max() > 0.1
-    fingerprint = weights_fingerprint(tmp_path / "base")
+    fingerprint = model_fingerprint(tmp_path / "base")
     save_adapter(model, tmp_path / "adapter", tmp_path / "base", fingerprint)
 
     torch.testing.assert_close(peft_logits(tmp_path / "base", tmp_path / "adapter"), ours, rtol=1e-4, atol=1e-4)
@@ -280,11 +284,11 @@ def test_we_load_what_peft_made(base: Path, tmp_path: Path, options: dict[str, A
 
     model = load_model(base).eval()
     plain = logits(model)
-    load_adapter(model, tmp_path / "theirs", weights_fingerprint(base))
+    load_adapter(model, tmp_path / "theirs", model_fingerprint(base))
     assert (expected - plain).abs().max() > 0.05
     torch.testing.assert_close(logits(model.eval()), expected, rtol=1e-4, atol=1e-4)
     # And back: peft reads what we save of it, also where not every layer is adapted.
-    save_adapter(model, tmp_path / "ours", base, weights_fingerprint(base))
+    save_adapter(model, tmp_path / "ours", base, model_fingerprint(base))
     torch.testing.assert_close(peft_logits(base, tmp_path / "ours"), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -292,24 +296,32 @@ def saved(base: Path, directory: Path, config: LoraConfig | None = None) -> Path
     model = load_model(base)
     add_lora(model, config or LoraConfig(), seed=0)
     train_a_little(model)
-    save_adapter(model, directory, base, weights_fingerprint(base))
+    save_adapter(model, directory, base, model_fingerprint(base))
     return directory
 
 
 def test_an_adapter_belongs_to_its_base(base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter")
-    assert adapter_base(adapter) == (str(base), weights_fingerprint(base))
+    assert adapter_base(adapter) == (str(base), model_fingerprint(base))
     model = load_model(base)
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
     save_model(model, None, tmp_path / "other")
-    with pytest.raises(UserError, match="trained on .*base with weights of hash .* not on this model"):
-        load_adapter(model, adapter, weights_fingerprint(tmp_path / "other"))
+    with pytest.raises(UserError, match="trained on .*base with config and weights of hash .* not on this model"):
+        load_adapter(model, adapter, model_fingerprint(tmp_path / "other"))
     assert not adapters(model)
 
 
+@pytest.mark.parametrize("begun", [True, False, "gaussian", None])
+def test_how_an_adapter_began_matters_only_to_its_base(begun: Any, base: Path, tmp_path: Path) -> None:
+    adapter = saved(base, tmp_path / "adapter")
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**content, "init_lora_weights": begun}))
+    load_adapter(load_model(base), adapter, model_fingerprint(base))
+
+
 def test_values_go_into_the_adapters_a_model_has(base: Path, tmp_path: Path) -> None:
-    adapter, fingerprint = saved(base, tmp_path / "adapter"), weights_fingerprint(base)
+    adapter, fingerprint = saved(base, tmp_path / "adapter"), model_fingerprint(base)
     model = load_model(base)
     add_lora(model, LoraConfig(), seed=5)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -330,12 +342,12 @@ def test_a_scale_that_is_written_as_an_alpha_is_the_same_scale(tmp_path: Path) -
     model, base = make_model(EXPERTS), tmp_path / "base"
     save_model(model, None, base)
     add_lora(model, config, seed=0)
-    save_adapter(model, tmp_path / "adapter", base, weights_fingerprint(base))
-    load_adapter(model, tmp_path / "adapter", weights_fingerprint(base))
+    save_adapter(model, tmp_path / "adapter", base, model_fingerprint(base))
+    load_adapter(model, tmp_path / "adapter", model_fingerprint(base))
 
 
 def test_what_does_not_fit_is_named(base: Path, tmp_path: Path) -> None:
-    adapter, fingerprint = saved(base, tmp_path / "adapter"), weights_fingerprint(base)
+    adapter, fingerprint = saved(base, tmp_path / "adapter"), model_fingerprint(base)
     config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     written, tensors = config.read_text(), load_file(weights)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -353,6 +365,9 @@ def test_what_does_not_fit_is_named(base: Path, tmp_path: Path) -> None:
     refused("peft_type is 'LOHA'; only LORA")
     with_config(rank_pattern={"q_proj": 4})
     refused("rank_pattern is set to .* not supported")
+    for begun in ("pissa", "pissa_niter_16", "OLoRA", "corda", "loftq"):
+        with_config(init_lora_weights=begun)
+        refused(f"init_lora_weights is '{begun}', which changes the base's weights too")
     with_config(r="8")
     refused("adapter_config.json: r: Input should be a valid integer")
     with_config(r=7)
@@ -391,7 +406,7 @@ def test_what_peft_has_no_form_for_is_refused() -> None:
 def test_the_file_says_which_weights_it_belongs_to(base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter")
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as f:
-        assert f.metadata() == {"base_fingerprint": weights_fingerprint(base)}
+        assert f.metadata() == {"base_fingerprint": model_fingerprint(base)}
     content = json.loads((adapter / "adapter_config.json").read_text())
     assert content["target_modules"] == ["o_proj", "q_proj"]
     assert (content["r"], content["lora_alpha"]) == (8, 8)

@@ -102,6 +102,13 @@ def test_bfloat16_stays_close(name: str) -> None:
         torch.testing.assert_close(got.float(), value.to(got.dtype).float(), rtol=2**-6, atol=1e-3)
 
 
+def test_log_probs_of_bfloat16_are_exact_to_float32() -> None:
+    torch.manual_seed(0)
+    logits, targets = (torch.randn(200, 6400) * 4).bfloat16(), torch.randint(6400, (200,))
+    exact = logits.double().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(ops.log_probs(logits, targets).double(), exact, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_is_the_same() -> None:
     """One operation, forward and backward; all are compiled by the same line."""

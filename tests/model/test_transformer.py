@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minimind_ray.config.schema import ModelConfig, ModelShape, RopeScaling
-from minimind_ray.model.checkpoint import load_model, load_shape, save_model, weights_fingerprint
+from minimind_ray.model.checkpoint import load_model, load_shape, model_fingerprint, save_model
 from minimind_ray.model.granite import is_granite, to_granite
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.throughput import parameter_counts
@@ -125,7 +125,7 @@ def test_loads_what_transformers_saves(name: str, tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "theirs").state_dict()
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
-    assert weights_fingerprint(tmp_path / "theirs") == weights_fingerprint(tmp_path / "ours")
+    assert model_fingerprint(tmp_path / "theirs") == model_fingerprint(tmp_path / "ours")
 
 
 def test_documents_do_not_see_each_other() -> None:

@@ -36,9 +36,10 @@ def test_workers_come_when_a_run_asks_for_them(place: Path) -> None:
     token.parent.mkdir()
     token.write_text("t" * 32)
     settings = ["data.max_seq_len=64", "data.pack_tokens=64", "batch.tokens=256", "schedule.warmup=1", "eval.samples=0"]
+    settings.append("data.val_fraction=0.2")
     command = [
         sys.executable, "-c", "from minimind_ray.cli.main import run; run()", "train", "pretrain", "--train", rows,
-        "--val", rows, "--tokenizer", make_tokenizer(place / "tokenizer"), "--out", place / "run", "--preset", "tiny",
+        "--tokenizer", make_tokenizer(place / "tokenizer"), "--out", place / "run", "--preset", "tiny",
         "--workers", 2, "--max-steps", 2, *(word for setting in settings for word in ("--set", setting)),
     ]  # fmt: skip
     env = {

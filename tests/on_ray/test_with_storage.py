@@ -83,6 +83,10 @@ SETTINGS = [
 ]
 
 
+# More than it gets to, however fast the machine.
+STEPS = 3000
+
+
 def content(store: fs.FileSystem, path: str) -> str:
     if store.get_file_info(path).type == fs.FileType.NotFound:
         return ""
@@ -95,7 +99,7 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
 ) -> None:
     run, log = "bucket/runs/x", tmp_path / "log"
     command = ["train", "pretrain", *DATA, *SETTINGS, "--workers", "2", "--out", "runs/x"]
-    command += ["--set", "eval.every=100", "--max-steps", "1200"]
+    command += ["--set", "eval.every=100", "--max-steps", str(STEPS)]
 
     def until_saved(process: subprocess.Popen[bytes], step: int) -> None:
         while f"step-{step:08}/resume/sums.json" not in " ".join(names(store, run)):
@@ -111,14 +115,6 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "another machine"))
     process = minimind(*command, "--resume", log=log)
     until_saved(process, 200)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) in (0, 130), log.read_text()
-    info = json.loads(content(store, f"{run}/run.json"))
-    assert info["state"] == "stopped" and info["steps"] >= 200, log.read_text()
-    assert ".stop" not in names(store, run)
-
-    process = minimind(*command, "--resume", log=log)
-    until_saved(process, info["steps"] // 100 * 100 + 100)
 
     def warned() -> bool:
         with suppress(FileNotFoundError):  # Copies go and come as they are made anew.
@@ -135,13 +131,16 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
     server.failing, server.silent = False, True
     time.sleep(5)
     server.silent = False
-    assert process.wait(400) == 0, log.read_text()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) in (0, 130), log.read_text()
     info = json.loads(content(store, f"{run}/run.json"))
-    assert info["state"] == "finished" and f"{info['result']}/model.safetensors" in names(store, run)
+    assert info["state"] == "stopped" and 200 <= info["steps"] < STEPS, log.read_text()
+    there = names(store, run)
+    assert ".stop" not in there and f"{info['result']}/model.safetensors" in there
+    assert f"checkpoints/step-{info['steps']:08}/resume/sums.json" in there
     lines = [json.loads(line) for line in content(store, f"{run}/metrics.jsonl").splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 1201))
+    assert [line["step"] for line in lines] == list(range(1, info["steps"] + 1))
     assert "the object store fails and is tried again" in " ".join(line.get("warning", "") for line in lines)
-    assert f"model: s3://{run}/{info['result']}" in log.read_text()
 
 
 def test_a_sweep_is_a_job_compared_and_its_report_fetched(
@@ -182,7 +181,7 @@ def test_a_sweep_is_a_job_compared_and_its_report_fetched(
 def test_pbt_exchanges_checkpoints_over_the_store(store: fs.FileSystem, tmp_path: Path) -> None:
     sweep, log = "bucket/sweeps/pbt", tmp_path / "log"
     command = ["tune", "pretrain", *DATA, *SETTINGS, "--axis", "optim.lr=1e-5,3e-5,1e-3,3e-3", "--scheduler", "pbt"]
-    command += ["--max-steps", "40", "--concurrent", "2", "--out", f"s3://{sweep}", "--set", "eval.every=4"]
+    command += ["--max-steps", "20", "--concurrent", "2", "--out", f"s3://{sweep}", "--set", "eval.every=2"]
     assert minimind(*command, log=log).wait(300) == 0, log.read_text()
     there = names(store, sweep)
     assert any(name.endswith("lineage.jsonl") for name in there), sorted(there)

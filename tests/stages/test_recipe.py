@@ -42,6 +42,17 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_setting_of_adapters_is_for_the_stages_that_train_one(recipe: Path) -> None:
+    content = read_recipe(recipe)
+    of_all, own = ({"dpo.dpo.lora": True, key: 4} for key in ("lora.rank", "sft.lora.rank"))
+
+    def ranks(overrides: dict[str, Any]) -> list[int]:
+        return [stage_config(content, i, "out", None, "data", overrides).lora.rank for i in range(3)]
+
+    assert ranks(of_all) == [8, 8, 4]
+    assert ranks(own) == [8, 4, 8]  # which the stage itself refuses
+
+
 def run(recipe: Path, capsys: pytest.CaptureFixture[str], **overrides: Any) -> str:
     keys = {key.replace("__", "."): value for key, value in overrides.items()}
     run_recipe(recipe, recipe.parent / "data", str(recipe.parent / "out"), keys, ray=False)
@@ -122,3 +133,13 @@ def test_overrides_name_a_key_or_a_stage_and_a_key(recipe: Path) -> None:
     assert config(1, optim__lr=0.5).optim.lr == 0.5
     with pytest.raises(UserError, match="nosuch"):
         config(1, sft__nosuch__key=1)
+    with pytest.raises(UserError, match="pretrian.optim.lr: .* stage of r, which are pretrain, sft, dpo"):
+        config(1, pretrian__optim__lr=1)
+
+
+def test_a_config_or_a_sweep_is_no_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    for text, command in {"optim: {lr: 1}": "train STAGE --config", "axes: {}": "tune --sweep"}.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"no recipe.*minimind-ray {command}"):
+            read_recipe(file)

@@ -10,19 +10,28 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import to_yaml
+from minimind_ray.config.schema import ModelConfig
 from minimind_ray.data.store import PackStore
+from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages import run as stages_run
 from minimind_ray.stages.run import run_here
+from minimind_ray.stages.use import Sampling, complete, open_trained
+from minimind_ray.train import loop
 from minimind_ray.train.context import PlainContext
+from minimind_ray.train.evaluate import Evaluation
 from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model, sound
-from tests.jobs import make_config, make_job, start
+from tests.jobs import make_config, make_job, rows_of, start
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +149,22 @@ def test_reference_is_computed_once_per_data_and_base(base: Path, tmp_path: Path
     train(make_job(tmp_path, "sft", 100, init_from=base_model))
     make_job(tmp_path, "dpo", 40, init_from=str(tmp_path / "run-sft"))
     assert len(calls) == 4
+    turned = shutil.copytree(resolve_model(base_model), tmp_path / "turned")
+    content = json.loads((turned / "config.json").read_text())
+    (turned / "config.json").write_text(json.dumps({**content, "rope_theta": 10.0}))
+    make_job(tmp_path, "dpo", 40, init_from=str(turned))
+    assert len(calls) == 6
+
+
+def test_a_reference_is_named_by_the_precision_that_auto_comes_to(base: Path, tmp_path: Path) -> None:
+    found: list[str] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        host = stages_run.Host(dtype=lambda precision, gpus, dtype=dtype: dtype)
+        config = make_config(
+            tmp_path, "dpo", 40, init_from=str(base / "run-pretrain"), train__precision="auto", data__val_fraction=0.0
+        )
+        found.append(str(stages_run.prepare_job(config, host).train_reference))
+    assert [path.rpartition("-")[2] for path in found] == ["float32.parquet", "bfloat16.parquet"]
 
 
 @pytest.mark.parametrize("stage", ["sft", "lora", "dpo"])
@@ -158,6 +183,101 @@ def test_stages_that_need_a_base_say_so(tmp_path: Path, stage: str) -> None:
 def test_base_and_model_section_must_agree(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model.hidden_size is 128, but init_from"):
         make_job(tmp_path, "sft", 50, init_from=str(base / "run-pretrain"), model__hidden_size=128)
+
+
+def test_a_preset_of_another_shape_than_the_base_is_refused(base: Path, tmp_path: Path) -> None:
+    from_base = {"init_from": str(base / "run-pretrain")}
+    with pytest.raises(UserError, match="model.preset minimind-3 has num_hidden_layers 8, but .* has 2; leave"):
+        make_job(tmp_path, "sft", 50, model__preset="minimind-3", **from_base)
+    # As given by the whole of a config that says nothing of it.
+    make_job(tmp_path, "sft", 50, model__preset=ModelConfig().preset, **from_base)
+
+
+@pytest.mark.parametrize("stage, adapters", [("lora", False), ("dpo", True)])
+def test_an_adapter_is_trained_with_its_bases_tokenizer(
+    base: Path, tmp_path: Path, stage: str, adapters: bool
+) -> None:
+    train_tokenizer([row["text"][::-1] for row in rows_of("pretrain", 300)], vocab_size=400).save(tmp_path / "other")
+    bare = shutil.copytree(resolve_model(base / "run-pretrain"), tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    # The same tokens and another chat template: for all weights, not for adapters.
+    shutil.copytree(base / "tokenizer", tmp_path / "template")
+    file = tmp_path / "template" / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    content["chat_template"] = "{# mine #}" + content["chat_template"]
+    file.write_text(json.dumps(content))
+
+    def job(base: Path, tokenizer: str, lora: bool) -> None:
+        settings = {"data__tokenizer": str(tmp_path / tokenizer), "data__max_reject_fraction": 1.0}
+        make_job(tmp_path, stage, 60, init_from=str(base), dpo__lora=lora, **settings)
+
+    for lora in {adapters, False}:
+        with pytest.raises(UserError, match="data.tokenizer .*other has other tokens than that of init_from .*; leave"):
+            job(base / "run-pretrain", "other", lora)
+    with pytest.raises(UserError, match="data.tokenizer .*template is not the one of init_from .*; leave data"):
+        job(base / "run-pretrain", "template", adapters)
+    job(bare, "other", adapters)
+    if stage == "dpo":
+        job(base / "run-pretrain", "template", False)
+
+
+@pytest.mark.parametrize(
+    "stage, settings, message",
+    [
+        ("dpo", {"lora__rank": 16}, "lora.rank is 16, but this run trains no adapter; leave it out, or set dpo.lora"),
+        ("sft", {"lora__dropout": 0.5}, "lora.dropout is 0.5, but this run trains no adapter; leave it out, or train"),
+        ("pretrain", {"lora__dora": True}, "lora.dora is True, but this run trains no adapter"),
+        ("dpo", {"dpo__simpo_gamma": 3.0}, "dpo.simpo_gamma is 3, but dpo.loss sigmoid has no such margin"),
+    ],
+)
+def test_a_setting_without_a_use_is_refused(
+    base: Path, tmp_path: Path, stage: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_job(tmp_path, stage, 60, init_from=str(base / "run-pretrain"), **settings)
+    if stage == "dpo":
+        uses = {"dpo__lora": True, "dpo__loss": "simpo"}
+        make_job(tmp_path, stage, 60, init_from=str(base / "run-pretrain"), **uses, **settings)
+        # Other trials of a sweep may use it.
+        config = make_config(tmp_path, stage, 60, init_from=str(base / "run-pretrain"), **settings)
+        stages_run.prepare_job(config, validation=config.data)
+
+
+def test_each_answer_has_its_own_room(base: Path, tmp_path: Path) -> None:
+    short = shutil.copytree(resolve_model(base / "run-pretrain"), tmp_path / "short")
+    content = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**content, "max_position_embeddings": 24}))
+    trained, sampling = open_trained(short, precision="float32"), Sampling(0.0, 1.0, 0, 1.0, 16, 0)
+    trained = replace(trained, tokenizer=SimpleNamespace(eos_id=-1))  # Nothing ends an answer but its room.
+    prompts = [[1, 60], [1, *[61] * 20], [1, 62, 63]]
+    together = list(complete(trained, prompts, sampling, batch_size=3))
+    assert [(len(ids), ended) for ids, ended in together] == [(16, False), (3, False), (16, False)]
+    assert together == [answer for prompt in prompts for answer in complete(trained, [prompt], sampling, 1)]
+
+
+@pytest.mark.parametrize("keep, result, validated", [(2, "step-00000003", 5.5), (9, "step-00000001", None)])
+def test_after_a_damaged_best_the_result_is_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, result: str, validated: float | None
+) -> None:
+    losses = iter([5.0, 6.0, 4.0, 5.5, 5.6, 5.7])  # of steps 1, 2, 3, and again 3, 4, 5
+
+    def evaluate(*args: Any, **kwargs: Any) -> Evaluation:
+        loss = next(losses)
+        examples = {"example": np.zeros(1), "loss": np.array([loss]), "count": np.ones(1)}
+        return Evaluation({"loss": loss}, examples)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    settings = {"checkpoint__every": 1, "eval__every": 1, "checkpoint__keep": keep, "eval__samples": 0}
+    job = make_job(tmp_path, rows=400, train__max_steps=5, **settings)
+    run, context = RunDirectory(start(job)), PlainContext()
+    context.should_stop = lambda: len(list(run.metrics())) == 2
+    job.run(context, job.data(context))
+    (resolve_model(run.path) / "model.safetensors").write_bytes(b"")
+    start(job, resume=True)
+    run_here(job)
+    assert run.info()["result"] == f"checkpoints/{result}" and sound(run.path / "checkpoints" / result)
+    file = run.path / "validation.parquet"
+    assert (pq.read_table(file)["loss"].to_pylist() if file.exists() else [None]) == [validated]
 
 
 def test_resume_is_exact_and_passes_over_a_damaged_checkpoint(tmp_path: Path, capsys) -> None:

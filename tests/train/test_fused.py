@@ -183,4 +183,5 @@ def test_what_cannot_be_trained_together(base: Path) -> None:
     assert "lora.dropout" in str(obstacle(configs(lora__dropout=0.1)))
     assert "train.precision" in str(obstacle(configs(train__precision="bfloat16")))
     assert "one worker" in str(obstacle(configs(scale__workers=2)))
-    assert "only adapters" in str(obstacle([job.config for job in jobs_of(base, "sft", [{}], "refused")]))
+    whole = jobs_of(base, "sft", [{"lora__targets": "square"}], "refused")
+    assert "only adapters" in str(obstacle([job.config for job in whole]))
