@@ -307,10 +307,12 @@ def _seed_effects(value_PS: np.ndarray, group_S: np.ndarray) -> np.ndarray:
     in_groups_S = group_S >= 0
     rows_PS = value_PS[np.isfinite(value_PS).any(1)][:, in_groups_S]
     for _ in range(50 if in_groups_S.any() else 0):
-        level_P = np.nanmean(rows_PS - effect_S[in_groups_S], 1)
+        before_S, level_P = effect_S.copy(), np.nanmean(rows_PS - effect_S[in_groups_S], 1)
         effect_S[in_groups_S] = np.nanmedian(rows_PS - level_P[:, None], 0)
         for group in range(group_S.max() + 1):
             effect_S[group_S == group] -= effect_S[group_S == group].mean()
+        if np.allclose(effect_S, before_S, rtol=1e-9, atol=0):
+            break
     return effect_S
 
 

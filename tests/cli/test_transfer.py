@@ -15,7 +15,7 @@ from minimind_ray.model.lora import load_adapter
 from minimind_ray.model.minimind_pth import export_pth
 from tests.cli.conftest import Command, Models
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 
 def test_a_model_goes_to_pth_and_back(command: Command, models: Models, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapt
 from minimind_ray.model.minimind_pth import export_lora_pth, export_pth, import_lora_pth, import_pth, read_pth
 from minimind_ray.model.transformer import Transformer
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 TOKENS = torch.tensor([1, 5, 3, 200, 17, 2, 9])
 MINIMIND_3 = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -194,9 +194,7 @@ def test_a_preset_of_another_shape_than_the_base_is_refused(base: Path, tmp_path
 
 
 @pytest.mark.parametrize("stage, adapters", [("lora", False), ("dpo", True)])
-def test_an_adapter_is_trained_with_its_bases_tokenizer(
-    base: Path, tmp_path: Path, stage: str, adapters: bool
-) -> None:
+def test_an_adapter_is_trained_with_its_bases_tokenizer(base: Path, tmp_path: Path, stage: str, adapters: bool) -> None:
     train_tokenizer([row["text"][::-1] for row in rows_of("pretrain", 300)], vocab_size=400).save(tmp_path / "other")
     bare = shutil.copytree(resolve_model(base / "run-pretrain"), tmp_path / "bare")
     (bare / "tokenizer.json").unlink()

@@ -67,6 +67,7 @@ def test_damage_is_named(copy: Path) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.slow
 def test_adapters_are_looked_at_with_their_magnitudes(trained: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path, "lora", 60, init_from=str(trained), data__tokenizer=None, lora__dora=True,
                    train__max_steps=2)  # fmt: skip

@@ -38,6 +38,7 @@ def simulate(
     return statistics(**data, draws=draws, random_seed=int(rng.integers(2**31))), data
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth() -> None:
     # 200 sweeps of 4 equal points: for each point 95 % of intervals, and 95 % of sweeps for all differences at once.
     rng = np.random.default_rng(0)
@@ -53,6 +54,7 @@ def test_intervals_cover_the_truth() -> None:
     assert np.mean(apart) <= 0.10
 
 
+@pytest.mark.slow
 def test_a_clear_difference_is_found_and_its_size_is_right() -> None:
     rng = np.random.default_rng(1)
     found, covered = [], []
@@ -141,6 +143,7 @@ def test_seeds_that_points_do_not_have_in_common() -> None:
     ],
     ids=["two sweeps", "two points", "one of another seed", "one seed in common"],
 )
+@pytest.mark.slow
 def test_equal_points_with_other_seeds_are_not_told_apart(points: list[int], seeds: list[int]) -> None:
     rng, apart = np.random.default_rng(7), []
     point_T, seed_T = np.array(points), np.array(seeds)

@@ -215,6 +215,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.slow
 def test_two_runs_are_two_also_in_one_directory_after_another(tmp_path: Path) -> None:
     first, second = [], []
     for ids in (first, second):
