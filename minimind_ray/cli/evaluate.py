@@ -98,6 +98,8 @@ def measure(
         raise UserError(f"{config.data.val}: no row is left to measure on; see {prepared.rejects}")
     objective = Preference(config.dpo, trained.model.shape) if preference else CausalLM(trained.model.shape)
     count = packs_within(PackStore(prepared.path), config.eval.max_tokens)
+    if count < prepared.manifest.n_packs:
+        say(f"measured on the first {count:,} packs, as eval.max_tokens {config.eval.max_tokens:,} says")
     evaluation = evaluate(
         trained.model, objective, islice(_packs(config, prepared.path, reference), count),
         token_bytes_V=torch.from_numpy(trained.tokenizer.token_bytes()).to(trained.device),

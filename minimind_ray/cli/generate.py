@@ -146,8 +146,13 @@ def _row_prompt(row: dict[str, Any], where: str) -> str | Talk:
     key = next((key for key in ("messages", "conversations") if key in row), None)
     if key is None:
         raise UserError(f"{where}: needs prompt (a text), or conversations or messages (a list of turns)")
+    turns = row[key]
+    while isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+        turns = turns[:-1]  # Also one that is empty, the place for the answer.
+    if turns == [] != row[key]:
+        raise UserError(f"{where}: {key} has no turn to answer")
     try:
-        messages, tools = conversation(row, key)
+        messages, tools = conversation({**row, key: turns}, key)
         if deeper([messages, tools], DEEPEST):  # as JSON in a text can be
             raise RecursionError
     except BadRowError as error:
@@ -155,10 +160,6 @@ def _row_prompt(row: dict[str, Any], where: str) -> str | Talk:
     except RecursionError:
         raise UserError(f"{where}: objects are nested too deeply") from None
     require_text(dumps([messages, tools], ensure_ascii=False), f"{where}: {key}")
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise UserError(f"{where}: {key} has no turn to answer")
     return Talk(messages, tools)
 
 

@@ -233,9 +233,14 @@ def _check_target(out: str) -> Path:
         raise UserError(
             f"{target} here is of this machine, and the cluster's results would come there: choose another --out"
         )
-    if (other := _fetched(target).get("out")) != out:
+    if _plain(other := str(_fetched(target).get("out"))) != _plain(out):
         raise UserError(f"{target} holds what was fetched of {other}, not of {out}: move or delete it")
     return target
+
+
+def _plain(out: str) -> str:
+    """Without what a shell's completion adds."""
+    return out.rstrip("/") if "://" in out else str(Path(out))
 
 
 def _fetched(target: Path) -> dict[str, Any]:

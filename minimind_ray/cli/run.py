@@ -52,6 +52,7 @@ def run_recipe(
     from minimind_ray.data.files import join
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.stages.recipe import read_recipe, require_sources, stage_config
+    from minimind_ray.track.wandb import require_key
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     recipe = read_recipe(path)
@@ -63,6 +64,8 @@ def run_recipe(
     # All configs and sources are looked at before anything starts: what the last stage lacks is found now.
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
     require_sources(configs)
+    for config in configs:
+        require_key(config)
     if not isinstance(tokenizer, str) and tokenizer:
         _make_tokenizer(tokenizer, join(out, "tokenizer"), data_dir, console)
     largest = max((c.scale for c in configs), key=lambda scale: scale.most * scale.cpus_per_worker)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
+from string import Formatter
 from typing import Any, NoReturn, TypeVar
 
 import jinja2
@@ -228,18 +229,18 @@ def _widths(form: str) -> int:
 
 
 def _makes(name: str, value: Any, args: list[Any]) -> int:
-    """The size, at most, of what a method or filter of that name makes of a value, if that is not the value's."""
+    """The size, at most, of what a method or filter of that name makes of a value; 0 where it is no more than that."""
+    if name not in GROWING or not args:
+        return 0
     size = _size(value)
-    if size > LARGEST_VALUE or not args:
-        return size
     given = max(map(_factor, args))
     longest = max(map(_size, args))
     match name:
         case "%":
-            return _widths(value) + value.count("%") * longest
+            return _widths(str(value)) + str(value).count("%") * longest
         case "format" | "format_map":
             form = str(value)
-            if re.search(r":[^{}]*\{", form):  # a width that is taken from elsewhere
+            if _takes_widths(form):
                 return LARGEST_VALUE + 1
             widths = sum(map(_widths, (form, *(a for a in args if isinstance(a, str)))))
             return widths + (form.count("{") + form.count("%")) * longest
@@ -261,7 +262,21 @@ def _makes(name: str, value: Any, args: list[Any]) -> int:
         case "center" | "ljust" | "rjust" | "zfill" | "to_bytes":
             return max(size, given)
         case _:
-            return size
+            raise AssertionError(name)
+
+
+GROWING = {
+    "%", "format", "format_map", "replace", "translate", "wordwrap", "urlize", "join", "sum", "expandtabs", "indent",
+    "tojson", "batch", "slice", "center", "ljust", "rjust", "zfill", "to_bytes",
+}  # fmt: skip
+
+
+def _takes_widths(form: str) -> bool:
+    """Whether a form's field takes its width from another one, as {:{}} does."""
+    try:
+        return any("{" in (spec or "") for _, _, spec, _ in Formatter().parse(form))
+    except ValueError:  # It is no form, and fails by itself.
+        return False
 
 
 def _bounded(name: str, function: Any) -> Any:
@@ -277,7 +292,7 @@ def _bounded(name: str, function: Any) -> Any:
         if name == "join":
             _require_small(_makes(name, str(given[0]) if given else "", [value]))
         else:
-            _require_small(_makes(name, value, given))
+            _require_small(_makes("%" if name == "format" else name, value, given))
         result = function(*context, value, *rest, **kwargs)
         return _counted(result) if isinstance(result, Iterator) else _small(result)
 

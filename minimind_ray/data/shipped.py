@@ -51,7 +51,7 @@ def resolve_paths(config: Config) -> Config:
     def inputs(paths: str | list[str] | None) -> str | list[str] | None:
         if isinstance(paths, list):
             return [keep_shipped(input_path(path)) for path in paths]
-        return paths and keep_shipped(input_path(paths))
+        return None if paths is None else keep_shipped(input_path(paths))
 
     data = config.data.model_copy(
         update={

@@ -238,13 +238,14 @@ def split_seeds(value_PS: np.ndarray) -> SeedSpread:
     `value_PS` holds NaN where a point lacks a seed. A point with one seed borrows the pooled variance, and so does one
     whose seeds no other point has (of a sweep that began with another), where others have theirs in common.
     """
-    points, seeds = value_PS.shape
-    there_PS = np.isfinite(value_PS)
-    several_PS = there_PS & (there_PS.sum(1) > 1)[:, None]
-    group_S = _groups(several_PS & (several_PS.sum(0) > 1))
-    used_PS = several_PS & (group_S >= 0)
-    if not (used_PS.sum(1) > 1).any():  # No effect can be told from the points' own variance, which holds it then.
-        group_S, used_PS = np.full(seeds, -1), several_PS
+    points, there_PS = len(value_PS), np.isfinite(value_PS)
+    several_PS = used_PS = there_PS & (there_PS.sum(1) > 1)[:, None]
+    # Seeds with two points and points with two such seeds: one alone says nothing of the other.
+    while (fewer_PS := used_PS & (used_PS.sum(0) > 1) & (used_PS.sum(1) > 1)[:, None]).sum() < used_PS.sum():
+        used_PS = fewer_PS
+    group_S = _groups(used_PS)
+    if not used_PS.any():  # No effect can be told from the points' own variance, which holds it then.
+        used_PS = several_PS
     free_P = np.maximum(used_PS.sum(1) - 1, 0)
     known_P = free_P > 0
     effect_S = _seed_effects(np.where(used_PS & known_P[:, None], value_PS, np.nan), group_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -129,17 +130,20 @@ class Preparation:
         self.validation = base.data
         self.jobs: dict[Hashable, Job] = {}
         self.checked: set[Hashable] = set()
+        self.checks = True
         self.units = self.references = 0
-        self.host, self.own, self.say = Host(self._run_units, self._compute_reference, host.dtype), host, say
+        # Asked once: later, trials hold what a worker would need to be asked.
+        dtype = functools.cache(host.dtype)
+        self.host, self.own, self.say = Host(self._run_units, self._compute_reference, dtype), host, say
 
     def work_here(self) -> None:
-        """From now on, do what is left in this process."""
-        self.own = Host()
+        """From now on, do what is left in this process; and a trial that its stage refuses fails by itself."""
+        self.own, self.checks = Host(), False
 
     def job(self, config: Config) -> Job:
         """The job of a trial. Raises as `prepare_job`."""
         stage = repr((config.stage, config.init_from, config.data.tokenizer, config.model, config.lora, config.dpo))
-        if stage not in self.checked:  # More of it than the data that trials share depends on.
+        if self.checks and stage not in self.checked:  # More of it than the data that trials share depends on.
             check_stage(config, load_tokenizer(config))
             self.checked.add(stage)
         key = (

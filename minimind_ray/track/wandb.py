@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import in_job
 from minimind_ray.config.reading import read_json
 from minimind_ray.config.schema import Config
 
@@ -170,15 +171,11 @@ def open_tracker(
         UserError: `track.wandb` is online, and there is no key, or W&B refuses it or cannot be reached.
     """
     mode = config.track.wandb
-    if os.environ.get("WANDB_MODE") == "":
-        del os.environ["WANDB_MODE"]  # Unset, as a shell has it; W&B itself would refuse it.
     if mode == "auto":
         mode = MODES.get(os.environ.get("WANDB_MODE", ""), "auto")
     if mode == "off":
         return None
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    # Not W&B's own process of a parent: there the run would be in use for ever, should this process be killed.
-    os.environ.pop("WANDB_SERVICE", None)
+    _own_environment()
     tracker = None if mode == "offline" else _open_online(config, info, base)
     tracker = tracker or WandbTracker(config, info, "offline", base)
     texts = {line["step"]: line["samples"] for line in samples}
@@ -188,9 +185,14 @@ def open_tracker(
 
 
 def require_key(config: Config) -> None:
-    """Before a run is made: raises UserError where `track.wandb` is online and W&B has no key."""
-    if config.track.wandb != "online":
+    """Before a run is made, where this machine trains it: a cluster's may have a key that this one has not.
+
+    Raises:
+        UserError: `track.wandb` is online, and W&B has no key.
+    """
+    if config.track.wandb != "online" or os.environ.get("RAY_ADDRESS") or in_job():
         return
+    _own_environment()
     import wandb
 
     try:
@@ -201,6 +203,15 @@ def require_key(config: Config) -> None:
         wandb.teardown()
     if not there:
         raise UserError(NO_KEY)
+
+
+def _own_environment() -> None:
+    """Before W&B is imported: what it would take from the environment, and shall not."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if os.environ.get("WANDB_MODE") == "":
+        del os.environ["WANDB_MODE"]  # Unset, as a shell has it; W&B itself would refuse it.
+    # Not W&B's own process of a parent: there the run would be in use for ever, should this process be killed.
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 def _has_key() -> bool:

@@ -69,6 +69,11 @@ def test_prompts_come_from_files_and_batches_change_nothing(command: Command, mo
     for size in (1, 2, 32):
         out = command("generate", models.other, "--file", file, *GREEDY, "--json", "--batch-size", size).out
         assert [json.loads(line)["answer"] for line in out.splitlines()] == expected
+    # The place for the answer, as Parquet and many jsonl files have it.
+    for empty in ("", None):
+        blank = write_jsonl(tmp_path / "p.jsonl", [{"messages": [talk[0], {"role": "assistant", "content": empty}]}])
+        out = command("generate", models.other, "--file", blank, *GREEDY, "--json").out
+        assert [json.loads(line)["answer"] for line in out.splitlines()] == expected[1:2]
     lines = tmp_path / "p.txt"
     lines.write_text("\ufefffirst\n\nsecond\n", encoding="utf-8")
     out = command("generate", models.run, "--file", lines, *GREEDY).out

@@ -107,7 +107,8 @@ def test_what_is_fetched_of_one_directory_does_not_mix_with_another(
     made[:] = ["sweep.json", "trials/b/trial.json"]
     assert watch("s3://bucket/one/dpo") == {"fetched/dpo", "fetched/dpo/trials", "fetched/dpo/trials/b"}
     assert (tmp_path / "fetched/dpo/notes.txt").exists()
-    with pytest.raises(UserError, match="holds what was fetched of s3://bucket/one/dpo, not of s3://bucket/two/dpo"):
+    assert watch("s3://bucket/one/dpo/") == {"fetched/dpo", "fetched/dpo/trials", "fetched/dpo/trials/b"}
+    with pytest.raises(UserError, match="holds what was fetched of s3://bucket/one/dpo/, not of s3://bucket/two/dpo"):
         watch("s3://bucket/two/dpo")
     with pytest.raises(UserError, match="leads out of the working directory"):
         watch("../dpo")

@@ -89,6 +89,8 @@ def test_what_templates_do_is_what_jinja_does() -> None:
         "{{ 'a b'|wordwrap(1) }}{{ [1, 2]|map('string')|reverse|join('+') }}": "a\nb2+1",
         "{{ messages|groupby('role')|map(attribute='grouper')|first }}{{ messages[0].items()|list|length }}": "user2",
         "{{ '%s' % {'a': 1} }}{{ '{a}{b}'.format(a=1, b='c') }}{{ '{a}'.format_map({'a': 2}) }}": "{'a': 1}1c2",
+        "{{ 'a: {}'.format(1) }}{{ '{a}: {b}'.format(a=1, b=2) }}{{ '{{x: {}}}'.format(3) }}": "a: 11: 2{x: 3}",
+        """{{ '{"args": {%s}}'|format('b') }}""": '{"args": {b}}',
         "{{ 'a'|center(3) }}{{ 'a b'.split(' ') }}{{ ', '.join(['a', 'b']) }}": " a ['a', 'b']a, b",
     }
     assert {source: render(source) for source in cases} == cases

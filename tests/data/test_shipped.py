@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.data.records import discover
 from minimind_ray.data.shipped import keep_shipped, resolve_paths
@@ -68,3 +69,9 @@ def test_elsewhere_files_stay_where_they_are(tmp_path: Path, monkeypatch: pytest
     assert keep_shipped(here) != here
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     assert keep_shipped(here) == here
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.val", "data.tokenizer", "init_from", "out"])
+def test_an_empty_path_is_none_of_a_config(key: str) -> None:
+    with pytest.raises(UserError, match="a path is empty"):
+        resolve_paths(load_config("pretrain", overrides={key: ""}))

@@ -127,6 +127,13 @@ def test_seeds_that_points_do_not_have_in_common() -> None:
     spread = split_seeds(np.array([[1.3, 0.7, 1.0, nan], [1.3, 0.7, 1.0, nan], [1.3, nan, nan, 1.0]]))
     assert spread.effect_S == pytest.approx([0.3, -0.3, 0, 0]) and spread.group_S.tolist() == [0, 0, 0, -1]
     assert spread.unadjusted(np.array([[0.5, 0, 0, 0.5]])) == pytest.approx(np.array([[1 / 6] * 3 + [1 / 2]]))
+    # Seeds in common that tie points into a chain: there is nothing left to tell effects from chance by.
+    chain = [(0, 0), (0, 1), (1, 0), (1, 2), (2, 1), (2, 3)]
+    value_PS = np.full((3, 4), nan)
+    for number, place in enumerate(chain):
+        value_PS[place] = number
+    spread = split_seeds(value_PS)
+    assert (spread.common, spread.common_free) == (0, 0) and np.isfinite(spread.own_P).all()
     # No seed in common at all: what seeds do to all alike is in each point's own variance.
     spread = split_seeds(np.array([[1.1, 0.9, nan, nan], [nan, nan, 2.3, 1.7]]))
     assert (spread.common, spread.common_free) == (0, 0) and not spread.effect_S.any()

@@ -329,6 +329,25 @@ def test_without_a_key_no_run_is_made(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UserError) and "there is no key" in str(result.exception)
     assert not out.exists()
+    recipe = tmp_path / "recipe.yaml"
+    stages = [{"name": "pretrain", "settings": {"data": {"train": "pretrain.jsonl"}}}]
+    settings = {"track": {"wandb": "online"}}
+    recipe.write_text(json.dumps({"name": "r", "tokenizer": "tokenizer", "settings": settings, "stages": stages}))
+    result = CliRunner().invoke(app, ["run", str(recipe), "--data-dir", str(tmp_path), "--no-ray", "--out", str(out)])
+    assert isinstance(result.exception, UserError) and "there is no key" in str(result.exception)
+    assert not out.exists()
+
+
+@pytest.mark.unit
+def test_what_the_environment_says_of_w_and_b(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "")
+    with pytest.raises(UserError, match="there is no key"):
+        require_key(config_of(tmp_path, "online"))
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+    # A cluster's machines may have one.
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    require_key(config_of(tmp_path, "online"))
 
 
 @pytest.mark.unit
