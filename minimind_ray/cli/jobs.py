@@ -12,7 +12,6 @@ import typer
 
 from minimind_ray.cli.flags import FLAGS, config_from_flags
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.reading import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -245,6 +244,8 @@ def _plain(out: str) -> str:
 
 def _fetched(target: Path) -> dict[str, Any]:
     """What was fetched into a directory; {} where nothing was."""
+    from minimind_ray.config.reading import read_json
+
     return read_json(target / FETCHED) if (target / FETCHED).exists() else {}
 
 

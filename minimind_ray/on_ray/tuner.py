@@ -54,7 +54,7 @@ from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.loop import last_sound_checkpoint
-from minimind_ray.train.run import RunDirectory, resolve_model
+from minimind_ray.train.run import VALIDATION, RunDirectory, resolve_model
 
 NESTED_DRIVER = 0.001  # Zero is refused, and the default of 1 CPU would take a worker's place.
 
@@ -67,7 +67,6 @@ SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
-EXAMPLES = "validation.parquet"
 Point = dict[str, Any]
 Event = Literal["started", "validated", "ended"]
 Watch = Callable[[Path, Event, Mapping[str, Any]], None]
@@ -222,7 +221,7 @@ class _Trial(tune.Trainable):
         (Path(checkpoint_dir) / "trial").write_text(run.where)
         for path in {last, best}:
             shutil.copytree(path, Path(checkpoint_dir) / path.name)
-        if (examples := run.path / EXAMPLES).exists():
+        if (examples := run.path / VALIDATION).exists():
             shutil.copy(examples, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -238,9 +237,9 @@ class _Trial(tune.Trainable):
         for path in directory.glob("step-????????"):
             shutil.copytree(path, run.checkpoint_path(path.name))
         # It is of the best checkpoint, which may stay the best.
-        (run.path / EXAMPLES).unlink(missing_ok=True)
-        if (directory / EXAMPLES).exists():
-            shutil.copy(directory / EXAMPLES, run.path)
+        (run.path / VALIDATION).unlink(missing_ok=True)
+        if (directory / VALIDATION).exists():
+            shutil.copy(directory / VALIDATION, run.path)
         run.write("config.yaml", to_yaml(self.job.config))
         last = run.checkpoints()[-1].name
         lineage = {"step": int(last.removeprefix("step-")), "from": Path(donor).name, "checkpoint": last}

@@ -82,7 +82,7 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
         raise UserError(
             "data.train is an axis, so data.val must be set: trials are compared on the same validation data"
         )
-    for key in [axis.key for axis in axes if not applies(axis.key, base, axes)]:
+    for key in [axis.key for axis in axes if not _applies(axis.key, base, axes)]:
         raise UserError(f"{key} changes nothing in {base.stage}: leave that axis out")
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
@@ -105,7 +105,7 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
     return replace(plan, trials=tuple(plan.in_place(trial) for trial in trials))
 
 
-def applies(key: str, base: Config, axes: Sequence[Axis]) -> bool:
+def _applies(key: str, base: Config, axes: Sequence[Axis]) -> bool:
     """Whether a config key has a meaning for the sweep's stage at all."""
     if key.startswith("lora."):
         return base.trains_adapter or any(axis.key == "dpo.lora" for axis in axes)

@@ -23,7 +23,7 @@ from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import StageName
 from minimind_ray.data.storage import mirror_of, url_of
-from minimind_ray.train.run import inside, read_jsonl
+from minimind_ray.train.run import VALIDATION, inside, read_jsonl
 
 Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str | None | list[str | int | float]
 """What an axis may hold."""
@@ -226,7 +226,7 @@ def read_trial(path: Path) -> Trial:
         metrics=metrics,
         samples=_read_lines(path / "samples.jsonl", SamplesLine),
         lineage=_read_lines(path / "lineage.jsonl", LineageLine),
-        validation=read_validation(path / "validation.parquet"),
+        validation=read_validation(path / VALIDATION),
     )
 
 

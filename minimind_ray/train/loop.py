@@ -35,7 +35,7 @@ from minimind_ray.train.evaluate import Evaluation, drop_stale, evaluate, packs_
 from minimind_ray.train.footprint import settle_pass_tokens
 from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.optim import FlatGradients, build_adamw
-from minimind_ray.train.run import RunDirectory, resolve_model, sound
+from minimind_ray.train.run import VALIDATION, RunDirectory, resolve_model, sound
 from minimind_ray.train.schedule import lr_factor, shortfall
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast, training_step
 from minimind_ray.train.throughput import measure_matmul_flops, training_flops_per_token
@@ -265,7 +265,7 @@ def _training(
         # Gone, if a better one came after it and was found damaged.
         if progress.best and run.checkpoint_path(progress.best) not in run.checkpoints():
             progress.best, progress.best_value = None, math.inf
-        drop_stale(run.path / "validation.parquet", progress.best_value)
+        drop_stale(run.path / VALIDATION, progress.best_value)
         writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
         run.update(compiled=compiled(), pass_tokens=pass_tokens)
         base = resolve_model(config.init_from) if config.init_from else None

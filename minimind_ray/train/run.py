@@ -35,6 +35,7 @@ from minimind_ray.config.schema import Config
 from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_of
 
 CHECKPOINT_SUMS = MARK
+VALIDATION = "validation.parquet"
 UNFINISHED = ".writing-"
 # What may change between stop and resume without making it another run.
 FREE_KEYS = (
@@ -263,7 +264,7 @@ class RunDirectory:
             raise
         # Before the checkpoint: a run that is killed here writes both again.
         if validation:
-            examples.replace(self.path / "validation.parquet")
+            examples.replace(self.path / VALIDATION)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
