@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,12 +31,40 @@ def import_(
         int | None,
         typer.Option(min=1, help="of a .pth model; default: 2 for MiniMind-2, 1 for 3", show_default=False),
     ] = None,
+    norm_topk_prob: Annotated[
+        bool | None,
+        typer.Option(
+            "--norm-topk-prob/--no-norm-topk-prob",
+            help="of a .pth model: the weights of a token's experts add up to 1; default: they do",
+            show_default=False,
+        ),
+    ] = None,
+    router_aux_loss_coef: Annotated[
+        float | None,
+        typer.Option(
+            help="of a .pth model, for training; default: 0.01 for MiniMind-2, 5e-4 for 3", show_default=False
+        ),
+    ] = None,
     rope_theta: Annotated[
         float | None, typer.Option(min=1, help="of a .pth model; default: 1e6", show_default=False)
+    ] = None,
+    inference_rope_scaling: Annotated[
+        bool | None,
+        typer.Option(
+            "--inference-rope-scaling/--no-inference-rope-scaling",
+            help="of a .pth model: use it with MiniMind's YaRN; default: without",
+            show_default=False,
+        ),
+    ] = None,
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(min=1, help="of a .pth model; default: 32768", show_default=False)
     ] = None,
     rms_norm_eps: Annotated[
         float | None,
         typer.Option(help="of a .pth model; default: 1e-5 for MiniMind-2, 1e-6 for 3", show_default=False),
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="of a .pth model, for training; default: 0", show_default=False)
     ] = None,
 ) -> None:
     """Make a model directory (or with --base an adapter directory) of ours; what does not fit is named."""
@@ -44,8 +73,14 @@ def import_(
     from minimind_ray.model.minimind_pth import import_lora_pth, import_pth
     from minimind_ray.stages.start import whole_model
 
-    of_model = {"--heads": heads, "--experts-per-token": experts_per_token, "--rope-theta": rope_theta,
-                "--rms-norm-eps": rms_norm_eps}  # fmt: skip
+    given = {
+        "num_attention_heads": heads, "num_experts_per_tok": experts_per_token, "norm_topk_prob": norm_topk_prob,
+        "router_aux_loss_coef": router_aux_loss_coef, "rope_theta": rope_theta,
+        "inference_rope_scaling": inference_rope_scaling, "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": rms_norm_eps, "dropout": dropout,
+    }  # fmt: skip
+    settings = {name: value for name, value in given.items() if value is not None}
+    of_model = {_flag(name): value for name, value in settings.items()}
     if source.is_dir():
         _refuse({"--base": base, **of_model}, f"{source} is a directory, whose config.json says this")
         shape = _import_directory(source, out, tokenizer)
@@ -62,12 +97,31 @@ def import_(
             "or for a LoRA file its model with --base DIR"
         )
     else:
-        shape = import_pth(
-            source, tokenizer, out,
-            heads=heads, experts_per_token=experts_per_token, rope_theta=1e6 if rope_theta is None else rope_theta,
-            rms_norm_eps=rms_norm_eps,
-        )  # fmt: skip
+        shape = import_pth(source, tokenizer, out, settings)
+        _describe(out, shape)
+        _print_assumed(shape, settings)
+        return
     _describe(out, shape)
+
+
+def _flag(setting: str, value: object = None) -> str:
+    """The option of `import` for a setting of MiniMind's config, and its value where one is given."""
+    short = {"num_attention_heads": "heads", "num_experts_per_tok": "experts-per-token"}
+    name = short.get(setting, setting.replace("_", "-"))
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}" if value is None else f"--{name} {value:g}"
+
+
+def _print_assumed(shape: ModelShape, given: Mapping[str, object]) -> None:
+    from minimind_ray.model.minimind_pth import settings_not_in_file
+
+    defaults = settings_not_in_file(shape.qk_norm, shape.num_experts > 0)
+    assumed = [_flag(name, value) for name, value in defaults.items() if name not in given]
+    fixed = "hidden_act silu, seq_aux true" if shape.num_experts and not shape.qk_norm else "hidden_act silu"
+    print(f"assumed (not in the file): {' '.join([*assumed, ''])}{fixed} (no other is supported)")
+    if assumed:
+        print("If the model was trained with other values, import it again with these.")
 
 
 def _refuse(options: dict[str, object], why: str) -> None:

@@ -1,8 +1,9 @@
 """MiniMind's .pth files to our directories and back: MiniMind-2 (Llama's shape, with experts GraniteMoeShared's) and 3
 (Qwen3's), dense, MoE and LoRA.
 
-A .pth file is a dict of tensors by name, as torch.save writes it, mostly in half precision; it says nothing of the
-model's shape, which is read off the tensors. Files are mapped, never unpickled beyond tensors.
+A .pth file is a dict of tensors by name, as torch.save writes it, mostly in half precision. Sizes are read off the
+tensors; the rest of MiniMind's config is not in the file, see `settings_not_in_file`. Files are mapped, never
+unpickled beyond tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import MINIMIND_2, MINIMIND_2_MOE, MINIMIND_3, LoraConfig, ModelShape, RopeScaling
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import expected_tensors, load_model, model_fingerprint, save_model
+from minimind_ray.model.granite import is_granite
 from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter, target_names
 from minimind_ray.model.transformer import Transformer
 
@@ -32,29 +34,39 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LORA_KEY = re.compile(r"(.+)\.lora\.([AB])\.weight")
 
 
+def settings_not_in_file(qk_norm: bool, experts: bool) -> dict[str, Any]:
+    """The settings that a .pth file of this kind does not hold, with MiniMind's defaults, by MiniMind-3's names.
+
+    Without them: those that tensors show; flash_attn, which changes no result; token ids, which are the tokenizer's;
+    and hidden_act, scoring_func and seq_aux, of which Transformer computes only the default.
+    """
+    family = MINIMIND_3 if qk_norm else MINIMIND_2
+    settings = {
+        "rope_theta": 1e6, "inference_rope_scaling": False, "max_position_embeddings": 32768,
+        "rms_norm_eps": family["rms_norm_eps"], "dropout": 0.0,
+    }  # fmt: skip
+    if not qk_norm:
+        settings["num_attention_heads"] = family["num_attention_heads"]
+    if experts:
+        settings |= {"num_experts_per_tok": 1, "norm_topk_prob": True, "router_aux_loss_coef": 5e-4}
+    return settings | (MINIMIND_2_MOE if experts and not qk_norm else {})
+
+
 def import_pth(
-    path: str | Path,
-    tokenizer_dir: str | Path,
-    out_dir: str | Path,
-    *,
-    heads: int | None = None,
-    experts_per_token: int | None = None,
-    rope_theta: float = 1e6,
-    rms_norm_eps: float | None = None,
+    path: str | Path, tokenizer_dir: str | Path, out_dir: str | Path, settings: Mapping[str, Any] | None = None
 ) -> ModelShape:
     """Write a MiniMind model file as a Hugging Face model directory, and return its shape.
 
-    What tensors do not show is MiniMind's default unless given: `experts_per_token` (2 for MiniMind-2, 1 for 3),
-    `rope_theta`, `rms_norm_eps` (1e-5 and 1e-6), and `heads` for MiniMind-2 (8; MiniMind-3's follow from its q_norm).
+    `settings` replace defaults of `settings_not_in_file`.
 
     Raises:
-        UserError: the file cannot be read, holds other things than tensors, or is no MiniMind model; or the tokenizer
-            has more tokens than the model.
+        UserError: the file cannot be read, holds other things than tensors, or is no MiniMind model; a setting is
+            impossible or not this model's; or the tokenizer has more tokens than the model.
     """
     path = Path(path)
     tokenizer = Tokenizer.load(tokenizer_dir)
     tensors = read_pth(path)
-    shape = _shape_of(tensors, path, heads, experts_per_token, rope_theta, rms_norm_eps)
+    shape = _shape_of(tensors, path, settings or {})
     require_room(shape, tokenizer, path)
     if shape.tie_word_embeddings:
         tensors.pop(HEAD, None)
@@ -86,8 +98,8 @@ def export_pth(
             model.
     """
     model = load_model(directory)
-    if not model.shape.qk_norm:
-        _require_normalised(directory, model.shape.num_experts, model.shape.num_experts_per_tok)
+    if is_granite(model.shape):
+        _require_normalised(directory, model.shape.num_experts_per_tok, model.shape.norm_topk_prob)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     tensors.setdefault(HEAD, tensors[EMBEDDING])
     _write(tensors, Path(path), dtype)
@@ -95,29 +107,33 @@ def export_pth(
 
 
 def minimind_settings(shape: ModelShape) -> dict[str, object]:
-    """What MiniMindConfig must be told for this model, as its defaults are others.
+    """The MiniMindConfig arguments of this model that differ from its defaults.
 
-    MiniMind reads nothing of it off the file, and its scripts have options for hidden_size, num_hidden_layers, use_moe
-    and inference_rope_scaling alone. MiniMind-2 ties embeddings whatever it is told: to untie them, change its code.
+    MiniMind reads no setting off the file, and its scripts have options for hidden_size, num_hidden_layers, use_moe
+    and inference_rope_scaling alone. MiniMind-2 always ties embeddings: to untie them, change its code.
     """
     scaled, experts = shape.rope_scaling is not None, shape.num_experts
-    ours: dict[str, object] = {**shape.model_dump(), "n_routed_experts": experts, "inference_rope_scaling": scaled}
+    ours: dict[str, object] = {
+        **shape.model_dump(), "inference_rope_scaling": scaled,
+        "n_routed_experts": experts, "aux_loss_alpha": shape.router_aux_loss_coef,
+    }  # fmt: skip
     family = MINIMIND_3 if shape.qk_norm else MINIMIND_2
     theirs: dict[str, object] = {
-        "vocab_size": 6400, "head_dim": shape.hidden_size // shape.num_attention_heads, "rope_theta": 1e6,
-        "inference_rope_scaling": False, "rope_scaling": RopeScaling().model_dump() if scaled else None,
-        "tie_word_embeddings": True,
-        **{key: family[key] for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")},
+        "vocab_size": 6400, "head_dim": shape.hidden_size // shape.num_attention_heads, "tie_word_embeddings": True,
+        "rope_scaling": RopeScaling().model_dump() if scaled else None,
+        "num_attention_heads": family["num_attention_heads"], "num_key_value_heads": family["num_key_value_heads"],
+        **settings_not_in_file(shape.qk_norm, experts > 0),
     }  # fmt: skip
     if shape.qk_norm:
         width = "moe_intermediate_size" if experts else "intermediate_size"
         theirs[width] = math.ceil(shape.hidden_size * math.pi / 64) * 64
         if experts:
-            theirs |= {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}
+            theirs["num_experts"] = 4
     else:
         theirs["intermediate_size"] = math.ceil(int(shape.hidden_size * 8 / 3) / 64) * 64
         if experts:
-            theirs |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+            theirs |= {"n_routed_experts": 4, "n_shared_experts": 1}
+            theirs["aux_loss_alpha"] = theirs.pop("router_aux_loss_coef")
             ours["intermediate_size"] = shape.moe_intermediate_size
     return {key: ours[key] for key, value in theirs.items() if ours[key] != value}
 
@@ -213,15 +229,8 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     return cast("dict[str, Tensor]", content)
 
 
-def _shape_of(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    heads: int | None,
-    experts_per_token: int | None,
-    rope_theta: float,
-    rms_norm_eps: float | None,
-) -> ModelShape:
-    """The shape that the tensors have, once every one of them was found to fit it."""
+def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any]) -> ModelShape:
+    """The shape that the tensors and the given settings have, once every tensor was found to fit it."""
     if any(LORA_KEY.fullmatch(key) for key in tensors):
         raise UserError(f"{path}: a LoRA file, not a model; import it as an adapter, with its base")
 
@@ -236,12 +245,6 @@ def _shape_of(
     attention = "model.layers.0.self_attn"
     query, key = size(f"{attention}.q_proj.weight")[0], size(f"{attention}.k_proj.weight")[0]
     qk_norm = f"{attention}.q_norm.weight" in tensors
-    if qk_norm:
-        head_dim = size(f"{attention}.q_norm.weight", 1)[0]
-        if heads and heads * head_dim != query:
-            raise UserError(f"{path}: has {query // head_dim} heads of {head_dim}, not {heads}; leave heads out")
-    else:
-        head_dim = max(1, query // (heads or MINIMIND_2["num_attention_heads"]))
     experts, shared = (
         {int(m[1]) for name in tensors if (m := re.match(rf"model\.layers\.0\.mlp\.{kind}\.(\d{{1,4}})\.", name))}
         for kind in ("experts", "shared_experts")
@@ -249,42 +252,44 @@ def _shape_of(
     layers = [int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,4})\.", name))]
     network = "model.layers.0.mlp.experts.0" if experts else "model.layers.0.mlp"
     width = size(f"{network}.gate_proj.weight")[0]
-    if experts_per_token and not experts:
-        raise UserError(f"{path}: has no experts; leave the number of experts per token out")
-    if rms_norm_eps is None:
-        rms_norm_eps = float((MINIMIND_3 if qk_norm else MINIMIND_2)["rms_norm_eps"])
-    elif not 0 < rms_norm_eps < math.inf:
-        raise UserError(f"{path}: the norms' epsilon is {rms_norm_eps:g}; give a number above 0, or leave it out")
-    more: dict[str, Any] = {}
+    settings = settings_not_in_file(qk_norm, bool(experts))
+    if unused := sorted(given.keys() - settings - {"num_attention_heads"}):
+        raise UserError(f"{path}: has no experts; leave {unused[0]} out")
+    settings |= given
+    if qk_norm:
+        head_dim = size(f"{attention}.q_norm.weight", 1)[0]
+    else:
+        head_dim = max(1, query // settings["num_attention_heads"])
+    heads = query // head_dim
+    if settings.pop("num_attention_heads", heads) != heads:
+        raise UserError(f"{path}: has {heads} heads of {head_dim}; leave num_attention_heads out")
     if experts and not qk_norm:
-        more = {**MINIMIND_2_MOE, "n_shared_experts": len(shared)}
-    if experts_per_token:
-        more["num_experts_per_tok"] = experts_per_token
+        _require_normalised(path, settings["num_experts_per_tok"], settings["norm_topk_prob"])
+    yarn = RopeScaling() if settings.pop("inference_rope_scaling") else None
+    if yarn and settings["max_position_embeddings"] <= yarn.original_max_position_embeddings:
+        yarn = None  # As MiniMind does.
     try:
         shape = ModelShape(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             num_hidden_layers=max(layers) + 1,
-            num_attention_heads=query // head_dim,
+            num_attention_heads=heads,
             num_key_value_heads=key // head_dim,
             head_dim=head_dim,
             intermediate_size=width,
-            rope_theta=rope_theta,
-            rms_norm_eps=rms_norm_eps,
+            rope_scaling=yarn,
             tie_word_embeddings=HEAD not in tensors or torch.equal(tensors[HEAD].float(), tensors[EMBEDDING].float()),
             qk_norm=qk_norm,
             num_experts=len(experts),
+            n_shared_experts=len(shared) if experts and not qk_norm else 0,
             moe_intermediate_size=width if experts else None,
-            **more,
+            **settings,
         )
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{path}: {f'{where}: ' if where else ''}{first['msg']}; give the number of heads, if it is another"
-        ) from None
-    if not qk_norm:
-        _require_normalised(path, shape.num_experts, shape.num_experts_per_tok)
+        where = "".join(f"{part}: " for part in first["loc"])
+        hint = "; give num_attention_heads, if it is another" if "head" in first["msg"] else ""
+        raise UserError(f"{path}: {where}{first['msg']}{hint}") from None
     sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shape.tie_word_embeddings:
         sizes.pop(HEAD, None)
@@ -292,11 +297,17 @@ def _shape_of(
     return shape
 
 
-def _require_normalised(path: str | Path, experts: int, per_token: int) -> None:
-    if experts and per_token == 1:
+def _require_normalised(path: str | Path, per_token: int, norm_topk_prob: bool) -> None:
+    """Raises UserError if the weights of a token's experts do not add up to 1 in MiniMind-2."""
+    if per_token == 1:
         raise UserError(
             f"{path}: MiniMind-2 weights a token's only expert by its probability, which no Hugging Face form of it "
             "does; with 2 or more experts per token the weights add up to 1 in both"
+        )
+    if not norm_topk_prob:
+        raise UserError(
+            f"{path}: norm_topk_prob is false; MiniMind-2's experts have no Hugging Face form in which the weights of "
+            "a token's experts do not add up to 1, so this model cannot be imported"
         )
 
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minimind_ray.model.checkpoint import load_model, model_fingerprint
+from minimind_ray.config.schema import ModelConfig
+from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.checkpoint import load_model, load_shape, model_fingerprint, save_model
 from minimind_ray.model.lora import load_adapter
 from minimind_ray.model.minimind_pth import export_pth
+from minimind_ray.model.transformer import Transformer
 from tests.cli.conftest import Command, Models
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -24,10 +27,28 @@ def test_a_model_goes_to_pth_and_back(command: Command, models: Models, tmp_path
     assert told.startswith("MiniMind must be told in its MiniMindConfig") and "num_attention_heads = 4" in told
     outcome = command("import", file, back, "--tokenizer", models.tokenizer)
     assert "Qwen3ForCausalLM" in outcome.out and "4 heads, 2 key heads" in outcome.out
+    assert "assumed (not in the file): --rope-theta 1e+06 --no-inference-rope-scaling " in outcome.out
     assert model_fingerprint(back) == model_fingerprint(models.base)
     half = tmp_path / "half.pth"
     assert command("export", models.base, half).code == 0
     assert half.stat().st_size < 0.6 * file.stat().st_size
+
+
+def test_what_a_pth_file_does_not_say_is_printed_and_can_be_given(
+    command: Command, models: Models, tmp_path: Path
+) -> None:
+    experts = ModelConfig(preset="tiny", num_experts=3, num_experts_per_tok=2, norm_topk_prob=False)
+    file, tokenizer = tmp_path / "model.pth", Tokenizer.load(models.tokenizer)
+    save_model(Transformer(experts.shape(tokenizer.vocab_size)), tokenizer, tmp_path / "model")
+    told = command("export", tmp_path / "model", file).out
+    assert "num_experts_per_tok = 2" in told and "norm_topk_prob = False" in told
+    plain = command("import", file, tmp_path / "plain", "--tokenizer", models.tokenizer)
+    assert "--experts-per-token 1 --norm-topk-prob --router-aux-loss-coef 0.0005 hidden_act silu" in plain.out
+    options = ["--experts-per-token", 2, "--no-norm-topk-prob", "--dropout", 0.1]
+    given = command("import", file, tmp_path / "given", "--tokenizer", models.tokenizer, *options)
+    assert "norm-topk-prob" not in given.out and "--router-aux-loss-coef" in given.out
+    shape = load_shape(tmp_path / "given")
+    assert (shape.num_experts_per_tok, shape.norm_topk_prob, shape.dropout) == (2, False, 0.1)
 
 
 def test_an_adapter_goes_to_pth_and_back(command: Command, models: Models, tmp_path: Path) -> None:
@@ -79,7 +100,7 @@ BAD = [
     (["import", "{broken}", "{new}"], "model.norm.weight is [3], not [64]"),
     (["import", "{base}", "{new}", "--tokenizer", "{large}"], "tokens, fewer than the"),
     (["import", "{whole}", "{new}", "--tokenizer", "{tokenizer}", "--experts-per-token", "3"], "has no experts; leave"),
-    (["import", "{whole}", "{new}", "--tokenizer", "{tokenizer}", "--rms-norm-eps", "0"], "give a number above 0"),
+    (["import", "{whole}", "{new}", "--tokenizer", "{tokenizer}", "--rms-norm-eps", "0"], "should be greater than 0"),
     (["import", "{file}", "{new}", "--base", "{base}"], "no MiniMind LoRA file"),
     (["import", "{file}", "{new}", "--base", "{adapter}"], "--base {adapter} is an adapter, not a whole model"),
     (["import", "{base}", "{new}", "--heads", "2"], "whose config.json says this: leave --heads out"),

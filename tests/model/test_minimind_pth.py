@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import zipfile
@@ -17,7 +18,14 @@ from minimind_ray.config.schema import LoraConfig, ModelConfig, RopeScaling
 from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
 from minimind_ray.model.checkpoint import load_model, load_shape, model_fingerprint, read_weights, save_model
 from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter
-from minimind_ray.model.minimind_pth import export_lora_pth, export_pth, import_lora_pth, import_pth, read_pth
+from minimind_ray.model.minimind_pth import (
+    export_lora_pth,
+    export_pth,
+    import_lora_pth,
+    import_pth,
+    read_pth,
+    settings_not_in_file,
+)
 from minimind_ray.model.transformer import Transformer
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -84,6 +92,102 @@ def test_a_round_trip_is_exact(name: str, tokenizer: Path, tmp_path: Path) -> No
     assert all(v.dtype == torch.float16 and torch.equal(v, b[k]) for k, v in a.items())
 
 
+def rotated(x_NHK: Tensor, theta: float) -> Tensor:
+    half = x_NHK.shape[-1] // 2
+    angles_NK = torch.arange(len(x_NHK))[:, None] * theta ** (-torch.arange(half) / half).repeat(2)
+    x1, x2 = x_NHK.split(half, -1)
+    return x_NHK * angles_NK.cos()[:, None] + torch.cat([-x2, x1], -1) * angles_NK.sin()[:, None]
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def expert_mixture(x_NC: Tensor, w: dict[str, Tensor], per_token: int, normalised: bool) -> Tensor:
+    """Token by token, expert by expert."""
+    rows: list[Tensor] = []
+    for x_C in x_NC:
+        scores, chosen = (w["gate.weight"] @ x_C).softmax(-1).topk(per_token)
+        if normalised:
+            scores = scores / scores.sum()
+        row = torch.zeros_like(x_C)
+        for score, expert in zip(scores, chosen.tolist()):
+            gate, up, down = (w[f"experts.{expert}.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
+            row = row + score * (down @ (nn.functional.silu(gate @ x_C) * (up @ x_C)))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def reference_logits(
+    tensors: dict[str, Tensor], per_token: int, normalised: bool, theta: float = 1e6, eps: float = 1e-6
+) -> Tensor:
+    """MiniMind-3's mixture of experts as its formulas read: logits of TOKENS from the tensors of a .pth file."""
+
+    def section(start: str) -> dict[str, Tensor]:
+        return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+
+    x_NC = tensors["model.embed_tokens.weight"][TOKENS]
+    ahead_NN = torch.full((len(TOKENS), len(TOKENS)), -torch.inf).triu(1)
+    for layer in range(2):
+        w = section(f"model.layers.{layer}.")
+        size = len(w["self_attn.q_norm.weight"])
+        y_NC = normed(x_NC, w["input_layernorm.weight"], eps)
+        q, k, v = ((y_NC @ w[f"self_attn.{n}_proj.weight"].T).unflatten(-1, (-1, size)) for n in "qkv")
+        q = rotated(normed(q, w["self_attn.q_norm.weight"], eps), theta)
+        k = rotated(normed(k, w["self_attn.k_norm.weight"], eps), theta)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        weights_HNN = (torch.einsum("nhk,mhk->hnm", q, k) / size**0.5 + ahead_NN).softmax(-1)
+        x_NC = x_NC + torch.einsum("hnm,mhk->nhk", weights_HNN, v).flatten(1) @ w["self_attn.o_proj.weight"].T
+        y_NC = normed(x_NC, w["post_attention_layernorm.weight"], eps)
+        x_NC = x_NC + expert_mixture(y_NC, section(f"model.layers.{layer}.mlp."), per_token, normalised)
+    return normed(x_NC, tensors["model.norm.weight"], eps) @ tensors["lm_head.weight"].T
+
+
+@pytest.fixture(scope="module")
+def experts_file(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experts")
+    export_pth(make_directory(SHAPES["3-moe"], tokenizer, root / "model"), root / "a.pth", "float32")
+    return root / "a.pth"
+
+
+@pytest.mark.parametrize("per_token", [1, 2])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_weights_of_experts_are_as_the_settings_say(
+    per_token: int, normalised: bool, experts_file: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    settings = {"num_experts_per_tok": per_token, "norm_topk_prob": normalised}
+    import_pth(experts_file, tokenizer, tmp_path / "model", settings)
+    with torch.no_grad():
+        expected = reference_logits(read_pth(experts_file), per_token, normalised)
+        other = reference_logits(read_pth(experts_file), per_token, not normalised)
+    torch.testing.assert_close(logits(load_model(tmp_path / "model").eval()), expected, rtol=1e-4, atol=1e-4)
+    assert (other - expected).abs().max() > 0.1
+    told = export_pth(tmp_path / "model", tmp_path / "b.pth")
+    assert told.get("norm_topk_prob", True) == normalised and told.get("num_experts_per_tok", 1) == per_token
+
+
+def test_rope_and_norm_are_as_the_settings_say(experts_file: Path, tokenizer: Path, tmp_path: Path) -> None:
+    import_pth(experts_file, tokenizer, tmp_path / "model", {"rope_theta": 100.0, "rms_norm_eps": 0.1})
+    with torch.no_grad():
+        expected = reference_logits(read_pth(experts_file), 1, True, theta=100.0, eps=0.1)
+    torch.testing.assert_close(logits(load_model(tmp_path / "model").eval()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_settings_that_tensors_do_not_show(experts_file: Path, tokenizer: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "rope_theta": 1e4, "inference_rope_scaling": True, "max_position_embeddings": 4096, "rms_norm_eps": 1e-3,
+        "dropout": 0.1, "num_experts_per_tok": 3, "norm_topk_prob": False, "router_aux_loss_coef": 0.02,
+    }  # fmt: skip
+    assert settings.keys() == settings_not_in_file(qk_norm=True, experts=True).keys()
+    shape = import_pth(experts_file, tokenizer, tmp_path / "model", settings)
+    assert load_shape(tmp_path / "model") == shape
+    assert settings.items() <= export_pth(tmp_path / "model", tmp_path / "b.pth").items()
+    short = import_pth(
+        experts_file, tokenizer, tmp_path / "short", {"inference_rope_scaling": True, "max_position_embeddings": 2048}
+    )
+    assert short.rope_scaling is None  # MiniMind scales positions only above 2048.
+
+
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 def test_a_lora_round_trip_is_exact(dtype: Any, tokenizer: Path, tmp_path: Path) -> None:
     base = make_directory(SHAPES["3"], tokenizer, tmp_path / "base")
@@ -143,11 +247,11 @@ def test_heads_of_minimind_2_are_8_unless_given(tokenizer: Path, tmp_path: Path)
     directory = make_directory(fields, tokenizer, tmp_path / "model")
     export_pth(directory, tmp_path / "a.pth", "float32")
     assert import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "8").num_attention_heads == 8
-    assert import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "4", heads=4) == load_shape(directory)
+    assert import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "4", {"num_attention_heads": 4}) == load_shape(
+        directory
+    )
     with pytest.raises(UserError, match=r"q_proj.weight is \[64, 64\], not \[60, 64\]|heads 5 is not a multiple"):
-        import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "5", heads=5)
-    other = import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "o", heads=4, rope_theta=1e4, rms_norm_eps=1e-6)
-    assert (other.rope_theta, other.rms_norm_eps) == (1e4, 1e-6)
+        import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "5", {"num_attention_heads": 5})
 
 
 def test_wrong_files_get_one_sentence(tokenizer: Path, tmp_path: Path) -> None:
@@ -264,19 +368,30 @@ def test_wrong_lora_files_get_one_sentence(tokenizer: Path, tmp_path: Path) -> N
 
 def test_what_a_model_cannot_have_is_one_sentence(tokenizer: Path, tmp_path: Path) -> None:
     export_pth(make_directory(SHAPES["3"], tokenizer, tmp_path / "model"), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="has no experts; leave the number of experts per token out"):
-        import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "out", experts_per_token=3)
-    for epsilon in (0.0, -1.0):
-        with pytest.raises(UserError, match="the norms' epsilon is .*; give a number above 0, or leave it out$"):
-            import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "out", rms_norm_eps=epsilon)
+
+    def refused(message: str, **settings: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "out", settings)
+
+    refused("has no experts; leave num_experts_per_tok out$", num_experts_per_tok=3)
+    refused("has no experts; leave norm_topk_prob out$", norm_topk_prob=False)
+    refused("has 8 heads of 8; leave num_attention_heads out$", num_attention_heads=4)
+    for epsilon in (0.0, -1.0, math.inf):
+        refused("rms_norm_eps: Input should be .*$", rms_norm_eps=epsilon)
+    refused("dropout: Input should be less than 1$", dropout=1.0)
+    export_pth(make_directory(SHAPES["2-moe"], tokenizer, tmp_path / "2"), tmp_path / "a.pth")
+    refused("norm_topk_prob is false; MiniMind-2's experts have no Hugging Face form", norm_topk_prob=False)
+    refused("model.num_experts_per_tok 5 is more than model.num_experts 4$", num_experts_per_tok=5)
 
 
 def test_one_expert_per_token_is_weighted_otherwise_in_minimind_2(tokenizer: Path, tmp_path: Path) -> None:
     directory = make_directory(SHAPES["2-moe"], tokenizer, tmp_path / "2")
     export_pth(directory, tmp_path / "a.pth")
-    assert import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "3", experts_per_token=3).num_experts_per_tok == 3
+    assert (
+        import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "3", {"num_experts_per_tok": 3}).num_experts_per_tok == 3
+    )
     with pytest.raises(UserError, match="weights a token's only expert by its probability"):
-        import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "1", experts_per_token=1)
+        import_pth(tmp_path / "a.pth", tokenizer, tmp_path / "1", {"num_experts_per_tok": 1})
     directory = make_directory({**SHAPES["2-moe"], "num_experts_per_tok": 1}, tokenizer, tmp_path / "one")
     with pytest.raises(UserError, match="weights a token's only expert by its probability"):
         export_pth(directory, tmp_path / "b.pth")
