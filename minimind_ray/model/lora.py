@@ -17,8 +17,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +39,21 @@ M = TypeVar("M", bound=nn.Module)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INIT_STD = 0.02
 NEVER_ADAPTED = ("lm_head", "gate")  # The vocabulary projection, as peft's all-linear; the router of experts.
-PREFIX = "base_model.model."
+PREFIX, EMBEDDING = "base_model.model.", "model.embed_tokens.weight"
 SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
-# Where an adapter_config.json sets one of these, the adapter computes something else than what is written here.
-UNSUPPORTED = (
-    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens",
-    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
-# Begun so, an adapter is trained on a base with other weights than the one it names.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+# Fields of an adapter_config.json that `load_adapter` reads, or that change nothing once an adapter is trained: which
+# modules were chosen (the tensors' names say it), how training began, biases (no projection has one), origins.
+KNOWN_FIELDS = {
+    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights",
+    "modules_to_save",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying", "inference_mode", "bias",
+    "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+# With other values of init_lora_weights, an adapter is trained on a base with other weights than the one it names.
+KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+MERGE_IN_PEFT = "merge the adapter in peft (merge_and_unload), save the model, and use that"
 
 
 class LoraLinear(nn.Module):
@@ -225,7 +231,8 @@ def adapter_base(directory: str | Path) -> AdapterBase:
 def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str) -> None:
     """Put an adapter of ours or of `peft` on a plain model, or its values into the adapters the model already has.
 
-    `base_fingerprint` is the model's own (see `model_fingerprint`); the model is left as it was where this raises.
+    Weights of its `modules_to_save` replace the model's. `base_fingerprint` is the model's own (see
+    `model_fingerprint`); the model is left as it was where this raises.
 
     Raises:
         UserError: the directory cannot be read, asks for what is not supported, or does not fit the model; or it was
@@ -240,7 +247,8 @@ def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str)
             f"not on this model (hash {base_fingerprint:.12}); put it on its own base"
         )
     sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    names = _adapted_names(model, folder, config, sizes)
+    replaced = _replaced_weights(model, folder)
+    names = _adapted_names(model, folder, config, sizes, replaced)
     if layers := adapters(model):
         # The scale is the file's only to rounding: experts have it as an alpha.
         same = all(
@@ -254,17 +262,51 @@ def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str)
             )
     else:
         _wrap(model, names, config)
-    for key, parameter in adapter_weights(model).items():
+    for key, parameter in (replaced | adapter_weights(model)).items():
         parameter.data.copy_(file.get_tensor(key))
 
 
+def saved_modules(directory: str | Path) -> list[str]:
+    """The modules that a PEFT directory holds whole: `modules_to_save`, often embed_tokens or lm_head.
+
+    Raises:
+        UserError: its config cannot be read, or names no modules there.
+    """
+    folder = Path(directory)
+    modules = _read_config(folder).get("modules_to_save") or []
+    if not (isinstance(modules, list) and all(isinstance(m, str) and m for m in cast("list[object]", modules))):
+        raise UserError(f"{folder / CONFIG}: modules_to_save is {modules!r}, not a list of module names")
+    return cast("list[str]", modules)
+
+
+def _replaced_weights(model: nn.Module, folder: Path) -> dict[str, nn.Parameter]:
+    """The model's weights inside `modules_to_save`, by their names in the adapter file."""
+    modules, where = saved_modules(folder), f"{folder / CONFIG}: modules_to_save"
+    weights = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
+    # As in peft, a module is found by how its path ends: norm means every input_layernorm too.
+    inside = {module: [name for name in weights if f"{module}." in name] for module in modules}
+    for module, names in inside.items():
+        if "lm_head.weight" not in weights and (EMBEDDING in names or f"{module}." in "lm_head."):
+            raise UserError(
+                f"{where} has {module!r}, but the base's embedding and lm_head are one tensor (tie_word_embeddings), "
+                f"of which the adapter changes one side; {MERGE_IN_PEFT}"
+            )
+        if not names:
+            raise UserError(f"{where} has {module!r}, which the base does not have; name the base it was trained on")
+    return {f"{PREFIX}{name}": weights[name] for name in dict.fromkeys(chain(*inside.values()))}
+
+
 def _adapted_names(
-    model: nn.Module, folder: Path, config: LoraConfig, sizes: Mapping[str, tuple[int, ...]]
+    model: nn.Module,
+    folder: Path,
+    config: LoraConfig,
+    sizes: Mapping[str, tuple[int, ...]],
+    replaced: Mapping[str, nn.Parameter],
 ) -> list[str]:
     """The projections an adapter file holds tensors for, in the model's order, once every tensor was found to fit."""
     linears = _projections(model)
     names = [name for name in linears if f"{PREFIX}{name}.{SUFFIXES['lora_A']}" in sizes]
-    expected: dict[str, tuple[int, ...]] = {}
+    expected = {key: tuple(parameter.shape) for key, parameter in replaced.items()}
     for name in names:
         rows, columns = linears[name].weight.shape
         expected[f"{PREFIX}{name}.{SUFFIXES['lora_A']}"] = (config.rank, columns)
@@ -339,15 +381,17 @@ def _valid(linears: Iterable[str]) -> str:
 
 def _lora_config(folder: Path) -> LoraConfig:
     content = _read_config(folder)
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG}: peft_type is {content.get('peft_type')!r}; only LORA is supported")
-    for key in UNSUPPORTED:
-        if content.get(key):
-            raise UserError(f"{folder / CONFIG}: {key} is set to {content[key]!r}, which is not supported")
-    begun = content.get("init_lora_weights")
-    if str(begun).lower().startswith(CHANGES_BASE):
+    for key, supported in {"peft_type": ["LORA"], "task_type": [None, "CAUSAL_LM"]}.items():
+        if content.get(key) not in supported:
+            raise UserError(f"{folder / CONFIG}: {key} is {content.get(key)!r}; only {supported[-1]} is supported")
+    if other := [key for key, value in content.items() if value and key not in KNOWN_FIELDS]:
         raise UserError(
-            f"{folder / CONFIG}: init_lora_weights is {begun!r}, which changes the base's weights too; save it with "
+            f"{folder / CONFIG}: {other[0]} is set to {content[other[0]]!r}, which is not supported; {MERGE_IN_PEFT}"
+        )
+    begun = content.get("init_lora_weights")
+    if begun not in KEEPS_BASE:
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights is {begun!r}, which can change the base's weights too; save it with "
             "peft's path_initial_model_for_weight_conversion, or merge it there"
         )
     fields = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}

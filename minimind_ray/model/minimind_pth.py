@@ -26,7 +26,7 @@ from minimind_ray.config.schema import MINIMIND_2, MINIMIND_2_MOE, MINIMIND_3, L
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import expected_tensors, load_model, model_fingerprint, save_model
 from minimind_ray.model.granite import is_granite
-from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter, target_names
+from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter, saved_modules, target_names
 from minimind_ray.model.transformer import Transformer
 
 DTYPES = {"half": torch.float16, "float32": torch.float32}
@@ -180,6 +180,11 @@ def export_lora_pth(
     """
     model = load_model(base_dir)
     square = target_names(model, "square")
+    if modules := saved_modules(adapter_dir):
+        raise UserError(
+            f"{adapter_dir}: MiniMind's LoRA files have no place for modules_to_save ({', '.join(modules)}); merge the "
+            "adapter into its base and export that"
+        )
     load_adapter(model, adapter_dir, model_fingerprint(base_dir))
     tensors: dict[str, Tensor] = {}
     for name, layer in adapters(model).items():

@@ -22,6 +22,7 @@ from minimind_ray.model.lora import (
     save_adapter,
     target_names,
 )
+from minimind_ray.model.minimind_pth import export_lora_pth
 from minimind_ray.model.transformer import Transformer
 
 pytestmark = pytest.mark.unit
@@ -263,6 +264,8 @@ def test_merged_weights_equal_peft(base: Path, tmp_path: Path) -> None:
         {"target_modules": ["q_proj", "o_proj"], "r": 4, "lora_alpha": 6},
         {"target_modules": "all-linear", "use_rslora": True, "use_dora": True},
         {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.v_proj"], "bias": "all"},
+        {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
         {"target_modules": r".*layers\.0.*(q|up)_proj"},
     ],
 )
@@ -292,6 +295,56 @@ def test_we_load_what_peft_made(base: Path, tmp_path: Path, options: dict[str, A
     torch.testing.assert_close(peft_logits(base, tmp_path / "ours"), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["norm"], ["k_proj", "layers.1.mlp"]])
+def test_modules_that_peft_trained_whole_replace_the_bases(modules: list[str], tmp_path: Path) -> None:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    save_model(make_model({**DENSE, "tie_word_embeddings": False}), None, base)
+    torch.manual_seed(0)
+    options = PeftConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"], modules_to_save=modules)
+    theirs: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), options)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.1)
+        expected = theirs.eval()(input_ids=TOKENS_N[None]).logits[0]
+    theirs.save_pretrained(tmp_path / "adapter")
+
+    model = load_model(base).eval()
+    plain = logits(model)
+    load_adapter(model, tmp_path / "adapter", model_fingerprint(base))
+    model.eval()
+    assert (expected - plain).abs().max() > 0.05
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merge_lora(model)), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="MiniMind's LoRA files have no place for modules_to_save"):
+        export_lora_pth(tmp_path / "adapter", base, tmp_path / "a.pth")
+
+
+def test_modules_to_save_that_cannot_be_read_are_named(base: Path, tmp_path: Path) -> None:
+    adapter = saved(base, tmp_path / "adapter")
+    config = adapter / "adapter_config.json"
+    written = json.loads(config.read_text())
+
+    def refused(modules: Any, message: str) -> None:
+        config.write_text(json.dumps({**written, "modules_to_save": modules}))
+        model = load_model(base)
+        with pytest.raises(UserError, match=f"{config}: .*{message}|^{adapter}: {message}"):
+            load_adapter(model, adapter, model_fingerprint(base))
+        assert not adapters(model)
+
+    for module in ("lm_head", "embed_tokens", "model.embed_tokens"):
+        refused([module], f"modules_to_save has '{module}', but the base's embedding and lm_head are one tensor")
+    refused(["score"], "modules_to_save has 'score', which the base does not have")
+    refused("norm", "modules_to_save is 'norm', not a list of module names")
+    refused([1], r"modules_to_save is \[1\], not a list of module names")
+    refused(["model.norm"], "does not fit the model: base_model.model.model.norm.weight is missing")
+
+
 def saved(base: Path, directory: Path, config: LoraConfig | None = None) -> Path:
     model = load_model(base)
     add_lora(model, config or LoraConfig(), seed=0)
@@ -312,7 +365,7 @@ def test_an_adapter_belongs_to_its_base(base: Path, tmp_path: Path) -> None:
     assert not adapters(model)
 
 
-@pytest.mark.parametrize("begun", [True, False, "gaussian", None])
+@pytest.mark.parametrize("begun", [True, False, "gaussian", "eva", "orthogonal", None])
 def test_how_an_adapter_began_matters_only_to_its_base(begun: Any, base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter")
     content = json.loads((adapter / "adapter_config.json").read_text())
@@ -363,11 +416,18 @@ def test_what_does_not_fit_is_named(base: Path, tmp_path: Path) -> None:
 
     with_config(peft_type="LOHA")
     refused("peft_type is 'LOHA'; only LORA")
-    with_config(rank_pattern={"q_proj": 4})
-    refused("rank_pattern is set to .* not supported")
-    for begun in ("pissa", "pissa_niter_16", "OLoRA", "corda", "loftq"):
+    with_config(task_type="SEQ_CLS")
+    refused("task_type is 'SEQ_CLS'; only CAUSAL_LM")
+    for field, value in {
+        "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}, "fan_in_fan_out": True, "lora_bias": True,
+        "trainable_token_indices": [1], "target_parameters": ["q_proj.weight"], "layer_replication": [[0, 1]],
+        "megatron_config": {"a": 1}, "a_field_of_later_versions": 1,
+    }.items():  # fmt: skip
+        with_config(**{field: value})
+        refused(f"{field} is set to .*, which is not supported; merge the adapter in peft")
+    for begun in ("pissa", "pissa_niter_16", "OLoRA", "corda", "loftq", "lora_ga", "mica"):
         with_config(init_lora_weights=begun)
-        refused(f"init_lora_weights is '{begun}', which changes the base's weights too")
+        refused(f"init_lora_weights is '{begun}', which can change the base's weights too")
     with_config(r="8")
     refused("adapter_config.json: r: Input should be a valid integer")
     with_config(r=7)
