@@ -49,6 +49,9 @@ Fraction = Annotated[Number, Field(ge=0, le=1, strict=False)]
 Probability = Annotated[Number, Field(ge=0, lt=1, strict=False)]
 
 
+TextFiles = Literal["lines", "whole"]
+
+
 class DataConfig(Section):
     """Where the rows come from and how they become packs."""
 
@@ -68,6 +71,9 @@ class DataConfig(Section):
     )
     long_documents: Literal["split", "truncate"] = Field(
         default="split", description="pretraining documents over max_seq_len: split into consecutive ones, or cut"
+    )
+    text_files: TextFiles = Field(
+        default="lines", description="a .txt file's documents: each of its lines, or the whole file"
     )
     direct_steps: PositiveInt = Field(
         default=64,

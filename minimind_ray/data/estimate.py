@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections import defaultdict
@@ -94,10 +95,17 @@ def _stored_size(source: Source, rows: list[RawRow | Reject]) -> float:
             if any(isinstance(row, RawRow) for row in rows)
             else 0
         )
-    lines = b"".join(row.content + b"\n" for row in rows if isinstance(row, RawRow))
-    if source.suffix == ".jsonl.gz":
+    lines = b"".join(_written(source, row) + b"\n" for row in rows if isinstance(row, RawRow))
+    if source.suffix.endswith(".gz"):
         return len(zlib.compress(lines))
-    return len(zstandard.compress(lines) if source.suffix == ".jsonl.zst" else lines)
+    return len(zstandard.compress(lines) if source.suffix.endswith(".zst") else lines)
+
+
+def _written(source: Source, row: RawRow) -> bytes:
+    """The row as its file has it, almost."""
+    if source.kind in (".jsonl", ".json"):
+        return row.content
+    return "\t".join(json.loads(row.content).values()).encode()
 
 
 def _mean_context(lengths: np.ndarray, longest: int) -> float:

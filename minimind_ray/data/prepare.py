@@ -1,6 +1,7 @@
 """Source files to a prepared dataset, and every piece of work done once.
 
-A source is cut into units: .jsonl at line ends after every 8 MB, Parquet at row groups, a compressed file not at all.
+A source is cut into units: .jsonl and .txt at line ends after every 8 MB, Parquet at row groups, other files not at
+all.
 A unit's result is kept in the cache under a hash of all that decides it: its bytes, the tokenizer, the settings and
 this program's own code. So a second run finds everything, a changed file redoes the units that changed, a killed run
 goes on where it was, and two runs at once can only write the same.
@@ -55,7 +56,7 @@ from minimind_ray.data.tokenizer import Tokenizer
 UNIT_BYTES = 8 << 20
 STALE_SECONDS = 24 * 3600
 FRESH_SECONDS = 2
-CODE = ("records.py", "chat_template.py", "tokenizer.py", "encode.py", "pack.py", "prepare.py")
+CODE = ("json_values.py", "records.py", "chat_template.py", "tokenizer.py", "encode.py", "pack.py", "prepare.py")
 
 Split = Literal["train", "val"]
 
@@ -147,7 +148,7 @@ def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitSt
 
 def worth_spreading(units: Sequence[Unit]) -> bool:
     """Whether other processes would save time, which take seconds to start. Compressed, text is a fifth as long."""
-    text = sum(unit.size if unit.source.suffix in (".jsonl", ".parquet") else 5 * unit.size for unit in units)
+    text = sum(5 * unit.size if unit.source.compressed else unit.size for unit in units)
     return len(units) > 1 and text > UNIT_BYTES
 
 
@@ -242,7 +243,7 @@ def encoding_of(
     files = config.train if config.val is None or split == "train" else config.val
     if files is None:
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
-    sources = discover(files)
+    sources = discover(files, config.text_files)
     if split == "train" and config.val is not None:
         val = {source.path for source in discover(config.val)}
         if both := next((source.path for source in sources if source.path in val), None):
@@ -336,8 +337,8 @@ def _units(sources: Sequence[Source], scans: Sequence[_Scan], encoding: Encoding
         Unit(
             source,
             Part(cut.start, cut.stop, cut.first_line),
-            # At a file's start a byte order mark is allowed, so the same bytes may mean other rows elsewhere.
-            encoding.key(source.suffix, cut.content, cut.start == 0),
+            # At a file's start an array in .jsonl is an error, so the same bytes may mean other rows elsewhere.
+            encoding.key(source.suffix, source.whole, cut.content, cut.start == 0),
             cut.size,
         )
         for source, scan in zip(sources, scans, strict=True)
@@ -349,7 +350,7 @@ def _scan(source: Source) -> _Scan:
     filesystem, path = locate(source.path)
     try:
         with filesystem.open_input_file(path) as file:
-            if source.suffix == ".jsonl":
+            if source.by_lines:
                 cuts = tuple(_cut_lines(file))
             elif source.suffix == ".parquet":
                 cuts = tuple(_cut_row_groups(file))
@@ -528,7 +529,7 @@ class _Cache:
         return scan if scan and scan.version == source.version else None
 
     def _scan_key(self, source: Source) -> str:
-        return _hash([_code(), UNIT_BYTES, source.path])
+        return _hash([_code(), UNIT_BYTES, source.path, source.by_lines])
 
     def publish(self, manifest: Manifest, units: Sequence[Unit]) -> str:
         """Write the manifest and the rejects of a dataset, if they are not there; its path."""

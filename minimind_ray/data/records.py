@@ -1,17 +1,28 @@
-"""Rows out of source files, one bad line at a time: what cannot be read becomes a Reject, never an exception.
+"""Rows out of source files, one bad row at a time: what cannot be read becomes a Reject, never an exception.
 
-Sources are .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, on a local disk or an object store. They are streamed:
-memory holds a few MB and one row. Blank lines are no rows. A row's line number counts from 1; in Parquet it is the
-row's number.
+Sources are on a local disk or an object store. They are streamed: memory holds a few MB and one row, which has 16 MiB
+at most. All kinds but Parquet may be compressed (.gz, .zst).
+
+    .jsonl      an object a line; blank lines are no rows
+    .json       an array of objects; or objects one after another, a line each or pretty-printed
+    .csv, .tsv  a header with the fields' names, then a row of strings each; a field whose cell is empty is left out
+    .txt        {"text": …} of each line that is not blank, or of the whole file (`data.text_files`)
+    .parquet    columns are fields; nulls and NaN are left out
+
+A row's `line` is the line of the file, counted from 1, that it begins on. Where a file's lines do not tell the rows
+apart it is the row's number, counted from 1: in Parquet, and in a .json file whose second row begins on the first line.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -22,16 +33,30 @@ from pyarrow import fs
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import deeper
+from minimind_ray.config.schema import TextFiles
 from minimind_ray.data.files import locate, one_line
+from minimind_ray.data.json_values import DamagedError, JsonValues
 from minimind_ray.data.storage import is_url
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+COMPRESSED = (".gz", ".zst")
+TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+SUFFIXES = (*(kind + packing for kind in TEXT_KINDS for packing in ("", *COMPRESSED)), ".parquet")
+JSON_LINES = tuple(suffix for suffix in SUFFIXES if suffix.startswith(".jsonl"))
+FORMATS = f"{', '.join(TEXT_KINDS)} (also with {' or '.join(COMPRESSED)}) and .parquet"
+NO_ROWS = (
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "*config.json", "*.index.json",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "readme*.txt", "license*.txt", "notice*.txt", "requirements*.txt",
+)  # fmt: skip
+"""Names, in lower case, of files that lie beside data and hold no rows."""
 LINE_LIMIT = 16 << 20
+FIRST_BYTES = 64 << 10  # in which a file shows how its rows are written
 TOO_LONG = f"the row is longer than {LINE_LIMIT >> 20} MiB"
 DEPTH_LIMIT = 64
 TOO_DEEP = f"JSON nested deeper than {DEPTH_LIMIT} levels"
 CHUNK = 4 << 20
 BOM = b"\xef\xbb\xbf"
+AN_ARRAY = "a JSON array, not JSON lines (an object a line); if the file is one array, name it .json instead of .jsonl"
 
 
 class Row(NamedTuple):
@@ -58,7 +83,7 @@ class Damage(Reject):
 
 
 class RawRow(NamedTuple):
-    """A row before it is parsed: `content` is JSON, or should be."""
+    """A row before it is parsed: `content` is JSON, or should be. `line` as in the module's docstring."""
 
     line: int
     content: bytes
@@ -67,34 +92,56 @@ class RawRow(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Source:
     """One file to read: absolute path or URL, size in bytes, a mark that changes when the file does, and when it last
-    did (seconds since 1970; 0 where that is not known)."""
+    did (seconds since 1970; 0 where that is not known); and how a .txt file is read, as `data.text_files`."""
 
     path: str
     size: int
     version: str
     modified: float
+    text_files: TextFiles = "lines"
 
     @property
     def suffix(self) -> str:
         """The format, one of SUFFIXES."""
         return next(suffix for suffix in SUFFIXES if self.path.endswith(suffix))
 
+    @property
+    def kind(self) -> str:
+        """The format without compression, such as .jsonl."""
+        return self.suffix.removesuffix(".gz").removesuffix(".zst")
+
+    @property
+    def compressed(self) -> bool:
+        """The file is compressed as a whole; Parquet compresses its columns."""
+        return self.suffix.endswith(COMPRESSED)
+
+    @property
+    def whole(self) -> bool:
+        """The file is one document."""
+        return self.kind == ".txt" and self.text_files == "whole"
+
+    @property
+    def by_lines(self) -> bool:
+        """The file can be cut at any line's end, and its parts read by themselves."""
+        return self.suffix in (".jsonl", ".txt") and not self.whole
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a source, from `start` up to `stop`: bytes of .jsonl (from one line's start to another's), row groups
-    of .parquet. Compressed files have only one part, all of it (`stop` None). `first_line` is the number of its first
-    line."""
+    """A piece of a source, from `start` up to `stop`: bytes of a source that is `by_lines` (from one line's start to
+    another's), row groups of .parquet. Others have only one part, all of it (`stop` None). `first_line` is the number
+    of its first line."""
 
     start: int = 0
     stop: int | None = None
     first_line: int = 1
 
 
-def discover(sources: str | list[str]) -> list[Source]:
+def discover(sources: str | list[str], text_files: TextFiles = "lines") -> list[Source]:
     """The files that paths, globs (`*`, `**`, `?`, `[…]`), folders (read recursively) and URLs of these stand for.
 
-    Sorted by path, each once. In folders and globs hidden files and other formats are passed over.
+    Sorted by path, each once. In folders and globs hidden files, other formats, and files beside the data such as
+    README.txt, config.json and dataset_info.json (NO_ROWS) are passed over. `text_files` as `data.text_files`.
 
     Raises:
         UserError: a path that matches nothing, a file of another format, an object store that cannot be read.
@@ -102,20 +149,19 @@ def discover(sources: str | list[str]) -> list[Source]:
     found: dict[str, Source] = {}
     for path in [sources] if isinstance(sources, str) else sources:
         try:
-            matches = _expand(path)
+            matches = _expand(path, text_files)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
         found.update((source.path, source) for source in matches)
     return [found[path] for path in sorted(found)]
 
 
-def _expand(path: str) -> list[Source]:
+def _expand(path: str, text_files: TextFiles) -> list[Source]:
     filesystem, inner = locate(path)
     info = filesystem.get_file_info(inner)
-    formats = ", ".join(SUFFIXES)
     if info.type == fs.FileType.File:
         if not path.endswith(SUFFIXES):
-            raise UserError(f"{path}: not a format that can be read; the formats are {formats}")
+            raise UserError(f"{path}: not a format that can be read; the formats are {FORMATS}")
         infos = [info]
     elif info.type == fs.FileType.Directory:
         infos = filesystem.get_file_info(fs.FileSelector(inner, recursive=True))
@@ -125,16 +171,20 @@ def _expand(path: str) -> list[Source]:
         raise UserError(f"{path}: no such file or folder")
     prefix = path.partition("://")[0] + "://" if "://" in path else ""
     matches = [
-        Source(prefix + info.path, info.size, _version(filesystem, info), (info.mtime_ns or 0) / 1e9)
+        Source(prefix + info.path, info.size, _version(filesystem, info), (info.mtime_ns or 0) / 1e9, text_files)
         for info in infos
         if info.type == fs.FileType.File
         and info.path.endswith(SUFFIXES)
-        and (info.path == inner or not _hidden(info.path, inner))
+        and (info.path == inner or not (_hidden(info.path, inner) or _beside_data(info.base_name)))
     ]
     if not matches:
         what = "the folder has" if info.type == fs.FileType.Directory else "the pattern matches"
-        raise UserError(f"{path}: {what} no files of the formats {formats}")
+        raise UserError(f"{path}: {what} no files of the formats {FORMATS}")
     return matches
+
+
+def _beside_data(name: str) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in NO_ROWS)
 
 
 def _hidden(path: str, root: str) -> bool:
@@ -158,33 +208,42 @@ def read_rows(source: Source, part: Part = Part()) -> Iterator[Row | Reject]:
     """Every row of a source, or of a part of it: parsed, or why not.
 
     Raises:
-        UserError: the file cannot be opened or read at all.
+        UserError: the file cannot be opened or read at all, or is not what its name says.
     """
     for raw in read_raw(source, part):
         yield raw if isinstance(raw, Reject) else parse_row(source.path, raw)
 
 
 def read_raw(source: Source, part: Part = Part()) -> Iterator[RawRow | Reject]:
-    """As `read_rows`, with rows as they lie in the file. Rejects are lines too long, and a Damage at the end."""
+    """As `read_rows`, with rows as they lie in the file, or as JSON where they are not. Rejects are rows too long and
+    such as JSON cannot hold, and a Damage at the end."""
     filesystem, path = locate(source.path)
     try:
         with filesystem.open_input_file(path) as file:
-            if source.suffix == ".parquet":
+            if source.kind == ".parquet":
                 yield from _parquet_rows(source.path, file, part)
             else:
-                yield from _lines(source.path, _chunks(source, file, part), part)
+                yield from _text_rows(source, _chunks(source, file, part), part)
     except OSError as error:
         raise UserError(f"{source.path}: cannot be read: {one_line(error)}") from None
 
 
-class _DamagedError(Exception):
-    """A compressed file that breaks off or does not decompress."""
+def _text_rows(source: Source, chunks: Iterator[bytes], part: Part) -> Iterator[RawRow | Reject]:
+    if source.whole:
+        return _whole_text(source.path, chunks)
+    if source.kind == ".txt":
+        return _text_lines(source.path, chunks, part)
+    if source.kind == ".json":
+        return _json_rows(source.path, chunks)
+    if source.kind == ".jsonl":
+        return _json_lines(source.path, chunks, part)
+    return _table_rows(source.path, chunks, "," if source.kind == ".csv" else "\t")
 
 
 def _chunks(source: Source, file: pa.NativeFile, part: Part) -> Iterator[bytes]:
-    if source.suffix == ".jsonl.gz":
+    if source.suffix.endswith(".gz"):
         return _decompressed(file, lambda: zlib.decompressobj(wbits=31))
-    if source.suffix == ".jsonl.zst":
+    if source.suffix.endswith(".zst"):
         return _decompressed(file, lambda: zstandard.ZstdDecompressor().decompressobj())
     return _range(file, part.start, source.size if part.stop is None else part.stop)
 
@@ -218,40 +277,206 @@ def _decompressed(file: pa.NativeFile, new: Callable[[], _Decompressor]) -> Iter
                     yield member.decompress(piece)
                     piece = member.unused_data if member.eof else b""
     except (zlib.error, zstandard.ZstdError) as error:
-        raise _DamagedError(f"the compressed file is damaged from here on: {one_line(error)}") from None
+        raise DamagedError(f"the compressed file is damaged from here on: {one_line(error)}") from None
     if not member.eof:
-        raise _DamagedError("the compressed file is truncated: it ends in the middle")
+        raise DamagedError("the compressed file is truncated: it ends in the middle")
 
 
-def _lines(path: str, chunks: Iterator[bytes], part: Part) -> Iterator[RawRow | Reject]:
-    """Cut chunks at newlines; of a line that is too long no more than the limit is ever held."""
-    line = part.first_line
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Lines without their newlines; None for a line that is too long, of which no more than the limit is ever held."""
     pending: list[bytes] = []
     size = 0
+    for chunk in chunks:
+        for newlines, piece in enumerate(chunk.split(b"\n")):
+            if newlines:
+                yield b"".join(pending) if size <= LINE_LIMIT else None
+                pending, size = [], 0
+            size += len(piece)
+            if size <= LINE_LIMIT:
+                pending.append(piece)
+            else:
+                pending.clear()
+    yield b"".join(pending) if size <= LINE_LIMIT else None
 
-    def finish() -> Iterator[RawRow | Reject]:
-        content = b"".join(pending)
-        if line == 1 and part.start == 0:
-            content = content.removeprefix(BOM)
-        if size > LINE_LIMIT:
-            yield Reject(path, line, TOO_LONG)
-        elif content := content.strip():
-            yield RawRow(line, content)
 
+def _lines(path: str, chunks: Iterable[bytes], part: Part) -> Iterator[RawRow | Reject]:
+    """The lines that are not blank, without a byte order mark, which files that were joined have in the middle."""
+    line = part.first_line
+    try:
+        for content in _split_lines(chunks):
+            if content is None:
+                yield Reject(path, line, TOO_LONG)
+            elif (content := content.removeprefix(BOM)) and not content.isspace():
+                yield RawRow(line, content)
+            line += 1
+    except DamagedError as damage:
+        yield Damage(path, line, str(damage))
+
+
+def _json_lines(path: str, chunks: Iterator[bytes], part: Part) -> Iterator[RawRow | Reject]:
+    if part.start == 0:
+        (first, second), chunks = _first_lines(chunks)
+        if first.startswith(b"[") and not first.endswith(b"]"):
+            raise UserError(f"{path}: {AN_ARRAY}")
+        if _unfinished(first) and second and not second.startswith(b"{"):
+            raise UserError(
+                f"{path}: its objects go over several lines, but in JSON lines each stands on one; name the file .json "
+                "instead of .jsonl"
+            )
+    for raw in _lines(path, chunks, part):
+        yield raw if isinstance(raw, Reject) else RawRow(raw.line, raw.content.strip())
+
+
+def _unfinished(line: bytes) -> bool:
+    """The line opens an object that goes on below."""
+    return line.startswith(b"{") and line.endswith((b"{", b"[", b","))
+
+
+def _first_lines(chunks: Iterator[bytes]) -> tuple[tuple[bytes, bytes], Iterator[bytes]]:
+    """The text's first two lines (blank lines before them left out), as far as FIRST_BYTES have them; and the whole
+    text without its byte order mark."""
+    head = text = b""
+    try:
+        while len(head) < FIRST_BYTES and text.count(b"\n") < 2:
+            head += next(chunks)
+            text = head[:FIRST_BYTES].removeprefix(BOM).lstrip()
+    except StopIteration:
+        pass
+    except DamagedError as damage:
+        chunks = _raising(damage)  # after the head has been read
+    first, second = [line.strip() for line in [*text.split(b"\n", 2), b""][:2]]
+    return (first, second), chain([head.removeprefix(BOM)], chunks)
+
+
+def _raising(error: DamagedError) -> Iterator[bytes]:
+    yield b""
+    raise error
+
+
+def _json_rows(path: str, chunks: Iterator[bytes]) -> Iterator[RawRow | Reject]:
+    (first, _), chunks = _first_lines(chunks)
+    if not first.startswith(b"[") and (not first.startswith(b"{") or first.endswith(b"}")):
+        yield from _json_lines(path, chunks, Part())
+        return
+    values = JsonValues(chunks, LINE_LIMIT)
+    try:
+        for content in values:
+            yield Reject(path, values.place, TOO_LONG) if content is None else RawRow(values.place, content)
+    except DamagedError as damage:
+        yield Damage(path, values.place, str(damage))
+
+
+def _text_lines(path: str, chunks: Iterator[bytes], part: Part) -> Iterator[RawRow | Reject]:
+    for raw in _lines(path, chunks, part):
+        yield raw if isinstance(raw, Reject) else _text_row(path, raw.line, raw.content.removesuffix(b"\r"))
+
+
+def _whole_text(path: str, chunks: Iterator[bytes]) -> Iterator[RawRow | Reject]:
+    content = bytearray()
     try:
         for chunk in chunks:
-            for newlines, piece in enumerate(chunk.split(b"\n")):
-                if newlines:
-                    yield from finish()
-                    line, pending, size = line + 1, [], 0
-                size += len(piece)
-                if size <= LINE_LIMIT:
-                    pending.append(piece)
-                else:
-                    pending.clear()
-        yield from finish()
-    except _DamagedError as damage:
+            content += chunk
+            if len(content) > LINE_LIMIT:
+                yield Reject(path, 1, f"the text is longer than {LINE_LIMIT >> 20} MiB; set data.text_files to lines")
+                return
+    except DamagedError as damage:
+        yield Damage(path, 1, str(damage))
+        return
+    text = bytes(content).removeprefix(BOM)
+    if text.strip():
+        yield _text_row(path, 1, text.removesuffix(b"\n").removesuffix(b"\r"))
+
+
+def _text_row(path: str, line: int, content: bytes) -> RawRow | Reject:
+    try:
+        return RawRow(line, _json_bytes({"text": content.decode()}))
+    except UnicodeDecodeError as error:
+        return Reject(path, line, _not_utf8(error))
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"invalid UTF-8 at byte {error.start + 1} of the row"
+
+
+class _TableLines:
+    """A table's lines as csv.reader takes them; bytes that are not UTF-8 become halves of surrogate pairs.
+
+    `size`: bytes since it was last set to 0; more than LINE_LIMIT raise DamagedError. `ended`: there are no more lines.
+    """
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._lines = _split_lines(chunks)
+        self.size = 0
+        self.ended = False
+
+    def __iter__(self) -> _TableLines:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            line = next(self._lines)
+        except StopIteration:
+            self.ended = True
+            raise
+        if line is None or self.size + len(line) > LINE_LIMIT:
+            raise DamagedError(f"{TOO_LONG}, or a quote in it is never closed: no row after it can be found")
+        self.size += len(line) + 1
+        return line.decode(errors="surrogateescape") + "\n"
+
+
+def _table_rows(path: str, chunks: Iterator[bytes], delimiter: str) -> Iterator[RawRow | Reject]:
+    csv.field_size_limit(LINE_LIMIT)
+    lines = _TableLines(_first_lines(chunks)[1])  # without a byte order mark
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        while not lines.ended:
+            line, lines.size = reader.line_num + 1, 0
+            try:
+                cells = next(reader, [])
+            except csv.Error as error:
+                if lines.ended:
+                    raise DamagedError("the file is truncated: it ends inside a quoted cell of this row") from None
+                if not header:
+                    raise UserError(f"{path}:{line}: the header cannot be read: {error}") from None
+                yield Reject(path, line, f"not a valid row of a table: {error}")
+                continue
+            if cells and header:
+                yield _table_row(path, line, header, cells)
+            elif cells:
+                header = _table_header(f"{path}:{line}", cells)
+    except DamagedError as damage:
         yield Damage(path, line, str(damage))
+
+
+def _table_header(where: str, cells: list[str]) -> list[str]:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: the header is not valid UTF-8; save the table as UTF-8 text") from None
+    for number, name in enumerate(cells, 1):
+        if not name.strip():
+            raise UserError(
+                f"{where}: column {number} of the header has no name; name it or remove it (pandas writes such a "
+                "column unless to_csv has index=False)"
+            )
+        if name in cells[: number - 1]:
+            raise UserError(f"{where}: two columns of the header are named {name!r}; give them different names")
+    return cells
+
+
+def _table_row(path: str, line: int, header: list[str], cells: list[str]) -> RawRow | Reject:
+    if len(cells) != len(header):
+        return Reject(path, line, f"the row has {len(cells)} cells, and the header {len(header)}")
+    try:
+        return RawRow(line, _json_bytes({name: cell for name, cell in zip(header, cells) if cell}))
+    except UnicodeEncodeError:
+        return Reject(path, line, "invalid UTF-8 in the row")
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, default=_json_value).encode()
 
 
 def _parquet_rows(path: str, file: pa.NativeFile, part: Part) -> Iterator[RawRow | Reject]:
@@ -271,7 +496,7 @@ def _parquet_rows(path: str, file: pa.NativeFile, part: Part) -> Iterator[RawRow
 
 def _parquet_row(path: str, line: int, row: pa.StructScalar) -> RawRow | Reject:
     try:
-        content = json.dumps(_without_nulls(row.as_py()), ensure_ascii=False, default=_json_value).encode()
+        content = _json_bytes(_without_nulls(row.as_py()))
     except (TypeError, ValueError, OverflowError) as error:  # OverflowError: a date that Python has no year for
         return Reject(path, line, f"not a row that JSON can hold: {one_line(error)}")
     return RawRow(line, content) if len(content) <= LINE_LIMIT else Reject(path, line, TOO_LONG)
@@ -297,10 +522,12 @@ def _json_value(value: Any) -> str:
 
 
 def parse_row(path: str, raw: RawRow) -> Row | Reject:
-    """A row's JSON object, or what is wrong with it."""
+    """A row's JSON object, or what is wrong with it. Numbers in it may be NaN or infinite."""
     try:
         value = _decode(raw.content.decode())
-        if not isinstance(value, dict):
+        if isinstance(value, list) and path.endswith(JSON_LINES):
+            reason = AN_ARRAY
+        elif not isinstance(value, dict):
             reason = f"not a JSON object, but {type(value).__name__}"
         elif raw.content.count(b"[") + raw.content.count(b"{") > DEPTH_LIMIT and deeper(value, DEPTH_LIMIT):
             reason = TOO_DEEP
@@ -309,16 +536,25 @@ def parse_row(path: str, raw: RawRow) -> Row | Reject:
                 json.dumps(value, ensure_ascii=False).encode()
             return Row(path, raw.line, value)
     except UnicodeDecodeError as error:
-        reason = f"invalid UTF-8 at byte {error.start + 1} of the line"
+        reason = _not_utf8(error)
     except UnicodeEncodeError:
         reason = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
     except RecursionError:
         reason = TOO_DEEP
     except json.JSONDecodeError as error:
-        reason = f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        reason = _not_json(path, error, raw.content)
     except ValueError as error:
         reason = f"not valid JSON: {one_line(error)}"
     return Reject(path, raw.line, reason)
+
+
+def _not_json(path: str, error: json.JSONDecodeError, content: bytes) -> str:
+    if content.startswith(b"[") and path.endswith(JSON_LINES):
+        return AN_ARRAY
+    if _unfinished(content):
+        return "not valid JSON: the object goes on after this line, but in JSON lines each stands on one"
+    line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at {line}column {error.colno}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -329,8 +565,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant).decode
+_decode = json.JSONDecoder(object_pairs_hook=_unique).decode

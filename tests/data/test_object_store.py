@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
@@ -54,7 +55,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[fs.FileSystem]:
 
 
 def put(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    with filesystem.open_output_stream(path) as stream:
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(content)
 
 
@@ -64,7 +65,7 @@ def test_from_bucket_to_packs_in_a_bucket(
     monkeypatch.setattr(module, "UNIT_BYTES", 1000)
     put(bucket, "bucket/data/a b/1.jsonl", CONTENT)
     put(bucket, "bucket/data/2.jsonl", CONTENT + b"{\n")
-    put(bucket, "bucket/data/notes.txt", b"no rows")
+    put(bucket, "bucket/data/README.txt", b"no rows")
     config = DataConfig(
         train="s3://bucket/data", cache_dir="s3://bucket/cache", max_seq_len=32, pack_tokens=64, val_fraction=0.2
     )
@@ -90,6 +91,20 @@ def test_from_bucket_to_packs_in_a_bucket(
     for pack in PackStore(store.path, reference):
         assert pack.reference is not None
         assert pack.reference.tolist() == pack.lengths.tolist()
+
+
+def test_every_kind_of_file_in_a_bucket(bucket: fs.FileSystem) -> None:
+    lines = "\n".join(TEXTS).encode()
+    contents = {
+        "x.json": json.dumps([{"text": text} for text in TEXTS]).encode(), "x.csv": b"text\n" + lines, "x.txt": lines,
+        "x.txt.gz": gzip.compress(lines),
+    }  # fmt: skip
+    for name, content in contents.items():
+        put(bucket, f"bucket/kinds/{name}", content)
+    sources = discover("s3://bucket/kinds")
+    assert len(sources) == len(contents)
+    for source in sources:
+        assert [row.value["text"] for row in read_rows(source) if isinstance(row, Row)] == TEXTS
 
 
 def _files(filesystem: fs.FileSystem, folder: str) -> list[str]:

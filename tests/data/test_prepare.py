@@ -98,14 +98,26 @@ class Runner:
             yield from run_units_here([unit], encoding)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".json", ".json.gz", ".csv", ".tsv.zst", ".txt", ".txt.gz"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_document_is_in_the_packs_once(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=50)
     else:
-        compress = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor().compress}
-        write(path, compress[suffix](jsonl(TEXTS)))
+        lines = "\n".join(TEXTS)
+        content = {
+            ".jsonl": jsonl(TEXTS),
+            ".json": json.dumps([{"text": text} for text in TEXTS]).encode(),
+            ".csv": f"text\n{lines}".encode(),
+            ".tsv": f"text\n{lines}".encode(),
+            ".txt": lines.encode(),
+        }[suffix.removesuffix(".gz").removesuffix(".zst")]
+        write(path, gzip.compress(content) if suffix.endswith(".gz") else content)
+        if suffix.endswith(".zst"):
+            write(path, zstandard.compress(content))
     prepared = prepare("pretrain", config(tmp_path, path), "train", tokenizer)
     store = PackStore(prepared.path)
     assert Counter(texts_of(store, tokenizer)) == Counter(TEXTS)
@@ -116,7 +128,7 @@ def test_every_document_is_in_the_packs_once(tmp_path: Path, tokenizer: Tokenize
     assert store.manifest.total("counted_tokens") == sum(pack.counted for pack in store)
     assert max(len(pack.tokens) for pack in store) <= 64
     assert 0.8 < prepared.fullness <= 1
-    assert prepared.made == {".jsonl": 11, ".parquet": 5}.get(suffix, 1)
+    assert prepared.made == {".jsonl": 11, ".parquet": 5, ".txt": 8}.get(suffix, 1)
 
 
 def test_what_is_prepared_is_found_without_a_write(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -221,8 +233,28 @@ def test_whatever_decides_the_packs_is_in_their_key(
     ]
     assert keys() == variants[0]
     assert keys(max_reject_fraction=0.5, val_fraction=0.1, cache_dir=str(tmp_path / "other")) == variants[0]
+    assert keys(text_files="whole") == variants[0]
     monkeypatch.setattr(module, "_code", lambda: "other code")
     assert len({*variants, keys()}) == 10
+
+
+def test_text_files_by_lines_or_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "x.txt", "\n".join(TEXTS[:30]).encode())
+    by_lines = prepare("pretrain", config(tmp_path, path), "train", tokenizer)
+    whole = prepare("pretrain", config(tmp_path, path, text_files="whole"), "train", tokenizer)
+    assert (by_lines.made, by_lines.manifest.total("rows")) == (1, 30)
+    assert (whole.made, whole.manifest.total("rows")) == (1, 1)
+    assert "".join(texts_of(PackStore(whole.path), tokenizer)).count("\n") == 29
+    assert prepare("pretrain", config(tmp_path, path), "train", tokenizer).made == 0
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_rejected_row_of_an_array_has_its_place(tmp_path: Path, tokenizer: Tokenizer, indent: int | None) -> None:
+    rows = [{"text": text} if number != 100 else {"text": 1} for number, text in enumerate(TEXTS)]
+    path = write(tmp_path / "x.json", json.dumps(rows, indent=indent).encode())
+    prepared = prepare("pretrain", config(tmp_path, path), "train", tokenizer)
+    (reject,) = rejects_of(prepared)
+    assert (reject["file"], reject["line"]) == (str(path), 302 if indent else 101)
 
 
 def test_the_validation_split_is_by_content(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -253,7 +285,7 @@ def test_with_validation_files_nothing_is_held_out(tmp_path: Path, tokenizer: To
 
 
 def test_too_many_rejects_stop_with_the_commonest_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = write(tmp_path / "x.jsonl", b'{"text": 1}\n' + b"{\n" * 3 + jsonl(TEXTS))
+    path = write(tmp_path / "x.jsonl", b'{"text": 1}\n' + b"{]\n" * 3 + jsonl(TEXTS))
     with pytest.raises(UserError) as error:
         prepare("pretrain", config(tmp_path, path), "train", tokenizer)
     assert "data.train: 4 of 244 rows cannot be used, more than data.max_reject_fraction 0.01" in str(error.value)

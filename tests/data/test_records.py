@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import csv
 import datetime
 import gzip
+import io
 import json
 import random
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +20,7 @@ from hypothesis import strategies as st
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.data import records
-from minimind_ray.data.records import Damage, Part, Reject, Row, discover, parse_row, read_raw, read_rows
+from minimind_ray.data.records import Damage, Part, RawRow, Reject, Row, discover, parse_row, read_raw, read_rows
 
 pytestmark = pytest.mark.unit
 
@@ -61,15 +65,15 @@ def test_rows_and_their_lines(tmp_path: Path, suffix: str, newline: bytes, bom: 
         (b'{"text": "a"', "not valid JSON: Expecting ',' delimiter at column 13"),
         (b'{"text": "a"} x', "not valid JSON: Extra data at column 15"),
         (b'{"text": "a\x01"}', "not valid JSON: Invalid control character at column 12"),
-        (b'["text"]', "not a JSON object, but list"),
+        (b'["text"]', "a JSON array, not JSON lines"),
         (b'"text"', "not a JSON object, but str"),
         (b"null", "not a JSON object, but NoneType"),
-        (b'{"text": "\xff"}', "invalid UTF-8 at byte 11 of the line"),
-        (b'\xff\xfe{\x00"\x00', "invalid UTF-8 at byte 1 of the line"),
-        (b'\xef\xbb\xbf{"text": "a"}', "not valid JSON: Expecting value at column 1"),
+        (b'{"text": "\xff"}', "invalid UTF-8 at byte 11 of the row"),
+        (b'\xff\xfe{\x00"\x00', "invalid UTF-8 at byte 1 of the row"),
+        (b'["text"', "a JSON array, not JSON lines"),
+        (b"{", "the object goes on after this line"),
+        (b'{"text": "a",', "the object goes on after this line"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "not valid JSON: key 'c' appears twice"),
-        (b'{"text": NaN}', "not valid JSON: NaN is not JSON"),
-        (b'{"text": -Infinity}', "not valid JSON: -Infinity is not JSON"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"\\uDFFF": 1}', "half of a surrogate pair"),
         (b'{"n": ' + b"1" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
@@ -215,7 +219,15 @@ def test_damaged_parquet_is_one_reject(tmp_path: Path) -> None:
 
 
 def test_discover_takes_files_globs_folders_and_lists(tmp_path: Path) -> None:
-    for name in ["b/2.jsonl", "b/c/3.parquet", "a/1.jsonl.gz", "a/.hidden/x.jsonl", "a/notes.txt", "[d]/4.jsonl.zst"]:
+    for name in [
+        "b/2.jsonl",
+        "b/c/3.parquet",
+        "a/1.jsonl.gz",
+        "a/.hidden/x.jsonl",
+        "a/notes.md",
+        "b/README.txt",
+        "[d]/4.jsonl.zst",
+    ]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
 
@@ -245,12 +257,12 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
         ("none.jsonl", "none.jsonl: no such file or folder"),
         ("*.jsonl", r"\*.jsonl: the pattern matches no files of the formats .jsonl"),
         ("empty", "empty: the folder has no files of the formats .jsonl"),
-        ("notes.txt", "notes.txt: not a format that can be read; the formats are .jsonl, .jsonl.gz"),
+        ("notes.md", "notes.md: not a format that can be read; the formats are .jsonl, .json, .csv, "),
     ],
 )
 def test_what_matches_nothing_is_named(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UserError, match=message):
         discover([str(tmp_path / path)])
     with pytest.raises(UserError, match="no file system for ftp://"):
@@ -264,6 +276,261 @@ def test_a_change_changes_the_version(tmp_path: Path) -> None:
     assert records.current_version(source) == source.version
     path.write_bytes(b"{} ")
     assert records.current_version(source) != source.version
+
+
+def test_numbers_that_are_not_finite_are_read(tmp_path: Path) -> None:
+    (row,) = read_bytes(tmp_path, b'{"text": "a", "x": [NaN, Infinity, -Infinity]}')
+    assert isinstance(row, Row)
+    assert repr(row.value["x"]) == "[nan, inf, -inf]"
+
+
+def test_byte_order_marks_of_joined_files_are_no_part_of_rows(tmp_path: Path) -> None:
+    bom = b"\xef\xbb\xbf"
+    rows = read_bytes(tmp_path, bom + b'{"n": 1}\n' + bom + b'{"n": 2}\n' + bom)
+    assert [(row.line, row.value) for row in rows if isinstance(row, Row)] == [(1, {"n": 1}), (2, {"n": 2})]
+    assert len(rows) == 2
+
+
+OBJECTS = [
+    {"text": "床前明月光"},
+    {"a": [1, {"b": None}], "s": '\\"]},\n\U0001f600'},
+    {},
+    {"x": 1.5e300, "y": [[], {}]},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("array", [True, False])
+def test_json_lines_named_otherwise_are_one_sentence(tmp_path: Path, array: bool, indent: int | None) -> None:
+    content = json.dumps(OBJECTS * 2000 if array else OBJECTS[1], indent=indent).encode()
+    if array or indent:
+        with pytest.raises(UserError, match=r"x.jsonl: .*name (it|the file) .json instead of .jsonl$"):
+            read_bytes(tmp_path, content)
+    else:
+        assert len(read_bytes(tmp_path, content)) == 1
+
+
+# The other formats
+
+
+def json_forms(rows: list[dict[str, Any]], **how: Any) -> list[bytes]:
+    """The same rows as .json files have them."""
+    texts = [json.dumps(row, **how) for row in rows]
+    return [
+        json.dumps(rows, **how).encode(),
+        json.dumps(rows, indent=2, **how).encode(),
+        ("[" + ",\n".join(texts) + "]\n").encode(),
+        "\n".join(texts).encode(),
+        "\n".join(json.dumps(row, indent="\t", **how) for row in rows).encode(),
+    ]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('"\\[]{},:\n aé月\U0001f600', max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('"\\[{a', max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.dictionaries(st.text('"]a', max_size=3), json_values, min_size=1, max_size=3), min_size=2, max_size=5
+    ),
+    ascii=st.booleans(),
+    bom=st.booleans(),
+    chunk=st.integers(1, 30),
+)
+def test_json_files_have_the_same_rows_however_they_are_written(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], ascii: bool, bom: bool, chunk: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "forms.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "CHUNK", chunk)
+        for content in json_forms(rows, ensure_ascii=ascii):
+            path.write_bytes(b"\xef\xbb\xbf" * bom + content)
+            assert [row.value if isinstance(row, Row) else row for row in read(path)] == rows
+
+
+def test_every_cut_into_chunks_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in json_forms(OBJECTS):
+        for chunk in [*range(1, 40), len(content)]:
+            monkeypatch.setattr(records, "CHUNK", chunk)
+            assert [row.value for row in read_bytes(tmp_path, content, ".json") if isinstance(row, Row)] == OBJECTS
+
+
+def test_the_place_of_a_json_row_is_its_line_or_its_number(tmp_path: Path) -> None:
+    lines = [[row.line for row in read_bytes(tmp_path, content, ".json")] for content in json_forms(OBJECTS)]
+    assert lines == [[1, 2, 3, 4], [2, 5, 14, 15], [1, 2, 3, 4], [1, 2, 3, 4], [1, 4, 13, 14]]
+
+
+def test_tables_and_texts_have_the_rows_of_json_lines(tmp_path: Path) -> None:
+    rows = [{"text": text, "n": "042"} for text in ["a", "b, c", 'say "hi"', "two\nlines", "tab\t月", " blanks "]]
+    rows.append({"text": "no number"})
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        stream = io.StringIO()
+        table = csv.DictWriter(stream, ["text", "n"], delimiter=delimiter)
+        table.writeheader()
+        table.writerows(rows)
+        for bom in (b"", b"\xef\xbb\xbf"):
+            for pack in ("", ".gz", ".zst"):
+                content = COMPRESS[".jsonl" + pack](bom + stream.getvalue().encode())
+                found = read_bytes(tmp_path, content, suffix + pack)
+                assert [row.value for row in found if isinstance(row, Row)] == rows
+                assert [row.line for row in found] == [2, 3, 4, 5, 7, 8, 9]
+    texts = ["a", " b\t", "床前明月光"]
+    content = "a\r\n \n b\t\n\ufeff床前明月光".encode()
+    for suffix in (".txt", ".txt.gz", ".txt.zst"):
+        found = read_bytes(tmp_path, COMPRESS[suffix.replace("txt", "jsonl")](content), suffix)
+        assert [(row.line, row.value) for row in found if isinstance(row, Row)] == [
+            (line, {"text": text}) for line, text in zip((1, 3, 4), texts, strict=True)
+        ]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "x.parquet")
+    assert [row.value for row in read(tmp_path / "x.parquet") if isinstance(row, Row)] == [{"text": t} for t in texts]
+
+
+def test_a_text_file_can_be_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(content: bytes) -> list[Row | Reject]:
+        (tmp_path / "x.txt").write_bytes(content)
+        (source,) = discover(str(tmp_path / "x.txt"), "whole")
+        return list(read_rows(source))
+
+    assert [row.value for row in whole("\ufeffa\n\n月\r\n".encode()) if isinstance(row, Row)] == [{"text": "a\n\n月"}]
+    assert whole(b" \n\n") == []
+    (reject,) = whole(b"a\xff")
+    assert isinstance(reject, Reject) and reject.reason == "invalid UTF-8 at byte 2 of the row"
+    monkeypatch.setattr(records, "LINE_LIMIT", 20)
+    assert len(whole(b"x" * 20)) == 1
+    (reject,) = whole(b"x" * 21)
+    assert isinstance(reject, Reject) and "set data.text_files to lines" in reject.reason
+
+
+@pytest.mark.parametrize(
+    ("content", "places", "reason"),
+    [
+        (b'[{"a": 1}, {"a": 2}, {"a"', [1, 2, 3], "truncated: it ends inside the row"),
+        (b'[{"a": 1},\n{"a": 2},\n{"a": "', [1, 2, 3], "truncated: it ends inside the row"),
+        (b'[{"a": 1},\n{"a": 2},\n', [1, 2, 3], "truncated: its JSON array does not end"),
+        (b'[{"a": 1},\n{"a": 2}\n', [1, 2, 3], "truncated: its JSON array does not end"),
+        (b'[{"a": 1},\n\n{"a": 2}\n{"a": 3}]', [1, 3, 4], "a comma is missing in the array before this row"),
+        (b'[{"a": 1},\n{"a": 2},\n]', [1, 2, 3], "] where a row should begin"),
+        (b'[{"a": 1}, {"a": 2}}]', [1, 2, 2], "a comma is missing"),
+        (b'[{"a": 1},\n{"a": 2}]\n[]', [1, 2, 3], "the file goes on after the end of its array"),
+        (b'{\n"a": 1}\n{\n"a": 2}\n,', [1, 3, 5], ", where a row should begin"),
+        (b"[", [1], "truncated"),
+    ],
+)
+def test_where_an_array_is_damaged_reading_ends(tmp_path: Path, content: bytes, places: list[int], reason: str) -> None:
+    *rows, damage = read_bytes(tmp_path, content, ".json")
+    assert all(isinstance(row, Row) for row in rows)
+    assert [row.line for row in [*rows, damage]] == places
+    assert isinstance(damage, Damage)
+    assert reason in damage.reason
+
+
+def test_a_bad_item_of_an_array_is_rejected_alone(tmp_path: Path) -> None:
+    items = [
+        '{"a": 1}',
+        '"b"',
+        "3",
+        "[{}]",
+        "nul",
+        '{"a": 1\n"b": 2}',
+        '{"a": "\xff"}',
+        '{"c": 1, "c": 2}',
+        '{"z": "]"}',
+    ]
+    separator = ",\n"
+    first, *rejects, last = read_bytes(tmp_path, f"[{separator.join(items)}]".encode("latin-1"), ".json")
+    assert isinstance(first, Row) and isinstance(last, Row)
+    assert [reject.line for reject in rejects] == [2, 3, 4, 5, 6, 8, 9]
+    reasons = " ".join(reject.reason for reject in rejects if isinstance(reject, Reject))
+    for reason in ("but str", "but int", "but list", "at line 2 of the row, column 1", "invalid UTF-8", "twice"):
+        assert reason in reasons
+
+
+def test_an_array_of_any_size_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.write(b'[{"text": "before"}')
+        for _ in range(60):
+            file.write(b', {"text": "' + b"\\u6708\\n" * (1 << 17) + b'"}')
+        file.write(b', {"text": "' + b"x" * (40 << 20) + b'"}, {"text": "after"}]')
+    (source,) = discover(str(path))
+    tracemalloc.start()
+    rows = [raw._replace(content=b"") if isinstance(raw, RawRow) else raw for raw in read_raw(source)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row.line for row in rows] == list(range(1, 64))
+    assert rows[61] == Reject(str(path), 62, "the row is longer than 16 MiB")
+    assert peak < 40 << 20
+
+
+def test_nesting_in_an_array_is_bounded(tmp_path: Path) -> None:
+    for depth, kind in ((62, Row), (64, Reject), (200_000, Reject)):
+        content = b'[{"a": ' + b"[" * depth + b"]" * depth + b'}, {"a": 1}]'
+        assert [type(row) for row in read_bytes(tmp_path, content, ".json")] == [kind, Row]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"text,text", "x.csv:1: two columns of the header are named 'text'"),
+        (b",text", "x.csv:1: column 1 of the header has no name"),
+        (b"te\xffxt", "x.csv:1: the header is not valid UTF-8"),
+        (b'"a"b,text', "x.csv:1: the header cannot be read"),
+    ],
+)
+def test_a_bad_header_is_one_sentence(tmp_path: Path, header: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_bytes(tmp_path, header + b"\na,b\n", ".csv")
+
+
+def test_a_bad_row_of_a_table_is_rejected_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b'text,n\na,1\n\nb\nc,1,2\n\xff,1\n"d"x,1\ne 5",2\n'
+    rows = read_bytes(tmp_path, content, ".csv")
+    assert [(type(row), row.line) for row in rows] == [
+        (Row, 2), (Reject, 4), (Reject, 5), (Reject, 6), (Reject, 7), (Row, 8),
+    ]  # fmt: skip
+    reasons = [row.reason for row in rows if isinstance(row, Reject)]
+    assert reasons[:3] == [
+        "the row has 1 cells, and the header 2",
+        "the row has 3 cells, and the header 2",
+        "invalid UTF-8 in the row",
+    ]
+    (row, damage) = read_bytes(tmp_path, b'text\na\n"b\nc\n', ".csv")
+    assert isinstance(damage, Damage) and damage.line == 3
+    assert "truncated: it ends inside a quoted cell" in damage.reason
+    monkeypatch.setattr(records, "LINE_LIMIT", 20)
+    for bad in (b"x" * 21, b'"' + b"x\n" * 20):
+        row, damage = read_bytes(tmp_path, b"text\na\n" + bad + b"\nb\n", ".csv")
+        assert isinstance(row, Row) and isinstance(damage, Damage) and damage.line == 3
+
+
+@pytest.mark.parametrize("suffix", [".json.gz", ".csv.gz", ".txt.zst"])
+def test_other_formats_that_break_off_keep_the_rows_before(tmp_path: Path, suffix: str) -> None:
+    numbers = random.Random(0)
+    texts = [f"{numbers.random()} bottles" for _ in range(20_000)]
+    kind, pack = suffix.rsplit(".", 1)
+    content = json.dumps([{"text": text} for text in texts]) if kind == ".json" else "\n".join(["text", *texts])
+    whole = COMPRESS[f".jsonl.{pack}"](content.encode())
+    *rows, damage = read_bytes(tmp_path, whole[: len(whole) // 2], suffix)
+    assert 5_000 < len(rows) < 15_000
+    assert all(isinstance(row, Row) for row in rows)
+    assert isinstance(damage, Damage) and damage.line == rows[-1].line + 1
+    # Damage before the first line's end is told, too.
+    *rows, damage = read_bytes(tmp_path, whole[:40], suffix)
+    assert isinstance(damage, Damage) and "truncated" in damage.reason
+
+
+def test_files_beside_data_are_passed_over_unless_named(tmp_path: Path) -> None:
+    names = ["README.txt", "dataset_infos.json", "tokenizer.json", "tokenizer_config.json", "model.index.json"]
+    for name in [*names, "rows.json", "rows.csv", "rows.txt.gz"]:
+        (tmp_path / name).write_bytes(b"")
+    for pattern in ("", "*"):
+        found = discover(str(tmp_path / pattern))
+        assert [Path(source.path).name for source in found] == ["rows.csv", "rows.json", "rows.txt.gz"]
+    assert len(discover([str(tmp_path / name) for name in names])) == len(names)
 
 
 VALID = b"".join(
@@ -291,16 +558,20 @@ def test_whatever_the_bytes_every_line_is_accounted_for(
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "CHUNK", chunk)
-        rows = read(path)
-    numbered = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+        try:
+            rows = read(path)
+        except UserError as error:  # It begins as an array, or as an object over several lines.
+            assert "name the file .json" in str(error) or "name it .json" in str(error)
+            return
+    numbered = enumerate((line.removeprefix(b"\xef\xbb\xbf") for line in content.split(b"\n")), 1)
     assert [row.line for row in rows] == [number for number, line in numbered if line.strip()]
     for row in rows:
         if isinstance(row, Row):
-            json.dumps(row.value, ensure_ascii=False, allow_nan=False).encode()
+            json.dumps(row.value, ensure_ascii=False).encode()
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), suffix=st.sampled_from([".jsonl.gz", ".jsonl.zst", ".parquet"]))
+@given(data=st.data(), suffix=st.sampled_from([".jsonl.gz", ".jsonl.zst", ".parquet", ".json", ".csv", ".txt"]))
 def test_whatever_the_damage_nothing_is_raised(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, suffix: str
 ) -> None:
@@ -308,12 +579,14 @@ def test_whatever_the_damage_nothing_is_raised(
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": ["a", "b" * 100], "n": [1, 2]}), path)
     else:
-        path.write_bytes(COMPRESS[suffix](VALID))
+        plain = {".json": json.dumps(OBJECTS).encode(), ".csv": b'text,n\na,"1\n"\nb,2\n', ".txt": b"a\nb\n"}
+        path.write_bytes(plain[suffix] if suffix in plain else COMPRESS[suffix](VALID))
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     (source,) = discover(str(path))
-    for raw in read_raw(source):
-        if not isinstance(raw, Reject):
-            parse_row(source.path, raw)
+    with suppress(UserError):  # a table's header
+        for raw in read_raw(source):
+            if not isinstance(raw, Reject):
+                parse_row(source.path, raw)
