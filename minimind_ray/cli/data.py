@@ -30,6 +30,7 @@ def inspect(
     stage: Annotated[str | None, typer.Option(help="pretrain, sft, lora or dpo; default: by the first row")] = None,
     max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
     pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
+    text_files: Annotated[str | None, typer.Option(help="data.text_files", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="read no more rows than this", show_default=False)] = None,
     samples: Annotated[int, typer.Option(min=0, help="documents to show")] = 3,
 ) -> None:
@@ -42,10 +43,13 @@ def inspect(
     from minimind_ray.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(input_path(tokenizer))
-    source_rows = islice(chain.from_iterable(map(read_rows, discover([input_path(file) for file in files]))), rows)
+    flags = {"max_seq_len": max_seq_len, "pack_tokens": pack_tokens, "text_files": text_files}
+    text = config_from_flags(stage or "pretrain", [], [], flags).data.text_files
+    sources = discover([input_path(file) for file in files], text)
+    source_rows = islice(chain.from_iterable(map(read_rows, sources)), rows)
     if stage is None:
         stage, source_rows = guess_stage(source_rows)
-    config = config_from_flags(stage, [], [], {"max_seq_len": max_seq_len, "pack_tokens": pack_tokens})
+    config = config_from_flags(stage, [], [], flags)
     inspection = inspect_rows(config.stage, source_rows, loaded, config.data, samples)
     _print_inspection(inspection, config.stage, loaded, config.data)
 

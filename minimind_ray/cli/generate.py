@@ -27,8 +27,8 @@ def generate(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="prompts: a text file with one a line, or .jsonl (also .gz, .zst, Parquet) with prompt, or with "
-            "conversations or messages, whose last question is answered",
+            help="prompts: a text file with one a line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with prompt, or "
+            "with conversations or messages, whose last question is answered",
             show_default=False,
         ),
     ] = None,
@@ -99,7 +99,8 @@ def read_prompts(given: list[str], file: Path | None) -> list[str | Talk]:
     if file is not None:
         from minimind_ray.data.records import SUFFIXES
 
-        prompts += _row_prompts(str(file)) if file.name.endswith(SUFFIXES) else _line_prompts(file)
+        rows = file.name.endswith(SUFFIXES) and not file.name.endswith(".txt")
+        prompts += _row_prompts(str(file)) if rows else _line_prompts(file)
     if not prompts:
         raise UserError("no prompts: give --prompt TEXT or --file FILE" if file is None else f"{file}: no prompts")
     return prompts

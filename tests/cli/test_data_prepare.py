@@ -68,3 +68,11 @@ def test_relative_paths_lead_to_the_storage_of_a_cluster(
     seen = CliRunner().invoke(app, ["inspect", "x.jsonl", "--tokenizer", "own"], catch_exceptions=False)
     assert "101 rows read = 100 kept + 1 rejected" in seen.output
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_inspect_reads_text_files_as_they_are_set(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "x.txt").write_text("one\n\ntwo\n")
+    command = ["inspect", str(tmp_path / "x.txt"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert "2 rows read" in CliRunner().invoke(app, command, catch_exceptions=False).output
+    command += ["--text-files", "whole"]
+    assert "1 rows read" in CliRunner().invoke(app, command, catch_exceptions=False).output
