@@ -423,6 +423,28 @@ def test_rows_of_any_kind(suffix: str, good: Path, tmp_path: Path) -> None:
     read()
 
 
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".csv", ".tsv", ".txt"])
+def test_files_of_other_formats(suffix: str, good: Path, tmp_path: Path) -> None:
+    tokenizer, file = Tokenizer.load(good / "tokenizer"), tmp_path / f"rows{suffix}"
+    whole = {
+        ".json": json.dumps(ROWS, indent=1).encode(), ".csv": b'text,prompt\n"Some, text",a\n"Two\nlines",\n',
+        ".tsv": b"text\tprompt\nSome text\ta\n", ".txt": b"Some text.\n\nMore of it.\n",
+    }[suffix.removesuffix(".gz")]  # fmt: skip
+    pack = gzip.compress if suffix.endswith(".gz") else bytes
+    content = changed_bytes(whole).map(pack) | changed_bytes(pack(whole)) | st.sampled_from(SPECIAL)
+    if suffix.startswith(".json"):
+        content |= changed_value(ROWS).map(to_text).map(pack)
+
+    @fuzz(25)
+    @given(content)
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        with guarded():
+            encode(file, tokenizer)
+
+    read()
+
+
 types = st.recursive(
     st.sampled_from([
         pa.string(), pa.large_string(), pa.binary(), pa.int8(), pa.uint64(), pa.float64(), pa.bool_(), pa.date32(),
