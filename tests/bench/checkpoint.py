@@ -1,4 +1,4 @@
-"""What a checkpoint costs the training of minimind-3-small: the pause of its step, and all until the file is there.
+"""What a checkpoint costs training: the pause of its step, and all until the file is there.
 
 A plain process trains on random text. The host notes the time of every step; steps of which none is slowed down by a
 checkpoint give the usual time, and what the others take longer is what checkpoints cost. The part of training time is
@@ -38,7 +38,7 @@ class Clock(PlainContext):
 def measure_checkpoint(args: Namespace, report: Report, scratch: Path) -> None:
     steps = BETWEEN * (args.checkpoints + 2)
     job = make_job(
-        scratch / "checkpoint", rows=2000, model__preset="minimind-3-small", model__vocab_size=6400,
+        scratch / "checkpoint", rows=2000, model__preset=args.checkpoint_preset, model__vocab_size=6400,
         data__val_fraction=0.0, batch__tokens=256, train__epochs=20, train__max_steps=steps, checkpoint__every=BETWEEN,
         track__wandb="off", out=str(args.checkpoint_out or scratch / "checkpoint" / "run"),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """How cost grows: tokens/s against workers, document length and pack size as pictures, and a model of many GPUs.
 
-Measured: the optimizer step of the 26M model on made-up tokens, 16,384 a step. Workers are processes with a share of
-the cores each; more workers than cores show only what working together costs. Before the gradients are summed the
-workers wait for each other, timed as idle; the summing is communication.
+Measured: the optimizer step of a model (`--growth-model`) on made-up tokens, 16,384 a step. Workers are processes with
+a share of the cores each; more workers than cores show only what working together costs. Before the gradients are
+summed the workers wait for each other, timed as idle; the summing is communication.
 
 Modelled: the step time on 8, 64 and 256 GPUs, see `modelled_step`. That is arithmetic, not a measurement.
 """
@@ -10,7 +10,6 @@ Modelled: the step time on 8, 64 and 256 GPUs, see `modelled_step`. That is arit
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from argparse import Namespace
@@ -32,13 +31,11 @@ from minimind_ray.train.optim import FlatGradients, build_adamw
 from minimind_ray.train.step import training_step
 from minimind_ray.train.throughput import parameter_counts
 from tests.bench.common import Report, ask, child
+from tests.bench.sides import fastest
 from tests.bench.training import model_settings, rate
 
 VOCABULARY = 6400
 STEP_TOKENS = 16384
-WORKERS = (1, 2, 4)
-LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-PACKS = (512, 1024, 2048, 4096, 8192, 16384)
 
 GPUS = (1, 8, 16, 32, 64, 128, 256)
 GPUS_PER_NODE = 8
@@ -56,11 +53,14 @@ BATCHES: dict[str, Callable[[int], int]] = {
 
 
 def measure_growth(args: Namespace, report: Report, scratch: Path) -> None:
-    found: dict[str, Any] = {"workers": {}}
-    for count in WORKERS:
+    found: dict[str, Any] = {"model": args.growth_model, "workers": {}}
+    for count in map(int, args.workers.split(",")):
         store = scratch / f"rendezvous-{count}"
-        settings = [{"rank": rank, "count": count, "store": str(store), "cpus": args.cpus} for rank in range(count)]
-        workers = [child("tests.bench.growth", "work", json.dumps(s)) for s in settings]
+        common = {
+            "model": args.growth_model, "count": count, "store": str(store), "cpus": args.cpus,
+            "steps": args.worker_steps,
+        }  # fmt: skip
+        workers = [child("tests.bench.growth", "work", json.dumps({**common, "rank": rank})) for rank in range(count)]
         shares = [json.loads(worker.communicate()[0].splitlines()[-1]) for worker in workers]
         found["workers"][count] = means = {key: float(np.mean([s[key] for s in shares])) for key in shares[0]}
         print(
@@ -68,7 +68,12 @@ def measure_growth(args: Namespace, report: Report, scratch: Path) -> None:
             f"idle {means['idle']:.0%}",
             flush=True,
         )
-    found |= ask("tests.bench.growth", "sizes", "{}")
+    settings = {
+        "model": args.growth_model, "seconds": args.point_seconds,
+        "lengths": [int(length) for length in args.lengths.split(",")],
+        "packs": [int(tokens) for tokens in args.packs.split(",")],
+    }  # fmt: skip
+    found |= ask("tests.bench.growth", "sizes", json.dumps(settings))
     report.put("growth", "measured", found)
     found["modelled"] = model_of_many(report)
     report.put("growth", "modelled", found["modelled"])
@@ -83,12 +88,12 @@ def synthetic_packs(length: int, tokens: int, count: int) -> list[Pack]:
     return [Pack(i, random.integers(0, VOCABULARY, tokens).astype(np.uint16), weights, lengths) for i in range(count)]
 
 
-def stepper() -> tuple[FlatGradients, Callable[[list[Pack]], int]]:
-    """The 26M model's optimizer step, as the training loop makes it; it returns the tokens of all workers."""
+def stepper(size: str) -> tuple[FlatGradients, Callable[[list[Pack]], int]]:
+    """A model's optimizer step, as the training loop makes it; it returns the tokens of all workers."""
     keep_freed_memory()
     device = default_device()
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**model_settings("26m")).shape(VOCABULARY)).to(device)
+    model = Transformer(ModelConfig(**model_settings(size)).shape(VOCABULARY)).to(device)
     optimizer, gradients = build_adamw(model, OptimConfig()), FlatGradients(model)
     objective, dtype = CausalLM(model.shape), resolve_precision("auto", device)
 
@@ -103,11 +108,11 @@ def stepper() -> tuple[FlatGradients, Callable[[list[Pack]], int]]:
     return gradients, step
 
 
-def work(rank: int, count: int, store: str, cpus: int, steps: int = 4) -> dict[str, float]:
+def work(model: str, rank: int, count: int, store: str, cpus: int, steps: int) -> dict[str, float]:
     """One worker's tokens/s of all, and the parts of its time that went into communication and waiting."""
     torch.set_num_threads(max(1, cpus // count))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-    gradients, step = stepper()
+    gradients, step = stepper(model)
     spent = {"communication": 0.0, "idle": 0.0}
     all_reduce = gradients.all_reduce
 
@@ -130,23 +135,17 @@ def work(rank: int, count: int, store: str, cpus: int, steps: int = 4) -> dict[s
     return {"tokens_per_second": tokens / seconds, **{name: value / seconds for name, value in spent.items()}}
 
 
-def sizes(seconds: float = 4.0) -> dict[str, dict[int, float]]:
+def sizes(model: str, seconds: float, lengths: list[int], packs: list[int]) -> dict[str, dict[int, float]]:
     """Tokens/s by the documents' length in packs of 4,096 tokens, and by the packs' tokens with documents of 128;
-    of the fastest step, since others may be at work beside."""
-    _, step = stepper()
+    of the fastest step within `seconds`, since others may be at work beside."""
+    _, step = stepper(model)
 
     def speed(length: int, tokens: int) -> float:
-        packs = synthetic_packs(length, tokens, 1)
-        step(packs)
-        end, fastest = time.perf_counter() + seconds, math.inf
-        while (start := time.perf_counter()) < end:
-            step(packs)
-            fastest = min(fastest, time.perf_counter() - start)
-        return (tokens - tokens // length) / fastest
+        return (tokens - tokens // length) / fastest(seconds, step, synthetic_packs(length, tokens, 1))
 
     return {
-        "length": {length: speed(length, 4096) for length in LENGTHS},
-        "pack_tokens": {tokens: speed(128, tokens) for tokens in PACKS},
+        "length": {length: speed(length, 4096) for length in lengths},
+        "pack_tokens": {tokens: speed(128, tokens) for tokens in packs},
     }
 
 
@@ -213,7 +212,7 @@ def draw(found: dict[str, Any], folder: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set(xlabel=label, ylabel="thousand tokens/s", ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.suptitle("Measured: the 26M model", fontsize=11)
+    figure.suptitle(f"Measured: model {found['model']}", fontsize=11)
     figure.savefig(folder / "growth-measured.png", dpi=80)
 
     modelled = found["modelled"]

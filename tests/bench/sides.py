@@ -8,7 +8,6 @@ Trainers print a line of JSON after each step: the useful tokens so far.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import save_model
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.stages.run import begin, prepare_job, run_here
-from minimind_ray.train.context import default_device, resolve_precision
+from minimind_ray.train.context import default_device, keep_freed_memory, resolve_precision
 from minimind_ray.train.run import RunDirectory
 from minimind_ray.train.throughput import measure_matmul_flops
 
@@ -34,22 +33,23 @@ def tell(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
-def limits() -> None:
-    """FLOP/s of matrix products and bytes/s of copying what no cache holds, each the best within some seconds."""
+def limits(seconds: float) -> None:
+    """FLOP/s of products and bytes/s, read and written, of copying what no cache holds: each the best in `seconds`."""
     device = default_device()
     found = {
-        f"{name}_flops": measure_matmul_flops(device, dtype, 2.0)
+        f"{name}_flops": measure_matmul_flops(device, dtype, seconds)
         for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
     }
     source = torch.ones(2**28, device=device)  # 1 GiB
     target = torch.empty_like(source)
-    tell({"device": device.type, **found, "copy_bytes": 2 * source.nbytes / fastest(target.copy_, source)})
+    tell({"device": device.type, **found, "copy_bytes": 2 * source.nbytes / fastest(seconds, target.copy_, source)})
 
 
-def products(model: dict[str, Any], vocab_size: int, tokens: int) -> None:
+def products(model: dict[str, Any], vocab_size: int, tokens: int, seconds: float) -> None:
     """Seconds a token takes in the products of tokens and weights alone, forward and backward, in the sizes a step of
     `tokens` has them in: of thin matrices, slower than `limits`' large ones. Without attention's. `frozen`: without
     the weights' gradients."""
+    keep_freed_memory()  # As in training: else every product of more than 32 MB pays page faults for its output.
     device, shape = default_device(), ModelConfig(**model).shape(vocab_size)
     dtype = resolve_precision("auto", device)
     c, d, layers = shape.hidden_size, shape.head_dim, shape.num_hidden_layers
@@ -68,21 +68,30 @@ def products(model: dict[str, Any], vocab_size: int, tokens: int) -> None:
             torch.randn(*two, device=device, dtype=dtype)
             for two in ((rows, inputs), (outputs, inputs), (rows, outputs))
         )
-        always = fastest(torch.mm, x, weight.T) + fastest(torch.mm, dy, weight)
-        found["seconds"] += count * (always + fastest(torch.mm, dy.T, x)) / tokens
+        always = fastest(seconds, torch.mm, x, weight.T) + fastest(seconds, torch.mm, dy, weight)
+        found["seconds"] += count * (always + fastest(seconds, torch.mm, dy.T, x)) / tokens
         found["frozen"] += count * always / tokens
     tell(found)
 
 
-def fastest(work: Callable[..., object], *arguments: object) -> float:
-    """Seconds of the fastest run within half a second, since others may be at work beside."""
-    best, end = math.inf, time.perf_counter() + 0.5
-    while best == math.inf or time.perf_counter() < end:
+def fastest(seconds: float, work: Callable[..., object], *arguments: object) -> float:
+    """Seconds of the fastest run within `seconds`, since others may be at work beside, and of one run at least.
+
+    A run before them is not timed. It pays for page faults of memory that no one has written to yet: the first copy
+    into 1 GiB takes the kernel seconds, so it was the only one timed, and copying seemed ten times slower than it is.
+    """
+
+    def run() -> float:
         start = time.perf_counter()
         work(*arguments)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    run()
+    best, end = run(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, run())
     return best
 
 

@@ -11,6 +11,7 @@ Exit code 1 where something is wrong.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import random
@@ -32,7 +33,6 @@ from minimind_ray.train.run import RunDirectory
 from tests.faults import WORKER, LocalCluster, logged
 from tests.jobs import make_config, make_job, start
 
-ROWS = 16000
 TWIN = 1  # The seed of the harmed run and of the quiet run that it has to equal.
 
 
@@ -57,15 +57,17 @@ def harm(cluster: LocalCluster, draws: random.Random) -> str:
     return "a node"
 
 
-def main() -> int:
-    """Run, print what was seen, and judge."""
+def main(words: list[str]) -> int:
+    """Run, print what was seen, and judge: 0 if all is well, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, help="length of the runs; default: what keeps the time filled")
     parser.add_argument("--quiet-seeds", type=int, default=3, help="quiet runs, one of them the harmed run's twin")
     parser.add_argument("--between", type=float, nargs=2, default=(20, 60), help="seconds from one kill to the next")
+    parser.add_argument("--kills", type=int, default=math.inf, help="at most so many; default: no limit")
+    parser.add_argument("--rows", type=int, default=16000, help="rows of made-up text to train on")
     parser.add_argument("--seed", type=int, default=0, help="draws what is killed, and when")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.quiet_seeds < 2:
         parser.error("--quiet-seeds: two at least, for the spread between them")
     with tempfile.TemporaryDirectory() as name:
@@ -75,7 +77,7 @@ def main() -> int:
 def soak(directory: Path, arguments: argparse.Namespace) -> int:
     """See the module's text."""
     torch.set_num_threads(1)  # As many as each of the three workers has.
-    settings = {"batch__tokens": 2048, "eval__samples": 0, "data__val_fraction": 0.1}
+    settings = {"rows": arguments.rows, "batch__tokens": 2048, "eval__samples": 0, "data__val_fraction": 0.1}
     steps = arguments.steps or steps_for(directory, settings, arguments.minutes)
     settings |= {
         "train__max_steps": steps,
@@ -92,7 +94,7 @@ def soak(directory: Path, arguments: argparse.Namespace) -> int:
 
     run, draws = directory / "soak", random.Random(arguments.seed)
     settings |= {"train__seed": TWIN, "scale__workers": "1:3", "scale__resize_seconds": 15}
-    config = make_config(directory, rows=ROWS, out=str(run), **settings)
+    config = make_config(directory, out=str(run), **settings)
     (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     cluster = LocalCluster(head_cpus=2)
     began, memory, kills, sizes = time.monotonic(), [], [], set()
@@ -106,7 +108,8 @@ def soak(directory: Path, arguments: argparse.Namespace) -> int:
                 time.sleep(1)
                 memory.append(rss_mb(driver.pid))
                 sizes.add(len(cluster.processes(WORKER)))
-                if time.monotonic() > due and time.monotonic() - began < 60 * arguments.minutes:
+                more = len(kills) < arguments.kills and time.monotonic() - began < 60 * arguments.minutes
+                if more and time.monotonic() > due:
                     kills.append(harm(cluster, draws))
                     print(f"{time.monotonic() - began:6.0f} s  step {logged(run)}: {kills[-1]} lost", flush=True)
                     due = time.monotonic() + draws.uniform(*arguments.between)
@@ -142,7 +145,7 @@ def quiet_run(directory: Path, settings: dict, seed: int) -> float:
     torch.set_num_threads(1)
     own = directory / f"quiet-{seed}"  # Others make the same data beside.
     own.mkdir()
-    job = make_job(own, rows=ROWS, out=str(own / "run"), train__seed=seed, **settings)
+    job = make_job(own, out=str(own / "run"), train__seed=seed, **settings)
     start(job)
     run_here(job)
     return final_loss(Path(job.config.out))
@@ -150,7 +153,7 @@ def quiet_run(directory: Path, settings: dict, seed: int) -> float:
 
 def steps_for(directory: Path, settings: dict, minutes: float) -> int:
     """Steps that take about a third of the time when nothing happens; the rest goes to restarts."""
-    job = make_job(directory, rows=ROWS, out=str(directory / "pace"), train__max_steps=60, **settings)
+    job = make_job(directory, out=str(directory / "pace"), train__max_steps=60, **settings)
     start(job)
     run_here(job)
     seconds = [line["timing"]["seconds"] for line in RunDirectory(Path(job.config.out)).metrics()]
@@ -159,4 +162,4 @@ def steps_for(directory: Path, settings: dict, minutes: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

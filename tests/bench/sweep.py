@@ -1,8 +1,8 @@
-"""What a sweep costs over its training: 8 DPO trials, 2 at once on 1 core each, against 8 `train dpo` commands.
+"""What a sweep costs over its training: DPO trials, 2 at once on 1 core each, against as many `train dpo` commands.
 
 The sweep's wall clock is set against the sum of its trials' training steps, as metrics.jsonl has them, over 2 (perfect
 packing would give 1.00); everything else a trial does (loading, validating twice, checkpoints, its turn in Tune) and
-the start of the two processes is overhead. Ray's own start is measured apart. The 8 commands run one after another,
+the start of the two processes is overhead. Ray's own start is measured apart. The commands run one after another,
 each on both cores. Data and reference log-probabilities are made before, for both.
 """
 
@@ -27,11 +27,10 @@ from minimind_ray.train.run import RunDirectory
 from tests.bench.common import Report, first_rows
 from tests.bench.training import make_base
 
-BETAS = (0.02, 0.05, 0.1, 0.3)
-SEEDS = (0, 1)
-
 
 def measure_sweep(args: Namespace, report: Report, scratch: Path) -> None:
+    betas = [float(beta) for beta in args.betas.split(",")]
+    points = list(itertools.product(betas, range(args.seeds)))
     base_model = args.base or scratch / "base"
     if not args.base:
         make_base(args, "tiny", base_model)
@@ -54,10 +53,10 @@ def measure_sweep(args: Namespace, report: Report, scratch: Path) -> None:
     start = time.perf_counter()
     start_ray(2)
     print(f"Ray's start {time.perf_counter() - start:.1f} s")
-    search = SearchConfig(seeds=len(SEEDS))
+    search = SearchConfig(seeds=args.seeds)
     eval_ = base.eval.model_copy(update={"every": every})
     plan = plan_sweep(
-        scratch / "sweep", base.model_copy(update={"eval": eval_}), [parse_axis("dpo.beta", list(BETAS))], search
+        scratch / "sweep", base.model_copy(update={"eval": eval_}), [parse_axis("dpo.beta", betas)], search
     )
     begun: dict[Path, float] = {}
     ended: dict[Path, float] = {}
@@ -72,7 +71,7 @@ def measure_sweep(args: Namespace, report: Report, scratch: Path) -> None:
     run_sweep(plan, resume=False, say=print, watch=watch)
     wall = time.perf_counter() - start
     stop_ray()
-    assert len(ended) == len(BETAS) * len(SEEDS)
+    assert len(ended) == len(points)
     steps = sum(training_seconds(trial) for trial in ended)
     trials = sum(ended[trial] - begun[trial] for trial in ended)
     print(
@@ -84,7 +83,7 @@ def measure_sweep(args: Namespace, report: Report, scratch: Path) -> None:
     seconds = {"sweep": wall, "steps of trials": steps}
     for host in ("--ray", "--no-ray"):
         start, steps = time.perf_counter(), 0.0
-        for beta, seed in itertools.product(BETAS, SEEDS):
+        for beta, seed in points:
             out = scratch / f"{host}-{beta}-{seed}"
             command = [
                 sys.executable, "-m", "minimind_ray", "train", "dpo", host, "--config", str(config),
@@ -92,9 +91,9 @@ def measure_sweep(args: Namespace, report: Report, scratch: Path) -> None:
             ]  # fmt: skip
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             steps += training_seconds(out)
-        seconds[f"8 x train dpo {host}"] = separate = time.perf_counter() - start
-        part = wall / separate
-        print(f"8 x train dpo {host}: {separate:.1f} s, of it steps {steps:.1f} s; the sweep takes {part:.0%} of that")
+        commands = f"{len(points)} x train dpo {host}"
+        seconds[commands] = separate = time.perf_counter() - start
+        print(f"{commands}: {separate:.1f} s, of it steps {steps:.1f} s; the sweep takes {wall / separate:.0%} of that")
     report.put("sweep", "seconds", seconds)
 
 

@@ -71,7 +71,7 @@ def model_settings(size: str) -> dict[str, Any]:
 
 
 def measure_training(args: Namespace, report: Report, scratch: Path) -> None:
-    limits = report.limits()
+    limits = report.limits(args.probe_seconds)
     print(
         f"{limits['device']}: matrix products bf16 {limits['bfloat16_flops'] / 1e9:,.0f}, float32 "
         f"{limits['float32_flops'] / 1e9:,.0f} GFLOP/s; copying {limits['copy_bytes'] / 1e9:,.1f} GB/s",
@@ -82,7 +82,7 @@ def measure_training(args: Namespace, report: Report, scratch: Path) -> None:
         make_base(args, size, base)
         products = {
             "model": model_settings(size), "vocab_size": tokenizer(args).vocab_size,
-            "tokens": GPU_BATCH if limits["device"] == "cuda" else 4096,
+            "tokens": GPU_BATCH if limits["device"] == "cuda" else 4096, "seconds": args.probe_seconds,
         }  # fmt: skip
         products = ask("tests.bench.sides", "products", json.dumps(products))
         for stage in args.stages.split(","):
@@ -169,8 +169,9 @@ def our_settings(
         "data.train": str(rows), "data.val_fraction": 0.0, "data.max_seq_len": facts.max_seq_len,
         "data.cache_dir": str(scratch / "cache"), "batch.tokens": facts.our_batch, "train.max_steps": 10**6,
         "train.compile": not args.eager, "checkpoint.every": 10**6, "track.wandb": "off",
-        "lora.rank": LORA_RANK,
     }  # fmt: skip
+    if stage == "lora":
+        settings["lora.rank"] = LORA_RANK
     if device == "cuda":
         settings |= {"batch.tokens": GPU_BATCH, "scale.gpus_per_worker": 1}
     if stage == "pretrain":
