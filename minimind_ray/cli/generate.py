@@ -68,8 +68,13 @@ def generate(
     if raw and system is not None:
         raise UserError("--system is for --chat: a text that is gone on with has no turns; leave one of them out")
     ids = [text_ids(p, trained.tokenizer) if raw else chat_ids(p, system, trained.tokenizer) for p in prompts]
-    for asked, (answer, ended) in zip(prompts, complete(trained, ids, sampling, batch_size), strict=True):
-        text = trained.tokenizer.decode(answer, skip_special=True)
+    answers = complete(trained, ids, sampling, batch_size)
+    for asked, prompt_ids, (answer, ended) in zip(prompts, ids, answers, strict=True):
+        tokenizer = trained.tokenizer
+        if raw:
+            text = tokenizer.decode(answer, skip_special=True, after=prompt_ids)
+        else:
+            text = tokenizer.answer_text(prompt_ids, answer)
         if json:
             end = "stop" if ended else "length"
             given = asked if isinstance(asked, str) else asked.messages

@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from string import Formatter
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import jinja2
 from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -29,6 +31,9 @@ T = TypeVar("T")
 LARGEST_TEMPLATE = 1_000_000  # characters; the largest in use have some 20,000
 LARGEST_VALUE = 1 << 24  # characters of a text, items of a list
 MOST_STEPS = 100_000  # turns of loops and calls of macros in one rendering; a conversation takes a few hundred
+
+# Characters around each {% generation %} block in what a template writes; messages must not hold them.
+ANSWER_START, ANSWER_END = "\ufdd1", "\ufdd2"
 
 CHATML = """\
 {%- set opening = messages[0] if messages and messages[0].role == 'system' else {'content': ''} %}
@@ -71,13 +76,30 @@ CHATML = """\
 """
 
 
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`, with which a template marks what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Jinja's hook for the tag."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        cast(_Sandbox, self.environment).marks_answers = True
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        return ANSWER_START + caller() + ANSWER_END
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """With a count of the steps a template takes, and a bound on the size of what they make."""
 
     intercepted_binops = frozenset(["*", "**", "+", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation])
+        self.marks_answers = False  # set when a template with {% generation %} is compiled
         del self.globals["lipsum"], self.filters["pprint"]  # They make much of little, and no template has them.
         self.filters["tojson"] = _to_json
         self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
@@ -330,15 +352,24 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise UserError(f"{name}: the chat template does not compile ({error}); mend it") from error
 
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template has {% generation %} blocks."""
+        return self._sandbox.marks_answers
+
     def render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         """The conversation as text; `add_generation_prompt` ends it where an answer begins.
+
+        ANSWER_START and ANSWER_END stand around each {% generation %} block.
 
         Raises:
             UserError: the template fails on these messages, or refuses them.
         """
         self._sandbox.steps_left = MOST_STEPS
         try:
-            return self._template.render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+            return self._template.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
+            )
         except Exception as error:  # a template is a program: it can fail in any way
             reason = str(error) or type(error).__name__
             raise UserError(f"{self._name}: the chat template fails on these messages: {reason}") from error

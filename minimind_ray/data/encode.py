@@ -1,7 +1,7 @@
 """Rows to documents with loss weights: what each stage learns from, and on which tokens.
 
     pretrain   {"text": ...}                           every token but the first
-    sft, lora  {"conversations": [...]} or "messages"  each assistant turn's answer, its <|im_end|> and newline
+    sft, lora  {"conversations": [...]} or "messages"  each assistant turn's answer and its end token (see chat_format)
     dpo        {"chosen": [...], "rejected": [...]}    the same, in the turns after those that both share
 
 A turn is {"role": system|user|assistant|tool, "content": ...}; a system turn may have `tools`, an assistant turn
@@ -21,6 +21,7 @@ import numpy as np
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.data.chat_format import Rendering
 from minimind_ray.data.chat_template import Message
 from minimind_ray.data.pack import Document, Group
 from minimind_ray.data.records import Reject, Row
@@ -47,11 +48,10 @@ class BadRowError(ValueError):
 
 
 class _Draft(NamedTuple):
-    """A row checked: the texts to tokenize, and for conversations how many answers are in each, and how many of the
-    first carry no loss."""
+    """A row checked: the text to tokenize, or the conversations, and how many of their first answers carry no loss."""
 
-    texts: list[str]
-    answers: tuple[int, ...] = ()
+    text: str = ""
+    conversations: tuple[Rendering, ...] = ()
     shared: int = 0
 
 
@@ -90,7 +90,7 @@ def whole_documents(
     if stage == "pretrain":
         documents = _text_documents
     else:
-        tokenizer.require_chatml()
+        tokenizer.require_conversations()
         documents = _chat_documents
     remaining = iter(rows)
     while chunk := list(islice(remaining, ROWS_AT_ONCE)):
@@ -138,13 +138,13 @@ def _draft(stage: StageName, row: Row, tokenizer: Tokenizer) -> tuple[Row, _Draf
     try:
         _require_fields_of(stage, row.value)
         if stage == "pretrain":
-            draft = _Draft([_text(row.value, "text", "text")])
+            draft = _Draft(_text(row.value, "text", "text"))
         elif stage == "dpo":
             draft = _draft_pair(row.value, tokenizer)
         else:
             key = "messages" if "messages" in row.value else "conversations"
             draft = _draft_conversation(row.value, key, tokenizer)
-        for text in draft.texts:
+        for text in (draft.text, *(rendering.text for rendering in draft.conversations)):
             if not text.isascii():
                 text.encode()
     except UnicodeEncodeError:
@@ -159,7 +159,7 @@ def _draft(stage: StageName, row: Row, tokenizer: Tokenizer) -> tuple[Row, _Draf
 def _draft_conversation(value: dict[str, Any], key: str, tokenizer: Tokenizer) -> _Draft:
     messages, tools = conversation(value, key)
     _require_answers(messages, key)
-    return _Draft([tokenizer.render(messages, tools)], (_count_answers(messages),))
+    return _Draft(conversations=(tokenizer.render(messages, tools),))
 
 
 def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
@@ -167,8 +167,8 @@ def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
     rejected, rejected_tools = conversation(value, "rejected")
     _require_answers(chosen, "chosen")
     _require_answers(rejected, "rejected")
-    texts = [tokenizer.render(chosen, chosen_tools), tokenizer.render(rejected, rejected_tools)]
-    if texts[0] == texts[1]:
+    renderings = tokenizer.render(chosen, chosen_tools), tokenizer.render(rejected, rejected_tools)
+    if renderings[0].text == renderings[1].text:
         raise BadRowError("chosen and rejected are the same")
     common = 0
     while common < min(len(chosen), len(rejected)) and _same(chosen[common], rejected[common], tokenizer):
@@ -179,8 +179,7 @@ def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
             raise BadRowError(f"{key} has no answer after the turns that both share")
     if chosen_tools != rejected_tools or any(messages[0]["role"] != "assistant" for messages in ends.values()):
         raise BadRowError("chosen and rejected answer different prompts")
-    answers = (_count_answers(chosen), _count_answers(rejected))
-    return _Draft(texts, answers, shared=_count_answers(chosen[:common]))
+    return _Draft(conversations=renderings, shared=_count_answers(chosen[:common]))
 
 
 def _same(one: Message, other: Message, tokenizer: Tokenizer) -> bool:
@@ -192,7 +191,7 @@ def _same(one: Message, other: Message, tokenizer: Tokenizer) -> bool:
 def _text_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> Iterator[tuple[Row, Group]]:
     flat: list[int] = []
     ends: list[int] = []
-    for ids in tokenizer.encode([draft.texts[0] for _, draft in drafts]):
+    for ids in tokenizer.encode([draft.text for _, draft in drafts]):
         flat.append(tokenizer.bos_id)
         flat += ids
         flat.append(tokenizer.eos_id)
@@ -206,19 +205,19 @@ def _text_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> I
 
 
 def _chat_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> Iterator[tuple[Row, Group] | Reject]:
-    ids = iter(tokenizer.encode_rendered([text for _, draft in drafts for text in draft.texts]))
+    encoded = iter(tokenizer.encode_conversations([r for _, draft in drafts for r in draft.conversations]))
     for row, draft in drafts:
-        own = [next(ids) for _ in draft.texts]
-        try:
-            yield row, tuple(_chat_document(i, n, draft.shared, tokenizer) for i, n in zip(own, draft.answers))
-        except BadRowError as error:
-            yield Reject(row.file, row.line, str(error))
+        documents: list[Document] = []
+        reasons: list[str] = []
+        for one in islice(encoded, len(draft.conversations)):
+            if isinstance(one, UserError):
+                reasons.append(str(one))
+            else:
+                documents.append(_chat_document(*one, draft.shared))
+        yield Reject(row.file, row.line, reasons[0]) if reasons else (row, tuple(documents))
 
 
-def _chat_document(ids: list[int], answers: int, shared: int, tokenizer: Tokenizer) -> Document:
-    spans = tokenizer.answer_spans(ids)
-    if len(spans) != answers:
-        raise BadRowError(f"the chat template writes {len(spans)} of its {answers} assistant turns")
+def _chat_document(ids: list[int], spans: list[tuple[int, int]], shared: int) -> Document:
     weights = np.zeros(len(ids), np.uint8)
     for start, end in spans[shared:]:
         weights[start:end] = 1

@@ -7,8 +7,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
-from operator import itemgetter
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -151,7 +150,9 @@ def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]
 
 def runs(document: Document, tokenizer: Tokenizer) -> Sequence[tuple[str, bool]]:
     """The document's text in pieces, with whether loss counts there."""
-    pairs = zip(document.tokens.tolist(), document.weights.tolist())
+    ids, weights = document.tokens.tolist(), document.weights.tolist()
+    borders = [i for i in range(1, len(ids)) if weights[i] != weights[i - 1]]
     return [
-        (tokenizer.decode([token for token, _ in run]), bool(weight)) for weight, run in groupby(pairs, itemgetter(1))
+        (tokenizer.decode(ids[start:end], after=ids[:start]), bool(weights[start]))
+        for start, end in pairwise([0, *borders, len(ids)])
     ]

@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tokenizers
@@ -22,7 +25,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import parse_json, read_json, read_text, require_own
-from minimind_ray.data.chat_template import CHATML, ChatTemplate, Message
+from minimind_ray.data.chat_format import ANSWER_HEADER, RESERVED, TURN_END, TURN_START, ChatFormat, Rendering
+from minimind_ray.data.chat_template import CHATML, Message
 from minimind_ray.data.storage import copy_of, is_url, mirror_of
 
 # MiniMind's, in the order of their ids: models and data made with one tokenizer layout stay usable with the other.
@@ -40,13 +44,17 @@ MARKUP_TOKENS = (
 
 NO_TOKENIZER = "; it is no tokenizer directory, name one that holds tokenizer.json and tokenizer_config.json"
 
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-ANSWER_HEADER = f"{TURN_START}assistant\n"
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+MORE_TEMPLATES = "additional_chat_templates"  # the folder of those that are not the default
 
 # A stand-in is this mark and a private character that says for what; the mark itself is stood in for too. It is a
 # code point that Unicode keeps for a program's own use, so texts rarely hold it and templates never look at it.
 MARK = "\ufdd0"
 FIRST_PRIVATE = 0xF0000
+MARKS = range(ord(MARK), 0x110000)  # A text with stand-ins is encoded with the first of these that it does not hold.
+PROBE: list[Message] = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "a b"}]
+CUT = -1  # In place of an id: what is before and after are encoded as if a control token were between.
 
 
 class Tokenizer:
@@ -58,25 +66,27 @@ class Tokenizer:
 
     def __init__(self, definition: str, settings: dict[str, Any], name: str) -> None:
         self.name = name
-        self._definition = definition
         self._settings = settings
         try:
             layout = parse_json(definition, f"{name}: tokenizer.json")
-            self._full = tokenizers.Tokenizer.from_str(definition)
-            # The same without added tokens: nothing in a text is matched by it.
-            self._plain = tokenizers.Tokenizer.from_str(
-                json.dumps({**layout, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
-            )
-            added: list[dict[str, Any]] = layout["added_tokens"]
+            self._definition, self._full, added = _as_transformers(definition, layout, settings)
+            bare = {**layout, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            self._bare = json.dumps(bare)
         except UserError:
             raise
         except Exception as error:  # the library raises bare exceptions
             raise UserError(f"{name}: tokenizer.json is broken ({error}); give another tokenizer directory") from error
-        self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self._added: dict[str, int] = {token.content: id for id, token in added.items()}
         ids = self._full.get_vocab().values()
         self.vocab_size = 1 + max(ids, default=0)
         if not 0 < len(ids) <= self.vocab_size <= 2 * len(ids) + 1024:
             raise UserError(f"{name}: tokenizer.json has {len(ids)} tokens, with ids up to {self.vocab_size - 1}")
+        # Runs of white space are words like others; the rest are control tokens.
+        self._words = {i: t for i, t in added.items() if not t.special and not t.content.strip(" \t\r\n▁")}
+        self._control = {i: t for i, t in added.items() if i not in self._words}
+        self._plain = _Relabelled(self._bare, {id: (token.content, token) for id, token in self._words.items()})
+        self._control_is_normalized = bool(layout["normalizer"]) and any(t.normalized for t in self._control.values())
+
         bos_id, eos_id, pad_id = (self._special_id(key) for key in ("bos_token", "eos_token", "pad_token"))
         if eos_id is None:
             raise UserError(f"{name}: tokenizer_config.json names no eos_token, which ends every document; add one")
@@ -85,24 +95,22 @@ class Tokenizer:
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
 
-        special = [token["content"] for token in added if token["special"]]
+        special = [token.content for token in added.values() if token.special]
+        model = layout["model"]  # What it has no token for becomes this one.
+        self._unknown = model["unk_id"] if "unk_id" in model else self._added.get(model.get("unk_token"))
         for content in special:
-            if self._added[content] in self.encode([content])[0]:
+            if self._added[content] in self.encode([content])[0] and self._added[content] != self._unknown:
                 raise UserError(f"{name}: plain text can spell the control token {content}; use another tokenizer")
-        stood_in_for = [MARK, *self._added]
+        control = [token.content for token in self._control.values()]
+        stood_in_for = [MARK, *RESERVED, *control]
         self._stand_ins = {c: MARK + chr(FIRST_PRIVATE + i) for i, c in enumerate(stood_in_for)}
         self._spelled_out = {stand_in: content for content, stand_in in self._stand_ins.items()}
-        self._any_token = _any_of([MARK, *self._added])
-        self._special_token = _any_of([MARK, *special])
+        self._any_token = _any_of(stood_in_for)
+        self._special_token = _any_of([MARK, *RESERVED, *special])
         self._any_stand_in = _any_of(self._spelled_out)
-
-        self._newline = self.encode(["\n"])[0]
-        self._control = {content: [id] for content, id in self._added.items()}
-        if TURN_START in self._added:
-            # One unit: a header's ids are the same whatever white space the answer begins with.
-            self._control[ANSWER_HEADER] = [self._added[TURN_START], *self.encode(["assistant\n"])[0]]
-        swallowed = {token["content"]: (token["lstrip"], token["rstrip"]) for token in added}
-        self._any_control = _any_of(self._control, swallowed)
+        self._stand_in_or_control = _any_of([*self._spelled_out, *control])
+        self._guarded_by_mark: dict[str, _Relabelled] = {}
+        self._formats: dict[str, ChatFormat] = {}
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -113,11 +121,13 @@ class Tokenizer:
         """
         folder = copy_of(directory)
         if is_url(directory) and (mirror := mirror_of(directory)):
-            mirror.pull(wanted=lambda name: "/" not in name)
+            mirror.pull(wanted=lambda name: "/" not in name or name.startswith(f"{MORE_TEMPLATES}/"))
         definition = _read(folder / "tokenizer.json")
         settings = read_json(folder / "tokenizer_config.json", NO_TOKENIZER)
-        if (folder / "chat_template.jinja").exists():
-            settings["chat_template"] = _read(folder / "chat_template.jinja")
+        files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").exists() else {}
+        files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+        if files:
+            settings["chat_template"] = [{"name": name, "template": _read(file)} for name, file in files.items()]
         return cls(definition, settings, str(folder))
 
     def save(self, directory: str | Path) -> None:
@@ -136,7 +146,7 @@ class Tokenizer:
         """Hash of all that decides which ids a text or a conversation gets."""
         meaning = {
             **{k: v for k, v in json.loads(self._definition).items() if k not in ("truncation", "padding")},
-            "chat_template": self._template_source,
+            "chat_template": self._templates if len(self._templates) > 1 else self._templates.get("default"),
             "names": self._names,
             "ids": [self.bos_id, self.eos_id, self.pad_id],
         }
@@ -151,11 +161,16 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without a start or an end; control tokens that a text spells out are not matched."""
-        return [e.ids for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return self._plain.encode(texts)
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD. `skip_special` leaves out the special control tokens."""
-        return self._full.decode(ids, skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int], skip_special: bool = False, after: Sequence[int] = ()) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD. `skip_special` leaves out the special control tokens.
+
+        `after` are the ids before these, if any: a tokenizer may leave out the space before a text's first word.
+        """
+        before = after[-1:]
+        text = self._full.decode([*before, *ids], skip_special_tokens=skip_special)
+        return text[len(self._full.decode(before, skip_special_tokens=skip_special)) :] if before else text
 
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: bytes of text that each id stands for, 0 for control tokens. For bits per byte."""
@@ -166,106 +181,253 @@ class Tokenizer:
                 sizes[id] = len(token)
             else:  # SentencePiece's way: a mark for the space, <0x0A> for a single byte
                 sizes[id] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
-        sizes[list(self._added.values())] = 0
+        for id, word in self._words.items():
+            sizes[id] = len(word.content.replace("▁", " ").encode())
+        sizes[list(self._control)] = 0
         return sizes
 
     # Conversations
 
-    def render(
-        self, messages: list[Message], tools: list[Any] | None = None, add_generation_prompt: bool = False
-    ) -> str:
-        """The conversation as the chat template writes it, for `encode_rendered`.
+    def render(self, messages: list[Message], tools: list[Any] | None = None) -> Rendering:
+        """The conversation as the chat template writes it, for `encode_conversations`.
 
         What messages and tools spell out of control tokens is replaced by stand-ins; in an assistant's text only
         what is special, for an assistant does write `<think>` and `<tool_call>`.
 
         Raises:
-            UserError: there is no chat template, or it fails on these messages.
+            UserError: there is no chat template, it fails on these messages or does not write all of them, or it is
+                not certain where an answer stands.
         """
-        return self._template.render(
-            [self._escape(m, self._special_token if m["role"] == "assistant" else self._any_token) for m in messages],
-            self._escape(tools, self._any_token),
-            add_generation_prompt,
-        )
+        return self._format(tools).render(self._escape_messages(messages), self._escape(tools, self._any_token))
 
-    def writes(self, field: str) -> bool:
-        """Whether the chat template could write this field of a message: it names it."""
-        return re.search(rf"\b{re.escape(field)}\b", self._template_source or "") is not None
+    def encode_conversations(
+        self, renderings: Sequence[Rendering]
+    ) -> list[tuple[list[int], list[tuple[int, int]]] | UserError]:
+        """Of each conversation its ids, and for each assistant turn the span of tokens that the assistant writes.
 
-    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of rendered conversations: control tokens where the template put them, plain text between."""
-        # Alternately plain text and a control token, beginning and ending with plain text.
-        parts = [self._any_control.split(text) for text in texts]
-        plain = iter(self.encode([self._restore(piece) for pieces in parts for piece in pieces[::2] if piece]))
-        return [
-            [
-                id
-                for i, piece in enumerate(pieces)
-                if piece
-                for id in (self._control.get(piece) or self._control[piece.strip()] if i % 2 else next(plain))
-            ]
-            for pieces in parts
-        ]
+        The ids are those of transformers, with one exception: where one token would cover the end of the generation
+        prompt and the beginning of the answer, such as two newlines, the text is cut there, as it is in generation.
+        A UserError takes the place of a conversation in which the tokens of the answers cannot be told apart.
+        """
+        found = self._encode_all([r.text for r in renderings], offsets=any(r.spans is not None for r in renderings))
+        return [self._with_spans(rendering, encoded) for rendering, encoded in zip(renderings, found, strict=True)]
 
     def prompt_ids(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """Ids of the conversation up to where the assistant's next answer begins."""
-        return self.encode_rendered([self.render(messages, tools, add_generation_prompt=True)])[0]
+        """Ids of the conversation up to where the assistant's next answer begins.
 
-    def answer_spans(self, ids: list[int]) -> list[tuple[int, int]]:
-        """Where each assistant turn's answer stands: after its header, up to its `<|im_end|>` and newline, or the end.
-
-        Found by the header's ids, which no text can spell.
+        Raises:
+            UserError: there is no chat template, it fails on these messages or does not write all of them.
         """
-        header, turn_end = self._control[ANSWER_HEADER], self._added[TURN_END]
+        format = self._format(tools)
+        text = format.prompt(self._escape_messages(messages), self._escape(tools, self._any_token))
+        return self._encode_all([text], offsets=False)[0].ids
+
+    def require_conversations(self) -> None:
+        """Check that the tokens of answers can be found in what the chat template writes.
+
+        Raises:
+            UserError: there is no template, or answers cannot be found exactly; why.
+        """
+        try:
+            self._format(None).require_answers()
+            found = self._encode_probe()
+            if isinstance(found, UserError):
+                raise found
+        except UserError as error:
+            raise UserError(
+                f"{self.name}: the loss mask needs a chat template whose answers can be found, and this one has none: "
+                f"{error}; use another tokenizer or chat template"
+            ) from None
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: the end token's, and those that the chat templates write after an answer."""
+        ends: list[int] = []
+        for tools in (None, []) if self._templates else ():
+            with suppress(UserError):  # A template that fails is refused where it is used.
+                if token := self._format(tools).end_token:
+                    ends.append(self._added[token])
+        return tuple(dict.fromkeys([self.eos_id, *ends]))
+
+    def answer_text(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of the answer `ids` to a prompt, without control tokens and `answer_lead`."""
+        return self.decode(ids, skip_special=True, after=prompt).removeprefix(self.answer_lead)
+
+    @cached_property
+    def answer_lead(self) -> str:
+        """White space before each answer's text that belongs to the chat format, such as the space after `[/INST]`."""
+        try:
+            found = self._encode_probe()
+        except UserError:
+            return ""
+        if isinstance(found, UserError):
+            return ""
+        ids, ((start, end),) = found
+        lead, _, _ = self.decode(ids[start:end], skip_special=True, after=ids[:start]).partition(PROBE[-1]["content"])
+        return lead if lead.isspace() else ""
+
+    def writes(self, field: str) -> bool:
+        """Whether a chat template could write this field of a message: it names it."""
+        return any(re.search(rf"\b{re.escape(field)}\b", source) for source in self._templates.values())
+
+    def _encode_probe(self) -> tuple[list[int], list[tuple[int, int]]] | UserError:
+        (found,) = self.encode_conversations([self.render(PROBE)])
+        return found
+
+    def _encode_all(self, texts: Sequence[str], offsets: bool) -> list[_Encoded]:
+        """Ids of rendered texts: control tokens where the template put them, plain text for their stand-ins."""
+        plain = [text for text in texts if MARK not in text]
+        if offsets or self._control_is_normalized:
+            encodings = [_Encoded(e.ids, e.offsets) for e in self._full.encode_batch(plain, add_special_tokens=False)]
+        else:
+            encodings = [_Encoded(e.ids) for e in self._full.encode_batch_fast(plain, add_special_tokens=False)]
+        if self._control_is_normalized:  # so that a text may spell a control token in a way of its own
+            encodings = [e if self._is_safe(t, e) else self._encode_guarded(t) for t, e in zip(plain, encodings)]
+        found = iter(encodings)
+        return [self._encode_guarded(text) if MARK in text else next(found) for text in texts]
+
+    def _is_safe(self, text: str, encoded: _Encoded) -> bool:
+        """Whether each control token stands in the text as it is."""
+        return all(
+            self._control[id].content in text[start:end]
+            for id, (start, end) in zip(*encoded)
+            if id in self._control and id != self._unknown
+        )
+
+    def _encode_guarded(self, text: str, cuts: Sequence[int] = ()) -> _Encoded:
+        """As `_encode_all`, for a text with stand-ins, or one that is cut at these characters.
+
+        The template's control tokens are renamed to strings that the text does not hold, in the text and in another
+        tokenizer, so that nothing in the text spells a control token there.
+        """
+        restored = self._any_stand_in.sub(lambda match: self._spelled_out[match[0]], text)
+        mark = next(character for character in map(chr, MARKS) if character not in restored)
+        guarded = self._guarded(mark)
+        pieces = _Pieces()
+        for start, end in pairwise([0, *cuts, len(text)]):
+            if start:
+                pieces.put(guarded.labels[CUT], start, start)
+            at = start
+            for match in self._stand_in_or_control.finditer(text, start, end):
+                pieces.put(text[at : match.start()], at, match.start())
+                spelled = self._spelled_out.get(match[0])
+                pieces.put(guarded.labels[self._added[match[0]]] if spelled is None else spelled, *match.span())
+                at = match.end()
+            pieces.put(text[at:end], at, end)
+        encoded = guarded.encode_with_offsets("".join(pieces.texts))
+        kept = [(id, pieces.origin(*span)) for id, span in zip(*encoded) if id != CUT]
+        return _Encoded([id for id, _ in kept], [span for _, span in kept])
+
+    def _guarded(self, mark: str) -> _Relabelled:
+        """The tokenizer whose control tokens are this mark and a private character each."""
+        if mark not in self._guarded_by_mark:
+            labelled = {id: (mark + chr(FIRST_PRIVATE + id), token) for id, token in self._control.items()}
+            labelled[CUT] = mark, tokenizers.AddedToken(mark, normalized=False)
+            labelled |= {id: (token.content, token) for id, token in self._words.items()}
+            self._guarded_by_mark[mark] = _Relabelled(self._bare, labelled)
+        return self._guarded_by_mark[mark]
+
+    def _with_spans(
+        self, rendering: Rendering, encoded: _Encoded
+    ) -> tuple[list[int], list[tuple[int, int]]] | UserError:
+        spans, cuts = self._find_spans(rendering, encoded)
+        if cuts:
+            if self._marks_starts:
+                return UserError("an answer begins with white space that the tokenizer joins with what is before it")
+            encoded = self._encode_guarded(rendering.text, cuts)
+            spans, cuts = self._find_spans(rendering, encoded)
+        if cuts or len(spans) != rendering.answers:
+            return UserError(f"the chat template writes {len(spans)} of its {rendering.answers} assistant turns")
+        return encoded.ids, spans
+
+    def _find_spans(self, rendering: Rendering, encoded: _Encoded) -> tuple[list[tuple[int, int]], list[int]]:
+        """The answers' spans in tokens, and the characters where a token stands across an answer's border."""
+        if rendering.spans is None:
+            spans = self._chatml_spans(encoded.ids)
+            headers = re.finditer(re.escape(ANSWER_HEADER), rendering.text) if len(spans) != rendering.answers else ()
+            return spans, [match.end() for match in headers]
+        starts = [start for start, _ in encoded.offsets]
+        spans = [(bisect_left(starts, start), bisect_left(starts, end)) for start, end in rendering.spans]
+        borders = [
+            (character, token)
+            for characters, tokens in zip(rendering.spans, spans)
+            for character, token in zip(characters, tokens)
+        ]
+        return spans, [
+            character
+            for character, token in borders
+            # A control token may swallow white space across a border.
+            if token and encoded.offsets[token - 1][1] > character and encoded.ids[token - 1] not in self._control
+        ]
+
+    def _chatml_spans(self, ids: list[int]) -> list[tuple[int, int]]:
+        """Where each answer stands: after its header, up to its `<|im_end|>` and newline, or the end."""
+        header, newline = self._chatml_ids
+        turn_end = self._added[TURN_END]
         spans: list[tuple[int, int]] = []
         at = _find(ids, header[0], 0)
         while at < len(ids):
             start = at + len(header)
             if ids[at:start] == header:
                 end = min(_find(ids, turn_end, start) + 1, len(ids))
-                if ids[end : end + len(self._newline)] == self._newline:
-                    end += len(self._newline)
+                if ids[end : end + len(newline)] == newline:
+                    end += len(newline)
                 spans.append((start, end))
             at = _find(ids, header[0], at + 1)
         return spans
 
-    def require_chatml(self) -> None:
-        """Check that assistant turns can be found in what the chat template writes.
-
-        Raises:
-            UserError: there is no template, or its assistant turns look otherwise.
-        """
-        probe = self.render([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
-        markers = (TURN_START in self._added, TURN_END in self._added, ANSWER_HEADER in probe, TURN_END in probe)
-        if not all(markers):
-            raise UserError(
-                f"{self.name}: the loss mask needs a chat template that opens an assistant turn with "
-                f"{ANSWER_HEADER!r} and closes it with {TURN_END!r} (ChatML); use a tokenizer that has one"
-            )
-
-    @property
-    def _template_source(self) -> str | None:
-        source = self._settings.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            entries = cast("list[Any]", source)
-            named = [cast("dict[str, Any]", entry) for entry in entries if isinstance(entry, dict)]
-            source = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
-        if source is not None and not isinstance(source, str):
-            raise UserError(f"{self.name}: chat_template in tokenizer_config.json is no string; mend it")
-        return source
+    @cached_property
+    def _chatml_ids(self) -> tuple[list[int], list[int]]:
+        """Ids of an assistant turn's header, and of the newline between two turns."""
+        (encoded,) = self._encode_all([f"{TURN_END}\n{ANSWER_HEADER}"], offsets=False)
+        header = encoded.ids.index(self._added[TURN_START])
+        return encoded.ids[header:], encoded.ids[1:header]
 
     @cached_property
-    def _template(self) -> ChatTemplate:
-        source = self._template_source
-        if source is None:
-            raise UserError(f"{self.name} has no chat template; add chat_template.jinja or use another tokenizer")
-        return ChatTemplate(source, self._names, self.name)
+    def _marks_starts(self) -> bool:
+        """Whether the tokenizer puts a space mark before what follows a control token."""
+        guarded = self._guarded(MARK)
+        ids, _ = guarded.encode_with_offsets(guarded.labels[CUT] + "a")
+        return len(ids) != 2 or self._full.id_to_token(ids[1]) != "a"
+
+    @cached_property
+    def _templates(self) -> dict[str, str]:
+        """The chat templates by name."""
+        source = self._settings.get("chat_template")
+        if isinstance(source, list):
+            entries = [cast("dict[str, Any]", e) for e in cast("list[Any]", source) if isinstance(e, dict)]
+            sources = {str(entry.get("name")): entry.get("template") for entry in entries}
+        else:
+            sources = {} if source is None else {"default": source}
+        for template in sources.values():
+            if not isinstance(template, str):
+                raise UserError(f"{self.name}: chat_template in tokenizer_config.json is no string; mend it")
+        return cast("dict[str, str]", sources)
+
+    def _format(self, tools: list[Any] | None) -> ChatFormat:
+        """The chat template for these tools, chosen as transformers does."""
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name not in self._formats:
+            if name not in self._templates:
+                raise UserError(f"{self.name} has no chat template; add chat_template.jinja or use another tokenizer")
+            control = [token.content for token in self._control.values()]
+            self._formats[name] = ChatFormat(
+                self._templates[name], self._names, control, self.name, with_tools=name == "tool_use"
+            )
+        return self._formats[name]
 
     @property
     def _names(self) -> dict[str, str]:
         """What the chat template knows by name."""
-        names = {key: self._token(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        names = {key: self._token(key) for key in NAMED_TOKENS}
         return {key: token for key, token in names.items() if token is not None}
+
+    def _escape_messages(self, messages: list[Message]) -> list[Message]:
+        """The messages with stand-ins, in the form that transformers gives to templates."""
+        return [
+            self._escape(_plain_message(m), self._special_token if m["role"] == "assistant" else self._any_token)
+            for m in messages
+        ]
 
     def _token(self, key: str) -> str | None:
         token = self._settings.get(key)
@@ -294,8 +456,99 @@ class Tokenizer:
             return {self._escape(key, pattern): self._escape(item, pattern) for key, item in items}
         return value
 
-    def _restore(self, text: str) -> str:
-        return self._any_stand_in.sub(lambda match: self._spelled_out[match[0]], text) if MARK in text else text
+
+class _Encoded(NamedTuple):
+    """Ids, and for each the characters it stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]] = []
+
+
+class _Relabelled:
+    """A tokenizer with other added tokens: by the id that each has in what this returns, its label in texts, and the
+    token it is like."""
+
+    def __init__(self, bare: str, tokens: dict[int, tuple[str, tokenizers.AddedToken]]) -> None:
+        self.labels = {id: label for id, (label, _) in tokens.items()}
+        self._backend = tokenizers.Tokenizer.from_str(bare)
+        self._backend.add_tokens([_like(token, label) for label, token in tokens.values()])
+        own = {self._backend.token_to_id(label): id for id, label in self.labels.items()}
+        self._ids = {one: id for one, id in own.items() if one != id}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        found = [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [self._relabel(ids) for ids in found] if self._ids else found
+
+    def encode_with_offsets(self, text: str) -> _Encoded:
+        """Ids of the text and their characters."""
+        found = self._backend.encode(text, add_special_tokens=False)
+        return _Encoded(self._relabel(found.ids), found.offsets)
+
+    def _relabel(self, ids: list[int]) -> list[int]:
+        return [self._ids.get(id, id) for id in ids]
+
+
+class _Pieces:
+    """A text that is put together from pieces, and for each piece the characters of another text it stands for."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._starts: list[int] = []
+        self._length = 0
+        self._origins: list[tuple[int, int]] = []
+
+    def put(self, text: str, start: int, end: int) -> None:
+        """Add a piece that stands for the other text's characters from `start` to `end`."""
+        if text:
+            self.texts.append(text)
+            self._starts.append(self._length)
+            self._length += len(text)
+            self._origins.append((start, end))
+
+    def origin(self, start: int, end: int) -> tuple[int, int]:
+        """The other text's characters that the characters from `start` to `end` stand for."""
+        first, last = bisect_right(self._starts, start) - 1, max(bisect_left(self._starts, end) - 1, 0)
+        return self._place(first, start, 0), self._place(last, end, 1)
+
+    def _place(self, piece: int, at: int, side: int) -> int:
+        start, end = self._origins[piece]
+        within = at - self._starts[piece]
+        if len(self.texts[piece]) == end - start:  # as it is
+            return start + within
+        return end if within == len(self.texts[piece]) or (side and within) else start
+
+
+def _like(token: tokenizers.AddedToken, label: str) -> tokenizers.AddedToken:
+    normalized = token.normalized and label == token.content
+    return tokenizers.AddedToken(
+        label, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip, normalized=normalized
+    )
+
+
+def _as_transformers(
+    definition: str, layout: dict[str, Any], settings: dict[str, Any]
+) -> tuple[str, tokenizers.Tokenizer, dict[int, tokenizers.AddedToken]]:
+    """tokenizer.json as transformers reads it with these settings, the tokenizer itself, and its added tokens."""
+    full = tokenizers.Tokenizer.from_str(definition)
+    before = full.get_added_tokens_decoder()
+    listed: dict[str, Any] = settings.get("added_tokens_decoder") or {}
+    full.add_tokens([tokenizers.AddedToken(**token) for _, token in sorted(listed.items(), key=lambda i: int(i[0]))])
+    added = full.get_added_tokens_decoder()
+    if {id: repr(token) for id, token in added.items()} != {id: repr(token) for id, token in before.items()}:
+        definition = full.to_str(pretty=True)
+    full.no_truncation()
+    full.no_padding()
+    full.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    return definition, full, dict(sorted(added.items()))
+
+
+def _plain_message(message: Message) -> Message:
+    """Without empty fields, and with a thought under both names that templates read."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    if "reasoning_content" in plain:
+        plain.setdefault("thinking", plain["reasoning_content"])
+    return plain
 
 
 def _read(file: Path) -> str:
@@ -303,14 +556,9 @@ def _read(file: Path) -> str:
     return read_text(file, hint=NO_TOKENIZER)
 
 
-def _any_of(contents: Iterable[str], swallowed: dict[str, tuple[bool, bool]] | None = None) -> re.Pattern[str]:
-    """A pattern, as one group, for any of these, the longest first, with the white space that some swallow."""
-    space = r"\s*"
-    sides = swallowed or {}
-    longest_first = sorted(contents, key=len, reverse=True)
-    wanted = [(re.escape(c), *sides.get(c, (False, False))) for c in longest_first]
-    alternatives = "|".join(f"{space * left}{c}{space * right}" for c, left, right in wanted)
-    return re.compile(f"({alternatives or '(?!)'})")
+def _any_of(contents: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of these, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
 
 
 def _find(ids: list[int], id: int, start: int) -> int:

@@ -78,10 +78,12 @@ def save_model(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    ids: dict[str, int] = {}
+    ids: dict[str, int | list[int]] = {}
     if tokenizer:
+        stops = list(tokenizer.stop_ids)
         ids = {
-            "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops,
+            "pad_token_id": tokenizer.pad_id,
         }  # fmt: skip
         tokenizer.save(folder)
     _write_json(folder / "config.json", {**config_of(model.shape), **ids})

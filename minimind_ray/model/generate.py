@@ -9,7 +9,7 @@ conversation, where each prompt begins with what was read and written before, on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -30,10 +30,11 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
-    eos_id: int | None = None,
+    stop_ids: Collection[int] = (),
     seed: int = 0,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, up to `max_new_tokens` or before the first `eos_id`. The model is in eval mode.
+    """The ids that follow each prompt: `max_new_tokens`, or those before the first of `stop_ids`. The model is in eval
+    mode.
 
     Temperature 0 takes the likeliest token. `top_k` (0: off) keeps so many tokens, `top_p` the likeliest that together
     reach that probability; `repetition_penalty` divides the positive logits, and multiplies the negative ones, of
@@ -43,7 +44,7 @@ def generate(
     unfinished = set(range(len(prompts)))
     steps = _steps(model, prompts, max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     for tokens in steps:
-        unfinished -= {i for i in unfinished if tokens[i] == eos_id}
+        unfinished -= {i for i in unfinished if tokens[i] in stop_ids}
         if not unfinished:
             break
         for i in unfinished:
@@ -73,14 +74,14 @@ def stream(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
-    eos_id: int | None = None,
+    stop_ids: Collection[int] = (),
     seed: int = 0,
     past: Past | None = None,
 ) -> Iterator[int]:
     """As `generate` for one prompt, each id as soon as it is there. `past` is gone on from, and kept up to date."""
     steps = _steps(model, [prompt], max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, past)
     for (token,) in steps:
-        if token == eos_id:
+        if token in stop_ids:
             return
         yield token
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from minimind_ray.data.chat_template import Message
@@ -48,21 +48,34 @@ class Conversation:
         given = ""
         try:
             with self.trained.autocast():
-                ids = stream(self.trained.model, prompt, eos_id=tokenizer.eos_id, past=self._past, **settings)
-                for piece in whole_characters(tokenizer, ids):
+                ids = stream(self.trained.model, prompt, stop_ids=tokenizer.stop_ids, past=self._past, **settings)
+                for piece in without_lead(whole_characters(tokenizer, ids, prompt), tokenizer.answer_lead):
                     given += piece
                     yield piece
         finally:
             self.messages += [turn, {"role": "assistant", "content": given}]
 
 
-def whole_characters(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+def without_lead(pieces: Iterable[str], lead: str) -> Iterator[str]:
+    """The pieces of a text as they come, without `lead` where the text begins with it."""
+    start = ""
+    started = False
+    for piece in pieces:
+        start += piece
+        if not started and len(start) < len(lead) and lead.startswith(start):
+            continue
+        yield from filter(None, [start if started else start.removeprefix(lead)])
+        start, started = "", True
+
+
+def whole_characters(tokenizer: Tokenizer, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
     """The text of ids as they come; a character whose bytes are spread over several ids comes with the last of them.
 
-    The pieces together are what `decode` gives for all ids at once.
+    The pieces together are what `decode` gives for all ids at once, `after` others.
     """
-    window: list[int] = []  # The last ids; the first is there because what follows may be spaced differently after it.
-    shown = 0  # Characters of the window's text that were given out.
+    # The last ids; the first is there because what follows may be spaced differently after it.
+    window = list(after[-1:])
+    shown = len(tokenizer.decode(window, skip_special=True))  # Characters of the window's text that were given out.
     text = ""
     for id in ids:
         window.append(id)

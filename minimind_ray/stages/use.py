@@ -149,5 +149,5 @@ def complete(
         rooms = [trained.room(prompt, sampling.max_new_tokens) for prompt in batch]
         settings |= {"max_new_tokens": max(rooms), "seed": sampling.seed + start}
         with trained.autocast():
-            answers = generate(trained.model, batch, eos_id=trained.tokenizer.eos_id, **settings)
+            answers = generate(trained.model, batch, stop_ids=trained.tokenizer.stop_ids, **settings)
         yield from ((ids[:room], len(ids) < room) for ids, room in zip(answers, rooms, strict=True))

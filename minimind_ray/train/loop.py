@@ -457,11 +457,12 @@ class Validation:
             written = generate(
                 self.model, ids,
                 max_new_tokens=self.config.sample_tokens, temperature=self.config.temperature,
-                eos_id=self.tokenizer.eos_id, seed=step,
+                stop_ids=self.tokenizer.stop_ids, seed=step,
             )  # fmt: skip
         self.model.train()
-        between = "\n" if self.chat else ""
-        return [text + between + self.tokenizer.decode(ids, skip_special=True) for text, ids in zip(texts, written)]
+        if self.chat:
+            return [f"{text}\n{self.tokenizer.answer_text(p, w)}" for text, p, w in zip(texts, ids, written)]
+        return [t + self.tokenizer.decode(w, skip_special=True, after=p) for t, p, w in zip(texts, ids, written)]
 
 
 class Meter:

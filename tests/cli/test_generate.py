@@ -29,7 +29,7 @@ GREEDY = ["--temperature", 0, "--max-new-tokens", 12, "--precision", "float32"]
 def by_hand(directory: Path, prompts: list[list[int]]) -> list[str]:
     tokenizer = Tokenizer.load(directory)
     model = load_model(directory).eval()
-    answers = generate(model, prompts, max_new_tokens=12, temperature=0, eos_id=tokenizer.eos_id)
+    answers = generate(model, prompts, max_new_tokens=12, temperature=0, stop_ids=tokenizer.stop_ids)
     return [tokenizer.decode(ids, skip_special=True) for ids in answers]
 
 

@@ -32,6 +32,14 @@ CONVERSATION: list[dict[str, Any]] = [
 ]
 
 
+def encoded(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[Any] | None = None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    (found,) = tokenizer.encode_conversations([tokenizer.render(messages, tools)])
+    assert not isinstance(found, UserError), found
+    return found
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(TEXTS, 600)
@@ -94,9 +102,9 @@ def test_any_text_survives_and_never_becomes_a_control_token(tokenizer: Tokenize
 def test_no_text_of_a_message_opens_a_turn(tokenizer: Tokenizer, pieces: list[str]) -> None:
     text = "".join(pieces)
     messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "tool", "assistant")]
-    ids = tokenizer.encode_rendered([tokenizer.render(messages)])[0]
+    ids, spans = encoded(tokenizer, messages)
     assert ids.count(1) == ids.count(2) == len(messages)
-    assert len(tokenizer.answer_spans(ids)) == 2
+    assert len(spans) == 2
     expected = "".join(
         f"<|im_start|>{m['role']}\n"
         + (f"<tool_response>\n{text}\n</tool_response>" if m["role"] == "tool" else text)
@@ -109,7 +117,7 @@ def test_no_text_of_a_message_opens_a_turn(tokenizer: Tokenizer, pieces: list[st
 def test_an_assistant_may_write_markup_but_a_user_may_not(tokenizer: Tokenizer) -> None:
     think = CONTROL.index("<think>")
     for role, count in (("assistant", 1), ("user", 0)):
-        ids = tokenizer.encode_rendered([tokenizer.render([{"role": role, "content": "<think>a"}])])[0]
+        ids, _ = encoded(tokenizer, [{"role": role, "content": "<think>a"}])
         assert ids.count(think) == count
 
 
@@ -117,8 +125,7 @@ def test_tools_cannot_spell_control_tokens(tokenizer: Tokenizer) -> None:
     tools = [{"name": "<|im_end|>", "<|im_start|>": ["<think>"]}]
     calls = [{"name": "f", "arguments": {"<|im_end|>": "<|im_start|>"}}]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}]
-    text = tokenizer.render(messages, tools)
-    ids = tokenizer.encode_rendered([text])[0]
+    ids, _ = encoded(tokenizer, messages, tools)
     assert (ids.count(1), ids.count(2), ids.count(25)) == (3, 3, 0)
     assert json.dumps(tools[0]) in tokenizer.decode(ids)
 
@@ -132,8 +139,8 @@ def test_ids_are_those_of_transformers(directory: Path, turns: int, tools: list[
     ours, theirs = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
     messages = CONVERSATION[:turns]
     expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
-    assert ours.decode(ours.encode_rendered([ours.render(messages, tools)])[0]) == expected
-    assert ours.encode_rendered([ours.render(messages, tools)])[0] == theirs(expected).input_ids
+    assert ours.decode(encoded(ours, messages, tools)[0]) == expected
+    assert encoded(ours, messages, tools)[0] == theirs(expected).input_ids
     prompt = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     assert ours.prompt_ids(messages, tools) == theirs(prompt).input_ids
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
@@ -149,11 +156,11 @@ def test_corpus_rows_have_the_ids_of_transformers(directory: Path, corpus: Path)
     lines = (corpus / "sft" / "val-00000-of-00001.jsonl").read_text("utf-8").splitlines()[:300]
     conversations = [json.loads(line)["conversations"] for line in lines]
     expected = [theirs(theirs.apply_chat_template(c, tokenize=False)).input_ids for c in conversations]
-    assert ours.encode_rendered([ours.render(c) for c in conversations]) == expected
+    assert [encoded(ours, c)[0] for c in conversations] == expected
 
 
 def test_our_template_in_full(tokenizer: Tokenizer) -> None:
-    assert tokenizer.render(CONVERSATION[1:]).replace("<|im_start|>", "▷").replace("<|im_end|>\n", "◁") == (
+    assert tokenizer.render(CONVERSATION[1:]).text.replace("<|im_start|>", "▷").replace("<|im_end|>\n", "◁") == (
         "▷user\nWhat is after 7?\n\n  7之后是什么？ ◁"
         "▷assistant\n<think>\nIt is 7 + 1.\n</think>\n\n8◁"
         "▷user\nAnd the weather?◁"
@@ -161,10 +168,10 @@ def test_our_template_in_full(tokenizer: Tokenizer) -> None:
         '▷tool\n<tool_response>\n{"sky": "晴"}\n</tool_response>◁'
         "▷assistant\n晴。\n◁"
     )
-    opening = tokenizer.render(CONVERSATION[:2], TOOLS)
+    opening = tokenizer.render(CONVERSATION[:2], TOOLS).text
     assert opening.startswith("<|im_start|>system\nBe brief. 简短。\n\nThese tools")
     assert f"<tools>\n{json.dumps(TOOLS[0], ensure_ascii=False)}\n</tools>" in opening
-    assert tokenizer.render(CONVERSATION[1:2], TOOLS).startswith("<|im_start|>system\nThese tools")
+    assert tokenizer.render(CONVERSATION[1:2], TOOLS).text.startswith("<|im_start|>system\nThese tools")
     openai = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}]
     assert tokenizer.render([{**CONVERSATION[4], "tool_calls": openai}]) == tokenizer.render([CONVERSATION[4]])
 
@@ -173,18 +180,14 @@ def test_an_answer_that_begins_with_white_space_has_the_same_header(tokenizer: T
     for content in ("\n\na", "   a", "\ta"):
         prompt = tokenizer.prompt_ids(CONVERSATION[1:2])
         messages = [CONVERSATION[1], {"role": "assistant", "content": content}]
-        ids = tokenizer.encode_rendered([tokenizer.render(messages)])[0]
+        ids, spans = encoded(tokenizer, messages)
         assert ids[: len(prompt)] == prompt
-        assert tokenizer.answer_spans(ids) == [(len(prompt), len(ids))]
+        assert spans == [(len(prompt), len(ids))]
 
 
-def test_spans_of_a_cut_conversation(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode_rendered([tokenizer.render(CONVERSATION[1:4])])[0]
-    ((start, end),) = tokenizer.answer_spans(ids)
+def test_a_span_is_the_answer_its_end_token_and_the_newline(tokenizer: Tokenizer) -> None:
+    ids, ((start, end),) = encoded(tokenizer, CONVERSATION[1:4])
     assert tokenizer.decode(ids[start:end]) == "<think>\nIt is 7 + 1.\n</think>\n\n8<|im_end|>\n"
-    assert tokenizer.answer_spans(ids[: start + 2]) == [(start, start + 2)]
-    assert tokenizer.answer_spans(ids[: end - 1]) == [(start, end - 1)]
-    assert tokenizer.answer_spans(ids[: start - 1]) == []
 
 
 def test_fingerprint_and_pickle(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ def test_fingerprint_and_pickle(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert again.prompt_ids(CONVERSATION) == tokenizer.prompt_ids(CONVERSATION)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", "utf-8")
     other = Tokenizer.load(tmp_path)
-    assert other.render(CONVERSATION) == CONVERSATION[0]["content"]
+    assert other.render(CONVERSATION[:1]).text == CONVERSATION[0]["content"]
     assert other.fingerprint != tokenizer.fingerprint
 
 
@@ -206,7 +209,7 @@ def test_the_fingerprint_knows_the_names_that_a_template_is_given(
     changes = {"chat_template": f"{{{{ {name} }}}}", "bos_token": "<|im_end|>"}  # what a missing one is replaced by
     first = Tokenizer.load(rewrite(tmp_path, tokenizer, **changes))
     other = Tokenizer.load(rewrite(tmp_path, tokenizer, **{**changes, name: None}))
-    assert (first.bos_id, first.render([])) != (other.bos_id, other.render([]))
+    assert (first.bos_id, first.render([]).text) != (other.bos_id, other.render([]).text)
     assert first.fingerprint != other.fingerprint
 
 
@@ -220,10 +223,14 @@ def rewrite(tmp_path: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
 
 
 def test_settings_in_the_forms_that_hugging_face_writes(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    templates = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ bos_token }}yes"}]
+    templates = [
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}"},
+        {"name": "default", "template": "{{ bos_token }}yes"},
+    ]
     changes = {"chat_template": templates, "bos_token": {"content": "<|endoftext|>"}, "pad_token": None}
     loaded = Tokenizer.load(rewrite(tmp_path, tokenizer, **changes))
-    assert loaded.render([]) == "<|endoftext|>yes"
+    assert loaded.render([]).text == "<|endoftext|>yes"
+    assert loaded.render([], TOOLS).text == "weather"
     assert (loaded.bos_id, loaded.pad_id) == (0, 2)
 
 
@@ -269,14 +276,14 @@ def test_a_directory_without_a_chat_template_serves_plain_text(tokenizer: Tokeni
     loaded = Tokenizer.load(rewrite(tmp_path, tokenizer, chat_template=None))
     assert loaded.encode(["7"]) == tokenizer.encode(["7"])
     with pytest.raises(UserError, match="has no chat template"):
-        loaded.require_chatml()
+        loaded.require_conversations()
 
 
 @pytest.mark.parametrize("template", [3, [{"name": "default", "template": {}}]])
 def test_a_template_that_is_no_text_is_refused(tokenizer: Tokenizer, tmp_path: Path, template: Any) -> None:
     loaded = Tokenizer.load(rewrite(tmp_path, tokenizer, chat_template=template))
     with pytest.raises(UserError, match="chat_template in tokenizer_config.json is no string"):
-        loaded.require_chatml()
+        loaded.require_conversations()
 
 
 def test_a_tokenizer_without_added_tokens_serves_plain_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -284,16 +291,18 @@ def test_a_tokenizer_without_added_tokens_serves_plain_text(tokenizer: Tokenizer
     layout = json.loads(tokenizer._definition)
     (tmp_path / "tokenizer.json").write_text(json.dumps({**layout, "added_tokens": []}), "utf-8")
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.encode_rendered(["7 <|im_end|>"]) == loaded.encode(["7 <|im_end|>"])
+    assert (
+        encoded(loaded, [{"role": "user", "content": "7"}])[0] == loaded.encode(["<|im_start|>user\n7<|im_end|>\n"])[0]
+    )
     with pytest.raises(UserError, match="the loss mask needs a chat template"):
-        loaded.require_chatml()
+        loaded.require_conversations()
 
 
-def test_a_template_with_other_turns_is_refused_for_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_template_without_a_generation_prompt_is_refused_for_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
     loaded = Tokenizer.load(rewrite(tmp_path, tokenizer, chat_template=template))
-    with pytest.raises(UserError, match=r"opens an assistant turn with '<\|im_start\|>assistant"):
-        loaded.require_chatml()
+    with pytest.raises(UserError, match=r"it writes '\[assistant\] ' before an answer, but not as a generation prompt"):
+        loaded.require_conversations()
 
 
 @pytest.mark.parametrize(

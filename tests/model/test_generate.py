@@ -52,7 +52,8 @@ def test_greedy_equals_transformers(fields: dict[str, Any], penalty: float, tmp_
     eos = expected[2][5]
     until_eos = [ids[: ids.index(eos)] if eos in ids else ids for ids in expected]
     assert (
-        generate(model, PROMPTS, max_new_tokens=24, temperature=0, repetition_penalty=penalty, eos_id=eos) == until_eos
+        generate(model, PROMPTS, max_new_tokens=24, temperature=0, repetition_penalty=penalty, stop_ids=[eos])
+        == until_eos
     )
 
 

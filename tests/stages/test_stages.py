@@ -246,7 +246,7 @@ def test_each_answer_has_its_own_room(base: Path, tmp_path: Path) -> None:
     content = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**content, "max_position_embeddings": 24}))
     trained, sampling = open_trained(short, precision="float32"), Sampling(0.0, 1.0, 0, 1.0, 16, 0)
-    trained = replace(trained, tokenizer=SimpleNamespace(eos_id=-1))  # Nothing ends an answer but its room.
+    trained = replace(trained, tokenizer=SimpleNamespace(stop_ids=()))  # Nothing ends an answer but its room.
     prompts = [[1, 60], [1, *[61] * 20], [1, 62, 63]]
     together = list(complete(trained, prompts, sampling, batch_size=3))
     assert [(len(ids), ended) for ids, ended in together] == [(16, False), (3, False), (16, False)]
