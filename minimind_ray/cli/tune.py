@@ -224,6 +224,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     nested = plan.base.scale.most > 1
     start_ray(local_cpus(plan.base.scale) if nested else None, meanwhile="minimind_ray.sweep.run")
     try:
+        from minimind_ray.cli.board import Board
         from minimind_ray.sweep.run import run_sweep
 
         with Board(plan, console) as board:
@@ -237,60 +238,6 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
         raise typer.Exit(130)
     if any(RunDirectory(path).info().get("state") == "failed" for path in (plan.path / "trials").iterdir()):
         raise typer.Exit(1)
-
-
-class Board:
-    """How the sweep goes: one moving line on a terminal, a line for each trial that ends elsewhere."""
-
-    def __init__(self, plan: SweepPlan, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
-        self.console, self.count = console, plan.count
-        self.metric, mode = plan.search.judged_by(plan.base.stage)
-        self.sign = 1 if mode == "max" else -1
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.task = self.progress.add_task(plan.base.stage, total=plan.count, line="starting")
-        self.running: set[Path] = set()
-        self.states: dict[Path, str] = {}
-        self.latest: dict[Path, float] = {}
-
-    def __enter__(self) -> Board:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def watch(self, trial: Path, event: str, metrics: Mapping[str, Any]) -> None:
-        """Told by the tuner."""
-        from minimind_ray.train.run import RunDirectory
-
-        if event == "started":
-            self.running.add(trial)
-        elif event == "validated":
-            self.latest[trial] = metrics[self.metric]
-        else:
-            self.running.discard(trial)
-            info = RunDirectory(trial).info()
-            if info["state"] == "waiting":  # The sweep was stopped before it began.
-                return
-            # The trial's process may still be writing that it was stopped.
-            self.states[trial] = "early-stopped" if info["state"] == "running" else info["state"]
-            value = f"  {self.metric} {self.latest[trial]:.4f}" if trial in self.latest else ""
-            error = f"  {info['error']}" if info["state"] == "failed" else ""
-            text = f"{len(self.states)}/{self.count}  {self.states[trial]}  {trial.name}{value}{error}"
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        self.progress.update(self.task, completed=len(self.states), line=self.line())
-
-    def line(self) -> str:
-        """Counts, and the best so far."""
-        failed = sum(state == "failed" for state in self.states.values())
-        text = f"{len(self.running)} running, {len(self.states)} of {self.count} ended, {failed} failed"
-        if self.latest:
-            best = max(self.latest, key=lambda trial: self.sign * self.latest[trial])
-            text += f"  best so far {self.metric} {self.latest[best]:.4f} {best.name}"
-        return text
 
 
 def print_results(path: Path, console: Console, title: str) -> None:

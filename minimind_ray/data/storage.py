@@ -147,6 +147,12 @@ class Mirror:
         self._pull(name, None)
         return self.path / name
 
+    def tail(self, name: str, size: int) -> bytes:
+        """The last `size` bytes of one of the store's files. Asks once, and raises OSError where the store fails."""
+        with self.filesystem.open_input_file(join(self.root, name)) as file:
+            file.seek(max(0, file.size() - size))
+            return file.read()
+
     def _pull(self, name: str, info: fs.FileInfo | None) -> None:
         target = self.path / name
         modified = info and info.mtime_ns

@@ -13,6 +13,7 @@ them, and the others go on from their last checkpoint.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import shutil
@@ -67,10 +68,14 @@ SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
+PAUSED = "PAUSED"
+"""Tune's status of a trial that waits for its next turn."""
+
 Point = dict[str, Any]
-Event = Literal["started", "validated", "ended"]
+Event = Literal["started", "paused", "validated", "ended"]
 Watch = Callable[[Path, Event, Mapping[str, Any]], None]
-"""Told of the trial in a run directory; with "validated" come its metrics."""
+"""Called with a trial's run directory. "started", also after a pause, brings its `steps` in all and, under pbt, the
+`point` it is at now; "validated" brings its metrics."""
 
 
 class Explore(Protocol):
@@ -377,6 +382,8 @@ def run_trials(
         UserError: not one trial fits on the cluster.
     """
     os.environ.update(SETTINGS)
+    # A failed trial's error is in its run.json, and `watch` is called: no traceback on the terminal as well.
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_no_failed_trial)
     nested, stop_file, own = scale.most > 1, flag(url_of(directory), STOP_FILE), join(url_of(directory), ".ray")
     stop_file.unlink(missing_ok=True)
     count = len(trials) if isinstance(trials, Sequence) else trials.count
@@ -429,6 +436,10 @@ def run_trials(
             ray.kill(group)
         stop_file.unlink(missing_ok=True)
         remove(own)
+
+
+def _is_no_failed_trial(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Trial task failed")
 
 
 def _settle(run: RunDirectory) -> None:
@@ -520,14 +531,24 @@ class _Watcher(tune.Callback):
     def __init__(self, watch: Watch, metric: str, groups: Sequence[Any]) -> None:
         self.watch, self.metric, self.groups = watch, metric, groups
         self.ended: list[Path] = []
+        self.paused: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as above; a terminal cannot be written down."""
+        """Not pickled: it holds a terminal."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""
-        self.watch(_path(trial), "started", {})
+        self.paused.discard(trial.trial_id)
+        job, point = trial.config["trial"]["job"], trial.config["trial"]["point"]
+        self.watch(_path(trial), "started", {"steps": job.plan.steps, "point": point})
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune's: the only call after pbt has paused a trial."""
+        for trial in trials:
+            if trial.status == PAUSED and trial.trial_id not in self.paused:
+                self.paused.add(trial.trial_id)
+                self.watch(_path(trial), "paused", {})
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

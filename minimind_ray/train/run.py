@@ -37,6 +37,8 @@ from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_o
 CHECKPOINT_SUMS = MARK
 VALIDATION = "validation.parquet"
 UNFINISHED = ".writing-"
+LONGEST_LINE = 1 << 14
+"""Bytes of a line of metrics.jsonl, at most."""
 # What may change between stop and resume without making it another run.
 FREE_KEYS = (
     "scale.",
@@ -188,6 +190,23 @@ class RunDirectory:
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that is not whole yet is left out."""
         return read_jsonl(self.file("metrics.jsonl"))
+
+    def last_metrics(self) -> bytes | None:
+        """The last whole line of metrics.jsonl, None without one. Reads the end of the file only.
+
+        Raises OSError, without asking a store again.
+        """
+        try:
+            if self.mirror and not self.writes:
+                end = self.mirror.tail("metrics.jsonl", LONGEST_LINE)
+            else:
+                with (self.path / "metrics.jsonl").open("rb") as f:
+                    f.seek(max(0, f.seek(0, os.SEEK_END) - LONGEST_LINE))
+                    end = f.read()
+        except FileNotFoundError:
+            return None
+        whole = end[: end.rfind(b"\n") + 1].splitlines()
+        return whole[-1] if whole else None
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """The whole lines of samples.jsonl."""

@@ -108,7 +108,9 @@ def states(trials: dict[str, Trial]) -> dict[str, str]:
     return {id: trial.state for id, trial in trials.items()}
 
 
-def test_a_failing_trial_is_marked_and_the_others_go_on(tmp_path: Path, ray_session: None) -> None:
+def test_a_failing_trial_is_marked_and_the_others_go_on(
+    tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     plan = planned(tmp_path, {"optim.lr": "1e30,3e-3"}, optim__clip=0.0, eval__every=1, search={"concurrent": 1})
     jobs = jobs_of(plan)
     create_sweep(plan, jobs, {})
@@ -116,6 +118,7 @@ def test_a_failing_trial_is_marked_and_the_others_go_on(tmp_path: Path, ray_sess
     found = run(plan, jobs, watch=lambda trial, event, metrics: events.append((trial.name, event)))
     assert states(found) == {"lr=1e30,seed=0": "failed", "lr=0.003,seed=0": "finished"}
     assert "the loss is" in (found["lr=1e30,seed=0"].error or "")
+    assert "Traceback" not in capfd.readouterr().err
     assert [e for e in events if e[1] != "validated"] == [
         ("lr=1e30,seed=0", "started"), ("lr=1e30,seed=0", "ended"),
         ("lr=0.003,seed=0", "started"), ("lr=0.003,seed=0", "ended"),
@@ -279,6 +282,38 @@ def test_a_finished_sweep_is_resumed_by_doing_nothing(
     said: list[str] = []
     ending = module.run_sweep(reopen_sweep(plan.path), resume=True, say=said.append, watch=lambda *event: None)
     assert ending == "by itself" and "2 trials" in said[-1]
+
+
+def test_the_board_sees_how_far_each_trial_is(tmp_path: Path, ray_session: None) -> None:
+    """Under pbt with more trials than places: trials run, wait, run on, and end."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from minimind_ray.cli.board import Board
+    from minimind_ray.sweep.searchers import Explorer
+
+    search = {"concurrent": 2, "scheduler": "pbt"}
+    plan = planned(tmp_path, {"optim.lr": "1e-7,3e-3,5e-3,1e-2"}, search=search, train__epochs=6)
+    screen, events, seen = StringIO(), list[str](), dict[str, set[str]]()
+    with Board(plan, Console(file=screen, force_terminal=True, width=100, height=30)) as board:
+
+        def watch(trial: Path, event: Any, metrics: Any) -> None:
+            events.append(event)
+            board.watch(trial, event, metrics)
+            for row in board.progress.rows(time.monotonic()):
+                seen.setdefault(row.trial, set()).add(row.step)
+
+        found = run(plan, explore=Explorer(plan.axes, 0), watch=watch)
+    assert "paused" in events and set(states(found).values()) == {"finished"}
+    assert board.progress.counts() == "0 running, 4 of 4 ended"
+    assert board.progress.best and board.progress.best.value == pytest.approx(
+        min(line["val/loss"] for trial in found.values() for line in trial.metrics if "val/loss" in line)
+    )
+    steps = found["lr=0.003,seed=0"].steps
+    assert any(f"/{steps}" in step for steps_seen in seen.values() for step in steps_seen)
+    assert any("now lr=" in name for name in seen)
+    assert "4/4  finished" in screen.getvalue()
 
 
 def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_session: None) -> None:

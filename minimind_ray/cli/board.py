@@ -1,0 +1,174 @@
+"""How a sweep goes: a live table of the running trials on a terminal, and a line for each trial that ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.data.storage import TICK_S, mirror_of
+from minimind_ray.sweep.plan import SweepPlan
+from minimind_ray.sweep.progress import Reading, Row, SweepProgress
+from minimind_ray.sweep.text import duration_text
+from minimind_ray.sweep.trials import MetricsLine
+from minimind_ray.train.run import RunDirectory
+
+REFRESH_S = 0.5
+DAY_S = 86400
+IMPORTANT = ("value", "step", "left", "speed")
+"""The table's columns beside the trial's name, the most important first; the last ones are left out first."""
+BETWEEN = 2
+"""Spaces between two columns."""
+
+
+class Board:
+    """Shows a sweep while it runs. Enter it, and pass `watch` to the tuner."""
+
+    def __init__(self, plan: SweepPlan, console: Console) -> None:
+        hours, (metric, mode) = plan.search.budget_hours, plan.search.judged_by(plan.base.stage)
+        ends_by = {"ends_by": time.monotonic() + hours * 3600} if hours else {}
+        self.progress = SweepProgress(plan.count, metric, mode, seeds=plan.search.seeds, **ends_by)
+        self.console, self.in_store = console, mirror_of(plan.path) is not None
+        self.latest: dict[Path, float] = {}
+        self.paths: dict[str, Path] = {}
+        # Held while `progress` is in use, and never while something is printed: printing draws the table, too.
+        self.lock = threading.Lock()
+        self.leaving = threading.Event()
+        self.follower = threading.Thread(target=self._follow, name="board", daemon=True)
+        self.live = Live(
+            console=console, get_renderable=self._view, refresh_per_second=1 / REFRESH_S, transient=True,
+            vertical_overflow="crop",
+        )  # fmt: skip
+
+    def __enter__(self) -> Board:
+        if self.console.is_terminal:
+            self.live.start()
+            self.follower.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self.leaving.set()
+            self.live.stop()
+
+    def watch(self, trial: Path, event: str, metrics: Mapping[str, Any]) -> None:
+        """Called by the tuner, see `Watch` there."""
+        id = trial.name
+        if event == "ended":
+            self._ended(trial)
+            return
+        with self.lock:
+            if event == "started":
+                self.paths[id] = trial
+                self.progress.started(id, metrics["steps"], metrics["point"], time.monotonic())
+            elif event == "paused":
+                self.progress.paused(id)
+            else:
+                self.latest[trial] = metrics[self.progress.metric]
+                self.progress.validated(id, metrics)
+
+    def _ended(self, trial: Path) -> None:
+        info = RunDirectory(trial).info()
+        # The trial's process may still be writing that it was stopped.
+        state = "early-stopped" if info["state"] == "running" else info["state"]
+        with self.lock:
+            if state == "waiting":  # The sweep was stopped before the trial began.
+                self.progress.paused(trial.name)
+                return
+            self.progress.ended(trial.name, state)
+            ended, count = self.progress.endings.total(), self.progress.count
+        value = f"  {self.progress.metric} {self.latest[trial]:.4f}" if trial in self.latest else ""
+        error = f"  {info['error']}" if state == "failed" else ""
+        text = f"{ended}/{count}  {state}  {trial.name}{value}{error}"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _follow(self) -> None:
+        """Read how far the running trials are, from the ends of their metrics.jsonl.
+
+        In an object store, where trials send the file every TICK_S seconds at most, one trial a second at most.
+        """
+        while not self.leaving.wait(max(TICK_S, len(self.progress.running)) if self.in_store else REFRESH_S):
+            with self.lock:
+                running = [self.paths[id] for id in self.progress.running]
+            for trial in running:
+                # What cannot be read now is read later, or reported by those who need it.
+                with suppress(UserError, OSError, ValueError):
+                    if text := RunDirectory(trial).last_metrics():
+                        line = MetricsLine.model_validate_json(text)
+                        with self.lock:
+                            self.progress.read(trial.name, Reading(time.monotonic(), line.step, line.tokens))
+
+    def _view(self) -> Group:
+        with self.lock:
+            return view(self.progress, time.monotonic(), datetime.now(), self.console)
+
+
+def view(progress: SweepProgress, now: float, clock: datetime, console: Console) -> Group:
+    """What a terminal of the console's size shows: counts, the best so far, the expected end, and the running trials.
+
+    `now` is the progress's time, `clock` the time of day.
+    """
+    above = [Text(line, overflow="fold") for line in summary(progress, now, clock)]
+    taken = sum(len(line.wrap(console, console.width)) for line in above)
+    rows = progress.rows(now)
+    return Group(*above, *running_trials(rows, progress.metric, console.width, console.height - taken))
+
+
+def summary(progress: SweepProgress, now: float, clock: datetime) -> list[str]:
+    """The lines above the table."""
+    lines = [progress.counts()]
+    if best := progress.best:
+        lines.append(f"best so far: {progress.metric} {best.value:.4f}  {best.trial}")
+    if (left := progress.seconds_left(now)) is not None:
+        end = clock + timedelta(seconds=left)
+        lines.append(f"about {duration_text(left)} left, until {end:{'%H:%M' if left < DAY_S / 2 else '%d %b %H:%M'}}")
+    return lines
+
+
+def running_trials(rows: Sequence[Row], metric: str, width: int, height: int) -> list[Table | Text]:
+    """The table of as many trials as fit, and a line that counts the others.
+
+    Columns are left out where the width is too small for all. The name of a trial is never cut: one that takes more
+    than half of the width goes on in the next line if it must.
+    """
+    if not rows:
+        return []
+    heads = Row("trial", "step", metric, "tokens/s", "time left")._asdict()
+    widths = {name: max(map(cell_len, [head, *(row._asdict()[name] for row in rows)])) for name, head in heads.items()}
+    columns, free = ["trial"], width - min(widths["trial"], width // 2)
+    for name in IMPORTANT:
+        if (free := free - BETWEEN - widths[name]) < 0:
+            break
+        columns.append(name)
+    columns = [name for name in heads if name in columns]
+    name_width = width - sum(BETWEEN + widths[name] for name in columns[1:])
+    # One line is the table's head, and one stays free for the cursor.
+    fitting = rows_that_fit([-(-cell_len(row.trial) // name_width) for row in rows], height - 2)
+    table = Table(box=None, pad_edge=False, padding=(0, BETWEEN, 0, 0), header_style="bold")
+    for name in columns:
+        left = name == "trial"
+        table.add_column(Text(heads[name]), justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for row in rows[:fitting]:
+        table.add_row(*(Text(row._asdict()[name]) for name in columns))
+    others = len(rows) - fitting
+    return [table, *([Text(f"and {others} more running", style="dim")] if others else [])]
+
+
+def rows_that_fit(heights: Sequence[int], lines: int) -> int:
+    """How many rows of these heights fit into `lines`, of which one is needed where not all of them fit."""
+    if sum(heights) <= lines:
+        return len(heights)
+    ends = accumulate(heights)
+    return sum(end < lines for end in ends)

@@ -1,0 +1,228 @@
+"""How a running sweep stands: each trial's step, metric, speed and time left, the best so far, the expected end.
+
+State without I/O: the tuner's events and the newest lines of the trials' metrics.jsonl go in, rows and sums come out.
+`now` is in seconds on a clock that never goes back (`time.monotonic`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from minimind_ray.sweep.axes import short_names
+from minimind_ray.sweep.text import count_text, duration_text, value_text
+
+READINGS = 60
+"""A trial's speed is measured over this many of its latest readings."""
+
+
+class Reading(NamedTuple):
+    """How far a trial was at a time."""
+
+    at: float
+    step: int
+    tokens: int
+
+
+@dataclass
+class TrialProgress:
+    """One trial. `state` is "running", "paused" (pbt lets another trial run) or the state in which the run ended.
+
+    `value` is the newest value of the sweep's metric. `best` is its value at the lowest validation loss, because that
+    checkpoint becomes the trial's result. Both are finite, or None.
+    """
+
+    name: str
+    steps: int
+    began: float
+    state: str = "running"
+    startup: float = 0.0
+    value: float | None = None
+    best: float | None = None
+    lowest_loss: float = math.inf
+    readings: deque[Reading] = field(default_factory=lambda: deque(maxlen=READINGS))
+
+    def read(self, reading: Reading) -> None:
+        """Note how far the trial is. A lower step than before: the run began again from an earlier checkpoint."""
+        if self.readings and reading.step == self.step:
+            return
+        if not self.readings:
+            self.startup = reading.at - self.began
+        elif reading.step < self.step:
+            self.readings.clear()
+        self.readings.append(reading)
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as is known."""
+        return self.readings[-1].step if self.readings else 0
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Over the latest readings, with the time for validation; None with fewer than two readings."""
+        if len(self.readings) < 2:
+            return None
+        first, last = self.readings[0], self.readings[-1]
+        return (last.at - first.at) / (last.step - first.step)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the latest readings, with the time for validation; None with fewer than two readings."""
+        if not self.seconds_per_step:
+            return None
+        first, last = self.readings[0], self.readings[-1]
+        return (last.tokens - first.tokens) / (last.at - first.at)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Time to the last step; None with fewer than two readings."""
+        if self.seconds_per_step is None:
+            return None
+        return max(0.0, (self.steps - self.step) * self.seconds_per_step - (now - self.readings[-1].at))
+
+    @property
+    def seconds(self) -> float | None:
+        """Time for the whole trial, or up to the step at which it ended; None with fewer than two readings."""
+        steps = self.steps if self.state in ("running", "paused") else self.step
+        return None if self.seconds_per_step is None else self.startup + steps * self.seconds_per_step
+
+
+class Row(NamedTuple):
+    """A running trial as text. Cells are empty while nothing is known."""
+
+    trial: str
+    step: str
+    value: str
+    speed: str
+    left: str
+
+
+class Best(NamedTuple):
+    """The best trial so far and its value of the metric."""
+
+    value: float
+    trial: str
+
+
+class SweepProgress:
+    """All trials that have started, by id and in the order in which they started, of `count` in all.
+
+    With one seed the trials' names leave the seed out. `ends_by` is when the sweep's time budget is used up.
+    """
+
+    def __init__(
+        self, count: int, metric: str, mode: Literal["min", "max"], *, seeds: int = 1, ends_by: float = math.inf
+    ) -> None:
+        self.count, self.metric, self.seeds, self.ends_by = count, metric, seeds, ends_by
+        self.sign = 1 if mode == "max" else -1
+        self.trials: dict[str, TrialProgress] = {}
+        self.most_at_once = 1
+
+    def started(self, id: str, steps: int, point: Mapping[str, Any], now: float) -> None:
+        """A trial of `steps` steps runs, for the first time or after a pause. `point` is where pbt has moved it to."""
+        trial, before = TrialProgress(self._name(id, point), steps, now), self.trials.get(id)
+        if before and before.name == trial.name:  # With another point, pbt has also given it other weights.
+            trial.value, trial.best, trial.lowest_loss = before.value, before.best, before.lowest_loss
+        self.trials[id] = trial
+        self.most_at_once = max(self.most_at_once, len(self.running))
+
+    def _name(self, id: str, point: Mapping[str, Any]) -> str:
+        labels = short_names(list(point))
+        values = [f"{labels[key]}={value_text(value)}" for key, value in point.items()]
+        moved = [value for value in values if value not in id.split(",")]
+        name = id.rpartition(",seed=")[0] or id if self.seeds == 1 else id
+        return f"{name} now {','.join(moved)}" if moved else name
+
+    def paused(self, id: str) -> None:
+        """A trial waits while another one runs in its place."""
+        self.trials[id].state = "paused"
+
+    def validated(self, id: str, metrics: Mapping[str, Any]) -> None:
+        """A trial has reported a validation."""
+        trial, value = self.trials[id], metrics[self.metric]
+        if not math.isfinite(value):
+            return
+        trial.value = value
+        if metrics["val/loss"] <= trial.lowest_loss:
+            trial.best, trial.lowest_loss = value, metrics["val/loss"]
+
+    def read(self, id: str, reading: Reading) -> None:
+        """Note how far a trial is, by the newest line of its metrics.jsonl."""
+        self.trials[id].read(reading)
+
+    def ended(self, id: str, state: str) -> None:
+        """A trial's run ended in this state."""
+        self.trials[id].state = state
+
+    @property
+    def running(self) -> dict[str, TrialProgress]:
+        """The running trials."""
+        return self._in("running")
+
+    @property
+    def endings(self) -> Counter[str]:
+        """How many trials ended in each state."""
+        return Counter(trial.state for trial in self.trials.values() if trial.state not in ("running", "paused"))
+
+    @property
+    def best(self) -> Best | None:
+        """The best trial that did not fail; None before the first validation."""
+        found = [Best(t.best, t.name) for t in self.trials.values() if t.best is not None and t.state != "failed"]
+        return max(found, key=lambda best: self.sign * best.value, default=None)
+
+    def rows(self, now: float) -> list[Row]:
+        """One row for each running trial."""
+        return [_row(trial, now) for trial in self.running.values()]
+
+    def counts(self) -> str:
+        """How many trials run, wait and have ended: "2 running, 3 waiting, 3 of 8 ended (1 failed)"."""
+        running, ended = len(self.running), self.endings
+        waiting = self.count - running - ended.total()
+        names = {"failed": "failed", "early-stopped": "stopped early", "stopped": "stopped"}
+        special = ", ".join(f"{ended[state]} {name}" for state, name in names.items() if ended[state])
+        return (
+            f"{running} running, {f'{waiting} waiting, ' if waiting > 0 else ''}{ended.total()} of {self.count} ended"
+            f"{f' ({special})' if special else ''}"
+        )
+
+    def seconds_left(self, now: float) -> float | None:
+        """Time to the sweep's end, or to the end of its time budget; None while no trial's speed is known.
+
+        Waiting trials are expected to take the mean time of the trials before them, and running trials to go on to
+        their last step; a scheduler that stops some early brings the end forward.
+        """
+        totals = [t.seconds for t in self.trials.values() if t.seconds is not None and t.state != "failed"]
+        if not totals:
+            return None
+        typical = sum(totals) / len(totals)
+        lefts = [(trial, trial.seconds_left(now)) for trial in self.running.values()]
+        ends = [max(0.0, typical - (now - trial.began)) if left is None else left for trial, left in lefts]
+        waiting = [typical * (1 - trial.step / trial.steps) for trial in self._in("paused").values()]
+        waiting += [typical] * (self.count - len(self.trials))
+        return min(_last_end(ends, waiting, self.most_at_once), max(0.0, self.ends_by - now))
+
+    def _in(self, state: str) -> dict[str, TrialProgress]:
+        return {id: trial for id, trial in self.trials.items() if trial.state == state}
+
+
+def _row(trial: TrialProgress, now: float) -> Row:
+    speed, left = trial.tokens_per_second, trial.seconds_left(now)
+    return Row(
+        trial.name,
+        f"{trial.step:,}/{trial.steps:,}" if trial.readings else "starting",
+        "" if trial.value is None else f"{trial.value:.4f}",
+        "" if speed is None else count_text(speed),
+        "" if left is None else duration_text(left),
+    )
+
+
+def _last_end(running: Sequence[float], waiting: Sequence[float], places: int) -> float:
+    """When the last trial ends if each waiting trial takes the place that is free first. All in seconds from now."""
+    free = [*running, *[0.0] * (places - len(running))]
+    heapq.heapify(free)
+    for seconds in waiting:
+        heapq.heappush(free, heapq.heappop(free) + seconds)
+    return max(free)
