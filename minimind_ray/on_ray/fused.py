@@ -76,10 +76,10 @@ class GroupContext(PlainContext):
 
 
 class Group:
-    """Up to `size` runs on one base, whose weights are in the object store or in its directory."""
+    """Up to `size` runs on one base."""
 
-    def __init__(self, size: int, sweep: str, bases: Mapping[str, ray.ObjectRef], threads: int) -> None:
-        self.size, self.stopped, self.bases, self.threads = size, watched(flag(sweep, STOP_FILE)), bases, threads
+    def __init__(self, size: int, sweep: str, threads: int) -> None:
+        self.size, self.stopped, self.threads = size, watched(flag(sweep, STOP_FILE)), threads
         self.arrivals: SimpleQueue[Job] = SimpleQueue()
         self.contexts: dict[str, GroupContext] = {}
         self.taken: set[str] = set()
@@ -95,10 +95,13 @@ class Group:
                 self.taken.add(out)
             return out in self.taken
 
-    def begin(self, job: Job) -> Answer:
-        """Take a run up; what it reports first."""
+    def begin(self, job: Job, bases: Mapping[str, ray.ObjectRef]) -> Answer:
+        """Take a run up; what it reports first. The weights of `bases` are in the object store.
+
+        They are no argument of the constructor, because Ray could not start the actor again with such arguments.
+        """
         with self.lock:
-            self.weights = self.weights or self._load(job)
+            self.weights = self.weights or self._load(job, bases)
         self.contexts[job.config.out] = GroupContext(self.weights, self.device, self.stopped)
         self.arrivals.put(job)
         return self.contexts[job.config.out].answers.get()
@@ -113,11 +116,11 @@ class Group:
         if out in self.contexts:
             self.contexts[out].verdicts.put(None)
 
-    def _load(self, job: Job) -> Mapping[str, Tensor]:
+    def _load(self, job: Job, bases: Mapping[str, ray.ObjectRef]) -> Mapping[str, Tensor]:
         base = resolve_model(str(job.config.init_from))
-        if str(base) not in self.bases:
+        if str(base) not in bases:
             return {name: tensor.to(self.device) for name, tensor in read_weights(base).items()}
-        arrays: Mapping[str, np.ndarray] = ray.get(self.bases[str(base)])
+        arrays: Mapping[str, np.ndarray] = ray.get(bases[str(base)])
         return {name: torch.from_numpy(array.copy()).to(self.device) for name, array in arrays.items()}
 
     def _work(self) -> None:
@@ -159,19 +162,17 @@ class Group:
         self.contexts[out].answers.put(error)
 
 
-def start_groups(
-    count: int, size: int, sweep: str, bases: Mapping[str, ray.ObjectRef], scale: ScaleConfig
-) -> list[Any]:
+def start_groups(count: int, size: int, sweep: str, scale: ScaleConfig) -> list[Any]:
     """So many groups of `size` trials; each takes of the cluster what one trial alone would."""
     actor = ray.remote(Group).options(
         num_cpus=scale.cpus_per_worker, num_gpus=scale.gpus_per_worker or None, scheduling_strategy="SPREAD",
         max_concurrency=2 * size + 1, max_restarts=-1,
     )  # fmt: skip
     threads = max(1, int(scale.cpus_per_worker))
-    return [actor.remote(size, sweep, bases, threads) for _ in range(count)]
+    return [actor.remote(size, sweep, threads) for _ in range(count)]
 
 
-def run_fused(job: Job, groups: Sequence[Any], context: Context) -> None:
+def run_fused(job: Job, groups: Sequence[Any], context: Context, bases: Mapping[str, ray.ObjectRef]) -> None:
     """In a trial's process: the run in one of the groups.
 
     Raises:
@@ -179,7 +180,7 @@ def run_fused(job: Job, groups: Sequence[Any], context: Context) -> None:
     """
     out = job.config.out
     group = next((group for group in groups if ray.get(group.take.remote(out))), groups[0])
-    answer: Answer = ray.get(group.begin.remote(job))
+    answer: Answer = ray.get(group.begin.remote(job, bases))
     while isinstance(answer, dict):
         answer = ray.get(group.go_on.remote(out, context.report(answer, None)))
     if isinstance(answer, BaseException):

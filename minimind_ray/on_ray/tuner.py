@@ -57,7 +57,8 @@ from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.loop import last_sound_checkpoint
 from minimind_ray.train.run import VALIDATION, RunDirectory, resolve_model
 
-NESTED_DRIVER = 0.001  # Zero is refused, and the default of 1 CPU would take a worker's place.
+# Ray refuses a process without resources, and a CPU, or a part of one, may not be left beside the workers.
+NESTED_DRIVER = {"memory": 1 << 20}
 
 # Read by Tune in this process: our run directories and progress replace its loggers and its snapshots.
 SETTINGS = {
@@ -277,7 +278,7 @@ class _Trial(tune.Trainable):
             return
         self.run.update(state="running", error=None, traceback=None)
         if self.groups:
-            run_fused(self.job, self.groups, self.context)
+            run_fused(self.job, self.groups, self.context, self.bases)
         elif self.job.config.scale.most == 1:
             self.job.run(self.context, self.job.data(self.context))
         else:
@@ -347,8 +348,8 @@ def places(scale: ScaleConfig) -> int:
 
 
 def nested_driver() -> dict[str, float]:
-    """What the process that looks after a trial's workers takes: room on the head, where it says that it has some."""
-    return {"driver" if "driver" in ray.cluster_resources() else "CPU": NESTED_DRIVER}
+    """The resources of a process that only waits for a trial's workers: on the head, where clusters give it room."""
+    return {"driver": 0.001} if "driver" in ray.cluster_resources() else NESTED_DRIVER
 
 
 def put_bases(jobs: Sequence[Job]) -> dict[str, ray.ObjectRef]:
@@ -392,7 +393,7 @@ def run_trials(
     groups: list[Any] = []
     if fuse > 1:
         size = -(-at_once // places(scale))
-        groups = start_groups(-(-at_once // size), size, url_of(directory), bases, scale)
+        groups = start_groups(-(-at_once // size), size, url_of(directory), scale)
     trainable = tune.with_parameters(_Trial, search=search, sweep=url_of(directory), bases=bases, groups=groups)
     if isinstance(trials, Sequence):
         keys = search.explore.keys if search.explore else ()

@@ -179,6 +179,8 @@ class SweepProgress:
 
     def counts(self) -> str:
         """How many trials run, wait and have ended: "2 running, 3 waiting, 3 of 8 ended (1 failed)"."""
+        if not self.trials:
+            return f"{self.count} trials, none has started yet"
         running, ended = len(self.running), self.endings
         waiting = self.count - running - ended.total()
         names = {"failed": "failed", "early-stopped": "stopped early", "stopped": "stopped"}

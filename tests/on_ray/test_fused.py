@@ -40,9 +40,9 @@ def test_each_trial_is_stopped_fails_and_is_resumed_by_itself(tmp_path: Path, ra
         "init_from": base.config.out, "eval__samples": 0, "eval__every": 1, "data__val_fraction": 0.2,
         "lora__targets": "all-linear", "optim__clip": 0.0, "batch__tokens": 512,
     }  # fmt: skip
-    # In one group of two; the others take the places that become free.
+    # In one group of two, which takes all CPUs; the others take the places that become free.
     axes, search = {"optim.lr": "1e-2,1e30,1e-9,5e-3"}, SearchConfig(fuse=2, concurrent=2, scheduler="asha")
-    config = make_config(tmp_path, "lora", 120, scale__cpus_per_worker=5.0, **settings)
+    config = make_config(tmp_path, "lora", 120, scale__cpus_per_worker=8.0, **settings)
     plan = plan_sweep(tmp_path / "sweep", config, [parse_axis(key, spec) for key, spec in axes.items()], search)
     found = sweep(plan)
     ends = {id.removeprefix("lr=").partition(",")[0]: state for id, state in states(found).items()}
@@ -79,11 +79,11 @@ def test_a_trial_whose_process_is_gone_stays_failed(tmp_path: Path, monkeypatch:
     preparation = Preparation(plan.base, Host())
     jobs = [preparation.job(trial.config) for trial in plan.trials]
     create_sweep(plan, jobs, {})
-    group = fused.Group(2, str(plan.path), {}, threads=1)
+    group = fused.Group(2, str(plan.path), threads=1)
     dying, living = (job.config.out for job in jobs)
     first = Future[Any]()
-    threading.Thread(target=lambda: first.set_result(group.begin(jobs[0])), daemon=True).start()
-    answer = group.begin(jobs[1])
+    threading.Thread(target=lambda: first.set_result(group.begin(jobs[0], {})), daemon=True).start()
+    answer = group.begin(jobs[1], {})
     first.result(60)
     RunDirectory(dying).fail("its process ended: killed")
     group.leave(dying)

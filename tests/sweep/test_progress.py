@@ -10,8 +10,6 @@ from minimind_ray.sweep.progress import Reading, Row, SweepProgress
 
 pytestmark = pytest.mark.unit
 
-HUNDRED = {"steps": 100, "point": {}}
-
 
 def sweep(count: int = 4, **settings: object) -> SweepProgress:
     return SweepProgress(count, "val/loss", "min", **settings)  # pyright: ignore[reportArgumentType]
@@ -50,7 +48,7 @@ def test_a_run_that_began_again_from_a_checkpoint_is_timed_anew() -> None:
 
 def test_counts() -> None:
     progress = sweep(8)
-    assert progress.counts() == "0 running, 8 waiting, 0 of 8 ended"
+    assert progress.counts() == "8 trials, none has started yet"
     start(progress, *"abcdef")
     for id, state in zip("abcd", ("finished", "failed", "early-stopped", "stopped")):
         progress.ended(id, state)
