@@ -58,7 +58,7 @@ from minimind_ray.train.loop import last_sound_checkpoint
 from minimind_ray.train.run import VALIDATION, RunDirectory, resolve_model
 
 # Ray refuses a process without resources, and a CPU, or a part of one, may not be left beside the workers.
-NESTED_DRIVER = {"memory": 1 << 20}
+NESTED_DRIVER = {"memory": 2.0**20}
 
 # Read by Tune in this process: our run directories and progress replace its loggers and its snapshots.
 SETTINGS = {

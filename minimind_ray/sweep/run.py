@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from minimind_ray.data.storage import url_of
 from minimind_ray.on_ray.session import Ending
 from minimind_ray.on_ray.trainer import RAY_HOST
 from minimind_ray.on_ray.tuner import Search, Watch, is_done, places, put_bases, run_trials
@@ -51,7 +52,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
             jobs = within_budget(jobs, plan.search.budget_tokens)
         create_sweep(plan, jobs, shared)
     waiting = "" if at_once == plan.count else "; the others wait until there is room"
-    say(f"{plan.count} trials, {at_once} at once{waiting} -> {plan.path}")
+    say(f"{plan.count} trials, {at_once} at once{waiting} -> {url_of(plan.path)}")
     if fuse > 1:
         say(f"up to {fuse} of them together in one process: {why}")
 
