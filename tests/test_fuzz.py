@@ -37,7 +37,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, parse_override, read_yaml, to_yaml
 from minimind_ray.config.schema import LoraConfig, ModelConfig
 from minimind_ray.config.search import read_sweep_file
-from minimind_ray.data.encode import encode_rows
+from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.records import discover, read_rows
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, model_fingerprint, save_model
@@ -391,7 +391,7 @@ def encode(path: Path, tokenizer: Tokenizer) -> None:
     data = load_config("pretrain", overrides={"data.max_seq_len": 64, "data.pack_tokens": 256}).data
     for source in discover(str(path)):
         for stage in ("pretrain", "sft", "dpo"):
-            list(encode_rows(stage, read_rows(source), tokenizer, data))
+            list(RowEncoder(stage, tokenizer, data).encode(read_rows(source)))
 
 
 ROWS = [

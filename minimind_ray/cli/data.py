@@ -30,9 +30,11 @@ def inspect(
     stage: Annotated[str | None, typer.Option(help="pretrain, sft, lora or dpo; default: by the first row")] = None,
     max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
     pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
-    text_files: Annotated[str | None, typer.Option(help="data.text_files", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="read no more rows than this", show_default=False)] = None,
     samples: Annotated[int, typer.Option(min=0, help="documents to show")] = 3,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key, such as data.fields.prompt=q")
+    ] = None,
 ) -> None:
     """Show what training would get: counts, lengths, what is cut, how full packs are, samples with loss coloured."""
     from itertools import chain, islice
@@ -43,13 +45,13 @@ def inspect(
     from minimind_ray.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(input_path(tokenizer))
-    flags = {"max_seq_len": max_seq_len, "pack_tokens": pack_tokens, "text_files": text_files}
-    text = config_from_flags(stage or "pretrain", [], [], flags).data.text_files
-    sources = discover([input_path(file) for file in files], text)
+    flags = {"max_seq_len": max_seq_len, "pack_tokens": pack_tokens}
+    unstaged = config_from_flags(stage or "pretrain", [], set_ or [], flags).data
+    sources = discover([input_path(file) for file in files], unstaged.text_files)
     source_rows = islice(chain.from_iterable(map(read_rows, sources)), rows)
     if stage is None:
-        stage, source_rows = guess_stage(source_rows)
-    config = config_from_flags(stage, [], [], flags)
+        stage, source_rows = guess_stage(source_rows, unstaged.fields)
+    config = config_from_flags(stage, [], set_ or [], flags)
     inspection = inspect_rows(config.stage, source_rows, loaded, config.data, samples)
     _print_inspection(inspection, config.stage, loaded, config.data)
 
@@ -125,6 +127,7 @@ def _print_prepared(prepared: list[Prepared], console: Console) -> None:
         "rows": "rows read",
         "kept": "= kept",
         "rejected": "+ rejected",
+        "left_out": "+ too long, left out",
         "held_out": "+ held out",
         "documents": "documents",
         "split": "texts split at max_seq_len",
@@ -144,7 +147,10 @@ def _print_prepared(prepared: list[Prepared], console: Console) -> None:
     if not any(p.made for p in prepared):
         console.print("nothing to do: all of it was in the cache")
     for p in prepared:
-        console.print(f"{p.manifest.split}: {p.path}", markup=False)
+        formats = f" (format {', '.join(p.manifest.formats)})" if p.manifest.formats else ""
+        console.print(f"{p.manifest.split}: {p.path}{formats}", markup=False)
+        for remark in p.remarks():
+            console.print(f"  {remark}", markup=False)
         if p.manifest.total("rejected"):
             console.print(f"  rejected rows: {p.rejects}", markup=False)
 
@@ -159,9 +165,14 @@ def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, 
 
     console = Console(highlight=False, soft_wrap=True)
     tally, lengths = inspection.tally, inspection.lengths
+    formats = f" of format {', '.join(inspection.formats)}" if inspection.formats else ""
+    left_out = f" + {tally.left_out:,} too long" if tally.left_out else ""
     console.print(
-        f"[bold]{stage}[/]: {inspection.rows:,} rows read = {tally.kept:,} kept + {tally.rejected:,} rejected"
+        f"[bold]{stage}[/]: {inspection.rows:,} rows{formats} = {tally.kept:,} kept + "
+        f"{tally.rejected:,} rejected{left_out}"
     )
+    for remark in inspection.remarks:
+        console.print(remark, markup=False)
     for reason in inspection.reasons[:5]:
         where = f"{reason.first.file}:{reason.first.line}"
         console.print(f"  {reason.count:,} rejected, the first at {where}: {reason.first.reason}", markup=False)

@@ -14,7 +14,6 @@ FLAGS = {
     "tokenizer": "data.tokenizer",
     "max_seq_len": "data.max_seq_len",
     "pack_tokens": "data.pack_tokens",
-    "text_files": "data.text_files",
     "cache_dir": "data.cache_dir",
     "preset": "model.preset",
     "init_from": "init_from",

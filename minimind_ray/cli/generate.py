@@ -143,29 +143,24 @@ def _row_prompt(row: dict[str, Any], where: str) -> str | Talk:
 
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.reading import DEEPEST, deeper
-    from minimind_ray.data.encode import BadRowError, conversation
+    from minimind_ray.data.fields import BadRowError
+    from minimind_ray.data.formats import question_of
 
     prompt = row.get("prompt")
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and len(row) == 1:
         require_text(prompt, f"{where}: prompt")
         return prompt
-    key = next((key for key in ("messages", "conversations") if key in row), None)
-    if key is None:
-        raise UserError(f"{where}: needs prompt (a text), or conversations or messages (a list of turns)")
-    turns = row[key]
-    while isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
-        turns = turns[:-1]  # Also one that is empty, the place for the answer.
-    if turns == [] != row[key]:
-        raise UserError(f"{where}: {key} has no turn to answer")
     try:
-        messages, tools = conversation({**row, key: turns}, key)
+        messages, tools = question_of(row)
         if deeper([messages, tools], DEEPEST):  # as JSON in a text can be
             raise RecursionError
     except BadRowError as error:
         raise UserError(f"{where}: {error}") from None
     except RecursionError:
         raise UserError(f"{where}: objects are nested too deeply") from None
-    require_text(dumps([messages, tools], ensure_ascii=False), f"{where}: {key}")
+    require_text(dumps([messages, tools], ensure_ascii=False), where)
+    if tools is None and [m["role"] for m in messages] == ["user"]:
+        return str(messages[0]["content"])
     return Talk(messages, tools)
 
 

@@ -109,6 +109,8 @@ def plan(config: Config) -> dict[str, str]:
         )
         if sample.rejected > data.max_reject_fraction * sample.sampled:
             lines["rejected"] += f"; data.max_reject_fraction {data.max_reject_fraction:g} allows fewer: it would stop"
+    if sample.remarks:
+        lines["rows"] = "in the sample, " + "; ".join(sample.remarks)
     return lines
 
 

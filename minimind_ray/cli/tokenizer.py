@@ -34,7 +34,8 @@ def make(files: list[str], out: str, vocab_size: int, max_bytes: int | None) -> 
     """As `train`, in place of a tokenizer that is there already."""
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import input_path, output_path
-    from minimind_ray.data.encode import row_texts
+    from minimind_ray.data.fields import BadRowError
+    from minimind_ray.data.formats import texts_of
     from minimind_ray.data.records import Reject, discover, read_rows
     from minimind_ray.data.storage import copy_of, mirror_of
     from minimind_ray.data.tokenizer import train_tokenizer
@@ -47,20 +48,23 @@ def make(files: list[str], out: str, vocab_size: int, max_bytes: int | None) -> 
         nonlocal used, bad
         rows = (row for source in discover(files) for row in read_rows(source))
         for i, row in enumerate(rows, 1):
-            if isinstance(row, Reject):
-                bad += 1
-            elif i % HELD_OUT_EVERY == 0 and len(held_out) < MOST_HELD_OUT:
-                held_out.extend(row_texts(row.value))
-            else:
-                for text in row_texts(row.value):
-                    used += len(text.encode())
-                    yield text
+            try:
+                written = [] if isinstance(row, Reject) else texts_of(row.value)
+            except BadRowError:
+                written = []
+            bad += not written
+            if i % HELD_OUT_EVERY == 0 and len(held_out) < MOST_HELD_OUT:
+                held_out.extend(written)
+                continue
+            for text in written:
+                used += len(text.encode())
+                yield text
             if max_bytes is not None and used >= max_bytes:
                 return
 
     tokenizer = train_tokenizer(texts(), vocab_size)
     if not used:
-        raise UserError(f"{', '.join(files)}: no text to train on; rows need text, conversations, messages or chosen")
+        raise UserError(f"{', '.join(files)}: no text to train on; `minimind-ray data inspect` says why")
     tokenizer.save(copy_of(out))
     if mirror := mirror_of(out):
         mirror.put("tokenizer.json", "tokenizer_config.json")

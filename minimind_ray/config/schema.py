@@ -8,6 +8,7 @@ they do not divide.
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,17 @@ from pydantic_core import PydanticCustomError
 from minimind_ray.config.errors import UserError
 
 StageName = Literal["pretrain", "sft", "lora", "dpo"]
+
+FormatName = Literal[
+    "text", "messages", "sharegpt", "alpaca", "completion", "preference", "openai_preference", "rated", "prompt"
+]
+
+FIELD_NAMES = (
+    "text", "messages", "conversations", "role", "content", "system", "tools", "instruction", "input", "output",
+    "history", "prompt", "completion", "answer", "chosen", "rejected", "preferred_output", "non_preferred_output",
+    "label",
+)  # fmt: skip
+"""The fields of rows and turns that `data.fields` can give another name."""
 
 
 class Section(BaseModel):
@@ -65,6 +77,16 @@ class DataConfig(Section):
     tokenizer: str | None = Field(
         default=None, description="directory with tokenizer.json; default: the one of init_from"
     )
+    format: FormatName | None = Field(
+        default=None, description="format of the rows; default: recognised from their fields, file by file"
+    )
+    fields: dict[str, str] = Field(
+        default_factory=dict, description="the rows' own names of fields, such as {prompt: question, completion: reply}"
+    )
+    text_files: TextFiles = Field(
+        default="lines", description="a .txt file's documents: each of its lines, or the whole file"
+    )
+    ignore: list[str] = Field(default_factory=list, description="fields of rows to leave out, whatever they mean")
     max_seq_len: PositiveInt = Field(default=512, description="longest document, in tokens")
     pack_tokens: PositiveInt = Field(
         default=4096, description="most tokens in a pack, the unit of data; see batch.pass_tokens"
@@ -72,8 +94,11 @@ class DataConfig(Section):
     long_documents: Literal["split", "truncate"] = Field(
         default="split", description="pretraining documents over max_seq_len: split into consecutive ones, or cut"
     )
-    text_files: TextFiles = Field(
-        default="lines", description="a .txt file's documents: each of its lines, or the whole file"
+    long_conversations: Literal["drop", "cut_prompt", "refuse"] = Field(
+        default="drop",
+        description="conversations and pairs over max_seq_len. All: an answer is cut at its end. Where nothing of an "
+        "answer would be left, drop: leave the row out; refuse: reject it; cut_prompt: for every long row, remove the "
+        "oldest turns after the system turn first, then the beginning of the question",
     )
     direct_steps: PositiveInt = Field(
         default=64,
@@ -84,6 +109,15 @@ class DataConfig(Section):
     max_reject_fraction: Fraction = Field(
         default=0.01, description="part of bad rows above which nothing is trained; 1: use damaged files, too"
     )
+
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, fields: dict[str, str]) -> dict[str, str]:
+        for name in fields:
+            if name not in FIELD_NAMES:
+                near = get_close_matches(name, FIELD_NAMES, 1, 0.0)[0]
+                raise ValueError(f"data.fields.{name}: rows have no such field; did you mean {near}?")
+        return fields
 
     @model_validator(mode="after")
     def _packs_hold_documents(self) -> DataConfig:

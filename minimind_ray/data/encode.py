@@ -1,227 +1,364 @@
 """Rows to documents with loss weights: what each stage learns from, and on which tokens.
 
-    pretrain   {"text": ...}                           every token but the first
-    sft, lora  {"conversations": [...]} or "messages"  each assistant turn's answer and its end token (see chat_format)
-    dpo        {"chosen": [...], "rejected": [...]}    the same, in the turns after those that both share
+    pretrain   a text            every token but the first
+    sft, lora  a conversation    each assistant turn's answer and its end token (see chat_format)
+    dpo        a pair            the same, in the turns after the ones that both share
 
-A turn is {"role": system|user|assistant|tool, "content": ...}; a system turn may have `tools`, an assistant turn
-`tool_calls` and `reasoning_content`. `tools` and `tool_calls` are lists, or JSON texts of lists, as MiniMind's data
-has them. A row that cannot be used becomes a Reject that says which field is wrong.
+`data.formats` says how rows become texts, conversations and pairs. A row that cannot be used becomes a Reject that says
+which field is wrong; a row that is only too long is counted apart.
 """
 
 from __future__ import annotations
 
-import json
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig, StageName
 from minimind_ray.data.chat_format import Rendering
-from minimind_ray.data.chat_template import Message
+from minimind_ray.data.fields import BadRowError
+from minimind_ray.data.formats import KINDS, Conversation, Item, Pair, Prompt, Rated, RowReader
 from minimind_ray.data.pack import Document, Group
 from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.data.turns import Turn
 
-ROLES = ("system", "user", "assistant", "tool")
-SAID = ("role", "content", "reasoning_content", "tool_calls")
 ROWS_AT_ONCE = 512  # tokenized in one call, which spreads over the cores
+LENGTH_STEP = 64  # tokens; lengths of rows that are too long are counted in bins of this width
+LEAST_QUESTION = 16  # tokens of a question that cutting its beginning leaves
 
 
 @dataclass(slots=True)
 class Tally:
-    """What encoding did, counted: rows kept and rejected; documents split or cut at max_seq_len, and tokens cut off."""
+    """What encoding did, counted: rows kept and rejected; documents split or cut at max_seq_len, and tokens cut off.
+
+    `too_long` has the rows that were left out for their length alone, by their length in tokens, rounded up to
+    LENGTH_STEP; `shortened` counts conversations and pairs that lost turns or the beginning of a question.
+    """
 
     kept: int = 0
     rejected: int = 0
     split: int = 0
     cut: int = 0
     cut_tokens: int = 0
+    shortened: int = 0
+    too_long: Counter[int] = field(default_factory=Counter[int])
+
+    @property
+    def left_out(self) -> int:
+        """Rows that are too long to be used."""
+        return self.too_long.total()
 
 
-class BadRowError(ValueError):
-    """Why a row cannot be used."""
+class TooLong(NamedTuple):
+    """A row that is left out because nothing of its answer would be kept; `tokens` is the length it has."""
+
+    tokens: int
 
 
 class _Draft(NamedTuple):
-    """A row checked: the text to tokenize, or the conversations, and how many of their first answers carry no loss."""
+    """A row checked: what it is, and the conversations in it as the chat template writes them."""
 
-    text: str = ""
+    row: Row
+    item: str | Conversation | Pair
     conversations: tuple[Rendering, ...] = ()
-    shared: int = 0
 
 
-def encode_rows(
-    stage: StageName,
-    rows: Iterable[Row | Reject],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    tally: Tally | None = None,
-) -> Iterator[Group | Reject]:
-    """Documents of each row, in the rows' order: groups of one, in dpo of two (chosen, rejected).
+class RowEncoder:
+    """Turns the rows of one stage into documents. Counts what it does in `tally`; `reader` notes formats and ignored
+    fields."""
 
-    Rejects among the rows pass through. A pretraining text longer than `data.max_seq_len` is split into consecutive
-    documents which share one token, so that every token is predicted exactly once, or cut, as
-    `data.long_documents` says. A conversation is cut at its end; one that keeps no answer token is rejected. The
-    two of a pair have half a pack each at most. `tally` is counted up.
+    def __init__(self, stage: StageName, tokenizer: Tokenizer, config: DataConfig) -> None:
+        self.kind = KINDS[stage]
+        self.tokenizer, self.config = tokenizer, config
+        self.tally = Tally()
+        self.reader = RowReader(self.kind, config, tokenizer.writes)
+        self.longest = config.max_seq_len if self.kind != "pair" else min(config.max_seq_len, config.pack_tokens // 2)
+        if self.kind != "text":
+            tokenizer.require_conversations()
 
-    Raises:
-        UserError: the tokenizer's chat template is none that answers can be found in.
-    """
-    tally = Tally() if tally is None else tally
-    for whole in whole_documents(stage, rows, tokenizer):
-        outcome = whole if isinstance(whole, Reject) else fit(stage, *whole, config, tally)
+    def encode(self, rows: Iterable[Row | Reject]) -> Iterator[Group | Reject]:
+        """Documents of each row, in the rows' order: groups of one, for pairs of two (chosen, rejected).
+
+        Rejects among the rows pass through. A text longer than `data.max_seq_len` is split into consecutive documents
+        which share one token, so that every token is predicted exactly once, or cut, as `data.long_documents` says;
+        for conversations and pairs see `data.long_conversations`. The two of a pair have half a pack each at most.
+
+        Raises:
+            UserError: the tokenizer's chat template is none that answers can be found in; a file holds two formats.
+        """
+        for whole in self.whole_documents(rows):
+            yield from self.fit(whole)
+
+    def remarks(self) -> list[str]:
+        """What the user should know of rows left out or shortened so far, and of fields that nothing read."""
+        tally = self.tally
+        return remarks(self.config, tally.kept, tally.shortened, tally.too_long, self.reader.ignored)
+
+    def whole_documents(self, rows: Iterable[Row | Reject]) -> Iterator[Whole | Reject]:
+        """The first half of `encode`: each row with its documents, of whatever length."""
+        remaining = iter(rows)
+        while chunk := list(islice(remaining, ROWS_AT_ONCE)):
+            drafts = [row if isinstance(row, Reject) else self._draft(row) for row in chunk]
+            encoded = iter(self._documents([draft for draft in drafts if not isinstance(draft, Reject)]))
+            for draft in drafts:
+                yield draft if isinstance(draft, Reject) else next(encoded)
+
+    def fit(self, whole: Whole | Reject) -> Iterator[Group | Reject]:
+        """The second half: split, cut, shorten or leave out what is longer than `data.max_seq_len`; count."""
+        try:
+            outcome = whole if isinstance(whole, Reject) else self._fit(whole)
+        except BadRowError as error:  # The chat template refuses the shortened conversation.
+            outcome = Reject(*whole.row[:2], f"shortened to fit: {error}")
         if isinstance(outcome, Reject):
-            tally.rejected += 1
+            self.tally.rejected += 1
             yield outcome
+        elif isinstance(outcome, TooLong):
+            self.tally.too_long[-(-outcome.tokens // LENGTH_STEP) * LENGTH_STEP] += 1
         else:
-            tally.kept += 1
+            self.tally.kept += 1
             yield from outcome
 
+    def _fit(self, whole: Whole) -> list[Group] | Reject | TooLong:
+        group = whole.group
+        if self._fits(whole):
+            return [group]
+        if self.kind == "text" and self.config.long_documents == "split":
+            self.tally.split += 1
+            return [(part,) for part in _split(group[0], self.longest)]
+        if self.kind != "text" and self.config.long_conversations == "cut_prompt":
+            group = self._shortened(whole)
+        excess = [len(d.tokens) - self.longest for d in group if len(d.tokens) > self.longest]
+        kept = tuple(Document(d.tokens[: self.longest], d.weights[: self.longest]) for d in group)
+        if problem := self._lost(group, kept):
+            if self.config.long_conversations == "refuse":
+                return Reject(whole.row.file, whole.row.line, problem)
+            return TooLong(max(len(d.tokens) for d in whole.group))
+        self.tally.cut += len(excess)
+        self.tally.cut_tokens += sum(excess)
+        self.tally.shortened += group is not whole.group
+        return [kept]
 
-def whole_documents(
-    stage: StageName, rows: Iterable[Row | Reject], tokenizer: Tokenizer
-) -> Iterator[tuple[Row, Group] | Reject]:
-    """The first half of `encode_rows`: each row with its documents, of whatever length."""
-    if stage == "pretrain":
-        documents = _text_documents
-    else:
-        tokenizer.require_conversations()
-        documents = _chat_documents
-    remaining = iter(rows)
-    while chunk := list(islice(remaining, ROWS_AT_ONCE)):
-        drafts = [row if isinstance(row, Reject) else _draft(stage, row, tokenizer) for row in chunk]
-        groups = documents([draft for draft in drafts if not isinstance(draft, Reject)], tokenizer)
-        for draft in drafts:
-            yield draft if isinstance(draft, Reject) else next(groups)
+    def _lost(self, group: Group, kept: Group) -> str | None:
+        """Why what is kept of a row teaches nothing; None where it does teach something."""
+        for whole, document in zip(group, kept, strict=True):
+            if not document.weights.any():
+                first = int(np.argmax(whole.weights))
+                return f"the answer begins at token {first}, beyond the {self.longest} that are kept"
+        if self.kind == "pair" and np.array_equal(kept[0].tokens, kept[1].tokens):
+            return f"chosen and rejected are the same in the {self.longest} tokens that are kept"
+        return None
 
+    def _shortened(self, whole: Whole) -> Group:
+        """The row without its oldest exchanges, and then without the beginning of its question, as far as is needed."""
+        cuts = _cuts(whole.item)
 
-def fit(stage: StageName, row: Row, group: Group, config: DataConfig, tally: Tally) -> list[Group] | Reject:
-    """The second half: split or cut what is longer than `data.max_seq_len`."""
-    longest = config.max_seq_len if stage != "dpo" else min(config.max_seq_len, config.pack_tokens // 2)
-    excess = [len(d.tokens) - longest for d in group if len(d.tokens) > longest]
-    if not excess:
-        return [group]
-    if stage == "pretrain" and config.long_documents == "split":
-        tally.split += 1
-        return [(part,) for part in _split(group[0], longest)]
-    kept = tuple(Document(d.tokens[:longest], d.weights[:longest]) for d in group)
-    for whole, document in zip(group, kept, strict=True):
-        if not document.weights.any():
-            first = int(np.argmax(whole.weights))
-            return Reject(row.file, row.line, f"the answer begins at token {first}, beyond the {longest} that are kept")
-    if stage == "dpo" and np.array_equal(kept[0].tokens, kept[1].tokens):
-        return Reject(row.file, row.line, f"chosen and rejected are the same in the {longest} tokens that are kept")
-    tally.cut += len(excess)
-    tally.cut_tokens += sum(excess)
-    return [kept]
+        def shorter(cut: tuple[int, int]) -> Whole:
+            return self._again(whole.row, _without(whole.item, *cut))
 
+        if cuts:
+            whole = shorter(cuts[min(bisect_left(cuts, True, key=lambda cut: self._fits(shorter(cut))), len(cuts) - 1)])
+        return whole.group if self._fits(whole) else self._with_shorter_question(whole)
 
-def row_texts(value: dict[str, Any]) -> Iterator[str]:
-    """All that was written in a row of any stage's data, for training a tokenizer."""
-    text = value.get("text")
-    if isinstance(text, str):
-        yield text
-    for key in ("conversations", "messages", "chosen", "rejected"):
-        turns = value.get(key)
-        for turn in cast("list[Any]", turns) if isinstance(turns, list) else []:
-            content = cast("dict[str, Any]", turn).get("content") if isinstance(turn, dict) else None
-            if isinstance(content, str):
-                yield content
+    def _fits(self, whole: Whole) -> bool:
+        return max(len(d.tokens) for d in whole.group) <= self.longest
 
+    def _with_shorter_question(self, whole: Whole) -> Group:
+        """Token by token from the question's beginning; LEAST_QUESTION of its tokens stay."""
+        question = _first_question(whole.item)
+        ids = self.tokenizer.encode([question])[0] if question else []
+        while (excess := max(len(d.tokens) for d in whole.group) - self.longest) > 0 and len(ids) > LEAST_QUESTION:
+            ids = ids[min(excess, len(ids) - LEAST_QUESTION) :]
+            text = self.tokenizer.decode(ids).lstrip("\ufffd")
+            whole = self._again(whole.row, _with_question(whole.item, text))
+        return whole.group
 
-def _draft(stage: StageName, row: Row, tokenizer: Tokenizer) -> tuple[Row, _Draft] | Reject:
-    try:
-        _require_fields_of(stage, row.value)
-        if stage == "pretrain":
-            draft = _Draft(_text(row.value, "text", "text"))
-        elif stage == "dpo":
-            draft = _draft_pair(row.value, tokenizer)
-        else:
-            key = "messages" if "messages" in row.value else "conversations"
-            draft = _draft_conversation(row.value, key, tokenizer)
-        for text in (draft.text, *(rendering.text for rendering in draft.conversations)):
-            if not text.isascii():
-                text.encode()
-    except UnicodeEncodeError:
-        return Reject(row.file, row.line, "the text holds half a surrogate pair, which is no character")
-    except RecursionError:
-        return Reject(row.file, row.line, "objects are nested too deeply")
-    except (BadRowError, UserError) as error:
-        return Reject(row.file, row.line, str(error))
-    return row, draft
+    def _again(self, row: Row, item: Conversation | Pair) -> Whole:
+        """A part of a row that was encoded before, encoded."""
+        (outcome,) = self._documents([_Draft(row, item, self._render(item))])
+        if isinstance(outcome, Reject):
+            raise BadRowError(outcome.reason)
+        return outcome
 
+    def _draft(self, row: Row) -> _Draft | Reject:
+        try:
+            item = _usable(self.reader.read(row))
+            conversations = () if isinstance(item, str) else self._render(item)
+            for text in [item] if isinstance(item, str) else [rendering.text for rendering in conversations]:
+                if not text.isascii():
+                    text.encode()
+        except UnicodeEncodeError:
+            return Reject(row.file, row.line, "the text holds half a surrogate pair, which is no character")
+        except RecursionError:
+            return Reject(row.file, row.line, "objects are nested too deeply")
+        except BadRowError as error:
+            return Reject(row.file, row.line, str(error))
+        if isinstance(item, Pair) and conversations[0].text == conversations[1].text:
+            return Reject(row.file, row.line, "chosen and rejected are the same")
+        return _Draft(row, item, conversations)
 
-def _draft_conversation(value: dict[str, Any], key: str, tokenizer: Tokenizer) -> _Draft:
-    messages, tools = conversation(value, key)
-    _require_answers(messages, key)
-    return _Draft(conversations=(tokenizer.render(messages, tools),))
+    def _render(self, item: Conversation | Pair) -> tuple[Rendering, ...]:
+        sides = (item,) if isinstance(item, Conversation) else item
+        try:
+            return tuple(self.tokenizer.render(side.messages, side.tools) for side in sides)
+        except UserError as error:
+            raise BadRowError(str(error)) from error
 
+    def _documents(self, drafts: list[_Draft]) -> Iterator[Whole | Reject]:
+        return self._text_documents(drafts) if self.kind == "text" else self._chat_documents(drafts)
 
-def _draft_pair(value: dict[str, Any], tokenizer: Tokenizer) -> _Draft:
-    chosen, chosen_tools = conversation(value, "chosen")
-    rejected, rejected_tools = conversation(value, "rejected")
-    _require_answers(chosen, "chosen")
-    _require_answers(rejected, "rejected")
-    renderings = tokenizer.render(chosen, chosen_tools), tokenizer.render(rejected, rejected_tools)
-    if renderings[0].text == renderings[1].text:
-        raise BadRowError("chosen and rejected are the same")
-    common = 0
-    while common < min(len(chosen), len(rejected)) and _same(chosen[common], rejected[common], tokenizer):
-        common += 1
-    ends = {"chosen": chosen[common:], "rejected": rejected[common:]}
-    for key, messages in ends.items():
-        if not messages:
-            raise BadRowError(f"{key} has no answer after the turns that both share")
-    if chosen_tools != rejected_tools or any(messages[0]["role"] != "assistant" for messages in ends.values()):
-        raise BadRowError("chosen and rejected answer different prompts")
-    return _Draft(conversations=renderings, shared=_count_answers(chosen[:common]))
+    def _text_documents(self, drafts: list[_Draft]) -> Iterator[Whole]:
+        flat: list[int] = []
+        ends: list[int] = []
+        for ids in self.tokenizer.encode([str(draft.item) for draft in drafts]):
+            flat.append(self.tokenizer.bos_id)
+            flat += ids
+            flat.append(self.tokenizer.eos_id)
+            ends.append(len(flat))
+        # One call of numpy's for all texts; copies, so that a document that waits for its pack keeps no others alive.
+        tokens, weights, start = np.array(flat, np.int32), np.ones(len(flat), np.uint8), 0
+        weights[[0, *ends[:-1]]] = 0
+        for draft, end in zip(drafts, ends, strict=True):
+            yield Whole(draft.row, draft.item, (Document(tokens[start:end].copy(), weights[start:end].copy()),))
+            start = end
 
-
-def _same(one: Message, other: Message, tokenizer: Tokenizer) -> bool:
-    """They differ, if at all, in further fields that the chat template does not write, such as an id."""
-    differ = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
-    return not any(key in SAID or tokenizer.writes(key) for key in differ)
-
-
-def _text_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> Iterator[tuple[Row, Group]]:
-    flat: list[int] = []
-    ends: list[int] = []
-    for ids in tokenizer.encode([draft.text for _, draft in drafts]):
-        flat.append(tokenizer.bos_id)
-        flat += ids
-        flat.append(tokenizer.eos_id)
-        ends.append(len(flat))
-    # One call of numpy's for all texts; copies, so that a document that waits for its pack keeps no others alive.
-    tokens, weights, start = np.array(flat, np.int32), np.ones(len(flat), np.uint8), 0
-    weights[[0, *ends[:-1]]] = 0
-    for (row, _), end in zip(drafts, ends, strict=True):
-        yield row, (Document(tokens[start:end].copy(), weights[start:end].copy()),)
-        start = end
+    def _chat_documents(self, drafts: list[_Draft]) -> Iterator[Whole | Reject]:
+        encoded = iter(self.tokenizer.encode_conversations([r for draft in drafts for r in draft.conversations]))
+        for row, item, conversations in drafts:
+            assert not isinstance(item, str)
+            documents: list[Document] = []
+            reasons: list[str] = []
+            for one, learned in zip(list(islice(encoded, len(conversations))), _loss_flags(item), strict=True):
+                if isinstance(one, UserError):
+                    reasons.append(str(one))
+                else:
+                    documents.append(_chat_document(*one, learned))
+            yield Reject(row.file, row.line, reasons[0]) if reasons else Whole(row, item, tuple(documents))
 
 
-def _chat_documents(drafts: list[tuple[Row, _Draft]], tokenizer: Tokenizer) -> Iterator[tuple[Row, Group] | Reject]:
-    encoded = iter(tokenizer.encode_conversations([r for _, draft in drafts for r in draft.conversations]))
-    for row, draft in drafts:
-        documents: list[Document] = []
-        reasons: list[str] = []
-        for one in islice(encoded, len(draft.conversations)):
-            if isinstance(one, UserError):
-                reasons.append(str(one))
-            else:
-                documents.append(_chat_document(*one, draft.shared))
-        yield Reject(row.file, row.line, reasons[0]) if reasons else (row, tuple(documents))
-
-
-def _chat_document(ids: list[int], spans: list[tuple[int, int]], shared: int) -> Document:
+def _chat_document(ids: list[int], spans: list[tuple[int, int]], learned: list[bool]) -> Document:
     weights = np.zeros(len(ids), np.uint8)
-    for start, end in spans[shared:]:
-        weights[start:end] = 1
+    for (start, end), counts in zip(spans, learned, strict=True):
+        weights[start:end] = counts
     return Document(np.array(ids, np.int32), weights)
+
+
+class Whole(NamedTuple):
+    """A row, what it is, and its documents before anything is cut."""
+
+    row: Row
+    item: str | Conversation | Pair
+    group: Group
+
+
+def _usable(item: Item) -> str | Conversation | Pair:
+    """The item, if it teaches something.
+
+    Raises:
+        BadRowError: no assistant turn carries loss; a pair's two sides answer different prompts.
+    """
+    assert not isinstance(item, Prompt | Rated)
+    if isinstance(item, Conversation):
+        _require_answers(item.turns, "the conversation")
+    elif isinstance(item, Pair):
+        _require_answers(item.chosen.turns, "chosen")
+        _require_answers(item.rejected.turns, "rejected")
+        _require_same_prompt(item)
+    return item
+
+
+def _require_answers(turns: list[Turn], where: str) -> None:
+    if not any(turn.message["role"] == "assistant" for turn in turns):
+        raise BadRowError(f"{where} has no assistant turn")
+    if not any(turn.learned for turn in turns):
+        raise BadRowError(f"{where} has no assistant turn that carries loss")
+
+
+def _require_same_prompt(pair: Pair) -> None:
+    shared = _shared(pair)
+    if pair.chosen.turns == pair.rejected.turns and pair.chosen.tools == pair.rejected.tools:
+        raise BadRowError("chosen and rejected are the same")
+    ends = {"chosen": pair.chosen.turns[shared:], "rejected": pair.rejected.turns[shared:]}
+    for key, turns in ends.items():
+        if not any(turn.learned for turn in turns):
+            raise BadRowError(f"{key} has no answer after the turns that both share")
+    if pair.chosen.tools != pair.rejected.tools or any(t[0].message["role"] != "assistant" for t in ends.values()):
+        raise BadRowError("chosen and rejected answer different prompts")
+    if not shared:
+        raise BadRowError("chosen and rejected have no turn before the answers")
+
+
+def _shared(pair: Pair) -> int:
+    """How many turns the two sides begin with alike."""
+    common = 0
+    for one, other in zip(pair.chosen.turns, pair.rejected.turns):
+        if one.message != other.message:
+            break
+        common += 1
+    return common
+
+
+def _loss_flags(item: Conversation | Pair) -> list[list[bool]]:
+    """For each side, whether loss counts on each of its assistant turns. What the sides of a pair share has none."""
+    sides, shared = ([item], 0) if isinstance(item, Conversation) else ([item.chosen, item.rejected], _shared(item))
+    return [
+        [turn.learned and i >= shared for i, turn in enumerate(side.turns) if turn.message["role"] == "assistant"]
+        for side in sides
+    ]
+
+
+# Shortening
+
+
+def _cuts(item: str | Conversation | Pair) -> list[tuple[int, int]]:
+    """Pieces of turns that may be left out: the oldest exchange (a question and what answers it), the oldest two, ….
+
+    Each as (start, end). The system turn stays, and so does the exchange that comes last before a pair's answers.
+    """
+    assert not isinstance(item, str)
+    turns = item.turns if isinstance(item, Conversation) else item.chosen.turns[: _shared(item)]
+    roles = [turn.message["role"] for turn in turns]
+    start = int(roles[0] == "system")
+    # Questions that follow each other directly belong together.
+    return [(start, i) for i in range(start + 1, len(roles)) if roles[i] == "user" != roles[i - 1]]
+
+
+def _without(item: str | Conversation | Pair, start: int, end: int) -> Conversation | Pair:
+    if isinstance(item, Pair):
+        return Pair(*(_cut(side, start, end) for side in item))
+    assert isinstance(item, Conversation)
+    return _cut(item, start, end)
+
+
+def _cut(side: Conversation, start: int, end: int) -> Conversation:
+    return side._replace(turns=[*side.turns[:start], *side.turns[end:]])
+
+
+def _first_question(item: str | Conversation | Pair) -> str:
+    side = item.chosen if isinstance(item, Pair) else item
+    assert isinstance(side, Conversation)
+    return next((str(turn.message["content"]) for turn in side.turns if turn.message["role"] == "user"), "")
+
+
+def _with_question(item: str | Conversation | Pair, text: str) -> Conversation | Pair:
+    """The item with another text in its first question."""
+    if isinstance(item, Pair):
+        return Pair(*(_asking(side, text) for side in item))
+    assert isinstance(item, Conversation)
+    return _asking(item, text)
+
+
+def _asking(side: Conversation, text: str) -> Conversation:
+    at = next(i for i, turn in enumerate(side.turns) if turn.message["role"] == "user")
+    turn = side.turns[at]
+    shorter = turn._replace(message={**turn.message, "content": text})
+    return side._replace(turns=[*side.turns[:at], shorter, *side.turns[at + 1 :]])
 
 
 def _split(document: Document, longest: int) -> Iterator[Document]:
@@ -232,124 +369,31 @@ def _split(document: Document, longest: int) -> Iterator[Document]:
         yield Document(document.tokens[start : start + longest], weights)
 
 
-# Checks of what a row holds
-
-FIELDS = {
-    "text": ("pretrain",), "conversations": ("sft", "lora"), "messages": ("sft", "lora"), "chosen": ("dpo",),
-}  # fmt: skip
-"""What rows are known by, and the stages that learn from them."""
+# What to tell of it
 
 
-def _require_fields_of(stage: StageName, value: dict[str, Any]) -> None:
-    """A row of another stage's data is told apart from one that lacks a field."""
-    own = [field for field, stages in FIELDS.items() if stage in stages]
-    others = [field for field in FIELDS if field in value and field not in own]
-    if others and not any(field in value for field in own):
-        reads = " and ".join(FIELDS[others[0]])
-        raise BadRowError(f"{own[0]} is missing, but {others[0]} is there, which {reads} would read")
+def remarks(config: DataConfig, kept: int, shortened: int, too_long: Counter[int], ignored: Counter[str]) -> list[str]:
+    """A sentence each on rows too long, rows shortened, and ignored fields, where there are any."""
+    lines: list[str] = []
+    if left_out := too_long.total():
+        lines.append(
+            f"{left_out:,} of {kept + left_out:,} rows are too long and were left out: at data.max_seq_len "
+            f"{config.max_seq_len:,} nothing of their answer would be kept; {length_for_most(kept, too_long):,} would "
+            "keep 99 % of the rows, or shorten them by data.long_conversations=cut_prompt"
+        )
+    if shortened:
+        lines.append(f"{shortened:,} rows lost their oldest turns or the beginning of their question, to fit")
+    if ignored:
+        fields = (f"{field} ({rows:,} row{'s' * (rows > 1)})" for field, rows in ignored.most_common())
+        lines.append(f"ignored fields: {', '.join(fields)}")
+    return lines
 
 
-def conversation(value: dict[str, Any], key: str) -> tuple[list[Message], list[Any] | None]:
-    """The row's turns as the chat template takes them, and the tools: those of the system turn or of the row.
-
-    Raises:
-        BadRowError: they are none that can be rendered; which field, and why.
-    """
-    turns = _list(value, key, key)
-    tools = _json_list(value, "tools", "tools")
-    messages: list[Message] = []
-    for i, turn in enumerate(turns):
-        where = f"{key}[{i}]"
-        message = _object(turn, where)
-        role = message.get("role")
-        if role not in ROLES:
-            raise BadRowError(f"{where}.role is {json.dumps(role)}; known are {', '.join(ROLES)}")
-        here = _json_list(message, "tools", f"{where}.tools")
-        if here and (role != "system" or tools):
-            raise BadRowError(f"{where}.tools are not alone or not on a system turn")
-        tools = tools or here
-        calls = _json_list(message, "tool_calls", f"{where}.tool_calls")
-        for j, call in enumerate(calls or []):
-            called = f"{where}.tool_calls[{j}]"
-            function = _object(call.get("function") or call, f"{called}.function")
-            _text(function, "name", f"{called}.name")
-            if "arguments" not in function:
-                raise BadRowError(f"{called}.arguments is missing")
-        checked: Message = {k: v for k, v in message.items() if k not in ("tools", "tool_calls") and v is not None}
-        if calls:
-            checked["tool_calls"] = calls
-        if "reasoning_content" in checked:
-            _string(checked, "reasoning_content", f"{where}.reasoning_content")
-        if calls or checked.get("reasoning_content"):
-            checked.setdefault("content", "")
-        if calls or role in ("system", "tool") or checked.get("reasoning_content"):
-            _string(checked, "content", f"{where}.content")
-        else:
-            _text(checked, "content", f"{where}.content")
-        messages.append(checked)
-    return messages, tools
-
-
-def _require_answers(messages: list[Message], key: str) -> None:
-    if not _count_answers(messages):
-        raise BadRowError(f"{key} has no assistant turn")
-
-
-def _count_answers(messages: list[Message]) -> int:
-    return sum(message["role"] == "assistant" for message in messages)
-
-
-def _string(holder: dict[str, Any], key: str, where: str) -> str:
-    if key not in holder:
-        raise BadRowError(f"{where} is missing")
-    value = holder[key]
-    if not isinstance(value, str):
-        raise BadRowError(f"{where} is {_kind(value)}, not a string")
-    return value
-
-
-def _text(holder: dict[str, Any], key: str, where: str) -> str:
-    value = _string(holder, key, where)
-    if not value or value.isspace():
-        raise BadRowError(f"{where} is empty")
-    return value
-
-
-def _list(holder: dict[str, Any], key: str, where: str) -> list[Any]:
-    if key not in holder:
-        raise BadRowError(f"{where} is missing")
-    value = holder[key]
-    if not isinstance(value, list):
-        raise BadRowError(f"{where} is {_kind(value)}, not a list")
-    if not value:
-        raise BadRowError(f"{where} is empty")
-    return cast("list[Any]", value)
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise BadRowError(f"{where} is {_kind(value)}, not an object")
-    return cast("dict[str, Any]", value)
-
-
-def _json_list(holder: dict[str, Any], key: str, where: str) -> list[dict[str, Any]] | None:
-    """A list of objects, or the JSON text of one; None where there is none, which some files write as null or ""."""
-    value = holder.get(key)
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadRowError(f"{where} is a string but not JSON ({error})") from error
-    if value in (None, "", []):
-        return None
-    if not isinstance(value, list):
-        raise BadRowError(f"{where} is {_kind(value)}, not a list")
-    return [_object(item, f"{where}[{i}]") for i, item in enumerate(cast("list[Any]", value))]
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}.get(
-        type(value), "an object"
-    )
+def length_for_most(kept: int, too_long: Counter[int], part: float = 0.99) -> int:
+    """The smallest `data.max_seq_len` that would keep this part of the rows, `kept` and too long ones together."""
+    wanted = part * (kept + too_long.total())
+    for length in sorted(too_long):
+        kept += too_long[length]
+        if kept >= wanted:
+            return length
+    raise AssertionError("no row is too long")

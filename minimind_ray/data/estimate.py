@@ -39,6 +39,7 @@ class Estimate:
     sampled: int
     rejected: int
     reasons: list[RejectReason]
+    remarks: list[str]
 
 
 def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer) -> Estimate:
@@ -75,6 +76,7 @@ def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer) -> Esti
         sampled=len(rows),
         rejected=found.tally.rejected,
         reasons=found.reasons,
+        remarks=found.remarks,
     )
 
 

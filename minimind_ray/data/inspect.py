@@ -12,8 +12,10 @@ from itertools import chain, pairwise
 import numpy as np
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DataConfig, StageName
-from minimind_ray.data.encode import Tally, fit, whole_documents
+from minimind_ray.config.schema import DataConfig, FormatName, StageName
+from minimind_ray.data.encode import RowEncoder, Tally
+from minimind_ray.data.fields import renamed
+from minimind_ray.data.formats import FORMATS, KINDS, recognise
 from minimind_ray.data.pack import Document, Group, pack_groups
 from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
@@ -39,6 +41,8 @@ class Inspection:
     """
 
     tally: Tally
+    formats: list[FormatName]
+    remarks: list[str]
     reasons: list[RejectReason]
     lengths: np.ndarray
     documents: int
@@ -51,37 +55,38 @@ class Inspection:
     @property
     def rows(self) -> int:
         """Rows read."""
-        return self.tally.kept + self.tally.rejected
+        return self.tally.kept + self.tally.rejected + self.tally.left_out
 
     def fill(self, pack_tokens: int) -> float:
         """Part of the packs' room that is taken."""
         return self.tokens / (self.packs * pack_tokens) if self.packs else 0.0
 
 
-def guess_stage(rows: Iterable[Row | Reject]) -> tuple[StageName, Iterator[Row | Reject]]:
-    """The stage whose fields the first good row has, and the rows once more from the start.
+def guess_stage(rows: Iterable[Row | Reject], fields: dict[str, str]) -> tuple[StageName, Iterator[Row | Reject]]:
+    """The stage that learns from the first row of a known format, and the rows once more from the start.
+
+    `fields` are the rows' own names of fields, as `data.fields` has them.
 
     Raises:
-        UserError: no row among the first has any.
+        UserError: no row among the first has a format that a stage learns from.
     """
     remaining = iter(rows)
     seen: list[Row | Reject] = []
-    fields: dict[str, StageName] = {"chosen": "dpo", "conversations": "sft", "messages": "sft", "text": "pretrain"}
     for row in remaining:
         seen.append(row)
-        stages: list[StageName] = [
-            stage for field, stage in fields.items() if isinstance(row, Row) and field in row.value
-        ]
+        name = recognise(renamed(row.value, fields)) if isinstance(row, Row) else None
+        stages: list[StageName] = [stage for stage, kind in KINDS.items() if name and kind == FORMATS[name].kind]
         if stages:
             return stages[0], chain(seen, remaining)
         if len(seen) == LOOK_AHEAD:
             break
     if not seen:
         raise UserError("the files have no rows")
-    why = f" ({seen[0].file}:{seen[0].line}: {seen[0].reason})" if isinstance(seen[0], Reject) else ""
+    first = seen[0]
+    why = first.reason if isinstance(first, Reject) else f"it has {', '.join(first.value) or 'no field'}"
     raise UserError(
-        f"none of the first {len(seen)} rows has one of the fields {', '.join(fields)}; say what they are with "
-        f"--stage{why}"
+        f"none of the first {len(seen)} rows has a format that a stage learns from ({first.file}:{first.line}: {why}); "
+        "say what they are with --stage, and by data.fields which of their fields is which"
     )
 
 
@@ -91,9 +96,10 @@ def inspect_rows(
     """Encode and pack all rows as training does, and keep the numbers.
 
     Raises:
-        UserError: see `encode_rows`.
+        UserError: see `RowEncoder.encode`.
     """
-    tally = Tally()
+    encoder = RowEncoder(stage, tokenizer, config)
+    tally = encoder.tally
     lengths = array("i")
     reasons: dict[str, RejectReason] = {}
     drawn: list[Group] = []
@@ -102,34 +108,37 @@ def inspect_rows(
 
     def groups() -> Iterator[Group]:
         nonlocal documents, tokens, counted, decoded, chars, size
-        for whole in whole_documents(stage, rows, tokenizer):
+        for whole in encoder.whole_documents(rows):
             if not isinstance(whole, Reject):
-                lengths.extend(len(d.tokens) for d in whole[1])
-            outcome = whole if isinstance(whole, Reject) else fit(stage, *whole, config, tally)
-            if isinstance(outcome, Reject):
-                tally.rejected += 1
-                alike = re.sub(r"\d+", "N", outcome.reason)
-                before = reasons.get(alike, RejectReason(0, outcome))
-                reasons[alike] = RejectReason(before.count + 1, before.first)
-                continue
-            tally.kept += 1
-            # Reservoir sampling (Vitter 1985): every row is as likely to be shown.
-            place = len(drawn) if len(drawn) < samples else draw.randrange(tally.kept)
-            if place < samples:
-                drawn[place : place + 1] = [outcome[0]]
-            for group in outcome:
+                lengths.extend(len(d.tokens) for d in whole.group)
+            for place, outcome in enumerate(encoder.fit(whole)):
+                if isinstance(outcome, Reject):
+                    alike = re.sub(r"\d+", "N", outcome.reason)
+                    before = reasons.get(alike, RejectReason(0, outcome))
+                    reasons[alike] = RejectReason(before.count + 1, before.first)
+                    continue
+                if place == 0:
+                    draw_sample(outcome)
                 if documents < DECODED:
-                    text = "".join(tokenizer.decode(d.tokens.tolist(), skip_special=True) for d in group)
-                    decoded += sum(len(d.tokens) for d in group)
+                    text = "".join(tokenizer.decode(d.tokens.tolist(), skip_special=True) for d in outcome)
+                    decoded += sum(len(d.tokens) for d in outcome)
                     chars, size = chars + len(text), size + len(text.encode())
-                documents += len(group)
-                tokens += sum(len(d.tokens) for d in group)
-                counted += sum(int(d.weights.sum()) for d in group)
-                yield group
+                documents += len(outcome)
+                tokens += sum(len(d.tokens) for d in outcome)
+                counted += sum(int(d.weights.sum()) for d in outcome)
+                yield outcome
+
+    def draw_sample(group: Group) -> None:
+        """Reservoir sampling (Vitter 1985): every row is as likely to be shown."""
+        place = len(drawn) if len(drawn) < samples else draw.randrange(tally.kept)
+        if place < samples:
+            drawn[place : place + 1] = [group]
 
     packs = sum(1 for _ in pack_groups(groups(), config.pack_tokens))
     return Inspection(
         tally=tally,
+        formats=list(dict.fromkeys(name for name, _ in encoder.reader.formats.values())),
+        remarks=encoder.remarks(),
         reasons=sorted(reasons.values(), key=lambda reason: -reason.count),
         lengths=np.array(lengths, np.int32),
         documents=documents,

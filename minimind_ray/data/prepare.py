@@ -34,9 +34,10 @@ from pyarrow import fs
 from pydantic import ValidationError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DataConfig, Section, StageName
-from minimind_ray.data.encode import Tally, encode_rows
+from minimind_ray.config.schema import DataConfig, FormatName, Section, StageName
+from minimind_ray.data.encode import RowEncoder, remarks
 from minimind_ray.data.files import TEMPORARY, absolute, atomic_output, join, locate, one_line
+from minimind_ray.data.formats import mixed
 from minimind_ray.data.pack import Group, pack_groups, pack_schema, packs_table
 from minimind_ray.data.records import (
     CHUNK,
@@ -56,7 +57,10 @@ from minimind_ray.data.tokenizer import Tokenizer
 UNIT_BYTES = 8 << 20
 STALE_SECONDS = 24 * 3600
 FRESH_SECONDS = 2
-CODE = ("json_values.py", "records.py", "chat_template.py", "tokenizer.py", "encode.py", "pack.py", "prepare.py")
+CODE = (
+    "json_values.py", "records.py", "chat_template.py", "tokenizer.py", "fields.py", "turns.py", "formats.py", "encode.py", "pack.py",
+    "prepare.py",
+)  # fmt: skip
 
 Split = Literal["train", "val"]
 
@@ -82,8 +86,12 @@ class Encoding:
 
     def key(self, *content: object) -> str:
         """What the result of a unit with this content is kept under."""
-        options = (self.config.max_seq_len, self.config.pack_tokens, self.config.long_documents)
-        split = (self.split, self.config.val_fraction) if self.split else None
+        config = self.config
+        options = (
+            config.max_seq_len, config.pack_tokens, config.long_documents, config.long_conversations,
+            config.format, sorted(config.fields.items()), sorted(config.ignore),
+        )  # fmt: skip
+        split = (self.split, config.val_fraction) if self.split else None
         return _hash([_code(), self.stage, self.tokenizer.fingerprint, options, split, content])
 
     def holds_out(self, content: bytes) -> bool:
@@ -112,6 +120,7 @@ class Prepared:
 
     path: str
     manifest: Manifest
+    config: DataConfig
     made: int
     reused: int
     seconds: float
@@ -127,17 +136,29 @@ class Prepared:
         return self.manifest.total("tokens") / max(1, self.manifest.n_packs * self.manifest.pack_tokens)
 
     def summary(self) -> str:
-        """All of it in a line or two."""
+        """All of it in a few lines."""
         total = self.manifest.total
+        formats = f" ({', '.join(self.manifest.formats)})" if self.manifest.formats else ""
         cut = f", {total('cut'):,} cut by {total('cut_tokens'):,} tokens" if total("cut") else ""
+        left_out = f" + {total('left_out'):,} too long" if total("left_out") else ""
         rejects = f"; see {self.rejects}" if total("rejected") else ""
         work = f"made {self.made} units" if self.made else "nothing to do"
-        return (
-            f"{self.manifest.split}: {total('rows'):,} rows = {total('kept'):,} kept + {total('rejected'):,} rejected "
-            f"+ {total('held_out'):,} held out{rejects}\n"
-            f"  {total('documents'):,} documents{cut}, {total('tokens'):,} tokens, {self.manifest.n_packs:,} packs "
-            f"{self.fullness:.0%} full ({work}, {self.reused} in the cache, {self.seconds:.1f} s)"
+        return "\n".join(
+            [
+                f"{self.manifest.split}: {total('rows'):,} rows{formats} = {total('kept'):,} kept + "
+                f"{total('rejected'):,} rejected{left_out} + {total('held_out'):,} held out{rejects}",
+                f"  {total('documents'):,} documents{cut}, {total('tokens'):,} tokens, {self.manifest.n_packs:,} packs "
+                f"{self.fullness:.0%} full ({work}, {self.reused} in the cache, {self.seconds:.1f} s)",
+                *(f"  {remark}" for remark in self.remarks()),
+            ]
         )
+
+    def remarks(self) -> list[str]:
+        """What the user should know of rows that were left out or shortened, and of fields that nothing read."""
+        total, units = self.manifest.total, self.manifest.units
+        too_long = sum((Counter(unit.too_long) for unit in units), Counter[int]())
+        ignored = sum((Counter(unit.ignored) for unit in units), Counter[str]())
+        return remarks(self.config, total("kept"), total("shortened"), too_long, ignored)
 
 
 def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
@@ -191,9 +212,11 @@ def prepare(
                     f"data.cache_dir {config.cache_dir}: what other processes wrote there cannot be seen from here; "
                     "name a directory that all nodes share, or an object store"
                 )
+        _require_one_format(units, found)
         manifest = _manifest(encoding, split, sources, units, found)
         path = cache.publish(manifest, units)
-    prepared = Prepared(path, manifest, len(missing), len(by_key) - len(missing), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    prepared = Prepared(path, manifest, config, len(missing), len(by_key) - len(missing), seconds)
     _check(prepared, config, [unit.source.path for unit in units if found[unit.key].damaged])
     return prepared
 
@@ -216,6 +239,22 @@ def find_prepared(stage: StageName, config: DataConfig, split: Split, tokenizer:
         if any(unit.key not in found for unit in units):
             return None
         return _manifest(encoding, split, sources, units, found)
+
+
+def _require_one_format(units: Sequence[Unit], found: dict[str, UnitStats]) -> None:
+    """Whether each file holds rows of one format: within a unit, encoding has looked already.
+
+    Raises:
+        UserError: two units of a file have different formats.
+    """
+    first: dict[str, tuple[FormatName, int]] = {}
+    for unit in units:
+        stats = found[unit.key]
+        if stats.row_format is not None:
+            here = (stats.row_format, unit.part.first_line + stats.format_line)
+            before = first.setdefault(unit.source.path, here)
+            if before[0] != here[0]:
+                raise UserError(mixed(unit.source.path, before, here))
 
 
 def _manifest(
@@ -276,7 +315,7 @@ def _check(prepared: Prepared, config: DataConfig, damaged: Sequence[str]) -> No
     split = f"data.{prepared.manifest.split}"
     if rows == 0:
         raise UserError(f"{split}: no rows, only empty files, in {', '.join(list(prepared.manifest.sources)[:3])}")
-    assert rows == total("kept") + rejected + total("held_out"), "a row was lost"
+    assert rows == total("kept") + rejected + total("left_out") + total("held_out"), "a row was lost"
     require_undamaged(damaged, prepared.manifest.split, prepared.rejects, config)
     if rejected > config.max_reject_fraction * rows:
         why, example, count = _commonest(prepared.rejects)
@@ -413,8 +452,8 @@ class Seen:
     damaged: int = 0
 
 
-def unit_groups(unit: Unit, encoding: Encoding, seen: Seen, tally: Tally) -> Iterator[Group | Reject]:
-    """A unit's rows as documents or rejects; `seen` and `tally` are counted up."""
+def unit_groups(unit: Unit, encoding: Encoding, seen: Seen) -> tuple[Iterator[Group | Reject], RowEncoder]:
+    """A unit's rows as documents or rejects, and the encoder that counts them; `seen` is counted up."""
 
     def read() -> Iterator[Row | Reject]:
         for raw in read_raw(unit.source, unit.part):
@@ -427,7 +466,8 @@ def unit_groups(unit: Unit, encoding: Encoding, seen: Seen, tally: Tally) -> Ite
             else:
                 yield parse_row(unit.source.path, raw)
 
-    yield from encode_rows(encoding.stage, read(), encoding.tokenizer, encoding.config, tally)
+    encoder = RowEncoder(encoding.stage, encoding.tokenizer, encoding.config)
+    return encoder.encode(read()), encoder
 
 
 def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
@@ -437,14 +477,15 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
         UserError: the source cannot be read, or is not what it was when it was cut; the cache cannot be written.
     """
     cache = _Cache(encoding.config.cache_dir)
-    tally, seen = Tally(), Seen()
+    seen = Seen()
+    outcomes, encoder = unit_groups(unit, encoding, seen)
     documents = tokens = counted = 0
     row_groups: list[int] = []
     vocab_size = encoding.tokenizer.vocab_size
 
     def groups(rejects: pa.NativeFile) -> Iterator[Group]:
         nonlocal documents
-        for item in unit_groups(unit, encoding, seen, tally):
+        for item in outcomes:
             if isinstance(item, Reject):
                 # Without the file's name, and lines from the unit's first: other files may have the same unit.
                 line = item.line - unit.part.first_line
@@ -469,10 +510,22 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
         size = shard.tell()
         if current_version(unit.source) != unit.source.version:
             raise UserError(f"{unit.source.path}: it has changed while it was read; run again when it is complete")
+    tally, first_line = encoder.tally, unit.part.first_line
+    row_format, line = next(iter(encoder.reader.formats.values()), (None, first_line))
     stats = UnitStats(
         key=unit.key,
         **asdict(seen),
-        **asdict(tally),
+        kept=tally.kept,
+        rejected=tally.rejected,
+        left_out=tally.left_out,
+        split=tally.split,
+        cut=tally.cut,
+        cut_tokens=tally.cut_tokens,
+        shortened=tally.shortened,
+        too_long=dict(tally.too_long),
+        ignored=dict(encoder.reader.ignored),
+        row_format=row_format,
+        format_line=line - first_line,
         documents=documents,
         tokens=tokens,
         counted_tokens=counted,

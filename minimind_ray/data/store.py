@@ -23,12 +23,12 @@ from pyarrow import fs
 from pydantic import Field, ValidationError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import Section, StageName
+from minimind_ray.config.schema import FormatName, Section, StageName
 from minimind_ray.data.files import atomic_output, join, locate, one_line
 from minimind_ray.data.pack import Pack, pack_from_row, pack_schema
 from minimind_ray.data.storage import is_url, read_from
 
-FORMAT = 3
+FORMAT = 4
 ROW_GROUP = 64
 WINDOW = 16
 
@@ -39,7 +39,8 @@ Key = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 class UnitStats(Section):
     """What one unit became. `row_groups` counts the packs in each row group of its shard.
 
-    Every row that was read is kept, rejected, or held out for the other side of the validation split.
+    Every row that was read is kept, rejected, left out for its length, or held out for the other side of the validation
+    split.
     """
 
     key: Key
@@ -54,6 +55,12 @@ class UnitStats(Section):
     split: Count = Field(description="texts split at max_seq_len")
     cut: Count = Field(description="documents cut at max_seq_len")
     cut_tokens: Count = Field(description="tokens that were cut off")
+    left_out: Count = Field(description="conversations and pairs left out because they are too long")
+    shortened: Count = Field(description="conversations and pairs that lost turns or the beginning of a question")
+    too_long: dict[int, Count] = Field(description="the rows left out, by their length in tokens, rounded up")
+    ignored: dict[str, Count] = Field(description="rows that have a field which nothing reads, by field")
+    row_format: FormatName | None = Field(description="the format of the first row that has one")
+    format_line: Count = Field(description="that row's line, counted from the unit's first")
     row_groups: tuple[Annotated[int, Field(gt=0, le=ROW_GROUP)], ...]
     bytes: Count = Field(description="size of the shard")
 
@@ -61,7 +68,7 @@ class UnitStats(Section):
 class Manifest(Section):
     """The units of a prepared dataset in the order of its sources, and where they came from."""
 
-    format: Literal[3]
+    format: Literal[4]
     stage: StageName
     split: Literal["train", "val"]
     tokenizer: str = Field(description="the tokenizer's fingerprint")
@@ -72,6 +79,11 @@ class Manifest(Section):
     def total(self, count: str) -> int:
         """The sum of one of the counts over all units."""
         return sum(getattr(unit, count) for unit in self.units)
+
+    @property
+    def formats(self) -> list[FormatName]:
+        """The formats of the rows, in the order of the files."""
+        return list(dict.fromkeys(unit.row_format for unit in self.units if unit.row_format))
 
     @property
     def n_packs(self) -> int:

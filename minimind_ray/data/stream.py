@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.data.encode import Tally
 from minimind_ray.data.files import atomic_output, join, locate
 from minimind_ray.data.pack import Group, Pack, pack_from_row, pack_groups, packs_table
 from minimind_ray.data.prepare import Encoding, Seen, Unit, require_undamaged, unit_groups
@@ -69,7 +68,8 @@ class Stream:
 
     def _groups(self, unit: Unit) -> Iterator[Group]:
         seen, rejects = Seen(), list[Reject]()
-        for item in unit_groups(unit, self.encoding, seen, Tally()):
+        outcomes, _ = unit_groups(unit, self.encoding, seen)
+        for item in outcomes:
             if isinstance(item, Reject):
                 rejects.append(item)
             else:
@@ -98,7 +98,8 @@ class Stream:
             UserError: more bad rows in it than one and `data.max_reject_fraction`; the file is damaged there.
         """
         unit, seen, rejected, tokens = self.units[self.order(0)[0]], Seen(), 0, 0
-        for item in unit_groups(unit, self.encoding, seen, Tally()):
+        outcomes, encoder = unit_groups(unit, self.encoding, seen)
+        for item in outcomes:
             if isinstance(item, Reject):
                 rejected += 1
             else:
@@ -106,10 +107,13 @@ class Stream:
         if rejected:
             for _ in self._groups(unit):
                 pass  # It writes them down, and judges.
+        tally = encoder.tally
+        left_out = f" + {tally.left_out:,} too long" if tally.left_out else ""
         rows = (
-            f"{seen.rows:,} rows = {seen.rows - rejected - seen.held_out:,} kept + {rejected:,} rejected + "
+            f"{seen.rows:,} rows = {tally.kept:,} kept + {rejected:,} rejected{left_out} + "
             f"{seen.held_out:,} held out in the first piece"
         )
+        rows = "\n  ".join([rows, *encoder.remarks()])
         # Of less than a pack there is nothing to learn.
         known = tokens >= self.encoding.config.pack_tokens
         return replace(self, bytes_per_token=unit.size / tokens) if known else self, rows

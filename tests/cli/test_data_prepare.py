@@ -66,7 +66,7 @@ def test_relative_paths_lead_to_the_storage_of_a_cluster(
     made = CliRunner().invoke(tokenizer.app, train, catch_exceptions=False)
     assert f"{tmp_path}/own: 3" in made.output
     seen = CliRunner().invoke(app, ["inspect", "x.jsonl", "--tokenizer", "own"], catch_exceptions=False)
-    assert "101 rows read = 100 kept + 1 rejected" in seen.output
+    assert "101 rows of format text = 100 kept + 1 rejected" in seen.output
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -74,5 +74,5 @@ def test_inspect_reads_text_files_as_they_are_set(tmp_path: Path, arguments: lis
     (tmp_path / "x.txt").write_text("one\n\ntwo\n")
     command = ["inspect", str(tmp_path / "x.txt"), "--tokenizer", str(tmp_path / "tokenizer")]
     assert "2 rows read" in CliRunner().invoke(app, command, catch_exceptions=False).output
-    command += ["--text-files", "whole"]
+    command += ["--set", "data.text_files=whole"]
     assert "1 rows read" in CliRunner().invoke(app, command, catch_exceptions=False).output

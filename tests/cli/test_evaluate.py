@@ -14,7 +14,7 @@ import torch
 
 from minimind_ray.cli.evaluate import wilson_interval
 from minimind_ray.config.schema import DataConfig
-from minimind_ray.data.encode import encode_rows
+from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.records import discover, read_rows
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model
@@ -40,7 +40,7 @@ def log_probs(directory: Path, stage: str, path: Path) -> list[list[float]]:
     model, tokenizer = load_model(directory).eval(), Tokenizer.load(directory)
     config = DataConfig(max_seq_len=96, pack_tokens=256)
     sums: list[list[float]] = []
-    for group in encode_rows(stage, (r for s in discover(str(path)) for r in read_rows(s)), tokenizer, config):
+    for group in RowEncoder(stage, tokenizer, config).encode(r for s in discover(str(path)) for r in read_rows(s)):
         of_group = []
         for document in group:
             tokens_N = torch.from_numpy(document.tokens).long()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig, StageName
-from minimind_ray.data.encode import Tally, encode_rows, row_texts
+from minimind_ray.data.encode import RowEncoder, Tally, length_for_most, remarks
 from minimind_ray.data.pack import Document, Group
 from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
@@ -33,9 +34,9 @@ def tokenizer() -> Tokenizer:
 def encode(
     tokenizer: Tokenizer, stage: StageName, *values: dict[str, Any], config: DataConfig = CONFIG
 ) -> tuple[list[Group | Reject], Tally]:
-    tally = Tally()
+    encoder = RowEncoder(stage, tokenizer, config)
     rows = [Row("file.jsonl", i, value) for i, value in enumerate(values, 1)]
-    return list(encode_rows(stage, rows, tokenizer, config, tally)), tally
+    return list(encoder.encode(rows)), encoder.tally
 
 
 def documents(outcomes: list[Group | Reject]) -> list[Document]:
@@ -89,19 +90,23 @@ def test_a_truncated_text_is_counted(tokenizer: Tokenizer) -> None:
 def test_order_is_kept_and_rejects_pass_through(tokenizer: Tokenizer) -> None:
     broken = Reject("file.jsonl", 3, "not valid JSON")
     rows = [Row("file.jsonl", i, {"text": f"It is {i}." if i % 7 else " \n"}) for i in range(1, 1500)]
-    outcomes = list(encode_rows("pretrain", [*rows[:2], broken, *rows[2:]], tokenizer, CONFIG, tally := Tally()))
+    encoder = RowEncoder("pretrain", tokenizer, CONFIG)
+    outcomes = list(encoder.encode([*rows[:2], broken, *rows[2:]]))
     texts = [
         o.reason if isinstance(o, Reject) else tokenizer.decode(o[0].tokens.tolist(), skip_special=True)
         for o in outcomes
     ]
     expected = [f"It is {i}." if i % 7 else "text is empty" for i in range(1, 1500)]
     assert texts == [*expected[:2], "not valid JSON", *expected[2:]]
-    assert (tally.kept, tally.rejected) == (1499 - 214, 214 + 1)
+    assert (encoder.tally.kept, encoder.tally.rejected) == (1499 - 214, 214 + 1)
     assert outcomes[7] == Reject("file.jsonl", 7, "text is empty")
 
 
 # Conversations
 
+NO_TEXT = (
+    "text is missing (the row has no field with a value); if a field has another name, say so by data.fields.text=NAME"
+)
 TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "It is 2.", "tools": '[{"name": "add", "parameters": {}}]'},
     USER,
@@ -158,11 +163,84 @@ def test_a_cut_conversation_keeps_what_is_left_of_its_answers(tokenizer: Tokeniz
     ((cut,),), tally = encode(tokenizer, "sft", {"messages": [USER, ANSWER]}, config=config)
     assert (cut.tokens.tolist(), cut.weights.tolist()) == (whole.tokens[: first + 2].tolist(), [0] * first + [1] * 2)
     assert tally == Tally(kept=1, cut=1, cut_tokens=len(whole.tokens) - first - 2)
-    config = DataConfig(max_seq_len=first, pack_tokens=64)
-    outcomes, tally = encode(tokenizer, "sft", {"messages": [USER, ANSWER]}, config=config)
-    reason = f"the answer begins at token {first}, beyond the {first} that are kept"
-    assert outcomes == [Reject("file.jsonl", 1, reason)]
-    assert tally == Tally(rejected=1)
+
+
+@pytest.mark.parametrize("policy", ["drop", "cut_prompt", "refuse"])
+def test_a_conversation_that_keeps_nothing_of_its_answer(tokenizer: Tokenizer, policy: str) -> None:
+    value = {"messages": [USER, ANSWER]}
+    ((whole,),), _ = encode(tokenizer, "sft", value)
+    first = int(np.argmax(whole.weights))
+    config = DataConfig.model_validate({"max_seq_len": first, "pack_tokens": 64, "long_conversations": policy})
+    outcomes, tally = encode(tokenizer, "sft", value, config=config)
+    if policy == "refuse":
+        reason = f"the answer begins at token {first}, beyond the {first} that are kept"
+        assert outcomes == [Reject("file.jsonl", 1, reason)]
+        assert tally == Tally(rejected=1)
+    else:  # Its question is too short for a beginning to be cut.
+        assert outcomes == []
+        assert tally == Tally(too_long=Counter({64: 1}))
+
+
+TALK = [{"role": "system", "content": "It is."}] + [
+    {"role": role, "content": f"{words} {i} + 1" * 3}
+    for i in range(4)
+    for role, words in (("user", "What is"), ("assistant", "It is"))
+]
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_the_oldest_turns_go_first_and_the_system_turn_stays(tokenizer: Tokenizer, kept: int) -> None:
+    expected = [TALK[0], *TALK[-2 * kept :]]
+    roomy = DataConfig(max_seq_len=2048, pack_tokens=2048)
+    ((shorter,),), _ = encode(tokenizer, "sft", {"messages": expected}, config=roomy)
+    config = DataConfig(max_seq_len=len(shorter.tokens) + 1, pack_tokens=2048, long_conversations="cut_prompt")
+    ((document,),), tally = encode(tokenizer, "sft", {"messages": TALK}, config=config)
+    assert document.tokens.tolist() == shorter.tokens.tolist()
+    assert document.weights.tolist() == shorter.weights.tolist()
+    assert tally == Tally(kept=1, shortened=1)
+
+
+def test_then_the_beginning_of_the_question_goes(tokenizer: Tokenizer) -> None:
+    question = " ".join(f"是 {i} + 1" for i in range(60))
+    config = DataConfig(max_seq_len=80, pack_tokens=200, long_conversations="cut_prompt")
+    talk = [USER, ANSWER, {"role": "user", "content": question}, ANSWER]
+    ((document,),), tally = encode(tokenizer, "sft", {"messages": talk}, config=config)
+    assert 75 <= len(document.tokens) <= 80
+    assert answers(tokenizer, document) == ["It is 2.<|im_end|>\n"]
+    asked = tokenizer.decode(document.tokens.tolist()).split("user\n")[1].split("<|im_end|>")[0]
+    assert len(asked) > 20 and question.endswith(asked) and "\ufffd" not in asked
+    assert tally == Tally(kept=1, shortened=1)
+
+    pair = {"chosen": talk, "rejected": [*talk[:-1], {**ANSWER, "content": "It is 3."}]}
+    config = DataConfig(max_seq_len=100, pack_tokens=160, long_conversations="cut_prompt")
+    ((chosen, rejected),), tally = encode(tokenizer, "dpo", pair, config=config)
+    assert answers(tokenizer, chosen) == ["It is 2.<|im_end|>\n"]
+    assert answers(tokenizer, rejected) == ["It is 3.<|im_end|>\n"]
+    start = int(np.argmax(chosen.weights))
+    assert chosen.tokens[:start].tolist() == rejected.tokens[:start].tolist()
+    assert 75 <= max(len(chosen.tokens), len(rejected.tokens)) <= 80
+
+
+def test_an_answer_longer_than_the_limit_keeps_its_beginning_and_the_end_of_the_question(tokenizer: Tokenizer) -> None:
+    talk = [{"role": "user", "content": "What is " * 50 + "7?"}, {"role": "assistant", "content": "It is 7. " * 50}]
+    config = DataConfig(max_seq_len=64, pack_tokens=64, long_conversations="cut_prompt")
+    ((document,),), tally = encode(tokenizer, "sft", {"messages": talk}, config=config)
+    text = tokenizer.decode(document.tokens.tolist())
+    assert "What is 7?<|im_end|>" in text and "It is 7. It is 7." in text
+    assert (len(document.tokens), tally.cut, tally.shortened) == (64, 1, 1)
+
+
+def test_the_length_that_keeps_99_percent() -> None:
+    too_long = Counter({128: 1, 192: 1, 1024: 1})
+    assert length_for_most(197, too_long) == 128
+    assert length_for_most(96, too_long + Counter({64: 1})) == 192
+    assert length_for_most(0, too_long) == 1024
+    (line,) = remarks(CONFIG, 197, 0, too_long, Counter())
+    assert line.startswith("3 of 200 rows are too long and were left out: at data.max_seq_len 64 nothing")
+    assert "128 would keep 99 %" in line
+    assert remarks(CONFIG, 9, 0, Counter(), Counter({"difficulty": 4000, "a": 1})) == [
+        "ignored fields: difficulty (4,000 rows), a (1 row)"
+    ]
 
 
 def test_tools_of_a_row_are_those_of_its_system_turn(tokenizer: Tokenizer) -> None:
@@ -181,22 +259,27 @@ def call(**function: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({}, "conversations is missing"),
+        ({}, "conversations is missing (the row has no field with a value); if a field has another name"),
+        ({"question": "a"}, "conversations is missing (the row has question); if a field has another name, say so by"),
         ({"text": "a"}, "conversations is missing, but text is there, which pretrain would read"),
         ({"chosen": [USER]}, "conversations is missing, but chosen is there, which dpo would read"),
-        ({"messages": None}, "messages is null, not a list"),
-        ({"conversations": "[]"}, "conversations is a string, not a list"),
+        ({"messages": None}, "conversations is missing (the row has no field with a value)"),
+        ({"conversations": "[]"}, "conversations is empty"),
+        ({"conversations": "hello"}, "conversations is a string but not JSON"),
         ({"conversations": []}, "conversations is empty"),
         ({"conversations": [USER, "a"]}, "conversations[1] is a string, not an object"),
-        ({"conversations": [USER]}, "conversations has no assistant turn"),
+        ({"conversations": [USER]}, "the conversation has no assistant turn"),
         ({"conversations": [{"content": "a"}]}, "conversations[0].role is null; known are system, user"),
-        ({"conversations": [{"role": "gpt", "content": "a"}]}, 'conversations[0].role is "gpt"; known are'),
+        ({"conversations": [{"role": "narrator", "content": "a"}]}, 'conversations[0].role is "narrator"; known are'),
         ({"conversations": [{"role": ["user"], "content": "a"}]}, 'conversations[0].role is ["user"]; known are'),
         ({"conversations": [{"role": "user"}]}, "conversations[0].content is missing"),
         ({"conversations": [{"role": "user", "content": None}]}, "conversations[0].content is missing"),
         ({"conversations": [{"role": "user", "content": " "}]}, "conversations[0].content is empty"),
         ({"conversations": [{"role": "user", "content": True}]}, "conversations[0].content is true or false, not a"),
-        ({"conversations": [{"role": "user", "content": [{"text": "a"}]}]}, "conversations[0].content is a list, not"),
+        (
+            {"conversations": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            'conversations[0].content[0] is of type "image_url"; only text can be read',
+        ),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
         ({"messages": [USER, {**ANSWER, "reasoning_content": 1}]}, "messages[1].reasoning_content is a number, not"),
         ({"messages": [USER, {**ANSWER, "tool_calls": "{"}]}, "messages[1].tool_calls is a string but not JSON"),
@@ -224,9 +307,8 @@ def test_a_bad_conversation_names_the_field(tokenizer: Tokenizer, value: dict[st
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({}, "text is missing"),
         ({"messages": []}, "text is missing, but messages is there, which sft and lora would read"),
-        ({"text": None}, "text is null, not a string"),
+        ({"text": None}, NO_TEXT),
         ({"text": 3.5}, "text is a number, not a string"),
         ({"text": ["a"]}, "text is a list, not a string"),
         ({"text": ""}, "text is empty"),
@@ -293,12 +375,11 @@ def test_the_two_of_a_pair_have_half_a_pack_each(tokenizer: Tokenizer) -> None:
     ("chosen", "rejected", "reason"),
     [
         ([USER, ANSWER], [USER, ANSWER], "chosen and rejected are the same"),
-        ([USER, ANSWER], "a", "rejected is a string, not a list"),
+        ([USER, ANSWER], "a", "rejected has no turn before the answer"),
+        ([ANSWER], [{**ANSWER, "content": "3"}], "chosen has no turn before the answer; give prompt"),
         ([USER, ANSWER], [USER], "rejected has no assistant turn"),
         ([USER, ANSWER, USER, ANSWER], [USER, ANSWER], "rejected has no answer after the turns that both share"),
         ([USER, ANSWER], [{**USER, "content": "a"}, ANSWER], "chosen and rejected answer different prompts"),
-        ([{**USER, "content": "What is " * 60}, ANSWER],
-         [{**USER, "content": "What is " * 60}, {**ANSWER, "content": "3"}], "the answer begins at token"),
     ],
 )  # fmt: skip
 def test_a_bad_pair_says_why(tokenizer: Tokenizer, chosen: Any, rejected: Any, reason: str) -> None:
@@ -325,16 +406,9 @@ def test_fields_that_nobody_reads_do_not_tell_turns_apart(tokenizer: Tokenizer, 
 def test_a_pair_that_is_the_same_once_cut_is_no_pair(tokenizer: Tokenizer) -> None:
     long = "It is " * 60
     value = {"chosen": [USER, {**ANSWER, "content": long + "2"}], "rejected": [USER, {**ANSWER, "content": long + "3"}]}
-    (outcome,), tally = encode(tokenizer, "dpo", value)
+    outcomes, tally = encode(tokenizer, "dpo", value)
+    assert (outcomes, tally.left_out, tally.rejected) == ([], 1, 0)
+    config = DataConfig(max_seq_len=64, pack_tokens=256, long_conversations="refuse")
+    (outcome,), tally = encode(tokenizer, "dpo", value, config=config)
     assert outcome == Reject("file.jsonl", 1, "chosen and rejected are the same in the 64 tokens that are kept")
     assert tally == Tally(rejected=1)
-
-
-def test_texts_of_any_row() -> None:
-    rows: list[dict[str, Any]] = [
-        {"text": "a"},
-        {"conversations": [USER, ANSWER, 3, {"content": None}]},
-        {"chosen": [ANSWER], "rejected": None},
-        {"text": 3, "messages": "b"},
-    ]
-    assert [list(row_texts(row)) for row in rows] == [["a"], ["What is 1 + 1?", "It is 2."], ["It is 2."], []]

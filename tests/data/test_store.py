@@ -41,7 +41,8 @@ def make_store(cache: Path, shards: list[list[int]], vocab_size: int = 6400) -> 
         units.append(
             {
                 "key": key, "rows": 5, "kept": 3, "rejected": 1, "held_out": 1, "damaged": 0,
-                "split": 0, "cut": 0, "cut_tokens": 0,
+                "split": 0, "cut": 0, "cut_tokens": 0, "left_out": 0, "shortened": 0, "too_long": {}, "ignored": {},
+                "row_format": "text", "format_line": 0,
                 "documents": len(documents), "tokens": sum(len(d.tokens) for d in documents),
                 "counted_tokens": sum(int(d.weights.sum()) for d in documents),
                 "row_groups": groups, "bytes": shard.stat().st_size,
@@ -50,7 +51,7 @@ def make_store(cache: Path, shards: list[list[int]], vocab_size: int = 6400) -> 
     dataset = cache / "datasets" / "d"
     dataset.mkdir(parents=True)
     manifest = {
-        "format": 3, "stage": "pretrain", "split": "train", "tokenizer": "t", "pack_tokens": 60,
+        "format": 4, "stage": "pretrain", "split": "train", "tokenizer": "t", "pack_tokens": 60,
         "sources": {"x.jsonl": 1}, "units": units,
     }  # fmt: skip
     (dataset / "manifest.json").write_text(json.dumps(manifest))

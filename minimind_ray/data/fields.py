@@ -1,0 +1,201 @@
+"""Checked access to the fields of a row or a turn. Fields that were not read can be listed afterwards.
+
+A field counts as absent when its value is null, NaN, an empty text, an empty list or an empty object: files made from
+tables give every row every column.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, cast
+
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+
+HARMLESS = re.compile(
+    r"_.*|(.*[_-])?(id|ids|idx|index|uuid|hash|md5|sha1|sha256|url|urls|link|date|time|timestamp|created|created_at|updated"
+    r"|updated_at|source|sources|origin|dataset|dataset_name|subset|split|license|author|user_name|username|lang|language"
+    r"|languages|locale|score|scores|rating|ratings|rank|quality|topic|topics|category|categories|tag|tags|domain|domains"
+    r"|title|model|models|model_name|generator|provider|version|meta|metadata|info|tokens|num_tokens|token_count|num_turns"
+    r"|length|lengths|len|parallel_tool_calls)|(score|rating|tokens|num|n|len|length|is|has)_.*",
+    re.IGNORECASE,
+)
+"""Names of fields that say where a row comes from or how good somebody found it, which no training needs. All other
+fields that nothing reads are counted and named."""
+
+
+class BadRowError(ValueError):
+    """Why a row cannot be used."""
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value says as much as a missing field."""
+    return value in NOTHING or (isinstance(value, float) and math.isnan(value))
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a field of this name need not be mentioned when nothing reads it."""
+    return HARMLESS.fullmatch(name) is not None
+
+
+def renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The fields with the user's own names (the values of `names`) replaced by ours (its keys)."""
+    theirs = {own: name for name, own in names.items() if own in values}
+    if not theirs:
+        return values
+    kept = {name: value for name, value in values.items() if name not in theirs}
+    return {**kept, **{name: values[own] for own, name in theirs.items()}}
+
+
+class Fields:
+    """The fields of one object. `where` stands before their names in errors, such as `messages[2].`"""
+
+    def __init__(self, values: dict[str, Any], where: str = "") -> None:
+        self._values = values
+        self.where = where
+        self._read: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return not is_absent(self._values.get(name))
+
+    def take(self, *names: str) -> tuple[str, Any]:
+        """The first of these fields that is present, as (its full name, its value), and mark it as read.
+
+        (The first name, None) where all are absent. Two present ones must agree.
+
+        Raises:
+            BadRowError: two of the fields are present and differ.
+        """
+        found = [name for name in names if name in self]
+        self._read.update(found)
+        if not found:
+            return self.where + names[0], None
+        for other in found[1:]:
+            if self._values[other] != self._values[found[0]]:
+                raise BadRowError(f"{self.where}{found[0]} and {self.where}{other} are both given, and differ")
+        return self.where + found[0], self._values[found[0]]
+
+    def string(self, *names: str) -> str | None:
+        """The text of the first present field of these, or None.
+
+        Raises:
+            BadRowError: the value is no text; or two fields differ.
+        """
+        where, value = self.take(*names)
+        return None if value is None else as_string(value, where)
+
+    def raw(self, name: str) -> Any:
+        """The value of a field as it stands, an empty one included, and mark it as read; None where it is missing."""
+        self._read.add(name)
+        return self._values.get(name)
+
+    def has_key(self, name: str) -> bool:
+        """Whether there is a field of this name, be it empty."""
+        return name in self._values
+
+    def was_read(self, name: str) -> bool:
+        """Whether the field was read before."""
+        return name in self._read
+
+    def unread(self) -> dict[str, Any]:
+        """The present fields that were not read."""
+        return {k: v for k, v in self._values.items() if k not in self._read and not is_absent(v)}
+
+
+def as_string(value: Any, where: str) -> str:
+    """The value, which has to be a text.
+
+    Raises:
+        BadRowError: the value is something else.
+    """
+    if not isinstance(value, str):
+        raise BadRowError(f"{where} is {kind_of(value)}, not a string")
+    return value
+
+
+def as_text(value: Any, where: str) -> str:
+    """The value, which has to be a text that is more than white space.
+
+    Raises:
+        BadRowError: the value is something else.
+    """
+    text = as_string(value, where)
+    if not text or text.isspace():
+        raise BadRowError(f"{where} is empty")
+    return text
+
+
+def as_object(value: Any, where: str) -> dict[str, Any]:
+    """The value, which has to be an object.
+
+    Raises:
+        BadRowError: the value is something else.
+    """
+    if not isinstance(value, dict):
+        raise BadRowError(f"{where} is {kind_of(value)}, not an object")
+    return cast("dict[str, Any]", value)
+
+
+def as_list(value: Any, where: str) -> list[Any]:
+    """The value, which has to be a list, or the JSON text of a list (as tables and MiniMind's data have them).
+
+    Raises:
+        BadRowError: the value is something else.
+    """
+    value = _from_json(value, where)
+    if not isinstance(value, list):
+        raise BadRowError(f"{where} is {kind_of(value)}, not a list")
+    return cast("list[Any]", value)
+
+
+def as_objects(value: Any, where: str) -> list[dict[str, Any]]:
+    """The value, which has to be a list of objects, or the JSON text of such a list.
+
+    Raises:
+        BadRowError: the value is something else, or holds NaN or Infinity, which JSON does not have.
+    """
+    objects = [as_object(item, f"{where}[{i}]") for i, item in enumerate(as_list(value, where))]
+    try:
+        json.dumps(objects, allow_nan=False)
+    except ValueError:
+        raise BadRowError(f"{where} holds NaN or Infinity, which JSON does not have") from None
+    return objects
+
+
+def as_turns_in_json(value: str) -> list[Any] | None:
+    """The list of objects that a text spells in JSON; None where it is some other text."""
+    if not value.lstrip().startswith("["):
+        return None
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return None
+    return cast("list[Any]", parsed) if isinstance(parsed, list) and parsed and isinstance(parsed[0], dict) else None
+
+
+def as_object_or_json(value: Any, where: str) -> dict[str, Any]:
+    """The value, which has to be an object, or the JSON text of an object.
+
+    Raises:
+        BadRowError: the value is something else.
+    """
+    return as_object(_from_json(value, where), where)
+
+
+def _from_json(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise BadRowError(f"{where} is a string but not JSON ({error})") from None
+
+
+def kind_of(value: Any) -> str:
+    """What kind of JSON value this is, in words."""
+    if value is None:
+        return "null"
+    return {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}.get(
+        type(value), "an object"
+    )

@@ -1,0 +1,541 @@
+"""Row formats: what people bring, as a text, a conversation, a pair, a prompt or a rated answer.
+
+One function per format (see FORMATS). A row's format is recognised from its fields, or named by `data.format`; a file
+holds one format. No field that a common format gives a meaning to is dropped: a field is used, or the row is refused
+with the field's name, or (where nothing common is known of it) the field is counted and named in the summary.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import DataConfig, FormatName, StageName
+from minimind_ray.data.chat_template import Message
+from minimind_ray.data.fields import (
+    BadRowError,
+    Fields,
+    as_list,
+    as_object_or_json,
+    as_string,
+    as_text,
+    as_turns_in_json,
+    is_absent,
+    is_harmless,
+    renamed,
+)
+from minimind_ray.data.records import Row
+from minimind_ray.data.turns import ALIASES, Turn, TurnReader, take_tools
+
+Kind = Literal["text", "conversation", "pair", "prompt", "rated"]
+
+KINDS: dict[StageName, Kind] = {"pretrain": "text", "sft": "conversation", "lora": "conversation", "dpo": "pair"}
+"""What a row is to each stage."""
+
+MOST_IGNORED = 100  # names of ignored fields that are remembered; a file could have another in every row
+
+
+class Conversation(NamedTuple):
+    """Turns with the tools that they may call."""
+
+    turns: list[Turn]
+    tools: list[Any] | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The turns as a chat template takes them."""
+        return [turn.message for turn in self.turns]
+
+
+class Pair(NamedTuple):
+    """Two conversations that begin alike."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+class Prompt(NamedTuple):
+    """A conversation up to where an answer is wanted, and the right answer where the row has one."""
+
+    conversation: Conversation
+    answer: Any = None
+
+
+class Rated(NamedTuple):
+    """A conversation whose last answer somebody called good or bad."""
+
+    conversation: Conversation
+    good: bool
+
+
+Item = str | Conversation | Pair | Prompt | Rated
+
+
+class Format(NamedTuple):
+    """How rows of a format are known and read. A row fits if it has one field of each group in `needs`."""
+
+    kind: Kind
+    needs: tuple[tuple[str, ...], ...]
+    read: Callable[[Fields, TurnReader], Item]
+    fits: Callable[[dict[str, Any]], bool] = lambda value: True
+
+
+class RowReader:
+    """Reads the rows of one kind. `writes` says whether the chat template could write a field of a message.
+
+    `ignored` counts rows by field that nothing read; `formats` has, by file, the format of its first row and that
+    row's line.
+    """
+
+    def __init__(self, kind: Kind, config: DataConfig, writes: Callable[[str], bool] = lambda field: False) -> None:
+        self.kind: Kind = kind
+        self.ignored: Counter[str] = Counter()
+        self.formats: dict[str, tuple[FormatName, int]] = {}
+        self._named: FormatName | None = config.format
+        self._row_names = {ours: theirs for ours, theirs in config.fields.items() if ours not in TURN_FIELDS}
+        self._turn_names = {ours: theirs for ours, theirs in config.fields.items() if ours in TURN_FIELDS}
+        self._left_out = frozenset(config.ignore)
+        self._writes = writes
+
+    def read(self, row: Row) -> Item:
+        """What the row is.
+
+        Raises:
+            BadRowError: the row cannot be used.
+            UserError: the row has another format than the rows before it in its file.
+        """
+        value = renamed(row.value, self._row_names)
+        if self._left_out:
+            value = {name: field for name, field in value.items() if name not in self._left_out}
+        name = self._format(row, value)
+        fields, turns = Fields(value), TurnReader(self._writes, self._turn_names)
+        item = FORMATS[name].read(fields, turns)
+        self._account(name, fields, turns)
+        return item
+
+    def _format(self, row: Row, value: dict[str, Any]) -> FormatName:
+        if self._named is not None:
+            return self._named
+        name = recognise(value, self.kind)
+        if name is None:
+            raise BadRowError(_unknown(value, self.kind))
+        if FORMATS[name].kind != self.kind:
+            raise BadRowError(_other_kind(name, value, self.kind))
+        first, line = self.formats.setdefault(row.file, (name, row.line))
+        if first != name:
+            raise UserError(mixed(row.file, (first, line), (name, row.line)))
+        return name
+
+    def _account(self, name: FormatName, fields: Fields, turns: TurnReader) -> None:
+        """Refuse what was not read although it means something; count the rest."""
+        unread = fields.unread()
+        if FORMATS[name].kind != "text":
+            for field, value in unread.items():
+                if (why := MEANINGFUL.get(field)) and why.applies(value):
+                    raise BadRowError(f"{field} cannot be used in a row of format {name}: {why.reason}")
+        for field in {*(field for field in unread if not is_harmless(field)), *turns.ignored}:
+            count_ignored(self.ignored, field, 1)
+
+
+def count_ignored(total: Counter[str], field: str, rows: int) -> None:
+    """Count rows with an ignored field, by the field's name up to a number of names, the others together."""
+    total[field if field in total or len(total) < MOST_IGNORED else "others"] += rows
+
+
+def mixed(file: str, first: tuple[FormatName, int], other: tuple[FormatName, int]) -> str:
+    """The sentence for a file that holds two formats."""
+    return (
+        f"{file}:{other[1]}: a row of format {other[0]}, but line {first[1]} has format {first[0]}: a file holds one "
+        "format; split the file, or name the format to keep by data.format (rows of the other are then rejected)"
+    )
+
+
+def recognise(value: dict[str, Any], kind: Kind | None = None) -> FormatName | None:
+    """The first format that a row's fields fit, formats of `kind` before others; None where none fits.
+
+    Fields that are present decide; where they fit nothing, so do fields that are there but empty.
+    """
+    for has in (_has, _has_value):
+        for name in _in_order(kind):
+            format = FORMATS[name]
+            if all(any(has(value, field) for field in group) for group in format.needs) and format.fits(value):
+                return name
+    return None
+
+
+def _has_value(value: dict[str, Any], field: str) -> bool:
+    return value.get(field) is not None
+
+
+@functools.cache
+def _in_order(kind: Kind | None) -> list[FormatName]:
+    return sorted(FORMATS, key=lambda name: FORMATS[name].kind != kind)
+
+
+def _has(value: dict[str, Any], field: str) -> bool:
+    return field in value and not is_absent(value[field])
+
+
+def _unknown(value: dict[str, Any], kind: Kind) -> str:
+    missing = {"text": "text", "conversation": "conversations", "pair": "chosen"}.get(kind, "prompt")
+    present = [name for name in value if _has(value, name)]
+    has = f"the row has {', '.join(present[:8])}" if present else "the row has no field with a value"
+    return f"{missing} is missing ({has}); if a field has another name, say so by data.fields.{missing}=NAME"
+
+
+def _other_kind(name: FormatName, value: dict[str, Any], kind: Kind) -> str:
+    format = FORMATS[name]
+    missing = {"text": "text", "conversation": "conversations", "pair": "chosen"}.get(kind, "prompt")
+    field = next(field for group in format.needs for field in group if field in value)
+    stages = [stage for stage, its in KINDS.items() if its == format.kind]
+    if stages:
+        return f"{missing} is missing, but {field} is there, which {' and '.join(stages)} would read"
+    what = "a prompt without an answer" if format.kind == "prompt" else "a rated answer (unpaired preference data)"
+    return f"the row is {what}, from which no stage here learns"
+
+
+def question_of(value: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
+    """The messages of a row up to the last that is no answer, and its tools, for a model to answer.
+
+    Raises:
+        BadRowError: the row cannot be read, or has nothing to answer.
+    """
+    for key in ("messages", "conversations"):
+        if isinstance(turns := value.get(key), list):
+            value = {**value, key: _until_question(turns, key)}
+    name = recognise(value, "conversation")
+    if name is None or FORMATS[name].kind not in ("conversation", "prompt"):
+        raise BadRowError("the row has no prompt, and no conversations or messages (a list of turns)")
+    item = FORMATS[name].read(Fields(value), TurnReader(lambda field: True, {}))
+    conversation = item.conversation if isinstance(item, Prompt) else item
+    assert isinstance(conversation, Conversation)
+    return _until_question(conversation.messages, name), conversation.tools
+
+
+def _until_question(turns: list[Any], where: str) -> list[Any]:
+    """The turns without the answers at the end, also empty ones, which only mark the place for an answer."""
+    end = len(turns)
+    while end and isinstance(turns[end - 1], dict) and _speaker(turns[end - 1]) == "assistant":
+        end -= 1
+    if turns and not end:
+        raise BadRowError(f"{where} has no turn to answer")
+    return turns[:end]
+
+
+def _speaker(turn: dict[str, Any]) -> str | None:
+    named = turn.get("role", turn.get("from"))
+    return ALIASES.get(named) if isinstance(named, str) else None
+
+
+def texts_of(value: dict[str, Any]) -> list[str]:
+    """All that was written in a row of any format (of a pair, the chosen side), for training a tokenizer.
+
+    Raises:
+        BadRowError: the row cannot be read.
+    """
+    name = recognise(value)
+    if name is None:
+        raise BadRowError(_unknown(value, "text"))
+    item = FORMATS[name].read(Fields(value), TurnReader(lambda field: False, {}))
+    if isinstance(item, str):
+        return [item]
+    conversation = item if isinstance(item, Conversation) else item[0]
+    written = (turn.message.get(key) for turn in conversation.turns for key in ("reasoning_content", "content"))
+    return [text for text in written if text]
+
+
+# The formats
+
+
+def _read_text(row: Fields, turns: TurnReader) -> str:
+    return as_text(row.raw("text"), "text")
+
+
+def _read_messages(row: Fields, turns: TurnReader) -> Conversation:
+    where, value = row.take("messages", "conversations")
+    if value is None:
+        where = "messages" if row.has_key("messages") else "conversations"
+        value = row.raw(where)
+    conversation = _conversation(row, turns, value, where)
+    _require_repeated(row, turns, conversation)
+    return conversation
+
+
+def _read_alpaca(row: Fields, turns: TurnReader) -> Conversation:
+    where, output = row.take("output", "response", "completion")
+    if isinstance(output, list):
+        raise BadRowError(f"{where} is a list: rows with two outputs are pairs; name the fields chosen and rejected")
+    answer = _assistant(as_text(output, where))
+    return _with_row(row, [*_alpaca_prompt(row), answer], None)
+
+
+def _read_completion(row: Fields, turns: TurnReader) -> Conversation:
+    prompt, tools = _prompt_turns(row, turns)
+    where, completion = row.take("completion", "response", "answer")
+    answer, _ = _answer_turns(completion, where, turns)
+    # The prompt's own answers are context, as in trl: loss is on the completion alone.
+    silent = [turn._replace(learned=False) for turn in prompt]
+    return _with_row(row, _joined(silent, answer, where), tools)
+
+
+def _read_preference(row: Fields, turns: TurnReader) -> Pair:
+    prompt, tools = _optional_prompt(row, turns)
+    sides: list[Conversation] = []
+    for key in ("chosen", "rejected"):
+        answer, own_tools = _answer_turns(row.raw(key), key, turns)
+        if not prompt and answer[0].message["role"] == "assistant":
+            raise BadRowError(_no_prompt(row, key))
+        sides.append(_with_row(row, _joined(prompt, answer, key), own_tools or tools))
+    pair = Pair(*sides)
+    _require_repeated(row, turns, pair.chosen)
+    return pair
+
+
+def _no_prompt(row: Fields, key: str) -> str:
+    texts = [name for name, value in row.unread().items() if isinstance(value, str) and not is_harmless(name)]
+    others = [name for name in texts if name not in ("chosen", "rejected", "system")]
+    field = others[0] if others else "NAME"
+    return f"{key} has no turn before the answer; give prompt, or name its field: data.fields.prompt={field}"
+
+
+def _read_openai_preference(row: Fields, turns: TurnReader) -> Pair:
+    source = Fields(as_object_or_json(row.take("input")[1], "input"), "input.")
+    prompt = _conversation(source, turns, source.raw("messages"), "input.messages")
+    for name in source.unread():
+        if not is_harmless(name):
+            turns.ignored.add(f"input.{name}")
+    ends: list[Conversation] = []
+    for key in ("preferred_output", "non_preferred_output"):
+        answer, _ = turns.turns(row.raw(key), key)
+        ends.append(Conversation([*prompt.turns, *answer], prompt.tools))
+    return Pair(*ends)
+
+
+def _read_rated(row: Fields, turns: TurnReader) -> Rated:
+    where, label = row.take("label", "kto_tag")
+    if label not in (True, False, "true", "false", "True", "False"):
+        raise BadRowError(f"{where} is {json.dumps(label)}, not true or false")
+    good = str(label).lower() == "true"
+    for name in ("messages", "sharegpt", "alpaca", "completion"):
+        format = FORMATS[name]
+        if all(any(field in row for field in group) for group in format.needs):
+            conversation = format.read(row, turns)
+            assert isinstance(conversation, Conversation)
+            return Rated(conversation, good)
+    raise BadRowError(f"{where} rates an answer, but the row has no conversation, completion or output")
+
+
+def _read_prompt(row: Fields, turns: TurnReader) -> Prompt:
+    prompt, tools = _prompt_turns(row, turns)
+    _, answer = row.take("answer", "solution", "ground_truth", "gt")
+    return Prompt(_with_row(row, prompt, tools), answer)
+
+
+def _turns_speak(value: dict[str, Any]) -> bool:
+    """The turns have `from` and `value`, as ShareGPT's."""
+    turns = value.get("conversations") or value.get("messages")
+    if isinstance(turns, str):
+        return re.match(r'\s*\[\s*\{[^{}]*"from"\s*:', turns) is not None
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and "from" in first and "role" not in first
+
+
+def _is_flag(value: dict[str, Any]) -> bool:
+    label = value.get("label", value.get("kto_tag"))
+    return isinstance(label, bool) or label in ("true", "false", "True", "False")
+
+
+ANSWERED = (("messages", "conversations", "completion", "output"),)
+TURN_LISTS = (("messages", "conversations"),)
+
+FORMATS: dict[FormatName, Format] = {
+    "preference": Format("pair", (("chosen", "rejected"),), _read_preference),
+    "openai_preference": Format(
+        "pair", (("input",), ("preferred_output",), ("non_preferred_output",)), _read_openai_preference
+    ),
+    "rated": Format("rated", (("label", "kto_tag"), *ANSWERED), _read_rated, _is_flag),
+    "sharegpt": Format("conversation", TURN_LISTS, _read_messages, _turns_speak),
+    "messages": Format("conversation", TURN_LISTS, _read_messages),
+    "alpaca": Format("conversation", (("instruction",), ("output", "response", "completion")), _read_alpaca),
+    "completion": Format("conversation", (("prompt",), ("completion", "response", "answer")), _read_completion),
+    "text": Format("text", (("text",),), _read_text),
+    "prompt": Format("prompt", (("prompt",),), _read_prompt),
+}
+"""In the order in which they are tried."""
+
+TURN_FIELDS = ("role", "content")
+
+
+class _Meaning(NamedTuple):
+    reason: str
+    applies: Callable[[Any], bool] = lambda value: True
+
+
+_ONLY_TEXT = _Meaning("only text can be read; remove the field")
+_THOUGHT = _Meaning("put it into the assistant's turn as reasoning_content")
+_WEIGHT = _Meaning("rows cannot be weighted; repeat or remove rows, and remove the field", lambda v: v not in (1, "1"))
+_OTHER = _Meaning("the row has a second format's field; remove it, list it in data.ignore, or name it by data.fields")
+
+MEANINGFUL: dict[str, _Meaning] = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _ONLY_TEXT),
+    **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "thought", "thoughts"), _THOUGHT),
+    **dict.fromkeys(("weight", "sample_weight", "loss_weight", "loss_mask", "train", "mask"), _WEIGHT),
+    **dict.fromkeys(
+        ("prompt", "completion", "instruction", "input", "output", "response", "history", "messages", "conversations",
+         "chosen", "rejected", "system", "system_prompt", "tools", "functions", "tool_calls", "function_call",
+         "preferred_output", "non_preferred_output"), _OTHER,
+    ),
+    **dict.fromkeys(
+        ("label", "kto_tag"),
+        _Meaning(
+            "it rates the answer (unpaired preference data), which no stage learns from; keep the rows with good "
+            "answers and list the field in data.ignore",
+            lambda value: isinstance(value, bool),
+        ),
+    ),
+    "documents": _Meaning("chat templates get no documents here; write them into a turn"),
+    "chat_template": _Meaning("the tokenizer's chat template is used; remove the field"),
+    "chat_template_kwargs": _Meaning("chat templates get no further settings here; remove the field"),
+}  # fmt: skip
+"""Fields with a meaning in a common format. Where a row's own format does not read one, the row is refused."""
+
+
+# Parts of formats
+
+
+def _user(text: str) -> Turn:
+    return Turn({"role": "user", "content": text}, False)
+
+
+def _assistant(text: str) -> Turn:
+    return Turn({"role": "assistant", "content": text}, True)
+
+
+def _conversation(row: Fields, turns: TurnReader, value: Any, where: str) -> Conversation:
+    """The turns of a list, with the system text and the tools that stand beside it."""
+    read, tools = turns.turns(value, where)
+    return _with_row(row, read, tools)
+
+
+def _with_row(row: Fields, turns: list[Turn], tools: list[Any] | None) -> Conversation:
+    """The turns with the row's own `system` and `tools`."""
+    where, system = row.take("system", "system_prompt")
+    if system is not None:
+        text = as_string(system, where)
+        first = turns[0].message
+        if first["role"] != "system":
+            turns = [Turn({"role": "system", "content": text}, False), *turns]
+        elif first["content"] != text:
+            raise BadRowError(f"{where} is not what the system turn says; keep one of them")
+    row_tools = take_tools(row)
+    if row_tools and tools and row_tools != tools:
+        raise BadRowError("tools are on the row and on the system turn, and differ; keep one of them")
+    return Conversation(turns, row_tools or tools)
+
+
+def _alpaca_prompt(row: Fields) -> list[Turn]:
+    """Earlier questions and answers, then the instruction, with its input on a line of its own."""
+    instruction, more = row.string("instruction"), row.string("input")
+    question = "\n".join(part for part in (instruction, more) if part)
+    turns: list[Turn] = []
+    where, history = row.take("history")
+    for i, exchange in enumerate(as_list(history, where) if history is not None else []):
+        here = f"{where}[{i}]"
+        said = as_list(exchange, here)
+        if len(said) != 2:
+            raise BadRowError(f"{here} has {len(said)} texts, not a question and an answer")
+        turns += [_user(as_text(said[0], f"{here}[0]")), _assistant(as_text(said[1], f"{here}[1]"))]
+    return [*turns, _user(as_text(question, "instruction"))]
+
+
+def _prompt_turns(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[Any] | None]:
+    """The turns of `prompt`: a question, a dialogue in one text, or a list of turns."""
+    prompt = row.raw("prompt")
+    if not isinstance(prompt, str):
+        return turns.turns(prompt, "prompt")
+    if listed := as_turns_in_json(prompt):
+        return turns.turns(listed, "prompt")
+    return _dialogue(prompt, "prompt") if _is_dialogue(prompt) else [_user(as_text(prompt, "prompt"))], None
+
+
+def _optional_prompt(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[Any] | None]:
+    """What stands before both answers of a pair: `prompt`, `conversations` or `instruction`; nothing where the answers
+    bring it themselves."""
+    if "prompt" in row:
+        return _prompt_turns(row, turns)
+    if "instruction" in row:
+        return _alpaca_prompt(row), None
+    if "conversations" in row:
+        where, value = row.take("conversations")
+        return turns.turns(value, where)
+    return [], None
+
+
+def _answer_turns(value: Any, where: str, turns: TurnReader) -> tuple[list[Turn], list[Any] | None]:
+    """An answer: a text, a dialogue in one text, a turn, or a list of turns."""
+    if value is None:
+        raise BadRowError(f"{where} is missing")
+    if not isinstance(value, str):
+        return turns.turns(value, where)
+    if listed := as_turns_in_json(value):
+        return turns.turns(listed, where)
+    return _dialogue(value, where) if _is_dialogue(value) else [_assistant(as_text(value, where))], None
+
+
+def _joined(prompt: list[Turn], answer: list[Turn], where: str) -> list[Turn]:
+    """The prompt and the answer; the answer alone where it begins with the prompt's turns, or repeats its question.
+
+    Raises:
+        BadRowError: the answer begins with turns of its own that are not the prompt.
+    """
+    if not prompt:
+        return answer
+    ours, theirs = [t.message for t in prompt], [t.message for t in answer]
+    without_system = theirs[1:] if theirs[0]["role"] == "system" else theirs
+    if theirs[: len(ours)] == ours or without_system[: len(ours)] == ours:
+        return answer
+    if theirs[0]["role"] == "assistant":
+        return [*prompt, *answer]
+    # As a text, a prompt is often the last question of the turns that stand before the answer.
+    if len(ours) == 1 and ours[0] in theirs:
+        return answer
+    raise BadRowError(f"{where} begins with other turns than prompt has; leave prompt out, or the turns")
+
+
+def _require_repeated(row: Fields, turns: TurnReader, conversation: Conversation) -> None:
+    """Whether `prompt` and `messages`, where they stand beside the turns that were read, say the same again."""
+    messages = conversation.messages
+    for name in ("prompt", "messages"):
+        if name not in row or row.was_read(name):
+            continue
+        where, value = row.take(name)
+        if name == "prompt" and isinstance(value, str):
+            if not any(m["role"] == "user" and m["content"] == value for m in messages):
+                raise BadRowError(f"{where} stands beside turns that do not say it; leave one of them out")
+            continue
+        said = [turn.message for turn in turns.turns(value, where)[0]]
+        if not any(messages[i : i + len(said)] == said for i in range(2)):
+            raise BadRowError(f"{where} stands beside turns that differ from it; leave one of them out")
+
+
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \n]?")
+
+
+def _is_dialogue(text: str) -> bool:
+    """A dialogue in one text, as HH-RLHF has them: `\\n\\nHuman: …\\n\\nAssistant: …`."""
+    return SPEAKER.match(text) is not None and "\n\nAssistant:" in text
+
+
+def _dialogue(text: str, where: str) -> list[Turn]:
+    """The turns of such a text. A last `Assistant:` with nothing after it ends a prompt, and is no turn."""
+    parts = SPEAKER.split(text)[1:]
+    said = list(zip(parts[::2], parts[1::2], strict=True))
+    if said[-1][0] == "Assistant" and not said[-1][1].strip():
+        said.pop()
+    make = {"Human": _user, "Assistant": _assistant}
+    return [make[who](as_text(words.strip(), f"{where}: turn {i}")) for i, (who, words) in enumerate(said, 1)]

@@ -1,0 +1,241 @@
+"""The turns of a conversation, as several projects write them, in the form that chat templates take.
+
+    OpenAI, MiniMind    {"role": "user", "content": "…"}; content may be a list of text parts
+    ShareGPT            {"from": "human", "value": "…"}
+
+A message has `role` (system, user, assistant or tool), `content`, on assistant turns `reasoning_content` and
+`tool_calls`, and whatever else the chat template writes by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+from minimind_ray.data.chat_template import Message
+from minimind_ray.data.fields import (
+    BadRowError,
+    Fields,
+    as_list,
+    as_object,
+    as_object_or_json,
+    as_objects,
+    as_string,
+    as_text,
+    is_harmless,
+    renamed,
+)
+
+ROLES = ("system", "user", "assistant", "tool")
+ALIASES = {
+    **{role: role for role in ROLES},
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool", "tool_response": "tool",
+    "function_call": "assistant", "tool_call": "assistant",
+}  # fmt: skip
+"""Roles by other names. The content of a `function_call` or `tool_call` turn is the call itself, as JSON."""
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
+LOSS_FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_scale", "loss_weight")
+"""Names of the flag that says whether a turn carries loss, by project: OpenAI, Axolotl, ms-swift and others."""
+
+REFUSED = {
+    "from": "the turn has role, too", "value": "the turn has content, too",
+    "train_detail": "loss on a part of a turn is not supported; split the turn or remove the field",
+    "mask": "its meaning differs between projects; use weight 0 or 1",
+    "masked": "its meaning differs between projects; use weight 0 or 1",
+    "loss_mask": "its meaning differs between projects; use weight 0 or 1",
+    "refusal": "it is the answer itself in OpenAI's rows; move it to content",
+    "images": "only text can be read", "image": "only text can be read", "videos": "only text can be read",
+    "video": "only text can be read", "audio": "only text can be read", "audios": "only text can be read",
+}  # fmt: skip
+"""Fields of a turn that mean something that cannot be done, and why."""
+
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+
+
+class Turn(NamedTuple):
+    """A message, and whether loss counts on it (only ever on an assistant's)."""
+
+    message: Message
+    learned: bool
+
+
+@dataclass
+class TurnReader:
+    """Reads turns. `writes(field)` says whether the chat template could write a further field of a message; `names`
+    are the user's own names for `role` and `content`. `ignored` collects the fields that nothing reads."""
+
+    writes: Callable[[str], bool]
+    names: dict[str, str]
+    ignored: set[str] = field(default_factory=set[str])
+
+    def turns(self, value: Any, where: str) -> tuple[list[Turn], list[Any] | None]:
+        """The turns of a list, of its JSON text or of one turn alone; and the tools of its system turn.
+
+        Raises:
+            BadRowError: a turn cannot be used; which field, and why.
+        """
+        items = [value] if isinstance(value, dict) else as_list(value, where)
+        if not items:
+            raise BadRowError(f"{where} is empty")
+        turns: list[Turn] = []
+        tools: list[Any] | None = None
+        for i, item in enumerate(items):
+            turn, own_tools = self._turn(as_object(item, f"{where}[{i}]"), where, i)
+            if own_tools and (turn.message["role"] != "system" or tools):
+                raise BadRowError(f"{where}[{i}].tools are not alone or not on a system turn")
+            turns.append(turn)
+            tools = tools or own_tools
+        return turns, tools
+
+    def _turn(self, values: dict[str, Any], key: str, index: int) -> tuple[Turn, list[Any] | None]:
+        fields = Fields(renamed(values, self.names), f"{key}[{index}].")
+        named = _role(fields)
+        role = ALIASES[named]
+        message: Message = {"role": role}
+        content = _content(fields)
+        parts_thought = None
+        if isinstance(content, list):
+            content, parts_thought = _join_parts(content, f"{fields.where}content")
+        calls = _calls(fields)
+        if named in ("function_call", "tool_call"):
+            content, calls = "", _spoken_calls(content, f"{fields.where}content")
+        if content is not None:
+            message["content"] = content
+        thought = fields.string(*THOUGHTS) or parts_thought
+        for name, value in (("reasoning_content", thought), ("tool_calls", calls)):
+            if value and role != "assistant":
+                raise BadRowError(f"{fields.where}{name} is on a turn of role {role}; it belongs to an assistant's")
+            if value:
+                message[name] = value
+                message.setdefault("content", "")
+        learned = _learned(fields, role)
+        tools = take_tools(fields)
+        self._others(fields, key, message)
+        _require_content(message, fields.where)
+        return Turn(message, learned), tools
+
+    def _others(self, fields: Fields, key: str, message: Message) -> None:
+        for name, value in fields.unread().items():
+            if name in REFUSED:
+                raise BadRowError(f"{fields.where}{name} cannot be used: {REFUSED[name]}")
+            if self.writes(name):
+                message[name] = value
+            elif not is_harmless(name):
+                self.ignored.add(f"{key}[].{name}")
+
+
+def take_tools(fields: Fields) -> list[Any] | None:
+    """`tools`, or OpenAI's older `functions` in the form of tools; None where there are none.
+
+    Raises:
+        BadRowError: the value is no list of objects; or both are given.
+    """
+    where, tools = fields.take("tools")
+    older, functions = fields.take("functions")
+    if tools is not None and functions is not None:
+        raise BadRowError(f"{where} and {older} are both given")
+    if functions is not None:
+        return [{"type": "function", "function": function} for function in as_objects(functions, older)] or None
+    return None if tools is None else as_objects(tools, where) or None
+
+
+def _role(fields: Fields) -> str:
+    where, role = fields.take("role", "from")
+    if not isinstance(role, str) or role not in ALIASES:
+        raise BadRowError(f"{where} is {json.dumps(role)}; known are {', '.join(ROLES)}")
+    return role
+
+
+def _content(fields: Fields) -> str | list[Any] | None:
+    """The content as it stands; None where it is missing or null. An empty text is content: a call may have it."""
+    name = "value" if "value" in fields and "content" not in fields else "content"
+    value = fields.raw(name)
+    return (
+        cast("list[Any]", value) if value is None or isinstance(value, list) else as_string(value, fields.where + name)
+    )
+
+
+def _join_parts(parts: list[Any], where: str) -> tuple[str, str | None]:
+    """The text of a list of content parts, and the thought in it."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for i, part in enumerate(parts):
+        here = f"{where}[{i}]"
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = as_object(part, here).get("type")
+        if kind in ("thinking", "reasoning"):
+            thought = part.get("thinking") or part.get(kind) or part.get("text")
+            thoughts.append(_join_parts(thought, here)[0] if isinstance(thought, list) else as_string(thought, here))
+        elif kind in TEXT_PARTS:
+            texts.append(as_string(part.get("text"), f"{here}.text"))
+        else:
+            raise BadRowError(f"{here} is of type {json.dumps(kind)}; only text can be read")
+    return "".join(texts), "".join(thoughts) or None
+
+
+def _calls(fields: Fields) -> list[dict[str, Any]] | None:
+    """`tool_calls`, or OpenAI's older `function_call` in the form of tool calls."""
+    where, calls = fields.take("tool_calls")
+    older, call = fields.take("function_call")
+    if calls is not None and call is not None:
+        raise BadRowError(f"{where} and {older} are both given")
+    if call is not None:
+        return _tool_calls([as_object_or_json(call, older)], older)
+    if calls is None:
+        return None
+    calls = as_objects(calls, where)
+    for i, call in enumerate(calls):
+        _check_call(as_object(call.get("function") or call, f"{where}[{i}].function"), f"{where}[{i}]")
+    return calls
+
+
+def _spoken_calls(content: Any, where: str) -> list[dict[str, Any]]:
+    """The calls of a turn whose content is a call, or a list of calls, in JSON."""
+    try:
+        value = json.loads(as_string(content, where))
+    except ValueError as error:
+        raise BadRowError(f"{where} should be a call in JSON, as the role says ({error})") from None
+    return _tool_calls(as_objects(value if isinstance(value, list) else [value], where), where)
+
+
+def _tool_calls(functions: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    for function in functions:
+        _check_call(function, where)
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def _check_call(function: dict[str, Any], where: str) -> None:
+    if function.get("name") is None:
+        raise BadRowError(f"{where}.name is missing")
+    as_text(function["name"], f"{where}.name")
+    if "arguments" not in function:
+        raise BadRowError(f"{where}.arguments is missing")
+
+
+def _learned(fields: Fields, role: str) -> bool:
+    """Whether the turn's flags let it carry loss, which only an assistant's turn does."""
+    where, flag = fields.take(*LOSS_FLAGS)
+    if flag is None:
+        return role == "assistant"
+    if not isinstance(flag, bool | int | float) or flag not in (0, 1):
+        raise BadRowError(f"{where} is {json.dumps(flag)}; only 0 (no loss on the turn) and 1 are supported")
+    if flag and role != "assistant":
+        raise BadRowError(f"{where} asks for loss on a turn of role {role}; only an assistant's turns carry loss")
+    return bool(flag)
+
+
+def _require_content(message: Message, where: str) -> None:
+    """An answer or a question has to say something; a system turn, a tool's result and a call may be empty."""
+    if "content" not in message:
+        raise BadRowError(f"{where}content is missing")
+    may_be_empty = message["role"] in ("system", "tool") or "tool_calls" in message or "reasoning_content" in message
+    if not may_be_empty:
+        as_text(message["content"], f"{where}content")
