@@ -73,6 +73,6 @@ def test_relative_paths_lead_to_the_storage_of_a_cluster(
 def test_inspect_reads_text_files_as_they_are_set(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "x.txt").write_text("one\n\ntwo\n")
     command = ["inspect", str(tmp_path / "x.txt"), "--tokenizer", str(tmp_path / "tokenizer")]
-    assert "2 rows read" in CliRunner().invoke(app, command, catch_exceptions=False).output
+    assert "2 rows of format text" in CliRunner().invoke(app, command, catch_exceptions=False).output
     command += ["--set", "data.text_files=whole"]
-    assert "1 rows read" in CliRunner().invoke(app, command, catch_exceptions=False).output
+    assert "1 rows of format text" in CliRunner().invoke(app, command, catch_exceptions=False).output
