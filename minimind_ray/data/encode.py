@@ -112,10 +112,7 @@ class RowEncoder:
 
     def fit(self, whole: Whole | Reject) -> Iterator[Group | Reject]:
         """The second half: split, cut, shorten or leave out what is longer than `data.max_seq_len`; count."""
-        try:
-            outcome = whole if isinstance(whole, Reject) else self._fit(whole)
-        except BadRowError as error:  # The chat template refuses the shortened conversation.
-            outcome = Reject(*whole.row[:2], f"shortened to fit: {error}")
+        outcome = whole if isinstance(whole, Reject) else self._fit(whole)
         if isinstance(outcome, Reject):
             self.tally.rejected += 1
             yield outcome
@@ -133,7 +130,10 @@ class RowEncoder:
             self.tally.split += 1
             return [(part,) for part in _split(group[0], self.longest)]
         if self.kind != "text" and self.config.long_conversations == "cut_prompt":
-            group = self._shortened(whole)
+            try:
+                group = self._shortened(whole)
+            except BadRowError as error:  # The chat template refuses what is left.
+                return Reject(whole.row.file, whole.row.line, f"shortened to fit: {error}")
         excess = [len(d.tokens) - self.longest for d in group if len(d.tokens) > self.longest]
         kept = tuple(Document(d.tokens[: self.longest], d.weights[: self.longest]) for d in group)
         if problem := self._lost(group, kept):
@@ -189,7 +189,7 @@ class RowEncoder:
     def _draft(self, row: Row) -> _Draft | Reject:
         try:
             item = _usable(self.reader.read(row))
-            conversations = () if isinstance(item, str) else self._render(item)
+            conversations = self._render(item)
             for text in [item] if isinstance(item, str) else [rendering.text for rendering in conversations]:
                 if not text.isascii():
                     text.encode()
@@ -203,8 +203,10 @@ class RowEncoder:
             return Reject(row.file, row.line, "chosen and rejected are the same")
         return _Draft(row, item, conversations)
 
-    def _render(self, item: Conversation | Pair) -> tuple[Rendering, ...]:
-        sides = (item,) if isinstance(item, Conversation) else item
+    def _render(self, item: str | Conversation | Pair) -> tuple[Rendering, ...]:
+        if isinstance(item, str):
+            return ()
+        sides = [item] if isinstance(item, Conversation) else [item.chosen, item.rejected]
         try:
             return tuple(self.tokenizer.render(side.messages, side.tools) for side in sides)
         except UserError as error:

@@ -58,8 +58,8 @@ UNIT_BYTES = 8 << 20
 STALE_SECONDS = 24 * 3600
 FRESH_SECONDS = 2
 CODE = (
-    "json_values.py", "records.py", "chat_template.py", "tokenizer.py", "fields.py", "turns.py", "formats.py",
-    "encode.py", "pack.py", "prepare.py",
+    "json_values.py", "records.py", "chat_template.py", "chat_format.py", "tokenizer.py", "fields.py", "turns.py",
+    "formats.py", "encode.py", "pack.py", "prepare.py",
 )  # fmt: skip
 
 Split = Literal["train", "val"]

@@ -17,7 +17,7 @@ import torch
 
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import ModelConfig
-from minimind_ray.data.encode import encode_rows
+from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.records import Reject, discover, read_rows
 from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.tokenizer import Tokenizer
@@ -163,7 +163,7 @@ def trl(stage: str, rows: str, base: str, max_seq_len: int, rank: int, out: str)
     documents = [
         group[0]
         for source in discover(rows)
-        for group in encode_rows(stage, read_rows(source), Tokenizer.load(base), config)
+        for group in RowEncoder(stage, Tokenizer.load(base), config).encode(read_rows(source))
         if not isinstance(group, Reject)
     ]
     columns = {"input_ids": [d.tokens.tolist() for d in documents]}

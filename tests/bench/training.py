@@ -25,7 +25,7 @@ from typing import Any
 
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import ModelConfig, ModelShape
-from minimind_ray.data.encode import encode_rows
+from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.records import Reject, discover, read_rows
 from minimind_ray.train.throughput import parameter_counts, training_flops_per_token
 from tests.bench.common import GpuMemory, Report, ask, child, first_rows, tokenizer
@@ -148,7 +148,7 @@ def row_tokens(stage: str, rows: Path, args: Namespace) -> tuple[float, float, f
     groups = [
         group
         for source in discover(str(rows))
-        for group in encode_rows(stage, read_rows(source), tokenizer(args), config)
+        for group in RowEncoder(stage, tokenizer(args), config).encode(read_rows(source))
         if not isinstance(group, Reject)
     ]
     lengths = [len(document.tokens) for group in groups for document in group]
@@ -332,5 +332,5 @@ def tokens_per_byte(stage: str, args: Namespace) -> float:
     """Over some of the corpus's rows, JSON included."""
     source = discover(str(args.corpus / stage / "*train*.jsonl"))[0]
     config = load_config(stage).data
-    groups = encode_rows(stage, read_rows(source), tokenizer(args), config)
+    groups = RowEncoder(stage, tokenizer(args), config).encode(read_rows(source))
     return sum(len(d.tokens) for group in groups if not isinstance(group, Reject) for d in group) / source.size
