@@ -21,8 +21,6 @@ LAYERS = ["config", "track", "data", "model", "objectives", "train", "stages", "
 ONLY_IN = {"ray": "on_ray", "wandb": "track", "typer": "cli"}
 TESTS_ONLY = {"transformers", "peft", "trl", "datasets"}
 
-SLOW = ("ray", "torch", "pyarrow", "numpy", "wandb", "matplotlib", "tokenizers")
-
 
 def imports(path: Path) -> set[str]:
     """Full names of the modules a file imports, anywhere in it."""
@@ -67,14 +65,22 @@ def test_readme_lists_every_file_below_what_it_imports() -> None:
             assert other not in listed[place:], f"{file} imports {other}, which stands below"
 
 
-def test_help_needs_neither_ray_nor_torch() -> None:
-    """What the command line imports at its start, followed through our own modules."""
-    seen, waiting = set(), [PACKAGE / "cli" / "main.py"]
+@pytest.mark.parametrize(
+    ("start", "slow"),
+    [
+        ("cli/main.py", ("ray", "torch", "pyarrow", "numpy", "wandb", "matplotlib", "tokenizers")),
+        ("stages/conversation.py", ("ray", "pyarrow", "fsspec", "pandas", "wandb", "matplotlib", "huggingface_hub")),
+    ],
+    ids=["help", "chat and generate"],
+)
+def test_commands_start_without_slow_packages(start: str, slow: tuple[str, ...]) -> None:
+    """What a file imports at its start, followed through our own modules."""
+    seen, waiting = set(), [PACKAGE / start]
     while waiting:
         path = waiting.pop()
         seen.add(path)
         for name in top_level_imports(path):
-            assert name.split(".")[0] not in SLOW, f"{path.relative_to(ROOT)} imports {name} at its start"
+            assert name.split(".")[0] not in slow, f"{path.relative_to(ROOT)} imports {name} at its start"
             file = ROOT / (name.replace(".", "/") + ".py")
             if file.exists() and file not in seen:
                 waiting.append(file)

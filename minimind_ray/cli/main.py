@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -69,6 +71,8 @@ def run() -> None:
 
     With MINIMIND_DEBUG set, the traceback too.
     """
+    # Spare the interpreter's end a last collection over all that torch imported: 0.4 s.
+    atexit.register(gc.freeze)
     # Tokenizers and matrix libraries start their threads themselves; workers are told their share.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import fsspec
-import pyarrow as pa
-from pyarrow import fs
-
 from minimind_ray.config.errors import UserError
+
+if TYPE_CHECKING:  # Imported where it is used: most commands read local files without it, and it takes 0.1 s.
+    import pyarrow as pa
+    from pyarrow import fs
 
 
 def locate(url: str) -> tuple[fs.FileSystem, str]:
@@ -23,6 +23,9 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
     Raises:
         UserError: another kind of URL, or an object store that cannot be reached.
     """
+    import pyarrow as pa
+    from pyarrow import fs
+
     scheme, separator, rest = absolute(url).partition("://")
     if not separator:
         return fs.LocalFileSystem(), scheme
@@ -37,6 +40,8 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
             return fs.FileSystem.from_uri(f"{scheme}://{rest.split('/')[0]}")[0], rest
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{url}: the object store cannot be used: {one_line(error)}") from None
+    import fsspec
+
     try:
         return _filesystem(fsspec.filesystem(scheme)), rest
     except Exception as error:  # each package has its own
@@ -47,6 +52,8 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
 
 
 def _filesystem(filesystem: Any) -> fs.FileSystem:
+    from pyarrow import fs
+
     return fs.PyFileSystem(fs.FSSpecHandler(_WithOSErrors(filesystem)))
 
 
@@ -107,6 +114,8 @@ def join(base: str, *parts: str) -> str:
 @contextmanager
 def atomic_output(filesystem: fs.FileSystem, path: str) -> Generator[pa.NativeFile]:
     """A stream to write `path` with, which gets its name only when the block ends without an exception."""
+    from pyarrow import fs
+
     temporary = f"{path}.{uuid4().hex}{TEMPORARY}"
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
     try:
@@ -129,6 +138,8 @@ def one_line(error: BaseException) -> str:
 
 def exists(url: str) -> bool:
     """Whether there is a file or folder at a path or URL."""
+    from pyarrow import fs
+
     filesystem, path = locate(url)
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
 

@@ -11,10 +11,12 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Document(NamedTuple):
@@ -95,6 +97,8 @@ def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -
 
 def pack_schema(vocab_size: int) -> pa.Schema:
     """Columns of prepared packs; tokens take two bytes where the vocabulary allows."""
+    import pyarrow as pa
+
     return pa.schema(
         {
             "tokens": pa.list_(pa.uint16() if vocab_size <= 65536 else pa.uint32()),
@@ -106,6 +110,8 @@ def pack_schema(vocab_size: int) -> pa.Schema:
 
 def packs_table(packs: Sequence[Sequence[Group]], vocab_size: int) -> pa.Table:
     """Packs, as `pack_groups` gives them, to a table with one row each."""
+    import pyarrow as pa
+
     documents = [[d for group in pack for d in group] for pack in packs]
     columns = {
         "tokens": [[d.tokens for d in pack] for pack in documents],
@@ -118,6 +124,8 @@ def packs_table(packs: Sequence[Sequence[Group]], vocab_size: int) -> pa.Table:
 
 def _list_column(rows: list[list[np.ndarray]], value_type: pa.DataType) -> pa.ListArray:
     """Each row's arrays end to end, without a Python object per value."""
+    import pyarrow as pa
+
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([sum([len(part) for part in row]) for row in rows], out=offsets[1:])
     parts = [part for row in rows for part in row]

@@ -19,13 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 from uuid import uuid4
-
-from pyarrow import fs
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.files import join, locate, one_line
+
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 MARK = "resume/sums.json"
 DIRECT = ("config.yaml", "run.json", "trial.json")
@@ -121,6 +122,8 @@ class Mirror:
         Raises:
             StoreError: see `patiently`; or a name leads out of the directory.
         """
+        from pyarrow import fs
+
         selector = fs.FileSelector(join(self.root, under).rstrip("/"), recursive=True, allow_not_found=True)
         found: dict[str, fs.FileInfo] = {}
         for info in patiently(lambda: self.filesystem.get_file_info(selector), self.url):
@@ -184,6 +187,8 @@ class Mirror:
             patiently(lambda name=name: self._upload(name), join(self.url, name))
 
     def _upload(self, name: str) -> None:
+        from pyarrow import fs
+
         with (self.path / name).open("rb") as f:
             path = join(self.root, name)
             if isinstance(self.filesystem, fs.LocalFileSystem):  # file://
