@@ -28,6 +28,7 @@ from minimind_ray.model.fused_lora import AdapterStack, FusedTransformer
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import Report, Step, Training
+from minimind_ray.train.optim import l2_norm
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast
 
 PASS_TOKENS = {"cpu": 0, "cuda": 32768}
@@ -160,12 +161,12 @@ class Together:
         share = PASS_TOKENS[self.device.type] // len(steps)
         for packs in zip_longest(*(passes(step.packs, share) for step in steps), fillvalue=()):
             sums_KM += self._micro_batch(packs, counts, names)
-        norm_K = torch.linalg.vector_norm(self.gradients_KP, dim=1)
+        norm_K = l2_norm(self.gradients_KP)
         means_KM = sums_KM / self._column(counts)
         good_K = norm_K.isfinite() & means_KM[:, 0].isfinite()
         clip_K1, beta1_K1, beta2_K1, eps_K1, decay_K1 = self.settings
         # A clip of 0 leaves gradients as they are.
-        factor_K1 = torch.where(clip_K1 > 0, (clip_K1 / (norm_K.unsqueeze(1) + 1e-6)).clamp(max=1.0), 1.0)
+        factor_K1 = torch.where(clip_K1 > 0, (clip_K1 / (norm_K.unsqueeze(1) + 1e-6)).clamp(max=1.0), 1.0).float()
         self.gradients_KP.mul_(factor_K1)
         self.gradients_KP.masked_fill_(~good_K.unsqueeze(1), 0.0)
         lr_K1 = self._column([step.lr for step in steps]) * good_K.unsqueeze(1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from minimind_ray.config.schema import OptimConfig
 
+NORM_PIECE = 4096
+
 
 class _AdamW(torch.optim.AdamW):
     # Torch's own, without the wrappers that import its compiler to keep it out of them: seconds of a run's start.
@@ -31,6 +33,19 @@ def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         eps=config.eps,
         fused=True,
     )
+
+
+def l2_norm(values_XP: Tensor) -> Tensor:
+    """The L2 norm along the last axis: float64, of the leading axes' shape.
+
+    One float32 sum over all of P loses up to 1.5 % at 100M values on a CPU. So the squares are summed in float32 only
+    within pieces of NORM_PIECE values, and the pieces in float64: exact to about 1e-8, in the same time.
+    """
+    size = values_XP.shape[-1]
+    whole = size // NORM_PIECE * NORM_PIECE
+    pieces = [values_XP[..., :whole].unflatten(-1, (-1, NORM_PIECE)), values_XP[..., whole:].unsqueeze(-2)]
+    norms = torch.cat([torch.linalg.vector_norm(piece, dim=-1) for piece in pieces], -1)
+    return torch.linalg.vector_norm(norms.double(), dim=-1)
 
 
 class FlatGradients:
@@ -60,8 +75,8 @@ class FlatGradients:
             dist.all_reduce(self.buffer)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale down to a global L2 norm of at most `max_norm` (0: leave as they are); the norm before, a scalar."""
-        norm = torch.linalg.vector_norm(self.buffer)
+        """Scale down to a global L2 norm of at most `max_norm` (0: leave as they are); the norm before, float64 []."""
+        norm = l2_norm(self.buffer)
         if max_norm:
             self.buffer.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm

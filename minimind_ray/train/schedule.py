@@ -8,27 +8,43 @@ from minimind_ray.config.schema import ScheduleConfig
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """What the peak learning rate is multiplied by in `step` (0 .. steps - 1) of a run of `steps`.
+    """The factor on the peak learning rate in `step` (0 .. steps - 1) of a run of `steps`.
 
-    Warm-up is linear over `config.warmup` steps, reaching 1 in the last of them. After it, with p in [0, 1) the part
-    of the remaining steps already taken and f = `config.final`:
-
-        cosine    f + (1 - f) (1 + cos pi p) / 2     (MiniMind's, which has f = 0.1)
-        linear    1 - (1 - f) p
-        constant  1
-        wsd       1, then linear to f over the last `config.decay` of the run (Hu et al. 2024, MiniCPM)
+    Warm-up is linear over `config.warmup` steps and reaches 1 in the last of them. The first step after it starts the
+    schedule's way down, which reaches `config.final` in the run's last step. Without warm-up the first step has factor
+    1; a run of one step has factor 1.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, steps - config.warmup)
-    if config.name == "cosine":
-        return config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2
-    if config.name == "linear":
-        return 1 - (1 - config.final) * progress
-    if config.name == "wsd":
-        decaying = max(0.0, step - steps * (1 - config.decay)) / max(1e-9, steps * config.decay)
-        return 1 - (1 - config.final) * decaying
-    return 1.0
+    peak = max(0, config.warmup - 1)  # the last step with factor 1
+    falling = steps - 1 - peak
+    progress = (step - peak) / falling if falling else 0.0
+    match config.name:
+        case "cosine":
+            return cosine(progress, config.final)
+        case "linear":
+            return linear(progress, config.final)
+        case "wsd":
+            last = min(falling, max(1, round(config.decay * steps))) if config.decay else 0
+            return stable_then_decay(step, steps, last, config.final)
+        case "constant":
+            return 1.0
+
+
+def cosine(progress: float, final: float) -> float:
+    """Half a cosine from 1 (progress 0) to `final` (progress 1), as MiniMind's, which has 0.1."""
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def linear(progress: float, final: float) -> float:
+    """A straight line from 1 (progress 0) to `final` (progress 1)."""
+    return 1 - (1 - final) * progress
+
+
+def stable_then_decay(step: int, steps: int, last: int, final: float) -> float:
+    """1, and over the `last` steps of `steps` a straight line to `final` (WSD: Hu et al. 2024, MiniCPM)."""
+    taken = max(0, step + 1 - (steps - last))
+    return linear(taken / last, final) if last else 1.0
 
 
 def shortfall(config: ScheduleConfig, steps: int) -> str | None:
