@@ -93,7 +93,7 @@ def tune(
     """Sweep over settings of one stage: many trials on Ray Tune, compared with their uncertainty."""
     # Not `in (None, False, [])`: 0 is a value, if a wrong one.
     given = {name: value for name, value in locals().items() if not (value is None or value is False or value == [])}
-    from minimind_ray.config.search import SearchConfig, search_config
+    from minimind_ray.config.search import search_config
     from minimind_ray.sweep.plan import check_free, reopen_sweep
 
     if resume:
@@ -104,7 +104,7 @@ def tune(
                 "another sweep"
             )
         plan = reopen_sweep(resume)
-        search = {name: given[name] for name in SearchConfig.model_fields if name in given}
+        search = search_flags(given)
         plan = replace(plan, search=search_config({**plan.search.model_dump(), **search}))
         if stage and stage != plan.base.stage:
             raise UserError(f"{resume} is a sweep of {plan.base.stage}, not of {stage}")
@@ -120,15 +120,21 @@ def tune(
 
 def plan_of(given: Mapping[str, Any]) -> SweepPlan:
     """The sweep that the command's parameters, those that were given, ask for."""
-    from minimind_ray.config.search import SearchConfig
-
-    search = {name: given[name] for name in SearchConfig.model_fields if name in given}
     flags = {name: given[name] for name in FLAGS if name in given and name != "out" and given[name] != ()}
     files = map(Path, given.get("config", []))
     return new_plan(
         given.get("stage"), given.get("sweep"), list(files), given.get("set_", []), given.get("axis_", []),
-        flags, search, given.get("out"), given.get("gpus_per_trial"),
+        flags, search_flags(given), given.get("out"), given.get("gpus_per_trial"),
     )  # fmt: skip
+
+
+def search_flags(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the command's parameters that say how to search."""
+    from minimind_ray.config.load import parse_value
+    from minimind_ray.config.search import SearchConfig
+
+    search = {name: given[name] for name in SearchConfig.model_fields if name in given}
+    return search | ({"fuse": parse_value(search["fuse"])} if "fuse" in search else {})
 
 
 def new_plan(

@@ -181,7 +181,7 @@ def scales(path: str | Path) -> list[ScaleConfig]:
     try:
         return [
             ScaleConfig.model_validate(
-                merged(common.get("scale") or {}, (stage.get("settings") or {}).get("scale") or {}), strict=False
+                merged(common.get("scale") or {}, (stage.get("settings") or {}).get("scale") or {})
             )
             for stage in stages
         ]

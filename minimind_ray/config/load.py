@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.reading import LARGEST_YAML, parse_yaml, read_text
+from minimind_ray.config.reading import LARGEST_YAML, dump_yaml, parse_yaml, read_text
 from minimind_ray.config.schema import Config
 
 # What a stage does differently from the schema's defaults: MiniMind's own hyperparameters.
@@ -52,17 +52,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A scalar or list as YAML reads it, and numbers such as 1e-4, which YAML 1.1 takes for a string."""
+    """A scalar or list as YAML reads it; the text itself where it is no YAML."""
     try:
-        value = parse_yaml(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def load_config(
@@ -190,4 +184,4 @@ def _is_type_tag(part: str) -> bool:
 
 def to_yaml(config: Config) -> str:
     """The whole resolved config as YAML that `load_config` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))

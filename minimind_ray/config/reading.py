@@ -2,6 +2,9 @@
 
 Bounded are a file's size, how deep it nests, how large a whole number is (64 bits), and what YAML's aliases multiply
 to. Texts are such that they can be written again: no halves of surrogate pairs.
+
+YAML means the same in files, lists and flags. Plain values are read by the core schema of YAML 1.2, not of 1.1:
+`1e-4` and `1E5` are numbers and `010` is ten; `yes`, `off`, `1:30`, `1_000` and `2026-01-01` are texts.
 """
 
 from __future__ import annotations
@@ -97,7 +100,7 @@ def require_own(path: Path) -> None:
 
 
 def parse_yaml(text: str) -> Any:
-    """As yaml.safe_load.
+    """A text's value by YAML 1.2, with the merge keys (`<<`) of 1.1.
 
     Raises:
         yaml.YAMLError: no YAML, or an absurd one, or one with a key twice.
@@ -119,18 +122,17 @@ def parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
-class _Loader(yaml.SafeLoader):
-    """With whole numbers of 64 bits, and texts that can be encoded, and without the base-60 numbers of YAML 1.1, which
-    make 128 of `workers: 2:8`."""
+def dump_yaml(value: Any) -> str:
+    """Text that `parse_yaml` reads back to the same value; keys keep their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
-    yaml_implicit_resolvers = {
-        first: [(tag, re.compile(rf"(?!.*:)(?:{regexp.pattern})", regexp.flags)) if tag.endswith((":int", ":float"))
-                else (tag, regexp) for tag, regexp in resolvers]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }  # fmt: skip
+
+class _Loader(yaml.SafeLoader):
+    """With whole numbers of 64 bits, and texts that can be encoded."""
 
     def construct_yaml_int(self, node: Any) -> int:
-        value = super().construct_yaml_int(node)
+        text = self.construct_scalar(node)
+        value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         if value not in WORD:
             raise yaml.constructor.ConstructorError(None, None, "a whole number of more than 64 bits", node.start_mark)
         return value
@@ -148,6 +150,23 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around each text that YAML 1.1 or 1.2 would take for something else."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
+    ("merge", r"<<", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:

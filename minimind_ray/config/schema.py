@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -46,19 +45,10 @@ class Section(BaseModel):
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
-
-
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):  # Python takes them for 0 and 1.
-        raise PydanticCustomError("float_type", "input should be a number")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_boolean)]
-PositiveFloat = Annotated[Number, Field(gt=0, strict=False)]
-NonNegativeFloat = Annotated[Number, Field(ge=0, strict=False)]
-Fraction = Annotated[Number, Field(ge=0, le=1, strict=False)]
-Probability = Annotated[Number, Field(ge=0, lt=1, strict=False)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 TextFiles = Literal["lines", "whole"]
@@ -449,7 +439,7 @@ class DpoConfig(Section):
 
     beta: PositiveFloat = 0.1
     loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
-    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5, strict=False)] = Field(
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         default=0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
     )
     simpo_gamma: NonNegativeFloat = Field(default=1.0, description="SimPO's target margin over beta-scaled rewards")
@@ -468,11 +458,6 @@ class TrackConfig(Section):
     name: str | None = Field(default=None, max_length=128, description="default: the last part of out")
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)
     artifacts: bool = Field(default=False, description="log data and models as artifacts, by reference: their lineage")
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML 1.1 takes off for false.
 
 
 class Config(Section):

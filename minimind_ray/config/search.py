@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -34,22 +34,20 @@ class SearchConfig(Section):
     seeds: PositiveInt = Field(1, description="runs of every point, with train.seed and the seeds that follow")
     metric: Metric | None = Field(None, description="default: val/loss; for dpo val/accuracy")
     mode: Mode | None = Field(None, description="default: the metric's own")
-    fuse: Literal["auto", "off"] | Annotated[int, Field(gt=0, strict=False)] = Field(
+    fuse: Literal["auto", "off"] | PositiveInt = Field(
         "auto", description="adapters to train together on one base in one process: a number, auto or off"
     )
     concurrent: PositiveInt | None = Field(None, description="most trials at once; default: as many as fit")
     budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours of this command")
     budget_tokens: PositiveInt | None = Field(None, description="tokens of all trials together; shortens the runs")
-    price_per_hour: float | None = Field(None, ge=0, strict=False, description="of what one trial occupies")
+    price_per_hour: float | None = Field(None, ge=0, description="of what one trial occupies")
 
     @field_validator("fuse", mode="before")
     @classmethod
     def _number_or_word(cls, value: Any) -> Any:
-        # YAML 1.1 takes off and on for truth values.
-        word = "off" if value is False else "on" if value is True else value
-        if isinstance(word, str) and word not in ("auto", "off") and not word.isdecimal():
+        if isinstance(value, bool) or (isinstance(value, str) and value not in ("auto", "off")):
             raise ValueError("should be a number, auto or off")
-        return word
+        return value
 
     def judged_by(self, stage: StageName) -> tuple[Metric, Mode]:
         """The metric and its mode.

@@ -112,7 +112,7 @@ def parse_axis(key: str, spec: Any) -> Axis:
         values = parse_yaml(f"[{spec}]")
     except yaml.YAMLError:
         raise UserError(f"{key}={spec}: not an axis; expected {FORMS}") from None
-    return _grid(key, [parse_value(v) if isinstance(v, str) else v for v in values])
+    return _grid(key, values)
 
 
 def parse_assignment(text: str) -> Axis:
@@ -132,10 +132,10 @@ def _grid(key: str, values: list[Any]) -> Grid:
 
 
 def _drawn(key: str, spec: str, kind: str, bounds: list[str]) -> Drawn:
-    try:
-        low, high = (float(b) for b in bounds)
-    except ValueError:
-        raise UserError(f"{key}={spec}: expected two numbers, such as {kind}(1,2)") from None
+    values = [parse_value(bound) for bound in bounds]
+    if len(values) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise UserError(f"{key}={spec}: expected two numbers, such as {kind}(1,2)")
+    low, high = map(float, values)
     if kind == "log" or kind == "uniform" or kind == "int":
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise UserError(f"{key}={spec}: the first bound must be less than the second, and both finite")

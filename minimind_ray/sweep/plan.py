@@ -29,7 +29,7 @@ from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import Reference
 from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
 from minimind_ray.stages.start import check_stage, load_tokenizer
-from minimind_ray.sweep.axes import Axis, Drawn, PlannedTrial, parse_axis, plan_trials
+from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, parse_axis, plan_trials
 from minimind_ray.sweep.searchers import Explorer, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
 from minimind_ray.train.run import RunDirectory
@@ -303,8 +303,20 @@ def reopen_sweep(path: str | Path) -> SweepPlan:
         found.append((number, PlannedTrial(trial.id, trial.point, trial.seed, config)))
     trials = tuple(trial for _, trial in sorted(found, key=lambda pair: pair[0]))
     axes = tuple(parse_axis(key, spec) for key, spec in info.axes.items())
+    for trial in trials:
+        _require_on_axes(trial, axes)
     plan = SweepPlan(path, validate(info.config), axes, search, ())
     return replace(plan, trials=tuple(map(plan.in_place, trials)))
+
+
+def _require_on_axes(trial: PlannedTrial, axes: Sequence[Axis]) -> None:
+    """Raises UserError where a trial's point is not on the axes of sweep.json."""
+    for axis in axes:
+        if axis.key not in trial.point or isinstance(axis, Grid) and trial.point[axis.key] not in axis.values:
+            raise UserError(
+                f"{trial.id}: its {axis.key} is {trial.point.get(axis.key)!r}, which is not on the axis of sweep.json, "
+                f"{axis.to_json()}; start a new sweep"
+            )
 
 
 def check_same_inputs(job: Job) -> None:

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from minimind_ray.config.reading import dump_yaml
 from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
 from minimind_ray.sweep.axes import short_names
@@ -91,7 +91,7 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         ticks=chart.difference_ticks(comparison) if len(measured) > 1 and judged else None,
         matrix=matrix(comparison, measured) if 2 < len(measured) <= MATRIX_POINTS and judged else None,
         samples=samples(measured[0], worse[-1]) if worse else None,
-        config=yaml.safe_dump(info.config, sort_keys=False, allow_unicode=True),
+        config=dump_yaml(info.config),
     )
 
 

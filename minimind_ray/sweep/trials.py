@@ -44,7 +44,7 @@ class SweepInfo(BaseModel):
     shared: dict[str, Any] = Field(default_factory=dict)
     created: str
     config: dict[str, Any]
-    price_per_hour: float | None = Field(None, ge=0, strict=False, description="of what one trial occupies")
+    price_per_hour: float | None = Field(None, ge=0, description="of what one trial occupies")
 
 
 class Timing(BaseModel):

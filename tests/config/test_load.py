@@ -7,7 +7,11 @@ import yaml
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import config_keys, load_config, parse_override, read_yaml, to_yaml
+from minimind_ray.config.reading import dump_yaml, parse_yaml
 from minimind_ray.config.schema import PRESETS, ModelConfig
+from minimind_ray.sweep.axes import Grid, parse_axis
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.unit
 
@@ -165,3 +169,44 @@ def test_a_range_of_workers_is_read_as_written(tmp_path: Path) -> None:
         load_config("pretrain", overrides={"scale.workers": "2:9", "batch.tokens": 32768}).packs_per_step()
     with pytest.raises(UserError, match="write the smaller number first: 2:8"):
         load_config("pretrain", overrides={"scale.workers": "8:2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E5", 1e5), (".5e3", 500.0), ("5.", 5.0), ("-2e+3", -2000.0), ("010", 10), ("+7", 7),
+        ("0x1F", 31), ("0o17", 15), ("-.inf", float("-inf")), ("true", True), ("~", None), ("null", None),
+        ("1_000", "1_000"), ("1:30", "1:30"), ("2026-01-01", "2026-01-01"), ("yes", "yes"), ("No", "No"),
+        ("on", "on"), ("off", "off"), ("0b1", "0b1"), ("=", "="), ("inf", "inf"), ("nan", "nan"), ('"1e-4"', "1e-4"),
+    ],
+)  # fmt: skip
+def test_a_value_means_the_same_in_files_lists_and_flags(tmp_path: Path, text: str, value: object) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"single: {text}\nlist: [{text}]\n")
+    assert read_yaml(file) == {"single": value, "list": [value]}
+    assert parse_override(f"key={text}") == ("key", value)
+    assert value is None or parse_axis("data.format", text) == Grid("data.format", (value,))
+    assert parse_yaml(dump_yaml({"key": [value]})) == {"key": [value]}
+
+
+@pytest.mark.parametrize("text", ["1e-4", "010", "0o7", "yes", "2026-01-01", "1:30", "null", "", "=", "1_000", ".5e3"])
+def test_a_text_stays_a_text_for_every_reader_of_a_config(text: str) -> None:
+    config = load_config("sft", overrides={"track.name": text})
+    assert yaml.safe_load(to_yaml(config))["track"]["name"] == text
+    assert load_config("sft", trees={"again": parse_yaml(to_yaml(config))}) == config
+
+
+@pytest.mark.parametrize(
+    "text", ['optim: {lr: "1e-4"}', "optim: {clip: 1_000}", "dpo: {lora: yes}", "train: {seed: 1e1}"]
+)
+def test_no_text_is_taken_for_a_number(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match="a.yaml"):
+        load_config("dpo", [tmp_path / "a.yaml"])
+
+
+def test_shipped_files_say_the_same_to_other_readers() -> None:
+    files = [*ROOT.glob("*.yaml"), *ROOT.glob("cluster/*.yaml"), *ROOT.glob("experiments/**/*.yaml")]
+    assert len(files) == 17
+    for file in files:
+        assert read_yaml(file) == yaml.safe_load(file.read_text()), file

@@ -309,6 +309,15 @@ def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
         check_same_inputs(prepared(plan)[0])
 
 
+def test_trials_that_are_not_on_the_axes_are_named(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4"})
+    create_sweep(plan, prepared(plan), {})
+    file = plan.path / "sweep.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "axes": {"optim.lr": ["1e-3", "1e-4"]}}))
+    with pytest.raises(UserError, match=r"lr=0.001,seed=0: its optim.lr is 0.001, which is not on the axis"):
+        reopen_sweep(plan.path)
+
+
 def test_cost_by_hand(tmp_path: Path) -> None:
     plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4", "train.max_steps": "10,20"}, eval__every=5)
     jobs = prepared(plan)
