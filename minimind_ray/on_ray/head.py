@@ -6,6 +6,7 @@ Each of them takes a second of a core to start, and some of it as long as it run
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import ray
 from ray._private import node, ray_constants
@@ -32,14 +33,15 @@ class Head(node.Node):
         )
 
 
-def start(cpus: int | None) -> None:
-    """`ray.init` of a Ray here, which has `cpus` logical CPUs."""
+def start(cpus: int | None, folder: Path) -> None:
+    """`ray.init` of a Ray here, which has `cpus` logical CPUs and keeps its files in `folder`."""
     before = node.Node
     node.Node = Head
     try:
         ray.init(
             address="local",  # Not one that runs on this machine for something else.
             num_cpus=cpus,
+            _temp_dir=str(folder),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

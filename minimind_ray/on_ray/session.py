@@ -20,6 +20,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import one_line
 from minimind_ray.on_ray import SETTINGS
+from minimind_ray.on_ray.folder import ray_folder
 
 Ending = Literal["by itself", "interrupted", "out of time"]
 ANSWER_SECONDS = 2.0
@@ -68,18 +69,17 @@ def _start_here(cpus: int | None) -> None:
     have been read."""
     from minimind_ray.on_ray.head import start
 
+    folder = ray_folder()
     for last in (False, True):
         try:
-            start(cpus)
+            start(cpus, folder)
             return
         except Exception as error:  # Ray raises this bare.
-            if "timed out during startup" not in str(error):
-                raise
-            if last:
+            if last or "timed out during startup" not in str(error):
                 raise UserError(
-                    "Ray did not come up here within half a minute, twice: is this machine busy, or short of memory "
-                    "or disk? Ray's own words: raylet.out in /tmp/ray/session_latest/logs"
-                ) from None
+                    f"Ray could not start on this machine: {one_line(error)}. Is the machine busy, or short of memory "
+                    f"or disk? Ray's logs are in {folder}/session_latest/logs; RAY_TMPDIR chooses another folder"
+                ) from error
 
 
 def _require_cluster(address: str) -> None:
