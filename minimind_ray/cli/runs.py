@@ -7,6 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+COLUMNS = {
+    "run": "path", "stage": "stage", "state": "state", "step": "step", "loss": "loss", "val loss": "val_loss",
+    "last checkpoint": "checkpoint",
+}  # fmt: skip
+# What a narrow terminal does without, first to last; the names of runs are always whole.
+LEFT_OUT = ("last checkpoint", "stage", "loss", "step", "val loss", "state")
+WIDEST_STATE = 15  # A damaged run's state is a sentence, which may take several lines.
+
 
 def runs(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="look for runs here and below; or a URL")] = "runs",
@@ -29,16 +37,52 @@ def runs(
 
         print(dumps(found, ensure_ascii=False, indent=2))
         return
+    if not found:
+        print(f"no runs under {directory}")
+        return
+    _print_table([{title: _cell(run[key]) for title, key in COLUMNS.items()} for run in found])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value or "")
+
+
+def _print_table(rows: list[dict[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("run", "stage", "state", "step", "loss", "val loss", "last checkpoint", box=None, header_style="dim")
-    for run in found:
-        cells = [run[key] for key in ("path", "stage", "state", "step", "loss", "val_loss", "checkpoint")]
+    console, widths = Console(highlight=False), column_widths(rows)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=sum(widths.values()))
+    shown = fitting(widths, console.width)
+    table = Table(box=None, header_style="dim")
+    for title in shown:
+        table.add_column(title, overflow="fold", no_wrap=title != "state" and len(shown) > 1)
+    for row in rows:
         # Text, not markup: what the files say may hold brackets.
-        table.add_row(*(Text(f"{cell:.4f}" if isinstance(cell, float) else str(cell or "")) for cell in cells))
-    Console(highlight=False).print(table if found else f"no runs under {directory}")
+        table.add_row(*(Text(row[title]) for title in shown))
+    console.print(table)
+    if left_out := [title for title in widths if title not in shown]:
+        text = f"the terminal is too narrow for {', '.join(left_out)}; --json has all"
+        console.print(text, style="dim", soft_wrap=True)
+
+
+def column_widths(rows: list[dict[str, str]]) -> dict[str, int]:
+    """How wide each column of the table is, in cells of a terminal, with the spaces around it."""
+    from rich.cells import cell_len
+
+    return {title: 2 + max(cell_len(text) for text in (title, *(row[title] for row in rows))) for title in COLUMNS}
+
+
+def fitting(widths: dict[str, int], available: int) -> list[str]:
+    """The columns that fit beside the runs' whole names, in the table's order."""
+    shown = widths | {"state": min(widths["state"], WIDEST_STATE)}
+    for title in LEFT_OUT:
+        if sum(shown.values()) <= available:
+            break
+        del shown[title]
+    return list(shown)
 
 
 def _updated(run: dict[str, Any]) -> str:
