@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from minimind_ray.config.schema import Config
+    from minimind_ray.config.schema import Config, ScaleConfig
     from minimind_ray.data.estimate import Estimate
     from minimind_ray.data.tokenizer import Tokenizer
     from minimind_ray.model.transformer import Transformer
@@ -95,7 +96,8 @@ def plan(config: Config) -> dict[str, str]:
         f"gradients + {_size(memory.optimizer)} AdamW + {_size(memory.activations)} activations of "
         f"{_pass(config, pass_tokens)} (estimated)",
         "workers": f"{scale.workers}, each with {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs; one "
-        f"more CPU for the data; matrix products in {str(dtype).removeprefix('torch.')} where hardware is as here",
+        f"more CPU for the data; matrix products in {str(dtype).removeprefix('torch.')} where hardware is as here"
+        f"{missing_gpus(scale)}",
         "run": f"{run.where}{', which holds a run already' if run.file('config.yaml').exists() else ''}",
     }
     if warning := shortfall(config.schedule, steps):
@@ -112,6 +114,15 @@ def plan(config: Config) -> dict[str, str]:
     if sample.remarks:
         lines["rows"] = "in the sample, " + "; ".join(sample.remarks)
     return lines
+
+
+def missing_gpus(scale: ScaleConfig) -> str:
+    """What a plan adds where the workers ask for GPUs and this machine, on which no RAY_ADDRESS is set, has none."""
+    import torch
+
+    if not scale.gpus_per_worker or "RAY_ADDRESS" in os.environ or torch.cuda.is_available():
+        return ""
+    return "; this machine has no GPU: use a cluster that has GPUs, or set scale.gpus_per_worker to 0"
 
 
 def _pass(config: Config, tokens: int) -> str:

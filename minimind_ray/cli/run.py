@@ -68,8 +68,7 @@ def run_recipe(
         require_key(config)
     if not isinstance(tokenizer, str) and tokenizer:
         _make_tokenizer(tokenizer, join(out, "tokenizer"), data_dir, console)
-    largest = max((c.scale for c in configs), key=lambda scale: scale.most * scale.cpus_per_worker)
-    with host(largest, ray=ray) as (work, run_job):
+    with host([config.scale for config in configs], ray=ray) as (work, run_job):
         for step, config in zip(recipe.stages, configs):
             console.rule(f"{recipe.name}: {step.name}", align="left")
             if not _run_stage(config, work, run_job, console):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,38 +71,55 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.track.wandb import require_key
+    from minimind_ray.train.resume import longer
     from minimind_ray.train.run import RunDirectory
 
     console = Console(markup=False)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     config = resolve_paths(config)
-    RunDirectory(config.out).check(config, resume=resume)
+    run = RunDirectory(config.out)
+    run.check(config, resume=resume)
+    finished = resume and run.info().get("state") == "finished"
     require_key(config)
-    with host(config.scale, ray=ray) as (work, run_job):
+    with host([config.scale], ray=ray) as (work, run_job):
         # Not before: what imports torch does so while Ray starts.
         from minimind_ray.cli.progress import print_result, watching
         from minimind_ray.stages.run import begin, prepare_job
 
-        job = prepare_job(config, work, partial(console.print, highlight=False, soft_wrap=True))
+        job = prepare_job(config, work, say)
         begin(job, resume=resume)
+        if finished and run.checkpoints():
+            say(f"{run.where} is finished. {longer(run.where, run.file('config.yaml'), config)}")
+        elif resume:
+            say(f"{run.where}: {run.resume_point()}")
         with watching(job, console):
             run_job(job)
     print_result(config.out, console)
-    if RunDirectory(config.out).info()["state"] == "stopped":
+    if run.info()["state"] == "stopped":
         raise typer.Exit(130)
 
 
 @contextmanager
-def host(scale: ScaleConfig, *, ray: bool) -> Generator[tuple[Host, Callable[[Job], None]]]:
-    """How to prepare and how to run a job: on Ray, started for as long as the block lasts, or in this process."""
-    if not ray:
-        from minimind_ray.stages.run import Host, run_here
+def host(scales: Sequence[ScaleConfig], *, ray: bool) -> Generator[tuple[Host, Callable[[Job], None]]]:
+    """How to prepare and how to run jobs of these scales: on Ray, started for as long as the block lasts, or in this
+    process.
 
+    Raises:
+        UserError: there are too few CPUs or GPUs for one of them.
+    """
+    if not ray:
+        from minimind_ray.stages.run import Host, require_gpus_here, run_here
+
+        for scale in scales:
+            require_gpus_here(scale)
         yield Host(), run_here
         return
-    from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
+    from minimind_ray.on_ray.session import local_cpus, require_resources, start_ray, stop_ray
 
-    start_ray(local_cpus(scale), meanwhile="minimind_ray.on_ray.trainer")
+    start_ray(max(map(local_cpus, scales)), meanwhile="minimind_ray.on_ray.trainer")
     try:
+        for scale in scales:
+            require_resources(scale)
         from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
 
         yield RAY_HOST, train_on_ray

@@ -289,6 +289,7 @@ def print_plan(plan: SweepPlan) -> None:
     """What the sweep would do and cost, from prepared data and a few steps in this process."""
     import os
 
+    from minimind_ray.cli.plan import missing_gpus
     from minimind_ray.data.storage import url_of
     from minimind_ray.stages.run import Host
     from minimind_ray.sweep.estimate import calibrate, estimate
@@ -323,7 +324,7 @@ def print_plan(plan: SweepPlan) -> None:
         data = plan.base.data
         print(f"validated  all alike, with data.max_seq_len {data.max_seq_len} and data.pack_tokens {data.pack_tokens}")
     each = f"{scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs"
-    print(f"each on    {f'{scale.most} workers of ' if scale.most > 1 else ''}{each}")
+    print(f"each on    {f'{scale.most} workers of ' if scale.most > 1 else ''}{each}{missing_gpus(scale)}")
     print(f"trials     {plan.count} ({search.seeds} seed(s)), judged by {metric} ({mode}), {search.searcher}")
     print(f"a trial    {steps:,} steps, {count_text(tokens)} tokens, {found.flops / len(jobs):.2g} FLOPs on average")
     print(f"in all     {found.steps:,} steps, {count_text(found.tokens)} tokens, {found.flops:.2g} FLOPs")

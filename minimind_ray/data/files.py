@@ -131,6 +131,16 @@ def atomic_output(filesystem: fs.FileSystem, path: str) -> Generator[pa.NativeFi
 TEMPORARY = ".tmp"
 
 
+@contextmanager
+def writing_to(path: Path) -> Generator[None]:
+    """While inside, an OSError names the file: Python's own error of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def one_line(error: BaseException) -> str:
     """What a library says of an error, short enough to stand in a sentence of ours."""
     return " ".join(str(error).split())[:300]

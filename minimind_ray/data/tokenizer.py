@@ -27,6 +27,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import parse_json, read_json, read_text, require_own
 from minimind_ray.data.chat_format import ANSWER_HEADER, RESERVED, TURN_END, TURN_START, ChatFormat, Rendering
 from minimind_ray.data.chat_template import CHATML, Message
+from minimind_ray.data.files import writing_to
 from minimind_ray.data.storage import copy_of, is_url, mirror_of
 
 # MiniMind's, in the order of their ids: models and data made with one tokenizer layout stay usable with the other.
@@ -134,9 +135,10 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which `load` and transformers' AutoTokenizer read."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._definition, "utf-8")
         settings = json.dumps(self._settings, ensure_ascii=False, indent=2)
-        (folder / "tokenizer_config.json").write_text(settings + "\n", "utf-8")
+        with writing_to(folder):
+            (folder / "tokenizer.json").write_text(self._definition, "utf-8")
+            (folder / "tokenizer_config.json").write_text(settings + "\n", "utf-8")
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any], str]]:
         return Tokenizer, (self._definition, self._settings, self.name)

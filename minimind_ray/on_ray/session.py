@@ -153,18 +153,34 @@ def local_cpus(scale: ScaleConfig) -> int:
     return max(os.cpu_count() or 1, math.ceil(scale.most * scale.cpus_per_worker) + 2)
 
 
+def require_resources(scale: ScaleConfig) -> None:
+    """Check that a run of this scale has the CPUs and GPUs it needs; otherwise it would wait for ever.
+
+    Raises:
+        UserError: it has not, or its workers would share a GPU that the config does not ask for.
+    """
+    # Ray Data hangs without a CPU of its own beside the workers'.
+    require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
+    require_own_gpus(scale)
+
+
 def require_cpus(cpus: float, gpus: float, what: str) -> None:
     """Check before starting what would otherwise wait for ever.
 
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than `what` needs, and no way to more.
     """
-    have = machines().resources()
+    have, where = machines().resources(), "the cluster" if "RAY_ADDRESS" in os.environ else "this machine"
+    if gpus and not have["GPU"]:
+        raise UserError(
+            f"scale.gpus_per_worker asks for a GPU for {what}, and {where} has none; set it to 0 to use CPUs alone, "
+            "or use a cluster with GPUs"
+        )
     for resource, need in (("CPU", cpus), ("GPU", gpus)):
         if have[resource] < need:
             raise UserError(
-                f"{what} needs {need:g} {resource}s and the cluster has {have[resource]:g}; "
-                "lower scale.workers or scale.cpus_per_worker, or add nodes"
+                f"{what} needs {need:g} {resource}s and {where} has {have[resource]:g}; "
+                f"lower scale.workers or scale.{resource.lower()}s_per_worker, or add nodes"
             )
 
 

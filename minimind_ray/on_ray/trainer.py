@@ -48,8 +48,7 @@ from minimind_ray.on_ray.reference import compute_on_ray, dtype_on_ray
 from minimind_ray.on_ray.session import (
     free_left_groups,
     interruptible,
-    require_cpus,
-    require_own_gpus,
+    require_resources,
     room,
     worker_resources,
 )
@@ -126,13 +125,11 @@ def train_on_ray(job: Job) -> None:
             `scale.max_failures` in a row.
     """
     scale, run = job.config.scale, RunDirectory(job.config.out)
-    # Ray Data hangs without a CPU of its own beside the workers'.
-    require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
-    require_own_gpus(scale)
     files = [flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE)]
     for file in files:
         file.unlink(missing_ok=True)
     try:
+        require_resources(scale)
         interruptible(partial(_keep_going, job), files[0].touch)
     except Exception as error:
         if found := _user_error(error):
@@ -142,8 +139,7 @@ def train_on_ray(job: Job) -> None:
         again = f", after {scale.max_failures} restart(s) with no checkpoint between (scale.max_failures)"
         raise UserError(
             f"a worker ended before the run did: {told(error)}{'' if files[0].exists() else again}; "
-            f"{run.where}/run.json has the traceback. What was saved is kept: the same command with --resume goes on "
-            "from the last checkpoint"
+            f"{run.where}/run.json has the traceback. Add --resume to the same command: {run.resume_point()}"
         ) from error
     finally:
         for file in files:
@@ -203,9 +199,7 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> i
     try:
         while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
             if stop_file.exists():
-                raise UserError(
-                    "stopped while there was no room for the workers; --resume goes on from the last checkpoint"
-                )
+                raise UserError("stopped while there was no room for the workers; --resume waits for room again")
             if not asked:
                 asked = True
                 room_for = f"{workers} of {scale.workers} workers"

@@ -50,7 +50,15 @@ from minimind_ray.data.storage import copy_of, flag, url_of, watched
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.fused import run_fused, start_groups
 from minimind_ray.on_ray.reference import granted_device
-from minimind_ray.on_ray.session import Ending, configure_data, interruptible, machines, room, worker_resources
+from minimind_ray.on_ray.session import (
+    Ending,
+    configure_data,
+    interruptible,
+    machines,
+    require_cpus,
+    room,
+    worker_resources,
+)
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
 from minimind_ray.train.checkpoint import read_state
@@ -333,6 +341,7 @@ def places(scale: ScaleConfig) -> int:
     Raises:
         UserError: not one.
     """
+    require_cpus(0, scale.gpus_per_worker, "a trial")
     # With more workers a trial Ray Data needs a CPU of its own, on any node.
     workers = room(scale, spare_cpus=int(scale.most > 1))
     if workers < scale.most:
@@ -342,7 +351,7 @@ def places(scale: ScaleConfig) -> int:
             f"one trial needs {scale.most} worker(s) of {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} "
             f"GPUs{spare}, which "
             f"the cluster's {have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {nodes} node(s) "
-            "cannot give; lower --workers, scale.cpus_per_worker or --gpus-per-trial, or add nodes"
+            "cannot give; lower scale.workers, scale.cpus_per_worker or scale.gpus_per_worker, or add nodes"
         )
     return workers // scale.most
 

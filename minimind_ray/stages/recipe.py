@@ -178,7 +178,7 @@ def decide(job: Job) -> Decision:
         return Decision("redo", f"changed: {', '.join(changed)}")
     if info["state"] == "finished":
         return Decision("skip", f"finished, {info['steps']} steps, nothing changed")
-    return Decision("resume", f"its state is {info['state']}, before its end")
+    return Decision("resume", f"its state is {info['state']}, before its end: {run.resume_point()}")
 
 
 def set_aside(run: RunDirectory) -> str:

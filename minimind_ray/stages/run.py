@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import Config, DataConfig
+from minimind_ray.config.schema import Config, DataConfig, ScaleConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import StepPlan, read_steps
@@ -194,6 +196,15 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
         )
     run.create(job.config, {"inputs": job.inputs}, resume=resume)
     return run
+
+
+def require_gpus_here(scale: ScaleConfig) -> None:
+    """Raises UserError where a run in this process asks for a GPU that torch does not find."""
+    if scale.gpus_per_worker and not torch.cuda.is_available():
+        raise UserError(
+            f"scale.gpus_per_worker is {scale.gpus_per_worker:g}, and torch finds no GPU on this machine; set it to 0 "
+            "to train on the CPU"
+        )
 
 
 def run_here(job: Job) -> None:

@@ -298,7 +298,7 @@ def _training(
             raise UserError(
                 f"step {result.step + 1}: the loss is {result.loss} and the gradient norm {result.grad_norm}; training "
                 f"stopped with the weights as they were. The step's documents are in {run.where}/nonfinite-*.jsonl, "
-                "the last good checkpoint is kept. Try a lower optim.lr, or train.precision float32"
+                "any earlier checkpoint is kept. Try a lower optim.lr, or train.precision float32"
             )
         assert isinstance(result, StepResult)
         epoch = plan.epoch(progress.step)
@@ -403,10 +403,13 @@ def _write(weights: Write, optimizer: Mapping[str, Tensor], state: dict[str, Any
 
 def last_sound_checkpoint(run: RunDirectory) -> Path | None:
     """The newest checkpoint whose sums hold, here; damaged ones after it are named on stderr and passed over."""
-    for checkpoint in reversed(run.checkpoints()):
+    checkpoints = run.checkpoints()
+    for checkpoint in reversed(checkpoints):
         if sound(run.fetch(checkpoint)):
             return checkpoint
-        print(f"{checkpoint} is damaged (its sums do not hold); going on from the one before", file=sys.stderr)
+        print(f"{checkpoint} is damaged (its sums do not hold), so it is passed over", file=sys.stderr)
+    if checkpoints:
+        print(f"{run.where}: no sound checkpoint is left, so training starts at the first step", file=sys.stderr)
     return None
 
 

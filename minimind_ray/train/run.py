@@ -28,28 +28,19 @@ from typing import Any
 from uuid import uuid4
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.load import read_yaml, to_yaml
+from minimind_ray.config.load import to_yaml
 from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import parse_json, read_json
 from minimind_ray.config.schema import Config
+from minimind_ray.data.files import writing_to
 from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_of
+from minimind_ray.train.resume import differences, refusal
 
 CHECKPOINT_SUMS = MARK
 VALIDATION = "validation.parquet"
 UNFINISHED = ".writing-"
 LONGEST_LINE = 1 << 14
 """Bytes of a line of metrics.jsonl, at most."""
-# What may change between stop and resume without making it another run.
-FREE_KEYS = (
-    "scale.",
-    "eval.",
-    "checkpoint.",
-    "track.",
-    "out",
-    "data.cache_dir",
-    "data.direct_steps",
-    "batch.pass_tokens",
-)
 
 
 class RunDirectory:
@@ -87,20 +78,17 @@ class RunDirectory:
             raise UserError(f"{self.where} already holds a run: add --resume to go on with it, or choose another --out")
         if resume and not holds_run:
             raise UserError(f"{self.where} holds no run to resume: leave --resume out to start one")
-        if resume and (changed := self.changes(config)):
-            raise UserError(
-                f"{self.where} cannot be resumed with another {', '.join(changed)}; "
-                "use the values in its config.yaml, or choose another --out"
-            )
+        if resume and (why := refusal(self.where, self.file("config.yaml"), config)):
+            raise UserError(why)
 
     def changes(self, config: Config) -> list[str]:
         """Keys whose values make `config` another run than the one in the directory."""
-        return _other_run(self.file("config.yaml"), config)
+        return list(differences(self.file("config.yaml"), config))
 
     def recover(self, config: Config) -> None:
         """Send what a run of the same config on this machine could not, because the store was failing."""
         own = RunDirectory(self.where, writes=True)
-        if not own.mirror or not (own.path / "config.yaml").exists() or _other_run(own.path / "config.yaml", config):
+        if not own.mirror or not (own.path / "config.yaml").exists() or differences(own.path / "config.yaml", config):
             return
         here = [path.name for path in own.checkpoints() if sound(path)]
         if here and here[-1] > max((path.name for path in self.checkpoints()), default=""):
@@ -177,7 +165,8 @@ class RunDirectory:
         """Write the lines that wait. Raises OSError where the disk does not take them; none is written in part."""
         with self._lock:
             for name, lines in list(self._unwritten.items()):
-                with (self.path / name).open("ab", buffering=0) as f:
+                path = self.path / name
+                with writing_to(path), path.open("ab", buffering=0) as f:
                     size, done = f.tell(), 0
                     try:
                         while done < len(lines):
@@ -241,6 +230,12 @@ class RunDirectory:
                 shutil.rmtree(path, ignore_errors=True)
             return there
         return sorted(folder.glob("step-????????"))
+
+    def resume_point(self) -> str:
+        """Where a resume begins, as a clause of a message. Raises StoreError."""
+        if checkpoints := self.checkpoints():
+            return f"training goes on from checkpoint {checkpoints[-1].name}"
+        return "there is no checkpoint, so training starts at the first step"
 
     def fetch(self, checkpoint: Path, *, resume: bool = True) -> Path:
         """Have one of `checkpoints` here as the store has it, with or without what a resume needs; its path."""
@@ -407,7 +402,8 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` at once: a reader sees the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with writing_to(path):
+            temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -418,16 +414,3 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, as hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _other_run(config_file: Path, config: Config) -> list[str]:
-    changed = sorted(_changed_keys(read_yaml(config_file), config.model_dump(mode="json")))
-    return [key for key in changed if not key.startswith(FREE_KEYS)]
-
-
-def _changed_keys(before: Any, after: Any, at: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in {*before, *after}:
-            yield from _changed_keys(before.get(key), after.get(key), f"{at}.{key}" if at else key)
-    elif before != after:
-        yield at

@@ -62,7 +62,8 @@ class CheckpointWriter:
             self.run.save_checkpoint(name, write, validation)
         except (OSError, SafetensorError) as error:
             self.lost = f"{name} could not be written to {self.run.path}: {error}"
-            self._news = f"checkpoint {self.lost}; the ones before are kept, and training goes on to the next"
+            earlier = "earlier ones are kept" if self.run.checkpoints() else "the run has no earlier one"
+            self._news = f"checkpoint {self.lost}; {earlier}, and training goes on to the next"
             return
         self.lost, self.best = None, best
         self.run.prune(self.keep, best[0])
@@ -92,6 +93,6 @@ class CheckpointWriter:
         self._thread.shutdown()
         if self.lost:
             raise UserError(
-                f"the last checkpoint, {self.lost}. The ones before are kept: make room there, and the same command "
-                "with --resume goes on from the last of them"
+                f"the last checkpoint, {self.lost}: make room there and add --resume to the same command; "
+                f"{self.run.resume_point()}"
             )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from minimind_ray.cli.progress import watching
+from minimind_ray.config.load import to_yaml
 from minimind_ray.data.storage import StoreError
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory
@@ -33,6 +36,62 @@ def test_a_run_that_was_stopped_is_no_success(
     assert f"-> {tmp_path}/a [1]\n" in stopped.out
     monkeypatch.undo()
     assert command(*arguments, "--resume").code == 0
+
+
+def test_a_resume_says_how_to_go_on_and_the_commands_it_gives_work(command: Command, tmp_path: Path) -> None:
+    make_config(tmp_path, rows=100)
+    out = tmp_path / "a run"
+
+    def again(*arguments: object) -> str:
+        said = command("train", "pretrain", "--no-ray", *arguments, "--resume")
+        assert said.code == 1 and said.err.count("\n") == 1
+        return said.err
+
+    def given(text: str, after: str) -> list[str]:
+        """The arguments of the command in a sentence that stands behind these words."""
+        words = shlex.split(text.partition(after)[2].partition("; for other")[0].partition(". The")[0])
+        assert words[0] == "minimind-ray"
+        return words[1:]
+
+    settings = {"train.max_steps": 2, "data.cache_dir": tmp_path / "cache", "eval.samples": 0}
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    first = [
+        "train", "pretrain", "--no-ray", "--train", tmp_path / "pretrain.jsonl", "--tokenizer", tmp_path / "tokenizer",
+        "--preset", "tiny", "--pack-tokens", 256, "--batch-tokens", 512, "--max-seq-len", 64, *sets, "--out", out,
+    ]  # fmt: skip
+    assert command(*first).code == 0
+    alone = again("--out", out)
+    assert "cannot be resumed with other settings: batch.tokens, data.max_seq_len," in alone
+    done = command(*given(alone, "its own settings: "), "--no-ray")
+    assert done.code == 0 and f"{out} is finished. " in done.out and "--set train.max_steps=N" in done.out
+
+    config = out / "config.yaml"
+    assert "optim.lr 0.1 (the run has 0.0005). To go on with its own" in again("--config", config, "--lr", 0.1)
+    more = again("--config", config, "--max-steps", 3)
+    assert "train.max_steps 3 (the run has 2)" in more
+    longer = command(*given(more, "from its result: "), "--no-ray")
+    assert longer.code == 0 and "finished after 3 steps" in longer.out
+    assert RunDirectory(f"{out}-longer").info()["state"] == "finished"
+
+    shutil.rmtree(out / "checkpoints")
+    anew = command("train", "pretrain", "--no-ray", "--config", config, "--resume")
+    assert anew.code == 0 and f"{out}: there is no checkpoint, so training starts at the first step" in anew.out
+
+
+def test_a_gpu_where_there_is_none_is_refused_before_anything_is_written(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, rows=100)
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    arguments = ["train", "pretrain", "--config", tmp_path / "config.yaml", "--gpus-per-worker", 1]
+    said = command(*arguments, "--no-ray")
+    assert said.code == 1 and "error: scale.gpus_per_worker is 1, and torch finds no GPU" in said.err
+    assert not Path(config.out).exists() and not (tmp_path / "cache").exists()
+    assert "this machine has no GPU" in command(*arguments, "--dry-run").out
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert "this machine has no GPU" not in command(*arguments, "--dry-run").out
 
 
 def test_places_that_cannot_be_written_to_are_told_first(command: Command, tmp_path: Path) -> None:

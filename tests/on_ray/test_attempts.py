@@ -45,7 +45,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attem
     def with_ends(*ends: object, room: int = 8, **settings: object) -> Attempts:
         job = make_job(tmp_path, rows=60, **settings)
         attempts = Attempts(RunDirectory(start(job)), *ends)
-        for name in ("require_cpus", "require_own_gpus", "request_resources", "free_left_groups"):
+        for name in ("require_resources", "request_resources", "free_left_groups"):
             monkeypatch.setattr(trainer, name, lambda *a, **k: None)
         monkeypatch.setattr(trainer, "room", lambda *a, **k: room)
         monkeypatch.setattr("ray.is_initialized", lambda: True)

@@ -11,7 +11,17 @@ import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.on_ray.session import alone, machines, require_cpus, require_own_gpus, room, start_ray
+from minimind_ray.on_ray import session
+from minimind_ray.on_ray.session import (
+    Machines,
+    alone,
+    machines,
+    require_cpus,
+    require_own_gpus,
+    require_resources,
+    room,
+    start_ray,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -41,6 +51,22 @@ def test_workers_that_may_come_count_up_to_the_files_limit() -> None:
     require_cpus(40, 3, "a run")
     with pytest.raises(UserError, match="needs 4 GPUs and the cluster has 3"):
         require_cpus(1, 4, "a run")
+
+
+@pytest.mark.parametrize(("address", "where"), [("auto", "the cluster"), ("", "this machine")])
+def test_a_gpu_where_there_is_none_is_refused_by_its_setting(
+    monkeypatch: pytest.MonkeyPatch, address: str, where: str
+) -> None:
+    monkeypatch.setattr(session, "machines", lambda: Machines([{"CPU": 4.0}], 1))
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    require_resources(ScaleConfig(workers=3))
+    with pytest.raises(UserError, match=f"scale.gpus_per_worker asks for a GPU .*{where} has none; set it to 0"):
+        require_resources(ScaleConfig(gpus_per_worker=0.5))
+    with pytest.raises(UserError, match=f"this run needs 5 CPUs and {where} has 4; .*scale.cpus_per_worker"):
+        require_resources(ScaleConfig(workers=4))
 
 
 def test_a_node_that_cannot_be_reached_has_no_room_whatever_ray_says(monkeypatch: pytest.MonkeyPatch) -> None:

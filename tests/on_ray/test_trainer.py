@@ -169,7 +169,7 @@ def test_too_many_workers_are_refused_before_anything_starts(tmp_path: Path, ray
 
     job = make_job(tmp_path, batch__tokens=256 * 64, scale__workers=64)
     start(job)
-    with pytest.raises(UserError, match=r"needs 65 CPUs and the cluster has 8"):
+    with pytest.raises(UserError, match=r"needs 65 CPUs and this machine has 8"):
         train_on_ray(job)
 
 

@@ -396,11 +396,11 @@ def test_what_does_not_fit_is_refused(ray_session: None, monkeypatch: pytest.Mon
         patched.setattr(session, "_answers", lambda node: True)
         assert places(ScaleConfig(gpus_per_worker=0.25)) == 8
         assert places(ScaleConfig(gpus_per_worker=2.0)) == 1
-    for scale in (
-        ScaleConfig(cpus_per_worker=9.0), ScaleConfig(gpus_per_worker=0.25), ScaleConfig(workers=8),
-    ):  # fmt: skip
+    for scale in (ScaleConfig(cpus_per_worker=9.0), ScaleConfig(workers=8)):
         with pytest.raises(UserError, match="one trial needs .* cannot give"):
             places(scale)
+    with pytest.raises(UserError, match="scale.gpus_per_worker asks for a GPU for a trial.* none; set it to 0"):
+        places(ScaleConfig(gpus_per_worker=0.25))
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:

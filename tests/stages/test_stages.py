@@ -78,7 +78,7 @@ def test_a_run_goes_on_though_its_config_lacks_a_key_that_changes_nothing_learne
     file.write_text("".join(line for line in file.open() if "direct_steps" not in line))
     run.check(config, resume=True)
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
-    with pytest.raises(UserError, match="cannot be resumed with another optim.lr"):
+    with pytest.raises(UserError, match="cannot be resumed with other settings: optim.lr 0.5 .the run has 0.003."):
         run.check(other, resume=True)
 
 

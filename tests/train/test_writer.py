@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.stages.run import Job, run_here
 from minimind_ray.train.context import PlainContext
-from minimind_ray.train.run import UNFINISHED, RunDirectory, file_sha256, sound
-from minimind_ray.train.writer import CheckpointWriter, HostCopy
+from minimind_ray.train.run import UNFINISHED, RunDirectory, file_sha256, sound, write_atomically
+from minimind_ray.train.writer import CheckpointWriter, HostCopy, Write
 from tests.faults import fill, small_disk
 from tests.jobs import make_job, start
 
@@ -50,6 +51,37 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     # One is kept, and the best is that one.
     assert [path.name for path in run.checkpoints()] == ["step-00000003"]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "validation.parquet"}
+
+
+def test_a_full_disk_is_told_truly_before_the_first_checkpoint_and_after_it(tmp_path: Path) -> None:
+    writer = CheckpointWriter(RunDirectory(tmp_path), keep=3, best=(None, 9.0))
+
+    def full(directory: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save(step: int, write: Write) -> str:
+        writer.save(f"step-{step:08d}", write, (None, 9.0), None)
+        writer.settle()
+        return str(writer.news())
+
+    assert "No space left on device; the run has no earlier one, and training goes on" in save(1, full)
+    with pytest.raises(UserError, match=r"make room there.*--resume.*no checkpoint, so training starts at the first"):
+        writer.close()
+    writer = CheckpointWriter(RunDirectory(tmp_path), keep=3, best=(None, 9.0))
+    save(2, lambda directory: None)
+    assert "No space left on device; earlier ones are kept" in save(3, full)
+    with pytest.raises(UserError, match=r"make room there.*--resume.*training goes on from checkpoint step-00000002"):
+        writer.close()
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        with (disk / "filler").open("wb", buffering=0) as f, pytest.raises(OSError, match="No space left"):
+            while True:
+                f.write(bytes(4096))
+        with pytest.raises(OSError, match=r"No space left on device: '.*disk/config.yaml'"):
+            write_atomically(disk / "config.yaml", "stage: sft\n" * 1000)
+        assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
 def test_two_that_write_the_same_checkpoint_are_not_in_each_others_way(tmp_path: Path) -> None:
