@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Without a notice that the new environment's pip is not the newest.
+PIP_OPTIONS := --quiet --disable-pip-version-check
 
 .PHONY: demo test bench lint
 
@@ -25,10 +27,10 @@ lint: .venv/.installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --editable .
 	touch $@
 
 # The development tools come on top of the package, so this serves `make demo` too.
 .venv/.installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --editable '.[dev]'
 	touch .venv/.installed $@

@@ -41,7 +41,6 @@ class Board:
         ends_by = {"ends_by": time.monotonic() + hours * 3600} if hours else {}
         self.progress = SweepProgress(plan.count, metric, mode, seeds=plan.search.seeds, **ends_by)
         self.console, self.in_store = console, mirror_of(plan.path) is not None
-        self.latest: dict[Path, float] = {}
         self.paths: dict[str, Path] = {}
         # Held while `progress` is in use, and never while something is printed: printing draws the table, too.
         self.lock = threading.Lock()
@@ -76,7 +75,6 @@ class Board:
             elif event == "paused":
                 self.progress.paused(id)
             else:
-                self.latest[trial] = metrics[self.progress.metric]
                 self.progress.validated(id, metrics)
 
     def _ended(self, trial: Path) -> None:
@@ -87,9 +85,9 @@ class Board:
             if state == "waiting":  # The sweep was stopped before the trial began.
                 self.progress.paused(trial.name)
                 return
-            self.progress.ended(trial.name, state)
+            best = self.progress.ended(trial.name, state).best
             ended, count = self.progress.endings.total(), self.progress.count
-        value = f"  {self.progress.metric} {self.latest[trial]:.4f}" if trial in self.latest else ""
+        value = "" if best is None else f"  {self.progress.metric} {best:.4f}"  # As `compare` has it.
         error = f"  {info['error']}" if state == "failed" else ""
         text = f"{ended}/{count}  {state}  {trial.name}{value}{error}"
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -40,6 +40,10 @@ def demo(
     if not recipe.exists():
         raise UserError(f"{recipe} is missing: the demo runs from a checkout of the repository")
     out = output_path(out)
+    console.print(
+        "the demo: make data and a tokenizer, train a model (pretrain, sft, lora), compare two values of DPO's beta, "
+        f"ask ten questions. This takes a few minutes; all files go to {out}"
+    )
     data, runs = join(out, "data"), join(out, "runs")
     files = write_demo(copy_of(data)).directory
     if mirror := mirror_of(data):
@@ -47,7 +51,7 @@ def demo(
     run_recipe(recipe, data, runs, {}, ray=ray)
     sweep_beta(out, console)
     ask_questions(out, console)
-    console.print(f"the demo took {time.monotonic() - started:.0f} s; all of it is in {out}")
+    console.print(f"the demo took {time.monotonic() - started:.0f} s")
 
 
 def sweep_beta(out: str, console: Console) -> None:
@@ -98,7 +102,7 @@ def ask_questions(out: str, console: Console) -> None:
     table = Table("question", "answer", "", box=None, header_style="dim")
     for question, answer, ok in zip(questions, answers, right):
         table.add_row(
-            question.question, escape(answer), "[green]right[/]" if ok else f"[red]not {question.answers[0]}[/]"
+            question.question, escape(answer), "[green]right[/]" if ok else f"[red]should be {question.answers[0]}[/]"
         )
     console.print(table)
     console.print(f"{sum(right)} of {len(right)} right")

@@ -65,7 +65,9 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
                     if "warning" in metrics:
                         console.print(f"warning: {metrics['warning']}", highlight=False, markup=False, soft_wrap=True)
                     if "val/loss" in metrics:
-                        console.print(validation_line(metrics, steps), highlight=False, soft_wrap=True)
+                        # A terminal breaks the line between words, and a log keeps it whole.
+                        text = validation_line(metrics, steps)
+                        console.print(text, highlight=False, soft_wrap=not console.is_terminal)
         if ending:
             return
 

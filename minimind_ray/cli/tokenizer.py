@@ -78,7 +78,10 @@ def make(files: list[str], out: str, vocab_size: int, max_bytes: int | None) -> 
         return
     tokens = sum(map(len, tokenizer.encode(held_out)))
     chars, size = sum(map(len, held_out)), sum(len(text.encode()) for text in held_out)
-    print(f"on {len(held_out):,} texts held out: {chars / tokens:.2f} chars, {size / tokens:.2f} bytes per token")
+    print(
+        f"a token stands for {chars / tokens:.2f} characters, or {size / tokens:.2f} bytes, in {len(held_out):,} texts "
+        "that it was not trained on"
+    )
 
 
 @app.callback()

@@ -333,7 +333,8 @@ def print_plan(plan: SweepPlan) -> None:
     elif search.scheduler != "none":
         print(f"{search.scheduler:<10} its savings cannot be foreseen; not counted")
     print(f"together   {fuse} in one process: {why}" if fuse > 1 else f"together   no: {why}")
-    print(f"shared     {', '.join(f'{count} {what}' for what, count in preparation.counts.items())}, made once")
+    shared = ", ".join(f"{count} {what}" for what, count in preparation.counts.items() if count)
+    print(f"shared     {shared}, made once")
     print(
         f"time       about {duration_text(found.hours(at_once) * 3600)} with {at_once} at once (measured here, one "
         f"worker on {scale.cpus_per_worker:g} CPUs: {pace.step:.2f} s a step, {pace.validation:.1f} s a validation, "

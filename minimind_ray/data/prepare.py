@@ -142,13 +142,13 @@ class Prepared:
         cut = f", {total('cut'):,} cut by {total('cut_tokens'):,} tokens" if total("cut") else ""
         left_out = f" + {total('left_out'):,} too long" if total("left_out") else ""
         rejects = f"; see {self.rejects}" if total("rejected") else ""
-        work = f"made {self.made} units" if self.made else "nothing to do"
+        made = f"{self.made} {'piece' if self.made == 1 else 'pieces'} encoded, " if self.made else "nothing to do, "
         return "\n".join(
             [
                 f"{self.manifest.split}: {total('rows'):,} rows{formats} = {total('kept'):,} kept + "
                 f"{total('rejected'):,} rejected{left_out} + {total('held_out'):,} held out{rejects}",
                 f"  {total('documents'):,} documents{cut}, {total('tokens'):,} tokens, {self.manifest.n_packs:,} packs "
-                f"{self.fullness:.0%} full ({work}, {self.reused} in the cache, {self.seconds:.1f} s)",
+                f"{self.fullness:.0%} full ({made}{self.reused} found in the cache, {self.seconds:.1f} s)",
                 *(f"  {remark}" for remark in self.remarks()),
             ]
         )

@@ -34,8 +34,8 @@ from minimind_ray.sweep.searchers import Explorer, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
 from minimind_ray.train.run import RunDirectory
 
-UNITS, REFERENCES = "units of them encoded for this sweep", "of these computed for this sweep"
-BASES = "base weights put in the object store"
+UNITS, REFERENCES = "pieces of them encoded for this sweep", "of these sets computed for this sweep"
+BASES = "base models' weights in Ray's object store"
 DONE = (UNITS, REFERENCES, BASES)
 """Work, which adds up over the times a sweep is gone on with."""
 
@@ -172,7 +172,7 @@ class Preparation:
         return {
             "prepared datasets": len({store for job in jobs for store in (job.train, job.val) if store}),
             UNITS: self.units,
-            "reference log-probabilities": len(
+            "sets of reference log-probabilities": len(
                 {r for job in jobs for r in (job.train_reference, job.val_reference) if r}
             ),
             REFERENCES: self.references,

@@ -138,7 +138,8 @@ class SweepProgress:
 
     def paused(self, id: str) -> None:
         """A trial waits while another one runs in its place."""
-        self.trials[id].state = "paused"
+        if id in self.trials:
+            self.trials[id].state = "paused"
 
     def validated(self, id: str, metrics: Mapping[str, Any]) -> None:
         """A trial has reported a validation."""
@@ -153,9 +154,11 @@ class SweepProgress:
         """Note how far a trial is, by the newest line of its metrics.jsonl."""
         self.trials[id].read(reading)
 
-    def ended(self, id: str, state: str) -> None:
-        """A trial's run ended in this state."""
-        self.trials[id].state = state
+    def ended(self, id: str, state: str) -> TrialProgress:
+        """A trial's run ended in this state, perhaps before it started: its process may have failed at once."""
+        trial = self.trials.setdefault(id, TrialProgress(self._name(id, {}), steps=1, began=0.0))
+        trial.state = state
+        return trial
 
     @property
     def running(self) -> dict[str, TrialProgress]:

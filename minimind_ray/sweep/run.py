@@ -41,7 +41,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     jobs = [preparation.job(trial.config) for trial in plan.trials] or [preparation.job(plan.base)]
     bases = put_bases(jobs)
     shared = {**preparation.counts, BASES: len(bases)}
-    say("shared by all trials: " + ", ".join(f"{count} {what}" for what, count in shared.items()))
+    say(f"shared by all trials: {', '.join(f'{count} {what}' for what, count in shared.items() if count)}")
     jobs = jobs[: len(plan.trials)]
     if resume:
         for job in jobs:

@@ -132,7 +132,8 @@ def test_without_a_terminal_there_is_a_line_for_each_trial_that_ends(tmp_path: P
             trial = tmp_path / "trials" / name
             RunDirectory(trial).write("run.json", json.dumps({"state": state, "error": "too hot"}))
             board.watch(trial, "started", {"steps": 10, "point": {}})
-            board.watch(trial, "validated", {"val/loss": 2.0})
+            for loss in (2.0, 2.5):  # The first checkpoint is the trial's result.
+                board.watch(trial, "validated", {"val/loss": loss})
             board.watch(trial, "ended", {})
     assert out.getvalue().splitlines() == [
         "1/2  finished  lr=1,seed=0  val/loss 2.0000",

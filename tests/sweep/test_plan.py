@@ -21,6 +21,8 @@ from minimind_ray.sweep.axes import parse_axis
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.estimate import Pace, asha_keeps, calibrate, estimate
 from minimind_ray.sweep.plan import (
+    REFERENCES,
+    UNITS,
     Preparation,
     SweepPlan,
     check_free,
@@ -173,15 +175,15 @@ def test_what_trials_share_is_made_once(tmp_path: Path) -> None:
     assert len(jobs) == 8 and len({(job.train, job.val) for job in jobs}) == 1
     assert len(computed) == 2  # Of the training and of the validation data.
     assert preparation.counts == {
-        "prepared datasets": 2, "units of them encoded for this sweep": 2,
-        "reference log-probabilities": 2, "of these computed for this sweep": 2,
+        "prepared datasets": 2, "pieces of them encoded for this sweep": 2,
+        "sets of reference log-probabilities": 2, "of these sets computed for this sweep": 2,
     }  # fmt: skip
     # The order of the data is the seed's, the same for all points.
     orders = {(job.config.train.seed, tuple(job.plan.ids(0).tolist())) for job in jobs}
     assert len(orders) == 2
     again = Preparation(plan.base, Host(compute_reference=counting))
     [again.job(trial.config) for trial in plan.trials]
-    assert again.counts["of these computed for this sweep"] == again.counts["units of them encoded for this sweep"] == 0
+    assert again.counts[REFERENCES] == again.counts[UNITS] == 0
     # Another data section is another dataset to train on; trials are validated on the base's, to be comparable.
     other = planned(tmp_path, {"data.max_seq_len": "128,64"}, None, "dpo", init_from=init_from)
     longer, same = (again.job(trial.config) for trial in other.trials)
@@ -289,11 +291,11 @@ def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
     assert reopen_sweep(plan.path) == plan
     # What a resume is told holds from then on, and work that it did again adds up.
     resumed = replace(plan, search=search_config({**plan.search.model_dump(), "concurrent": 3}))
-    record_resume(resumed, {"prepared datasets": 2, "units of them encoded for this sweep": 1})
+    record_resume(resumed, {"prepared datasets": 2, "pieces of them encoded for this sweep": 1})
     assert reopen_sweep(plan.path) == resumed
-    record_resume(resumed, {"prepared datasets": 2, "units of them encoded for this sweep": 1})
+    record_resume(resumed, {"prepared datasets": 2, "pieces of them encoded for this sweep": 1})
     shared = read_sweep(plan.path).info.shared
-    assert shared == {"prepared datasets": 2, "units of them encoded for this sweep": 2}
+    assert shared == {"prepared datasets": 2, "pieces of them encoded for this sweep": 2}
     # Wherever it lies by now.
     moved = plan.path.rename(tmp_path / "moved")
     outs = {trial.config.out for trial in reopen_sweep(moved).trials}

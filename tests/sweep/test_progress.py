@@ -57,6 +57,14 @@ def test_counts() -> None:
     assert [row.trial for row in progress.rows(0.0)] == ["f"]
 
 
+def test_a_trial_that_failed_before_it_started_is_counted() -> None:
+    progress = sweep()
+    progress.ended("a", "failed")
+    progress.paused("b")
+    assert progress.counts() == "0 running, 3 waiting, 1 of 4 ended (1 failed)"
+    assert progress.best is None and progress.seconds_left(0.0) is None
+
+
 def test_the_best_is_neither_a_failed_trial_nor_a_value_that_is_no_number() -> None:
     progress = sweep()
     start(progress, "a", "b", "c")
