@@ -153,7 +153,7 @@ def test_on_a_terminal_running_trials_are_followed(tmp_path: Path, monkeypatch: 
         (trial / "metrics.jsonl").write_text("[damaged]\n")
         board.leaving.wait(0.03)
         (trial / "metrics.jsonl").write_text('{"step": 3, "tokens": 30, "loss": 1.0}\n')
-        for _ in range(300):
+        for _ in range(3000):
             if "3/10" in out.getvalue():
                 break
             board.leaving.wait(0.01)
