@@ -31,6 +31,8 @@ SECRETS = {
 }
 LONG_IDLE = 60
 TOKEN = "~/.ray/auth_token"
+# The first that knows workerGroupSpecs[].priority; authOptions came with 1.5.1.
+KUBERAY = "1.7.0"
 
 
 @dataclass(frozen=True)
@@ -445,7 +447,7 @@ def _kuberay_rules(cluster: ClusterFile) -> Iterator[Finding]:
     if (spec.get("authOptions") or {}).get("mode") != "token" and environment.get("RAY_AUTH_MODE") != "token":
         yield Finding(
             "token authentication is off: whoever reaches Ray's port runs code in the pods",
-            "set spec.authOptions: {mode: token} (KubeRay 1.5.1 or newer)",
+            f"set spec.authOptions: {{mode: token}} (KubeRay {KUBERAY} or newer)",
         )
     service = spec["headGroupSpec"].get("serviceType", "ClusterIP")
     if service != "ClusterIP":

@@ -322,5 +322,12 @@ def test_the_head_gets_the_packages_of_its_cloud(name: str) -> None:
     assert sorted(asked) == sorted(project["project"]["optional-dependencies"][name])
 
 
+def test_file_and_documentation_ask_for_the_kuberay_that_the_check_names() -> None:
+    asked = re.compile(r"(?:KubeRay|KubeRay operator|kuberay-operator --version) (\d+\.\d+\.\d+)")
+    for name in ("cluster/kuberay.yaml", "docs/cluster.md"):
+        versions = asked.findall((ROOT / name).read_text(encoding="utf-8"))
+        assert set(versions) <= {cluster_check.KUBERAY} and versions, name
+
+
 def test_setup_is_a_program() -> None:
     assert (ROOT / "cluster/setup.sh").stat().st_mode & stat.S_IXUSR
