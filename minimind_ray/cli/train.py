@@ -82,7 +82,6 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     finished = resume and run.info().get("state") == "finished"
     require_key(config)
     with host([config.scale], ray=ray) as (work, run_job):
-        # Not before: what imports torch does so while Ray starts.
         from minimind_ray.cli.progress import print_result, watching
         from minimind_ray.stages.run import begin, prepare_job
 
@@ -114,14 +113,15 @@ def host(scales: Sequence[ScaleConfig], *, ray: bool) -> Generator[tuple[Host, C
             require_gpus_here(scale)
         yield Host(), run_here
         return
+    # Import torch before a job joins its cluster. Joining makes each node unpack the job's working directory, and a
+    # second node on the same machine replaces the first one's. In a deleted directory torch's libraries exit.
     from minimind_ray.on_ray.session import local_cpus, require_resources, start_ray, stop_ray
+    from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
 
-    start_ray(max(map(local_cpus, scales)), meanwhile="minimind_ray.on_ray.trainer")
+    start_ray(max(map(local_cpus, scales)))
     try:
         for scale in scales:
             require_resources(scale)
-        from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
-
         yield RAY_HOST, train_on_ray
     finally:
         stop_ray()

@@ -221,6 +221,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     from minimind_ray.data.storage import url_of
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
+    from minimind_ray.sweep.run import run_sweep  # Imports torch: before `start_ray`, as in `train.host`.
     from minimind_ray.track.wandb import require_key
     from minimind_ray.train.run import RunDirectory
 
@@ -228,10 +229,9 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     nested = plan.base.scale.most > 1
-    start_ray(local_cpus(plan.base.scale) if nested else None, meanwhile="minimind_ray.sweep.run")
+    start_ray(local_cpus(plan.base.scale) if nested else None)
     try:
         from minimind_ray.cli.board import Board
-        from minimind_ray.sweep.run import run_sweep
 
         with Board(plan, console) as board:
             ending = run_sweep(plan, resume=resume, say=say, watch=board.watch)

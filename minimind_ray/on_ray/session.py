@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +25,8 @@ Ending = Literal["by itself", "interrupted", "out of time"]
 ANSWER_SECONDS = 2.0
 
 
-def start_ray(cpus: int | None = None, *, meanwhile: str | None = None) -> None:
+def start_ray(cpus: int | None = None) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray here with `cpus` logical CPUs (default: all).
-
-    While Ray's processes start, the module `meanwhile` is imported.
 
     Raises:
         UserError: no cluster at RAY_ADDRESS, or one with another token; or Ray does not come up here.
@@ -39,13 +36,10 @@ def start_ray(cpus: int | None = None, *, meanwhile: str | None = None) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with ThreadPoolExecutor(1) as beside:
-        if meanwhile:
-            beside.submit(import_module, meanwhile)
-        if address := os.environ.get("RAY_ADDRESS"):
-            _join(address)
-        else:
-            _start_here(cpus)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _join(address)
+    else:
+        _start_here(cpus)
     configure_data()
 
 
