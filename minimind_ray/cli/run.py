@@ -52,7 +52,7 @@ def run_recipe(
     from minimind_ray.data.files import join
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.stages.recipe import read_recipe, require_sources, stage_config
-    from minimind_ray.track.wandb import require_key
+    from minimind_ray.track.wandb import check_tracking
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     recipe = read_recipe(path)
@@ -65,7 +65,7 @@ def run_recipe(
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
     require_sources(configs)
     for config in configs:
-        require_key(config)
+        check_tracking(config)
     if not isinstance(tokenizer, str) and tokenizer:
         _make_tokenizer(tokenizer, join(out, "tokenizer"), data_dir, console)
     with host([config.scale for config in configs], ray=ray) as (work, run_job):

@@ -70,7 +70,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     from rich.console import Console
 
     from minimind_ray.data.shipped import resolve_paths
-    from minimind_ray.track.wandb import require_key
+    from minimind_ray.track.wandb import check_tracking
     from minimind_ray.train.resume import longer
     from minimind_ray.train.run import RunDirectory
 
@@ -80,7 +80,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     run = RunDirectory(config.out)
     run.check(config, resume=resume)
     finished = resume and run.info().get("state") == "finished"
-    require_key(config)
+    check_tracking(config)
     with host([config.scale], ray=ray) as (work, run_job):
         from minimind_ray.cli.progress import print_result, watching
         from minimind_ray.stages.run import begin, prepare_job

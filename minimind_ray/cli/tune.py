@@ -222,10 +222,10 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     from minimind_ray.data.storage import url_of
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
     from minimind_ray.sweep.run import run_sweep  # Imports torch: before `start_ray`, as in `train.host`.
-    from minimind_ray.track.wandb import require_key
+    from minimind_ray.track.wandb import check_tracking
     from minimind_ray.train.run import RunDirectory
 
-    require_key(plan.base)
+    check_tracking(plan.base)
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     nested = plan.base.scale.most > 1

@@ -4,10 +4,13 @@ What W&B keeps lies in wandb/ of the run directory, a folder for each time the r
 same steps as metrics.jsonl: when a run goes on, steps that W&B has are passed over, and steps that it lacks (it died
 before they were on disk, or was turned on only now) are logged from the run directory. Nothing but the run itself is
 sent: no machine or system data, no code, no console, no crash reports.
+
+No failure of W&B ends a run, once the run has begun: see `_attempt`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -15,8 +18,9 @@ import shlex
 import struct
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +36,14 @@ CONNECT_SECONDS = 20
 FINISH_SECONDS = 60
 WRITE_SECONDS = 10
 FOLDER = "wandb"
-MODES = {"disabled": "off", "offline": "offline", "dryrun": "offline"}  # What values of WANDB_MODE mean.
+LONGEST_NAME = 128
+Mode = Literal["off", "offline", "online", "auto"]
+MODES: dict[str, Mode] = {
+    "disabled": "off",
+    "offline": "offline",
+    "dryrun": "offline",
+}  # What values of WANDB_MODE mean.
+YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")  # Values of WANDB_DISABLED.
 FULL, LAST = 1, 4
 
 
@@ -48,7 +59,7 @@ class WandbTracker:
         import wandb
 
         self.directory, self.artifacts = Path(config.out), config.track.artifacts
-        self.stop_requested = False
+        self.stop_requested = self.failed = False
         self.best: Mapping[str, Any] | None = None
         track = config.track
         self.run = wandb.init(
@@ -57,8 +68,8 @@ class WandbTracker:
             mode=mode,
             project=track.project,
             entity=track.entity,
-            group=track.group,
-            name=track.name or self.directory.name,
+            group=track.group and within_limit(track.group),
+            name=within_limit(track.name or self.directory.name),
             job_type=config.stage,
             tags=track.tags,
             # W&B's filters and columns fail on names with dots, and its search does not find nested ones.
@@ -118,6 +129,17 @@ class WandbTracker:
 
     def log(self, metrics: Mapping[str, Any], samples: Sequence[str] = ()) -> None:
         """One line of metrics.jsonl, and the texts that the model wrote after the same step."""
+        self._use(partial(self._log, metrics, samples))
+
+    def finish(self, state: str, result: Path | None = None) -> None:
+        """Close the run. `state` is how it ended; `result` is the checkpoint to take from it."""
+        self._use(partial(self._finish, state, result))
+
+    def _use(self, work: Callable[[], None]) -> None:
+        """Do `work`, which uses W&B, unless W&B has failed before."""
+        self.failed = self.failed or not _attempt(work, NOT_LOGGED)
+
+    def _log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
         import wandb
 
         step: int = metrics["step"]
@@ -134,8 +156,7 @@ class WandbTracker:
             self.run.log(row, step=step, commit=True)
         self.logged = step
 
-    def finish(self, state: str, result: Path | None = None) -> None:
-        """Close the run. `state` is how it ended; `result` is the checkpoint to take from it."""
+    def _finish(self, state: str, result: Path | None) -> None:
         self.run.summary["state"] = state
         if self.best:
             validation = {key.replace("val/", "best/"): value for key, value in self.best.items() if "val/" in key}
@@ -161,43 +182,50 @@ def open_tracker(
     samples: Iterable[Mapping[str, Any]] = (),
     base: Path | None = None,
 ) -> WandbTracker | None:
-    """The tracker that `track.wandb` asks for, None when it is off.
+    """The tracker that `track.wandb` asks for; None when it is off, or when W&B cannot even log offline.
 
     `info` is the run's run.json, `metrics` and `samples` are the lines of metrics.jsonl and samples.jsonl that the run
-    goes on from, `base` is the model directory it started from. With `auto`, WANDB_MODE decides where it is set; else
-    W&B is online with a key, offline without one, and offline, with a word on stderr, when it cannot be reached.
+    goes on from, `base` is the model directory it started from. With `auto`, WANDB_MODE and WANDB_DISABLED decide where
+    they are set; else W&B is online with a key, offline without one, and offline, with a word on stderr, when it
+    refuses an environment variable or cannot be reached.
 
     Raises:
-        UserError: `track.wandb` is online, and there is no key, or W&B refuses it or cannot be reached.
+        UserError: `track.wandb` is online, and there is no key, or W&B refuses it or cannot be reached, or refuses an
+            environment variable.
     """
-    mode = config.track.wandb
-    if mode == "auto":
-        mode = MODES.get(os.environ.get("WANDB_MODE", ""), "auto")
+    mode = _settle_mode(config)
     if mode == "off":
         return None
-    _own_environment()
     tracker = None if mode == "offline" else _open_online(config, info, base)
-    tracker = tracker or WandbTracker(config, info, "offline", base)
+    tracker = tracker or _open_offline(config, info, base)
+    if tracker is None:
+        return None
     texts = {line["step"]: line["samples"] for line in samples}
     for line in metrics:
         tracker.log(line, texts.get(line["step"], ()))
     return tracker
 
 
-def require_key(config: Config) -> None:
-    """Before a run is made, where this machine trains it: a cluster's may have a key that this one has not.
+def check_tracking(config: Config) -> None:
+    """Check W&B's environment variables and key before a run is made, where this machine trains it.
+
+    A cluster's machines have an environment of their own: the run checks it there.
 
     Raises:
-        UserError: `track.wandb` is online, and W&B has no key.
+        UserError: `track.wandb` is online, and W&B has no key or refuses an environment variable.
     """
-    if config.track.wandb != "online" or os.environ.get("RAY_ADDRESS") or in_job():
+    if os.environ.get("RAY_ADDRESS") or in_job():
         return
-    _own_environment()
+    if _settle_mode(config) == "online":
+        _require_key()
+
+
+def _require_key() -> None:
     import wandb
 
     try:
         there = _has_key()
-    except wandb.Error as error:
+    except Exception as error:
         raise UserError(NOT_ONLINE.format(_unusable(error))) from None
     finally:
         wandb.teardown()
@@ -205,13 +233,66 @@ def require_key(config: Config) -> None:
         raise UserError(NO_KEY)
 
 
+def _settle_mode(config: Config) -> Mode:
+    """The mode by `track.wandb` and the environment, from which variables that W&B would refuse are removed.
+
+    What is refused is said on stderr, and the mode is then offline.
+
+    Raises:
+        UserError: `track.wandb` is online, and W&B refuses a variable.
+    """
+    _own_environment()
+    mode: Mode = config.track.wandb
+    if mode == "auto" and os.environ.get("WANDB_DISABLED", "").lower() in YES:
+        return "off"
+    if mode == "auto":
+        mode = MODES.get(os.environ.get("WANDB_MODE", ""), "auto")
+    if mode == "off" or not (refused := _refused_variables()):
+        return mode
+    problem = "; ".join(f"W&B refuses the environment variable {name}: {why}" for name, why in refused.items())
+    if mode == "online":
+        raise UserError(NOT_ONLINE.format(problem))
+    print(f"{problem}; logging offline", file=sys.stderr)
+    for name in refused:
+        del os.environ[name]
+    os.environ["WANDB_MODE"] = "offline"  # For the run itself, and for workers on this machine.
+    return "offline"
+
+
 def _own_environment() -> None:
     """Before W&B is imported: what it would take from the environment, and shall not."""
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # Unset, as a shell has it; W&B itself would refuse it.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    if os.environ.get("WANDB_MODE") == "":
-        del os.environ["WANDB_MODE"]  # Unset, as a shell has it; W&B itself would refuse it.
     # Not W&B's own process of a parent: there the run would be in use for ever, should this process be killed.
     os.environ.pop("WANDB_SERVICE", None)
+
+
+def _refused_variables() -> dict[str, str]:
+    """Environment variables that would make `wandb.init` fail, with the reason. No reason cites a key."""
+    refused: dict[str, str] = {}
+    checked = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    if checked.get("WANDB_DISABLED", NO[0]).lower() not in (*YES, *NO):
+        refused["WANDB_DISABLED"] = "it is neither true nor false"
+    # Importing W&B takes a second: not for variables that are as they should be.
+    harmless = (
+        "WANDB_ERROR_REPORTING",
+        "WANDB_DISABLED",
+        *(["WANDB_MODE"] if checked.get("WANDB_MODE") in MODES else []),
+    )
+    if set(checked) <= set(harmless):
+        return refused
+    import wandb
+    from pydantic import ValidationError
+
+    for name, value in checked.items():
+        try:
+            wandb.Settings(resume="allow").update_from_env_vars({name: value})
+        except ValidationError as error:
+            refused[name] = _one_line(error.errors()[0]["msg"])
+        except Exception as error:
+            refused[name] = _one_line(error)
+    return refused
 
 
 def _has_key() -> bool:
@@ -221,23 +302,36 @@ def _has_key() -> bool:
     return wandb.login(prompt=False, verify=False)
 
 
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
 def _unusable(error: Exception) -> str:
-    return f"W&B cannot be used: {' '.join(str(error).split())}"
+    return f"W&B cannot be used: {_one_line(error) or type(error).__name__}"
 
 
 NOT_ONLINE = "track.wandb is online, but {}; or set track.wandb to offline and send the run later"
 NO_KEY = NOT_ONLINE.format("there is no key: run `wandb login` or set WANDB_API_KEY")
+NOT_LOGGED = "the run is no longer logged to it, and goes on"
+
+
+def _attempt(work: Callable[[], object], consequence: str) -> bool:
+    """Do `work`, which uses W&B; where it fails, say so and the `consequence` on stderr, and return False."""
+    try:
+        work()
+    except Exception as error:
+        print(f"{_unusable(error)}; {consequence}", file=sys.stderr)
+        return False
+    return True
 
 
 def _open_online(config: Config, info: Mapping[str, Any], base: Path | None) -> WandbTracker | None:
     """None when `track.wandb` is auto and W&B has no key or cannot be used."""
-    import wandb
-
     asked_for = config.track.wandb == "online"
     try:
         if _has_key():
             return WandbTracker(config, info, "online", base)
-    except wandb.Error as error:
+    except Exception as error:
         problem = _unusable(error)
         if asked_for:
             raise UserError(NOT_ONLINE.format(problem)) from None
@@ -246,6 +340,12 @@ def _open_online(config: Config, info: Mapping[str, Any], base: Path | None) -> 
     if asked_for:
         raise UserError(NO_KEY)
     return None
+
+
+def _open_offline(config: Config, info: Mapping[str, Any], base: Path | None) -> WandbTracker | None:
+    opened: list[WandbTracker] = []
+    _attempt(lambda: opened.append(WandbTracker(config, info, "offline", base)), NOT_LOGGED)
+    return opened[0] if opened else None
 
 
 OPEN: dict[str, Run] = {}
@@ -259,11 +359,15 @@ def mark_failure(directory: str) -> Generator[None]:
         yield
     except BaseException:
         if run := OPEN.get(directory):
-            run.summary["state"] = "failed"
-            _close(run, exit_code=1)
+            _attempt(partial(_close_as_failed, run), NOT_LOGGED)
         raise
     finally:
         OPEN.pop(directory, None)
+
+
+def _close_as_failed(run: Run) -> None:
+    run.summary["state"] = "failed"
+    _close(run, exit_code=1)
 
 
 def _close(run: Run, exit_code: int) -> None:
@@ -295,6 +399,13 @@ def sync_command(directory: str | Path) -> str | None:
     top = Path(os.path.commonpath(folders))
     patterns = {"/".join("*" * len(folder.relative_to(top).parent.parts)) for folder in folders}
     return " ".join(["wandb sync", *(f"{shlex.quote(str(top))}/{p}/{FOLDER}" for p in sorted(patterns))])
+
+
+def within_limit(name: str) -> str:
+    """A name that W&B takes: a longer one is cut, and ends in a hash of the whole, so that names stay distinct."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def flatten(tree: Mapping[str, Any], separator: str, at: str = "") -> dict[str, Any]:

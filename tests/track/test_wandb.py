@@ -27,12 +27,13 @@ from minimind_ray.stages.run import begin, run_here
 from minimind_ray.track.wandb import (
     OPEN,
     WandbTracker,
+    check_tracking,
     log_records,
     mark_failure,
     open_tracker,
     parse_record,
-    require_key,
     sync_command,
+    within_limit,
 )
 from minimind_ray.train.context import PlainContext
 from tests.jobs import make_config, make_job
@@ -283,16 +284,79 @@ def test_lineage_is_logged_by_reference(tmp_path: Path) -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize(
     ("mode", "variable", "kind"),
-    [("off", None, None), ("auto", None, "offline"), ("auto", "disabled", None), ("auto", "offline", "offline"),
-     ("offline", "disabled", "offline")],
+    [("off", None, None), ("auto", None, "offline"), ("auto", "WANDB_MODE=disabled", None),
+     ("auto", "WANDB_MODE=offline", "offline"), ("offline", "WANDB_MODE=disabled", "offline"),
+     ("auto", "WANDB_DISABLED=True", None), ("auto", "WANDB_DISABLED=false", "offline"),
+     ("offline", "WANDB_DISABLED=true", "offline")],
 )  # fmt: skip
 def test_modes_without_a_key(
     mode: str, variable: str | None, kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variable:
-        monkeypatch.setenv("WANDB_MODE", variable)
+        monkeypatch.setenv(*variable.split("="))
     tracker = open_tracker(config_of(tmp_path, mode), {})
     assert (tracker and tracker.identity["mode"]) == kind
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "variable",
+    ["WANDB_MODE=true", "WANDB_MODE=Offline", "WANDB_BASE_URL=my.server", "WANDB_CONSOLE=x", "WANDB_INIT_TIMEOUT=soon",
+     "WANDB_SILENT=maybe", "WANDB_PROJECT=a/b", "WANDB_FORK_FROM=x?_step=3", "WANDB_DISABLED=maybe",
+     "WANDB_API_KEY= of mine"],
+)  # fmt: skip
+def test_a_refused_variable_is_named_before_a_run_is_made(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wandb.teardown()
+    name, value = variable.split("=", 1)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"track.wandb is online, but W&B refuses the environment variable {name}: "):
+        check_tracking(config_of(tmp_path, "online"))
+    for mode in ("off", "offline", "auto"):
+        monkeypatch.setenv(name, value)
+        monkeypatch.delenv("WANDB_MODE", raising=name == "WANDB_MODE")
+        monkeypatch.setenv(name, value)
+        check_tracking(config_of(tmp_path, mode))
+        said = capfd.readouterr().err
+        assert (name in said and said.count("\n") == 1 and "logging offline" in said) == (mode != "off")
+        assert "of mine" not in said
+    tracker = start(tmp_path)
+    tracker.finish("finished")
+    assert summary(tmp_path)["state"] == "finished" and not capfd.readouterr().err
+
+
+@pytest.mark.unit
+def test_a_failure_of_w_and_b_is_said_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the service is gone")
+
+    tracker = start(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(tracker.run, "log", fail)
+        for step in (1, 2):
+            tracker.log(line(step))
+    tracker.finish("finished")
+    assert capfd.readouterr().err == (
+        "W&B cannot be used: the service is gone; the run is no longer logged to it, and goes on\n"
+    )
+    with pytest.raises(ZeroDivisionError), mark_failure(str(tmp_path)), monkeypatch.context() as broken:
+        broken.setattr(tracker.run, "finish", fail)
+        raise ZeroDivisionError
+    monkeypatch.setattr(wandb, "init", fail)
+    assert open_tracker(config_of(tmp_path / "next"), {}, metrics=[line(1)]) is None
+    assert "the service is gone" in capfd.readouterr().err
+    with pytest.raises(UserError, match="track.wandb is online, but"):
+        open_tracker(config_of(tmp_path / "next", "online"), {})
+
+
+@pytest.mark.unit
+def test_names_too_long_for_w_and_b_stay_distinct() -> None:
+    assert within_limit("x" * 128) == "x" * 128
+    first, second = (within_limit("x" * 200 + end) for end in "ab")
+    assert first != second and len(first) == len(second) == 128
 
 
 @pytest.mark.unit
@@ -308,9 +372,9 @@ def test_online_without_a_usable_key_is_the_users_error(
         open_tracker(config_of(tmp_path, "online"), {})
     assert reason in str(error.value)
     with pytest.raises(UserError, match="track.wandb is online, but") as before:
-        require_key(config_of(tmp_path, "online"))
+        check_tracking(config_of(tmp_path, "online"))
     assert str(before.value) == str(error.value)
-    require_key(config_of(tmp_path, "auto"))
+    check_tracking(config_of(tmp_path, "auto"))
     assert capfd.readouterr() == ("", "")
     if key:  # With auto it is said, and the run goes on offline.
         tracker = open_tracker(config_of(tmp_path, "auto"), {})
@@ -343,11 +407,11 @@ def test_what_the_environment_says_of_w_and_b(monkeypatch: pytest.MonkeyPatch, t
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "")
     with pytest.raises(UserError, match="there is no key"):
-        require_key(config_of(tmp_path, "online"))
+        check_tracking(config_of(tmp_path, "online"))
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     # A cluster's machines may have one.
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    require_key(config_of(tmp_path, "online"))
+    check_tracking(config_of(tmp_path, "online"))
 
 
 @pytest.mark.unit
