@@ -12,7 +12,8 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,6 +55,15 @@ class Grid:
         """As sweep.json has it."""
         return list(self.values)
 
+    def draw(self, rng: np.random.Generator) -> Any:
+        """One value."""
+        return self.values[rng.integers(len(self.values))]
+
+    @property
+    def choices(self) -> Sequence[Any]:
+        """All values."""
+        return self.values
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -75,6 +85,11 @@ class Drawn:
         if self.kind == "log":
             return self.nearest(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
         return self.nearest(rng.uniform(self.low, self.high))
+
+    @property
+    def choices(self) -> Sequence[int] | None:
+        """All values; None where there is no end of them."""
+        return range(int(self.low), int(self.high) + 1) if self.kind == "int" else None
 
     def nearest(self, value: float) -> float | int:
         """What stands for `value` on the axis; of 4 significant digits, so that what is shown is what was used."""
@@ -161,8 +176,6 @@ def plan_trials(
             drawn axes without `draws`, or `draws` without them.
     """
     keys = [axis.key for axis in axes]
-    if twice := {key for key in keys if keys.count(key) > 1}:
-        raise UserError(f"{', '.join(sorted(twice))}: given as an axis twice; leave one out")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1 seed is needed")
     drawn = [axis for axis in axes if isinstance(axis, Drawn)]
@@ -170,10 +183,7 @@ def plan_trials(
         raise UserError(f"{drawn[0].key}={drawn[0].to_json()} is drawn from: say how many times with --trials")
     if draws is not None and not drawn:
         raise UserError("--trials needs an axis to draw from, such as --lr 'log(1e-6,1e-4)'; a grid counts itself")
-    for axis in drawn:
-        for bound in (axis.low, axis.high):
-            trial_config(base, {axis.key: int(bound) if axis.kind == "int" else bound}, base.train.seed)
-
+    check_axes(base, axes)
     grids = [[(axis.key, value) for value in axis.values] for axis in axes if isinstance(axis, Grid)]
     rows = draw_points(drawn, draws or 0, sweep_seed) if drawn else [{}]
     combinations = [{**dict(grid), **row} for grid in itertools.product(*grids) for row in rows]
@@ -187,12 +197,60 @@ def plan_trials(
     return list(trials.values())
 
 
+def check_axes(base: Config, axes: Sequence[Axis]) -> None:
+    """Check that each value of a grid, and each bound of a drawn axis, makes a config, alone or with the other axes'.
+
+    Raises:
+        UserError: a value that no config can have; the same key or value twice.
+    """
+    keys = [axis.key for axis in axes]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise UserError(f"{', '.join(sorted(twice))}: given as an axis twice; leave one out")
+    rng = np.random.default_rng(base.train.seed)
+    for axis in axes:
+        values = axis.values if isinstance(axis, Grid) else map(axis.nearest, (axis.low, axis.high))
+        found = [repr(_possible_value(base, axes, axis.key, value, rng)) for value in values]
+        if twice := {value for value in found if found.count(value) > 1}:
+            raise UserError(f"{axis.key}: the axis has {', '.join(sorted(twice))} twice; leave one out")
+
+
+def _possible_value(base: Config, axes: Sequence[Axis], key: str, value: Any, rng: np.random.Generator) -> Any:
+    """The value as the config has it. Raises UserError where ATTEMPTS points with this value are all impossible."""
+    try:
+        return setting(trial_config(base, {key: value}, base.train.seed), key)
+    except UserError as error:
+        for _ in range(ATTEMPTS):
+            with suppress(UserError):
+                point = {axis.key: axis.draw(rng) for axis in axes} | {key: value}
+                return setting(trial_config(base, point, base.train.seed), key)
+        raise error from None
+
+
+ATTEMPTS = 20
+
+
+def points_on(axes: Sequence[Axis]) -> float:
+    """How many points the axes hold; infinity where an axis has no end of values."""
+    return math.prod(math.inf if axis.choices is None else len(axis.choices) for axis in axes)
+
+
+def untried_point(axes: Sequence[Axis], tried: Container[str], rng: np.random.Generator) -> dict[str, Any] | None:
+    """A point, drawn, whose `repr` is not in `tried`; None where there is none."""
+    drawn = ({axis.key: axis.draw(rng) for axis in axes} for _ in range(DRAWS))
+    countable = math.isfinite(points_on(axes))
+    rest = itertools.product(*(axis.choices or () for axis in axes)) if countable else ()
+    points = itertools.chain(drawn, ({axis.key: v for axis, v in zip(axes, values)} for values in rest))
+    return next((point for point in points if repr(point) not in tried), None)
+
+
+DRAWS = 1000
+
+
 def trial_at(base: Config, values: Mapping[str, Any], seed: int) -> PlannedTrial:
     """The trial at a point; `values` in the order of the axes. Raises as `trial_config`."""
-    config, labels = trial_config(base, values, seed), short_names(list(values))
+    config = trial_config(base, values, seed)
     point = {key: setting(config, key) for key in values}
-    id = trial_id({labels[key]: value for key, value in point.items()}, seed)
-    return PlannedTrial(id, point, seed, resolve_paths(config))  # Which trials run elsewhere.
+    return PlannedTrial(trial_id(point, seed), point, seed, resolve_paths(config))  # Which trials run elsewhere.
 
 
 def draw_points(axes: Sequence[Drawn], count: int, sweep_seed: int) -> list[dict[str, Any]]:
@@ -243,9 +301,10 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: name if names.count(name) == 1 and name != "seed" else key for key, name in short.items()}
 
 
-def trial_id(values: Mapping[str, Any], seed: int) -> str:
+def trial_id(point: Mapping[str, Any], seed: int) -> str:
     """A file name that reads as the point does: beta=0.05,lr=1e-5,seed=0."""
-    name = ",".join(f"{label}={_file_safe(value_text(value), 40)}" for label, value in values.items())
+    labels = short_names(list(point))
+    name = ",".join(f"{labels[key]}={_file_safe(value_text(value), 40)}" for key, value in point.items())
     return _file_safe(f"{name},seed={seed}".lstrip(","), 200, also=",=")
 
 

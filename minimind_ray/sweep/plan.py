@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -29,7 +30,7 @@ from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import Reference
 from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
 from minimind_ray.stages.start import check_stage, load_tokenizer
-from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, parse_axis, plan_trials
+from minimind_ray.sweep.axes import Axis, Grid, PlannedTrial, check_axes, parse_axis, plan_trials, points_on, trial_id
 from minimind_ray.sweep.searchers import Explorer, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
 from minimind_ray.train.run import RunDirectory
@@ -44,7 +45,8 @@ DONE = (UNITS, REFERENCES, BASES)
 class SweepPlan:
     """What a sweep is to do. `trials` are all of them, or for optuna those that are known so far.
 
-    `path` is the sweep's directory, or the local copy of one in an object store.
+    `path` is the sweep's directory, or the local copy of one in an object store. `refused` are points of optuna's that
+    could not be run.
     """
 
     path: Path
@@ -52,11 +54,26 @@ class SweepPlan:
     axes: tuple[Axis, ...]
     search: SearchConfig
     trials: tuple[PlannedTrial, ...]
+    refused: tuple[dict[str, Any], ...] = ()
 
     @property
     def count(self) -> int:
         """Trials in all."""
-        return (self.search.trials or 0) * self.search.seeds if self.search.searcher == "optuna" else len(self.trials)
+        return self.points * self.search.seeds if self.search.searcher == "optuna" else len(self.trials)
+
+    @property
+    def points(self) -> int:
+        """Points for optuna to try: as many as asked for, or as the axes hold."""
+        return int(min(self.search.trials or 0, points_on(self.axes)))
+
+    @property
+    def shortage(self) -> str | None:
+        """That optuna is asked for more points than the axes hold, in a sentence."""
+        if self.search.searcher != "optuna" or self.points == self.search.trials:
+            return None
+        return (
+            f"the axes hold {self.points} points, fewer than the {self.search.trials} of --trials: each is tried once"
+        )
 
     def in_place(self, trial: PlannedTrial) -> PlannedTrial:
         """The trial with its own directory in the sweep's, and in the sweep's W&B group."""
@@ -86,7 +103,6 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
         raise UserError(f"{key} changes nothing in {base.stage}: leave that axis out")
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
-    drawn = any(isinstance(axis, Drawn) for axis in axes)
     if search.searcher == "optuna":
         import_optuna()
         if search.scheduler == "pbt":
@@ -95,8 +111,8 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
             raise UserError("--searcher optuna needs --trials, the number of points to try")
         if not axes:
             raise UserError("--searcher optuna needs an axis to search, such as --lr 'log(1e-6,1e-4)'")
-        # Each value of the axes is checked; the points come later.
-        plan_trials(base, axes, draws=1 if drawn else None)
+        # The points come later.
+        check_axes(base, axes)
         return SweepPlan(path, base, tuple(axes), search, ())
     trials = plan_trials(base, axes, draws=search.trials, seeds=search.seeds, sweep_seed=base.train.seed)
     if search.scheduler == "pbt":
@@ -130,20 +146,19 @@ class Preparation:
         self.validation = base.data
         self.jobs: dict[Hashable, Job] = {}
         self.checked: set[Hashable] = set()
-        self.checks = True
         self.units = self.references = 0
         # Asked once: later, trials hold what a worker would need to be asked.
         dtype = functools.cache(host.dtype)
         self.host, self.own, self.say = Host(self._run_units, self._compute_reference, dtype), host, say
 
     def work_here(self) -> None:
-        """From now on, do what is left in this process; and a trial that its stage refuses fails by itself."""
-        self.own, self.checks = Host(), False
+        """From now on, do what is left in this process."""
+        self.own = Host()
 
     def job(self, config: Config) -> Job:
         """The job of a trial. Raises as `prepare_job`."""
         stage = repr((config.stage, config.init_from, config.data.tokenizer, config.model, config.lora, config.dpo))
-        if self.checks and stage not in self.checked:  # More of it than the data that trials share depends on.
+        if stage not in self.checked:  # More of it than the data that trials share depends on.
             check_stage(config, load_tokenizer(config))
             self.checked.add(stage)
         key = (
@@ -266,6 +281,22 @@ def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
     begin(job, resume=False).update(state="waiting")
 
 
+def record_refused(plan: SweepPlan, point: dict[str, Any], error: str, number: int) -> list[Path]:
+    """Make the directories of a point's trials that cannot be run, with the reason, and no config; the directories.
+
+    The first one is the sweep's `number`th trial.
+    """
+    paths: list[Path] = []
+    for seed in range(plan.base.train.seed, plan.base.train.seed + plan.search.seeds):
+        info = TrialInfo(id=trial_id(point, seed), point=point, seed=seed)
+        run = RunDirectory(join(url_of(plan.path), "trials", info.id))
+        facts = {**info.model_dump(mode="json"), "number": number + len(paths)}
+        run.write("trial.json", json.dumps(facts, ensure_ascii=False) + "\n")
+        run.fail(error)
+        paths.append(run.path)
+    return paths
+
+
 def check_free(path: Path) -> None:
     """Raises UserError where there is a sweep already."""
     if RunDirectory(path).file("sweep.json").exists():
@@ -290,6 +321,7 @@ def reopen_sweep(path: str | Path) -> SweepPlan:
     except (ValidationError, KeyError) as error:
         raise UserError(f"{path / 'sweep.json'} is damaged: {str(error).splitlines()[0]}") from None
     found: list[tuple[int, PlannedTrial]] = []
+    refused: list[dict[str, Any]] = []
     for file in (path / "trials").glob("*/trial.json"):
         facts = read_json(file)
         try:
@@ -297,25 +329,27 @@ def reopen_sweep(path: str | Path) -> SweepPlan:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
         if not file.with_name("config.yaml").exists():
-            continue  # It was about to be made, and will be again.
+            if RunDirectory(file.parent).info().get("state") == "failed" and trial.point not in refused:
+                refused.append(trial.point)
+            continue  # Else it was about to be made, and will be again.
         # What is trained, not what was planned: budgets and pbt change it. In the sweep's place, which may be another.
         config = load_config(info.stage, [file.with_name("config.yaml")])
         found.append((number, PlannedTrial(trial.id, trial.point, trial.seed, config)))
     trials = tuple(trial for _, trial in sorted(found, key=lambda pair: pair[0]))
     axes = tuple(parse_axis(key, spec) for key, spec in info.axes.items())
-    for trial in trials:
-        _require_on_axes(trial, axes)
-    plan = SweepPlan(path, validate(info.config), axes, search, ())
+    for point in [*(trial.point for trial in trials), *refused]:
+        _require_on_axes(point, axes, path)
+    plan = SweepPlan(path, validate(info.config), axes, search, (), tuple(refused))
     return replace(plan, trials=tuple(map(plan.in_place, trials)))
 
 
-def _require_on_axes(trial: PlannedTrial, axes: Sequence[Axis]) -> None:
-    """Raises UserError where a trial's point is not on the axes of sweep.json."""
+def _require_on_axes(point: Mapping[str, Any], axes: Sequence[Axis], path: Path) -> None:
+    """Raises UserError where the point of a trial is not on the axes of sweep.json."""
     for axis in axes:
-        if axis.key not in trial.point or isinstance(axis, Grid) and trial.point[axis.key] not in axis.values:
+        if axis.key not in point or isinstance(axis, Grid) and point[axis.key] not in axis.values:
             raise UserError(
-                f"{trial.id}: its {axis.key} is {trial.point.get(axis.key)!r}, which is not on the axis of sweep.json, "
-                f"{axis.to_json()}; start a new sweep"
+                f"{url_of(path)}: a trial's {axis.key} is {point.get(axis.key)!r}, which is not on the axis in "
+                f"sweep.json, {axis.to_json()}; start a new sweep"
             )
 
 

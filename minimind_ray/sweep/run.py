@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
+from typing import Any
 
 from minimind_ray.data.storage import url_of
 from minimind_ray.on_ray.session import Ending
@@ -20,6 +22,7 @@ from minimind_ray.sweep.plan import (
     check_same_inputs,
     create_sweep,
     create_trial,
+    record_refused,
     record_resume,
     within_budget,
 )
@@ -51,6 +54,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         if plan.search.budget_tokens and jobs:
             jobs = within_budget(jobs, plan.search.budget_tokens)
         create_sweep(plan, jobs, shared)
+    if plan.shortage:
+        say(plan.shortage)
     waiting = "" if at_once == plan.count else "; the others wait until there is room"
     say(f"{plan.count} trials, {at_once} at once{waiting} -> {url_of(plan.path)}")
     if fuse > 1:
@@ -66,7 +71,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         Explorer(plan.axes, plan.base.train.seed) if pbt else None,
     )
     if plan.search.searcher == "optuna":
-        trials = _proposed(plan, preparation, jobs, mode == "max")
+        trials = _proposed(plan, preparation, jobs, mode == "max", watch)
     else:
         # Those that are done come first, so that the scheduler knows of them when it judges the others.
         trials = sorted(jobs, key=lambda job: not is_done(RunDirectory(job.config.out), search.scheduler))
@@ -76,11 +81,16 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         trials = left if pbt else trials
     hours = plan.search.budget_hours
     seconds = hours and hours * 3600 - (time.monotonic() - began)
-    return run_trials(trials, plan.base.scale, plan.path, search, bases, fuse=fuse, seconds=seconds, watch=watch)
+    ending = run_trials(trials, plan.base.scale, plan.path, search, bases, fuse=fuse, seconds=seconds, watch=watch)
+    if isinstance(trials, OptunaPoints) and ending == "by itself" and trials.asked < plan.points:
+        say(f"no other point was found on the axes: {trials.asked} of {plan.points} were tried")
+    return ending
 
 
-def _proposed(plan: SweepPlan, preparation: Preparation, jobs: Sequence[Job], maximize: bool) -> OptunaPoints:
-    known = {job.config.out: job for job in jobs}
+def _proposed(
+    plan: SweepPlan, preparation: Preparation, jobs: Sequence[Job], maximize: bool, watch: Watch
+) -> OptunaPoints:
+    known, numbers = {job.config.out: job for job in jobs}, count(len(jobs) + len(plan.refused) * plan.search.seeds)
     # Proposals are made while trials hold the cluster's CPUs.
     preparation.work_here()
 
@@ -91,18 +101,22 @@ def _proposed(plan: SweepPlan, preparation: Preparation, jobs: Sequence[Job], ma
         job = preparation.job(trial.config)
         if plan.search.budget_tokens:
             [job] = within_budget([job], plan.search.budget_tokens // plan.count)
-        create_trial(replace(trial, config=job.config), job, number=len(known))
+        create_trial(replace(trial, config=job.config), job, next(numbers))
         known[trial.config.out] = job
         return job
 
-    points = {repr(trial.point): trial.point for trial in plan.trials}
-    assert plan.search.trials
+    def refuse(point: dict[str, Any], error: str) -> None:
+        for path in record_refused(plan, point, error, next(numbers)):
+            watch(path, "ended", {})
+
+    points = {repr(point): point for point in [*(trial.point for trial in plan.trials), *plan.refused]}
     return OptunaPoints(
         plan.base,
         plan.axes,
-        points=plan.search.trials,
+        points=plan.points,
         seeds=plan.search.seeds,
         maximize=maximize,
         make=make,
+        refuse=refuse,
         known=list(points.values()),
     )

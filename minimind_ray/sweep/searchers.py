@@ -13,7 +13,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.data.storage import copy_of
 from minimind_ray.stages.run import Job
-from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, trial_at
+from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, trial_at, untried_point
 
 MOVABLE = (
     "optim.lr", "optim.weight_decay", "optim.clip", "optim.beta1", "optim.beta2",
@@ -21,6 +21,8 @@ MOVABLE = (
 )  # fmt: skip
 RESAMPLE, FACTORS = 0.25, (0.8, 1.2)
 STARTUP = 10
+REPEATS = 10
+"""Proposals in a row of points that were tried, after which an untried one is drawn."""
 
 
 class Explorer:
@@ -47,12 +49,12 @@ class Explorer:
         return {key: self._move(self.axes[key], value) for key, value in point.items()}
 
     def _move(self, axis: Axis, value: Any) -> Any:
-        anew = self.rng.random() < RESAMPLE
+        if self.rng.random() < RESAMPLE:
+            return axis.draw(self.rng)
         if isinstance(axis, Drawn):
-            return axis.draw(self.rng) if anew else axis.nearest(value * self.rng.choice(FACTORS))
-        size = len(axis.values)
+            return axis.nearest(value * self.rng.choice(FACTORS))
         place = axis.values.index(value) + self.rng.choice([-1, 1])
-        return axis.values[self.rng.integers(size) if anew else min(max(place, 0), size - 1)]
+        return axis.values[min(max(place, 0), len(axis.values) - 1)]
 
 
 class OptunaPoints:
@@ -60,7 +62,10 @@ class OptunaPoints:
 
     A point's value is the mean over its seeds. `make` gives a planned trial its run directory and job; `known` are
     the points of a sweep that goes on, which come first. With several trials at once the proposals depend on which
-    ends first.
+    ends first. When Optuna keeps proposing points that were tried, the next one is drawn from the others.
+
+    A point that cannot be run, because its config or its data are refused, is one of the `points`: `refuse` is called
+    with the reason, and the next point comes.
     """
 
     def __init__(
@@ -72,11 +77,13 @@ class OptunaPoints:
         seeds: int,
         maximize: bool,
         make: Callable[[PlannedTrial], Job],
+        refuse: Callable[[dict[str, Any], str], object],
         known: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         optuna = import_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.base, self.axes, self.seeds, self.make = base, {axis.key: axis for axis in axes}, seeds, make
+        self.base, self.axes, self.seeds = base, {axis.key: axis for axis in axes}, seeds
+        self.make, self.refuse = make, refuse
         self.points, self.count = points, points * seeds
         self.distributions = {axis.key: _distribution(axis) for axis in axes}
         self.study = optuna.create_study(
@@ -89,27 +96,47 @@ class OptunaPoints:
             self.study.enqueue_trial({key: _inner(self.axes[key], value) for key, value in point.items()})
         self.proposals: dict[Path, Any] = {}
         self.values: dict[int, dict[Path, float | None]] = {}
-        self.ids: set[str] = set()
+        self.tried: set[str] = set()
+        self.rng = np.random.default_rng(base.train.seed)
+
+    @property
+    def asked(self) -> int:
+        """Points that were proposed so far, with those that could not be run."""
+        return len(self.values)
 
     def ask(self) -> list[Job] | None:
         """The trials of the next point; None after the last, or when the axes hold no other."""
-        if len(self.values) == self.points:
-            return None
-        for _ in range(100):
+        while len(self.values) < self.points and (proposed := self._propose()):
+            proposal, point = proposed
+            self.values[proposal.number] = {}
+            seeds = range(self.base.train.seed, self.base.train.seed + self.seeds)
+            try:
+                jobs = [self.make(trial_at(self.base, point, seed)) for seed in seeds]
+            except UserError as error:
+                # As bad as can be: Optuna learns to keep away, which it does not from a trial that failed.
+                self.study.tell(proposal, state=_state("PRUNED"))
+                self.refuse(point, str(error))
+                continue
+            self.proposals |= {copy_of(job.config.out): proposal for job in jobs}
+            return jobs
+        return None
+
+    def _propose(self) -> tuple[Any, dict[str, Any]] | None:
+        """Optuna's next proposal and its point, one that was not tried; None where the axes hold no other."""
+        for _ in range(REPEATS):
             proposal = self.study.ask(self.distributions)
             point = {key: _outer(axis, proposal.params[key]) for key, axis in self.axes.items()}
-            first = self.base.train.seed
-            trials = [trial_at(self.base, point, seed) for seed in range(first, first + self.seeds)]
-            if trials[0].id not in self.ids:
+            if repr(point) not in self.tried:
                 break
-            self.study.tell(proposal, state=_failed())
+            self.study.tell(proposal, state=_state("FAIL"))
         else:
-            return None
-        self.ids |= {trial.id for trial in trials}
-        jobs = [self.make(trial) for trial in trials]
-        self.proposals |= {copy_of(job.config.out): proposal for job in jobs}
-        self.values[proposal.number] = {}
-        return jobs
+            point = untried_point(list(self.axes.values()), self.tried, self.rng)
+            if point is None:
+                return None
+            self.study.enqueue_trial({key: _inner(self.axes[key], value) for key, value in point.items()})
+            proposal = self.study.ask(self.distributions)
+        self.tried.add(repr(point))
+        return proposal, point
 
     def tell(self, trial: Path, value: float | None) -> None:
         """A trial's metric; when all seeds of its point are in, Optuna learns the mean."""
@@ -121,7 +148,7 @@ class OptunaPoints:
             if found:
                 self.study.tell(proposal, sum(found) / len(found))
             else:
-                self.study.tell(proposal, state=_failed())
+                self.study.tell(proposal, state=_state("FAIL"))
 
 
 def import_optuna() -> Any:
@@ -137,8 +164,8 @@ def import_optuna() -> Any:
     return optuna
 
 
-def _failed() -> Any:
-    return import_optuna().trial.TrialState.FAIL
+def _state(name: str) -> Any:
+    return import_optuna().trial.TrialState[name]
 
 
 def _distribution(axis: Axis) -> Any:

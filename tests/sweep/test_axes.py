@@ -2,11 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
-from minimind_ray.sweep.axes import Drawn, Grid, parse_assignment, parse_axis, plan_trials, short_names
+from minimind_ray.sweep.axes import (
+    Drawn,
+    Grid,
+    check_axes,
+    parse_assignment,
+    parse_axis,
+    plan_trials,
+    points_on,
+    short_names,
+    untried_point,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -135,3 +146,24 @@ def test_seeds_follow_the_base_seed() -> None:
     assert [t.seed for t in plan_trials(base, [], seeds=2)] == [5, 6]
     with pytest.raises(UserError, match="at least 1 seed"):
         plan_trials(base, [], seeds=0)
+
+
+def test_a_value_must_be_possible_with_some_other_value() -> None:
+    base = load_config("dpo", overrides={"data.pack_tokens": 640, "data.max_seq_len": 320, "batch.tokens": 1280})
+    lengths, packs = parse_axis("data.max_seq_len", "int(128,1024)"), parse_axis("data.pack_tokens", "320,640,1280")
+    check_axes(base, [lengths, packs])
+    with pytest.raises(UserError, match="data.pack_tokens is 640, less than data.max_seq_len 1024"):
+        check_axes(base, [lengths])
+    with pytest.raises(UserError, match="optim.lr: the axis has 0.1 twice"):
+        check_axes(base, [parse_axis("optim.lr", "0.1,1e-1")])
+
+
+def test_an_untried_point_is_found_as_long_as_there_is_one() -> None:
+    axes = [parse_axis("optim.lr", "1e-3,1e-4"), parse_axis("lora.rank", "int(1,50)")]
+    assert points_on(axes) == 100 and points_on([*axes, parse_axis("dpo.beta", "uniform(0.1,1)")]) == math.inf
+    tried: set[str] = set()
+    rng = np.random.default_rng(0)
+    while point := untried_point(axes, tried, rng):
+        assert repr(point) not in tried
+        tried.add(repr(point))
+    assert len(tried) == 100

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.sweep.axes import parse_axis
 from minimind_ray.sweep.searchers import Explorer, OptunaPoints
@@ -48,7 +49,7 @@ def searched(
     made = Made(tmp_path)
     points = OptunaPoints(
         load_config("dpo", overrides={"train.seed": seed}), [parse_axis(k, v) for k, v in specs.items()],
-        **{"points": 30, "seeds": 1, "maximize": False, "make": made, **options},
+        **{"points": 30, "seeds": 1, "maximize": False, "make": made, "refuse": None, **options},
     )  # fmt: skip
     while jobs := points.ask():
         for job in jobs:
@@ -90,11 +91,40 @@ def test_optuna_hears_the_mean_over_seeds(tmp_path: Path) -> None:
     assert [t.value for t in points.study.trials] == [0.5] * 3
 
 
-def test_optuna_repeats_no_point_and_ends_when_there_is_none(tmp_path: Path) -> None:
+GRIDS = [
+    ({"dpo.beta": "0.05,0.1,0.3"}, 3),
+    ({"optim.lr": "1e-5,1e-4,1e-3", "dpo.beta": "0.05,0.1,0.3,1"}, 12),
+    ({"lora.rank": "int(1,5)", "lora.dora": "true,false"}, 10),
+]
+
+
+@pytest.mark.parametrize(("specs", "size"), GRIDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_optuna_tries_each_point_of_a_grid_once(tmp_path: Path, specs: dict[str, str], size: int, seed: int) -> None:
     pytest.importorskip("optuna")
-    trials, points = searched(tmp_path, {"dpo.beta": "0.05,0.1,0.3"}, lambda config: config.dpo.beta, maximize=True)
-    assert sorted(t.point["dpo.beta"] for t in trials) == [0.05, 0.1, 0.3]
-    assert points.study.best_value == 0.3
+    for asked in (size - 1, size, size + 3):
+        trials, points = searched(tmp_path, specs, lambda config: config.dpo.beta, seed=seed, points=asked)
+        assert len({trial.id for trial in trials}) == len(trials) == points.asked == min(asked, size)
+
+
+def test_a_point_that_cannot_be_run_is_one_of_the_points(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    refused: list[tuple[Any, str]] = []
+    specs = {"data.max_seq_len": "int(128,512)", "data.pack_tokens": [256, 512]}
+    trials, points = searched(
+        tmp_path, specs, lambda config: -config.data.max_seq_len, points=12,
+        refuse=lambda point, error: refused.append((point, error)),
+    )  # fmt: skip
+    assert refused and trials and len(trials) + len(refused) == points.asked == 12
+    for point, error in refused:
+        assert error.startswith(f"data.pack_tokens is 256, less than data.max_seq_len {point['data.max_seq_len']}")
+
+    def make(trial: Any) -> Any:
+        raise UserError("no row is left")
+
+    refused.clear()
+    searched(tmp_path, {"optim.lr": "log(1e-5,1e-3)"}, None, points=4, make=make, refuse=lambda *it: refused.append(it))
+    assert [error for _, error in refused] == ["no row is left"] * 4
 
 
 def test_optuna_goes_on_where_it_was(tmp_path: Path) -> None:
