@@ -41,8 +41,10 @@ def chat(
     from minimind_ray.model.lora import is_adapter
     from minimind_ray.stages.conversation import Conversation
     from minimind_ray.stages.use import Sampling, base_of, open_trained
+    from minimind_ray.train import interrupts
     from minimind_ray.train.run import resolve_model
 
+    interrupts.uninstall()  # Only Ctrl-C stops an answer; the others end the chat.
     require_text(system or "", "--system")
 
     def open_first(adapter: str | None) -> Trained:

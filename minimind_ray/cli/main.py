@@ -32,6 +32,7 @@ from minimind_ray.cli import (
 from minimind_ray.cli import run as run_recipe
 from minimind_ray.cli.options import printable
 from minimind_ray.config.errors import UserError
+from minimind_ray.train import interrupts
 
 LONGEST_ERROR = 2000
 
@@ -69,6 +70,8 @@ app.add_typer(config.app, name="config")
 def run() -> None:
     """The console script: the user's and the disk's errors as one sentence on stderr, no traceback, exit code 1.
 
+    After a signal the exit code is 128 and its number, whatever the end was but a success.
+
     With MINIMIND_DEBUG set, the traceback too.
     """
     # Spare the interpreter's end a last collection over all that torch imported: 0.4 s.
@@ -78,22 +81,26 @@ def run() -> None:
     if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
         # A Ray that a script started in its background has handed down to its jobs that SIGINT is to be ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts.install()
     try:
         app()
+    except SystemExit as ending:
+        # The code of any stop, from the commands and from Typer.
+        sys.exit(interrupts.exit_code(130) if ending.code == 130 else ending.code)
     except UserError as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
         # What it cites of a file could steer a terminal, or fill it.
         text = printable(" ".join(str(error).split()))
         print(f"error: {text if len(text) <= LONGEST_ERROR else f'{text[:LONGEST_ERROR]} …'}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(interrupts.exit_code(1))
     except OSError as error:
         # A place that cannot be read or written, a full disk: the user's to mend, wherever it shows.
         if os.environ.get("MINIMIND_DEBUG") or error.strerror is None:
             raise
         place = f"{error.filename}: " if error.filename else ""
         print(printable(f"error: {place}{error.strerror}"), file=sys.stderr)
-        sys.exit(1)
+        sys.exit(interrupts.exit_code(1))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interrupts.exit_code(130))

@@ -14,6 +14,7 @@ COLUMNS = {
 # What a narrow terminal does without, first to last; the names of runs are always whole.
 LEFT_OUT = ("last checkpoint", "stage", "loss", "step", "val loss", "state")
 WIDEST_STATE = 15  # A damaged run's state is a sentence, which may take several lines.
+NEEDED = ("run.json", "config.yaml", "metrics.jsonl", "writer.json", "sweep.json")
 
 
 def runs(
@@ -28,7 +29,7 @@ def runs(
     directory = directory if Path(directory).exists() else input_path(directory)
     folder = copy_of(directory)
     if mirror := mirror_of(directory):
-        mirror.pull(wanted=lambda name: name.endswith(("run.json", "config.yaml", "metrics.jsonl")))
+        mirror.pull(wanted=lambda name: name.endswith(NEEDED))
     if not folder.is_dir():
         raise UserError(f"{directory} is no directory; name the one that holds the runs")
     found = sorted((_facts(file.parent) for file in folder.rglob("run.json")), key=_updated, reverse=True)
@@ -96,7 +97,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
     run, last, info, stage = RunDirectory(path), {}, {}, None
     try:
-        info, stage = run.info(), read_yaml(run.path / "config.yaml").get("stage")
+        info, stage = {**run.info(), "state": run.state()}, read_yaml(run.path / "config.yaml").get("stage")
         for line in run.metrics():
             last |= line
     except (UserError, OSError) as error:

@@ -69,6 +69,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
     from rich.console import Console
 
+    from minimind_ray.data.claim import claimed
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.track.wandb import check_tracking
     from minimind_ray.train.resume import longer
@@ -86,13 +87,14 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
         from minimind_ray.stages.run import begin, prepare_job
 
         job = prepare_job(config, work, say)
-        begin(job, resume=resume)
-        if finished and run.checkpoints():
-            say(f"{run.where} is finished. {longer(run.where, run.file('config.yaml'), config)}")
-        elif resume:
-            say(f"{run.where}: {run.resume_point()}")
-        with watching(job, console):
-            run_job(job)
+        with claimed(job.config.out):
+            begin(job, resume=resume)
+            if finished and run.checkpoints():
+                say(f"{run.where} is finished. {longer(run.where, run.file('config.yaml'), config)}")
+            elif resume:
+                say(f"{run.where}: {run.resume_point()}")
+            with watching(job, console):
+                run_job(job)
     print_result(config.out, console)
     if run.info()["state"] == "stopped":
         raise typer.Exit(130)

@@ -219,12 +219,14 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     from rich.console import Console
 
+    from minimind_ray.data.claim import claimed, require_free
     from minimind_ray.data.storage import url_of
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
     from minimind_ray.sweep.run import run_sweep  # Imports torch: before `start_ray`, as in `train.host`.
     from minimind_ray.track.wandb import check_tracking
     from minimind_ray.train.run import RunDirectory
 
+    require_free(url_of(plan.path))
     check_tracking(plan.base)
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -233,7 +235,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     try:
         from minimind_ray.cli.board import Board
 
-        with Board(plan, console) as board:
+        with claimed(url_of(plan.path)), Board(plan, console) as board:
             ending = run_sweep(plan, resume=resume, say=say, watch=board.watch)
     finally:
         stop_ray()

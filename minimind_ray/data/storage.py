@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 MARK = "resume/sums.json"
-DIRECT = ("config.yaml", "run.json", "trial.json")
+WRITER = "writer.json"
+DIRECT = ("config.yaml", "run.json", "trial.json", WRITER)
 """Written by several processes: always straight to the store, and never by a mirror's thread."""
 TICK_S = 10.0
 LOOK_S = 3.0

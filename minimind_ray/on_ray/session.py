@@ -35,11 +35,14 @@ def start_ray(cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
+    from minimind_ray.on_ray.signals import own_signals
+
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if address := os.environ.get("RAY_ADDRESS"):
-        _join(address)
-    else:
-        _start_here(cpus)
+    with own_signals():
+        if address := os.environ.get("RAY_ADDRESS"):
+            _join(address)
+        else:
+            _start_here(cpus)
     configure_data()
 
 
@@ -108,9 +111,9 @@ def stop_ray() -> None:
 
 
 def interruptible(work: Callable[[], object], stop: Callable[[], object], seconds: float = math.inf) -> Ending:
-    """Do `work` in a thread, so that this one can turn Ctrl-C, or the end of `seconds`, into `stop`, a clean one.
+    """Do `work` in a thread, so that this one can turn a signal, or the end of `seconds`, into `stop`, a clean one.
 
-    A second Ctrl-C interrupts at once. Raises what `work` raises.
+    The signals are those of train/interrupts.py. A second one interrupts at once. Raises what `work` raises.
     """
     ended, failure = threading.Event(), list[BaseException]()
 

@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import config_keys, load_config, merged, nearest_key, read_yaml
 from minimind_ray.config.schema import Config, LoraConfig, Section, StageName
+from minimind_ray.data.claim import require_free
 from minimind_ray.data.files import exists, join
 from minimind_ray.data.records import discover
 from minimind_ray.stages.run import Job, changed_inputs
@@ -167,8 +168,13 @@ class Decision:
 
 
 def decide(job: Job) -> Decision:
-    """Compare a job with what its run directory holds."""
+    """Compare a job with what its run directory holds.
+
+    Raises:
+        UserError: another process writes there.
+    """
     run = RunDirectory(job.config.out)
+    require_free(run.where)
     info = run.info()
     if not info:
         return Decision("start", "not run yet")
@@ -178,11 +184,16 @@ def decide(job: Job) -> Decision:
         return Decision("redo", f"changed: {', '.join(changed)}")
     if info["state"] == "finished":
         return Decision("skip", f"finished, {info['steps']} steps, nothing changed")
-    return Decision("resume", f"its state is {info['state']}, before its end: {run.resume_point()}")
+    return Decision("resume", f"its state is {run.state()}, before its end: {run.resume_point()}")
 
 
 def set_aside(run: RunDirectory) -> str:
-    """Rename a run directory that is done anew, so that nothing is lost; its new path or URL."""
+    """Rename a run directory that is done anew, so that nothing is lost; its new path or URL.
+
+    Raises:
+        UserError: another process writes there.
+    """
+    require_free(run.where)
     number = 1
     while exists(aside := f"{run.where}.before-{number}"):
         number += 1

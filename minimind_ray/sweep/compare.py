@@ -524,7 +524,7 @@ def _config_value(sweep: Sweep, key: str) -> Any:
 
 
 def _status(trials: Sequence[Trial], seeds: int) -> str:
-    states = Counter[str](t.state for t in trials)
+    states = Counter[str](t.status for t in trials)
     states["waiting"] += max(0, seeds - len(trials))
     states = +states
     if len(states) == 1:

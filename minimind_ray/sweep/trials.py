@@ -22,6 +22,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import StageName
+from minimind_ray.data.claim import live_writer
 from minimind_ray.data.storage import mirror_of, url_of
 from minimind_ray.train.run import VALIDATION, inside, read_jsonl
 
@@ -147,6 +148,11 @@ class Trial:
     lineage: list[dict[str, Any]]
     validation: Validation | None
 
+    @property
+    def status(self) -> str:
+        """The state, with the reason where nobody stopped it."""
+        return f"{self.state} ({self.error})" if self.state == "stopped" and self.error else self.state
+
     def last(self, metric: str) -> float | None:
         """The metric's last value while training."""
         return next((float(m[metric]) for m in reversed(self.metrics) if m.get(metric) is not None), None)
@@ -204,6 +210,7 @@ def read_trial(path: Path) -> Trial:
     """One trial; what it has not written yet is empty or None. Raises as `read_sweep`."""
     trial = _read(path / "trial.json", TrialInfo)
     run = _read(path / "run.json", RunInfo) if (path / "run.json").exists() else RunInfo()
+    gone = run.state == "running" and not live_writer(path)
     if run.result and not inside(run.result):
         raise UserError(f"{path}/run.json: its result {run.result!r} is no place in the run's directory")
     metrics = _read_lines(path / "metrics.jsonl", MetricsLine)
@@ -215,8 +222,8 @@ def read_trial(path: Path) -> Trial:
         path=path,
         point=trial.point,
         seed=trial.seed,
-        state=run.state,
-        error=run.error,
+        state="stopped" if gone else run.state,
+        error="its process is gone" if gone else run.error,
         # A run that is still going has not summed up yet.
         steps=last["step"] if run.steps is None else run.steps,
         tokens=last["tokens"] if run.tokens is None else run.tokens,

@@ -8,12 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import signal
 import sys
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.model.ops import compile_kernels, compiled, run_eagerly
+from minimind_ray.train.interrupts import first_stops
 
 # Read once, at a GPU's first matrix product, which may be long before a run asks for `train.deterministic`.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -53,7 +52,7 @@ class Context(Protocol):
 
 
 class PlainContext:
-    """One process, no Ray. `stop_on_interrupt` turns Ctrl-C into a clean stop; a second one interrupts at once."""
+    """One process, no Ray. `stop_on_interrupt` turns a signal into a clean stop; a second one interrupts at once."""
 
     rank = 0
     world_size = 1
@@ -68,27 +67,19 @@ class PlainContext:
         return True
 
     def should_stop(self) -> bool:
-        """True after the first Ctrl-C."""
+        """True after the first signal."""
         return self.stopping
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
         """Holds none."""
 
-    @contextmanager
-    def stop_on_interrupt(self) -> Generator[None]:
-        """While inside, the first SIGINT or SIGTERM asks for a stop, the next one has its usual effect."""
+    def stop_on_interrupt(self) -> AbstractContextManager[None]:
+        """While inside, the first SIGINT, SIGTERM or SIGHUP asks for a stop, the next one has its usual effect."""
+        return first_stops(self.stop)
 
-        def ask(signum: int, frame: FrameType | None) -> None:
-            self.stopping = True
-            for s, handler in before.items():
-                signal.signal(s, handler)
-
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+    def stop(self) -> None:
+        """Ask for a stop after the step."""
+        self.stopping = True
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 config.yaml     the resolved config
 run.json        command line, versions, git commit, data fingerprints, state, and where the result is
+writer.json     the process that writes here, or did last (data/claim.py)
 metrics.jsonl   one line per step, with what its validation found
 samples.jsonl   what the model wrote at each validation
 validation.parquet   the validation of the result, one row per example
@@ -32,6 +33,7 @@ from minimind_ray.config.load import to_yaml
 from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import parse_json, read_json
 from minimind_ray.config.schema import Config
+from minimind_ray.data.claim import find_writer, require_free
 from minimind_ray.data.files import writing_to
 from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_of
 from minimind_ray.train.resume import differences, refusal
@@ -39,6 +41,7 @@ from minimind_ray.train.resume import differences, refusal
 CHECKPOINT_SUMS = MARK
 VALIDATION = "validation.parquet"
 UNFINISHED = ".writing-"
+GONE = "stopped (its process is gone)"
 LONGEST_LINE = 1 << 14
 """Bytes of a line of metrics.jsonl, at most."""
 
@@ -73,6 +76,7 @@ class RunDirectory:
         """Whether `create` would be refused, without writing anything."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"out {self.where} is a file: name a directory")
+        require_free(self.where)
         holds_run = self.file("config.yaml").exists()
         if holds_run and not resume:
             raise UserError(f"{self.where} already holds a run: add --resume to go on with it, or choose another --out")
@@ -139,6 +143,13 @@ class RunDirectory:
         """What run.json says; empty without one. Raises UserError where it cannot be read."""
         path = self.file("run.json")
         return read_json(path) if path.exists() else {}
+
+    def state(self) -> str | None:
+        """What run.json says of the run's state; GONE where it says "running" and no process writes to it."""
+        state = self.info().get("state")
+        if state != "running":
+            return state
+        return state if find_writer(self.where) else GONE
 
     def update(self, **facts: Any) -> None:
         """Add to run.json, and bring into the store what it speaks of."""

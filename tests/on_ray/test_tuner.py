@@ -20,6 +20,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import SearchConfig
+from minimind_ray.data.claim import require_free
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis
 from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep, reopen_sweep
@@ -404,7 +405,7 @@ def test_what_does_not_fit_is_refused(ray_session: None, monkeypatch: pytest.Mon
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:
-    """The real command with a Ray of its own, as a terminal starts it: Ctrl-C reaches the whole group."""
+    """The real command with a Ray of its own, as a terminal starts it: signals reach the whole group."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.Popen(
         [sys.executable, "-c", "from minimind_ray.cli.main import run; run()", "tune", *arguments],
@@ -422,7 +423,7 @@ def lines_of(path: Path) -> int:
     return len(list(read_jsonl(path)))
 
 
-def test_ctrl_c_and_a_crash_lose_nothing(tmp_path: Path) -> None:
+def test_a_signal_and_a_crash_lose_nothing(tmp_path: Path) -> None:
     config = make_config(tmp_path, rows=200, eval__samples=0, train__epochs=5, model__dropout=0.1)
     from minimind_ray.config.load import to_yaml
 
@@ -434,9 +435,11 @@ def test_ctrl_c_and_a_crash_lose_nothing(tmp_path: Path) -> None:
 
     process = command(*arguments, str(out))
     wait_for(lambda: lines_of(first / "metrics.jsonl") >= 5, process)
-    os.killpg(process.pid, signal.SIGINT)
+    with pytest.raises(UserError, match=f"{out} is in use by process {process.pid} "):
+        require_free(first)
+    os.killpg(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, text
+    assert process.returncode == 143, text
     assert f"go on with: minimind-ray tune --resume {out}" in text
     stopped = RunDirectory(first).info()
     assert stopped["state"] == "stopped" and stopped["steps"] >= 5, text
@@ -445,7 +448,8 @@ def test_ctrl_c_and_a_crash_lose_nothing(tmp_path: Path) -> None:
     wait_for(lambda: lines_of(second / "metrics.jsonl") >= 12, process)
     process.kill()
     process.wait()
-    assert RunDirectory(first).info()["state"] == "finished"
+    assert RunDirectory(first).state() == "finished"
+    assert RunDirectory(second).state() == "stopped (its process is gone)"
     untouched = (first / "metrics.jsonl").read_bytes()
 
     process = command("--resume", str(out))

@@ -90,7 +90,7 @@ def test_an_interrupted_stage_goes_on(recipe: Path, capsys: pytest.CaptureFixtur
     shutil.rmtree(sft.checkpoint_path("step-00000004"))
     sft.forget_after(2)
     out = run(recipe, capsys)
-    assert "resume: its state is running, before its end" in out
+    assert "resume: its state is stopped (its process is gone), before its end" in out
     lines = sft.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert len(whole.splitlines()) == 4

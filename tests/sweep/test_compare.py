@@ -15,6 +15,7 @@ import pytest
 
 from minimind_ray.cli.compare import compare as compare_command
 from minimind_ray.config.errors import UserError
+from minimind_ray.data.claim import claimed
 from minimind_ray.sweep.compare import Comparison, Statistics, compare, split_seeds, statistics, to_json
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.trials import read_sweep
@@ -241,7 +242,10 @@ def test_bits_per_byte_is_the_loss_in_another_unit(tmp_path: Path) -> None:
 def test_running_and_failed_points_have_no_verdict(tmp_path: Path) -> None:
     path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.2,0.3"}, seeds=1, running=1, failed=2,
                       quality=lambda point: 0.5)  # fmt: skip
-    comparison = compare([read_sweep(path)])
+    [gone] = [row.status for row in compare([read_sweep(path)]).rows if row.point["dpo.beta"] == 0.2]
+    assert gone == "stopped (its process is gone)"
+    with claimed(path):
+        comparison = compare([read_sweep(path)])
     rows = by_point(comparison)
     assert [rows[beta,].verdict for beta in (0.1, 0.2, 0.3)] == ["best", None, None]
     assert [rows[beta,].status for beta in (0.1, 0.2, 0.3)] == ["finished", "running", "failed"]

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.data.claim import claimed
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_sweep
@@ -25,11 +26,14 @@ def test_every_state(tmp_path: Path) -> None:
     waiting = path / "trials" / "beta=0.2,seed=9"
     waiting.mkdir()
     (waiting / "trial.json").write_text(json.dumps({"id": waiting.name, "point": {"dpo.beta": 0.2}, "seed": 9}))
-    trials = {t.id: t for t in read_sweep(path).trials}
+    with claimed(path):
+        trials = {t.id: t for t in read_sweep(path).trials}
     assert {t.id: t.state for t in trials.values()} == {
         "beta=0.1,seed=0": "finished", "beta=0.2,seed=0": "failed", "beta=0.1,seed=1": "early-stopped",
         "beta=0.2,seed=1": "running", "beta=0.2,seed=9": "waiting",
     }  # fmt: skip
+    gone = next(t for t in read_sweep(path).trials if t.id == "beta=0.2,seed=1")
+    assert (gone.state, gone.error) == ("stopped", "its process is gone")
     failed, running = trials["beta=0.2,seed=0"], trials["beta=0.2,seed=1"]
     assert failed.error and "nan" in failed.error
     assert failed.validation is None and failed.result is None

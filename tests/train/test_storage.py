@@ -82,7 +82,7 @@ def job_at(url: str, local: Path) -> Job:
 def check_same(local: Path, bucket: fs.FileSystem, folder: str = "bucket/runs/x") -> None:
     """The store's run has the files, results and metrics of the one on the local disk."""
     expected = {str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()}
-    assert names(bucket, folder) == expected
+    assert names(bucket, folder) - {"writer.json"} == expected  # A killed process leaves its claim.
     run = RunDirectory(f"s3://{folder}")
     assert run.info()["state"] == "finished" and run.info()["result"] == RunDirectory(local).info()["result"]
     assert file_sha256(resolve_model(f"s3://{folder}") / "model.safetensors") == file_sha256(

@@ -1,0 +1,93 @@
+"""Ctrl-C, SIGTERM and SIGHUP end a command in the same way: as KeyboardInterrupt in the main thread.
+
+A run turns the first of them into a stop after its step, with a checkpoint: in a plain process by `first_stops`, on Ray
+by `interruptible` in on_ray/session.py. The second one ends the command at once. `exit_code` is that of the shell, 128
+and the signal's number.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+_terminals: list[int] = []
+_received: list[int] = []
+
+
+def install() -> None:
+    """Let the three signals raise KeyboardInterrupt in this process's main thread.
+
+    A signal that is ignored stays ignored: nohup's SIGHUP, and the SIGINT of a command in a shell's background.
+    """
+    _received.clear()
+    _terminals[:] = [fd for fd in (1, 2) if _is_terminal(fd)]
+    _handlers.update((s, signal.SIG_IGN if signal.getsignal(s) == signal.SIG_IGN else _interrupt) for s in SIGNALS)
+    reinstall()
+
+
+def reinstall() -> None:
+    """Install the handlers again, after Ray has replaced some; does nothing where `install` was not called."""
+    for number, handler in _handlers.items():
+        signal.signal(number, handler)
+
+
+def uninstall() -> None:
+    """Give the signals back to the system, except Ctrl-C, which raises KeyboardInterrupt as in any Python program."""
+    for number, handler in _handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _handlers.clear()
+
+
+def exit_code(otherwise: int) -> int:
+    """128 and the number of the first signal that has come since `install`; `otherwise` if none has."""
+    return 128 + _received[0] if _received else otherwise
+
+
+@contextmanager
+def first_stops(stop: Callable[[], object]) -> Generator[None]:
+    """While inside, the first signal calls `stop`, and the second one has the effect that it has outside."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        _note(number)
+        restore()
+        stop()
+
+    def restore() -> None:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    heard = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, ask) for s in heard}
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _note(number)
+    raise KeyboardInterrupt
+
+
+def _note(number: int) -> None:
+    """Remember the signal. After the terminal is closed, writing there would be an error: write to nowhere instead."""
+    _received.append(number)
+    for fd in _terminals:
+        if not _is_terminal(fd):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, fd)
+            os.close(nowhere)
+
+
+def _is_terminal(fd: int) -> bool:
+    try:
+        return os.isatty(fd)
+    except OSError:
+        return False
