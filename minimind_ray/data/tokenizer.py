@@ -1,9 +1,9 @@
 """Text to token ids and back: tokenizers trained here, and any Hugging Face tokenizer directory.
 
 A tokenizer is two files, `tokenizer.json` and `tokenizer_config.json` (with the chat template). Control tokens (the
-"added tokens": `<|im_start|>`, `<think>`, ...) come from the template alone. Where a text spells one out, it is plain
-text: `encode` never yields a control token, and `render` puts a stand-in for what a message spells out, so that a
-user's text can never open a turn.
+"added tokens" but plain words and white space: `<|im_start|>`, `<think>`, ...) come from the template alone. Where a
+text spells one out, it is plain text: `encode` never yields a control token, and `render` puts a stand-in for what a
+message spells out, so that a user's text can never open a turn. All other texts get the ids that transformers gives.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.reading import parse_json, read_json, read_text, require_own
+from minimind_ray.config.reading import parse_json
 from minimind_ray.data.chat_format import ANSWER_HEADER, RESERVED, TURN_END, TURN_START, ChatFormat, Rendering
 from minimind_ray.data.chat_template import CHATML, Message
 from minimind_ray.data.files import writing_to
 from minimind_ray.data.storage import copy_of, is_url, mirror_of
+from minimind_ray.data.tokenizer_dir import MORE_TEMPLATES, NAMED_TOKENS, read_tokenizer, token_name
 
 # MiniMind's, in the order of their ids: models and data made with one tokenizer layout stay usable with the other.
 SPECIAL_TOKENS = (
@@ -43,11 +44,8 @@ MARKUP_TOKENS = (
     *(f"<|buffer{i}|>" for i in range(1, 10)),
 )  # fmt: skip
 
-NO_TOKENIZER = "; it is no tokenizer directory, name one that holds tokenizer.json and tokenizer_config.json"
-
-NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-
-MORE_TEMPLATES = "additional_chat_templates"  # the folder of those that are not the default
+# Added tokens that may stand in any text: words that someone added to the vocabulary, and runs of white space.
+WORD = re.compile(r"[\w\s▁'.,-]*")
 
 # A stand-in is this mark and a private character that says for what; the mark itself is stood in for too. It is a
 # code point that Unicode keeps for a program's own use, so texts rarely hold it and templates never look at it.
@@ -67,12 +65,12 @@ class Tokenizer:
 
     def __init__(self, definition: str, settings: dict[str, Any], name: str) -> None:
         self.name = name
+        self._definition = definition
         self._settings = settings
         try:
             layout = parse_json(definition, f"{name}: tokenizer.json")
-            self._definition, self._full, added = _as_transformers(definition, layout, settings)
-            bare = {**layout, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-            self._bare = json.dumps(bare)
+            self._full = _without_extras(definition)
+            added = dict(sorted(self._full.get_added_tokens_decoder().items()))
         except UserError:
             raise
         except Exception as error:  # the library raises bare exceptions
@@ -82,11 +80,11 @@ class Tokenizer:
         self.vocab_size = 1 + max(ids, default=0)
         if not 0 < len(ids) <= self.vocab_size <= 2 * len(ids) + 1024:
             raise UserError(f"{name}: tokenizer.json has {len(ids)} tokens, with ids up to {self.vocab_size - 1}")
-        # Runs of white space are words like others; the rest are control tokens.
-        self._words = {i: t for i, t in added.items() if not t.special and not t.content.strip(" \t\r\n▁")}
+        self._words = {id: token for id, token in added.items() if not token.special and WORD.fullmatch(token.content)}
         self._control = {i: t for i, t in added.items() if i not in self._words}
-        self._plain = _Relabelled(self._bare, {id: (token.content, token) for id, token in self._words.items()})
-        self._control_is_normalized = bool(layout["normalizer"]) and any(t.normalized for t in self._control.values())
+        self._plain = _Relabelled(definition, {id: (token.content, token) for id, token in self._words.items()})
+        normalizes = layout.get("normalizer") is not None
+        self._control_is_normalized = normalizes and any(token.normalized for token in self._control.values())
 
         bos_id, eos_id, pad_id = (self._special_id(key) for key in ("bos_token", "eos_token", "pad_token"))
         if eos_id is None:
@@ -99,6 +97,8 @@ class Tokenizer:
         special = [token.content for token in added.values() if token.special]
         model = layout["model"]  # What it has no token for becomes this one.
         self._unknown = model["unk_id"] if "unk_id" in model else self._added.get(model.get("unk_token"))
+        if (unknown := model.get("unk_token")) and unknown not in model["vocab"]:
+            raise UserError(f"{name}: the unk_token {unknown} of tokenizer.json is not in its vocabulary; mend it")
         for content in special:
             if self._added[content] in self.encode([content])[0] and self._added[content] != self._unknown:
                 raise UserError(f"{name}: plain text can spell the control token {content}; use another tokenizer")
@@ -123,13 +123,7 @@ class Tokenizer:
         folder = copy_of(directory)
         if is_url(directory) and (mirror := mirror_of(directory)):
             mirror.pull(wanted=lambda name: "/" not in name or name.startswith(f"{MORE_TEMPLATES}/"))
-        definition = _read(folder / "tokenizer.json")
-        settings = read_json(folder / "tokenizer_config.json", NO_TOKENIZER)
-        files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").exists() else {}
-        files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
-        if files:
-            settings["chat_template"] = [{"name": name, "template": _read(file)} for name, file in files.items()]
-        return cls(definition, settings, str(folder))
+        return cls(*read_tokenizer(folder), str(folder))
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `load` and transformers' AutoTokenizer read."""
@@ -245,8 +239,8 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: the end token's, and those that the chat templates write after an answer."""
         ends: list[int] = []
-        for tools in (None, []) if self._templates else ():
-            with suppress(UserError):  # A template that fails is refused where it is used.
+        for tools in (None, []):
+            with suppress(UserError):  # A template that is missing or fails is refused where it is used.
                 if token := self._format(tools).end_token:
                     ends.append(self._added[token])
         return tuple(dict.fromkeys([self.eos_id, *ends]))
@@ -323,10 +317,11 @@ class Tokenizer:
     def _guarded(self, mark: str) -> _Relabelled:
         """The tokenizer whose control tokens are this mark and a private character each."""
         if mark not in self._guarded_by_mark:
-            labelled = {id: (mark + chr(FIRST_PRIVATE + id), token) for id, token in self._control.items()}
+            control = enumerate(self._control.items())
+            labelled = {id: (mark + chr(FIRST_PRIVATE + i), token) for i, (id, token) in control}
             labelled[CUT] = mark, tokenizers.AddedToken(mark, normalized=False)
             labelled |= {id: (token.content, token) for id, token in self._words.items()}
-            self._guarded_by_mark[mark] = _Relabelled(self._bare, labelled)
+            self._guarded_by_mark[mark] = _Relabelled(self._definition, labelled)
         return self._guarded_by_mark[mark]
 
     def _with_spans(
@@ -421,7 +416,7 @@ class Tokenizer:
     @property
     def _names(self) -> dict[str, str]:
         """What the chat template knows by name."""
-        names = {key: self._token(key) for key in NAMED_TOKENS}
+        names = {key: token_name(self._settings, key, self.name) for key in NAMED_TOKENS}
         return {key: token for key, token in names.items() if token is not None}
 
     def _escape_messages(self, messages: list[Message]) -> list[Message]:
@@ -431,16 +426,8 @@ class Tokenizer:
             for m in messages
         ]
 
-    def _token(self, key: str) -> str | None:
-        token = self._settings.get(key)
-        if isinstance(token, dict):
-            token = cast("dict[str, Any]", token).get("content")
-        if token is not None and not isinstance(token, str):
-            raise UserError(f"{self.name}: {key} in tokenizer_config.json is no string; mend it")
-        return token
-
     def _special_id(self, key: str) -> int | None:
-        token = self._token(key)
+        token = token_name(self._settings, key, self.name)
         if token is None:
             return None
         id = self._full.token_to_id(token)
@@ -470,9 +457,9 @@ class _Relabelled:
     """A tokenizer with other added tokens: by the id that each has in what this returns, its label in texts, and the
     token it is like."""
 
-    def __init__(self, bare: str, tokens: dict[int, tuple[str, tokenizers.AddedToken]]) -> None:
+    def __init__(self, definition: str, tokens: dict[int, tuple[str, tokenizers.AddedToken]]) -> None:
         self.labels = {id: label for id, (label, _) in tokens.items()}
-        self._backend = tokenizers.Tokenizer.from_str(bare)
+        self._backend = _without_extras(json.dumps({**json.loads(definition), "added_tokens": []}))
         self._backend.add_tokens([_like(token, label) for label, token in tokens.values()])
         own = {self._backend.token_to_id(label): id for id, label in self.labels.items()}
         self._ids = {one: id for one, id in own.items() if one != id}
@@ -528,34 +515,20 @@ def _like(token: tokenizers.AddedToken, label: str) -> tokenizers.AddedToken:
     )
 
 
-def _as_transformers(
-    definition: str, layout: dict[str, Any], settings: dict[str, Any]
-) -> tuple[str, tokenizers.Tokenizer, dict[int, tokenizers.AddedToken]]:
-    """tokenizer.json as transformers reads it with these settings, the tokenizer itself, and its added tokens."""
+def _without_extras(definition: str) -> tokenizers.Tokenizer:
+    """The tokenizer as it is for conversations: it neither cuts, nor pads, nor adds what a template writes."""
     full = tokenizers.Tokenizer.from_str(definition)
-    before = full.get_added_tokens_decoder()
-    listed: dict[str, Any] = settings.get("added_tokens_decoder") or {}
-    full.add_tokens([tokenizers.AddedToken(**token) for _, token in sorted(listed.items(), key=lambda i: int(i[0]))])
-    added = full.get_added_tokens_decoder()
-    if {id: repr(token) for id, token in added.items()} != {id: repr(token) for id, token in before.items()}:
-        definition = full.to_str(pretty=True)
     full.no_truncation()
     full.no_padding()
     full.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
-    return definition, full, dict(sorted(added.items()))
+    return full
 
 
 def _plain_message(message: Message) -> Message:
-    """Without empty fields, and with a thought under both names that templates read."""
+    """Without empty fields, and with a thought under both names that templates read, as transformers does."""
     plain = {key: value for key, value in message.items() if value is not None}
-    if "reasoning_content" in plain:
-        plain.setdefault("thinking", plain["reasoning_content"])
-    return plain
-
-
-def _read(file: Path) -> str:
-    require_own(file)
-    return read_text(file, hint=NO_TOKENIZER)
+    thought = next((plain[key] for key in ("reasoning_content", "thinking", "reasoning") if key in plain), None)
+    return plain if thought is None else {"thinking": thought, **plain, "reasoning_content": thought}
 
 
 def _any_of(contents: Iterable[str]) -> re.Pattern[str]:

@@ -218,6 +218,20 @@ def test_templates_in_files_of_their_own(tmp_path: Path) -> None:
     assert answers(tokenizer, TURNS)[1] == "9\n\n  数字<|im_end|>\n"
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer_class": "T5TokenizerFast"}, "tokenizer_class is T5Tokenizer, for which transformers does not use"),
+        ({"split_special_tokens": True}, "split_special_tokens in tokenizer_config.json is not supported; remove it"),
+    ],
+)
+def test_what_transformers_would_read_in_another_way_is_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(write_family(tmp_path, "chatml", "bytes", **settings))
+
+
 # Random conversations
 
 SPELLED = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.data.tokenizer import Tokenizer
 from tests.data.chat_families import FAMILIES, KINDS, write_family
 from tests.data.test_chat_format import SYSTEM, TURNS, directory, encoded
@@ -68,6 +70,74 @@ def test_marks_give_the_mask_of_transformers(kind: str) -> None:
         ids, spans = encoded(ours, messages)
         assert ids == found["input_ids"]
         assert [int(any(a <= i < b for a, b in spans)) for i in range(len(ids))] == found["assistant_masks"]
+
+
+# Classes for which transformers builds parts of the tokenizer anew, and types of models that choose a class.
+CLASSES = ["LlamaTokenizerFast", "GemmaTokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizer", "CohereTokenizerFast",
+           "Qwen2TokenizerFast", "Qwen3_5Tokenizer", "TokenizersBackend", "NoSuchTokenizer", None]  # fmt: skip
+MODEL_TYPES = [None, "llama", "mistral", "qwen2", "gemma2"]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("kind", ["bytes-prefix", "prepend"])
+def test_ids_of_every_class(kind: str, cls: str | None, model_type: str | None, tmp_path: Path) -> None:
+    path = write_family(tmp_path / "a", "phi3", kind, tokenizer_class=cls)
+    if model_type:
+        (path / "config.json").write_text(json.dumps({"model_type": model_type}), "utf-8")
+    try:
+        ours = Tokenizer.load(path)
+    except UserError as error:
+        assert kind == "bytes-prefix" and str(error).endswith("the unk_token <unk> of tokenizer.json is not in its "
+                                                              "vocabulary; mend it")  # fmt: skip
+        return
+    assert_same(path, [TURNS])
+    ours.save(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text(json.dumps({"model_type": "qwen3"}), "utf-8")
+    assert_same(tmp_path / "b", [TURNS])
+    assert encoded(Tokenizer.load(tmp_path / "b"), TURNS) == encoded(ours, TURNS)
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("kind", ["first", "prepend"])
+def test_ids_of_llamas_settings(kind: str, legacy: bool | None, prefix: bool | None, tmp_path: Path) -> None:
+    options = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_prefix_space": prefix}
+    assert_same(write_family(tmp_path, "llama2", kind, **options), [TURNS, [SYSTEM, *TURNS]])
+
+
+def token(content: str, **flags: bool) -> dict[str, Any]:
+    return {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
+            "special": True, **flags}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bytes", "first"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"added_tokens_decoder": {"4": token("<|end|>", lstrip=True, rstrip=True)}},
+        {"added_tokens_decoder": {"900": token("number", special=False, normalized=True)}},
+        {"extra_special_tokens": ["<x>"]},
+        {"additional_special_tokens": ["<x>"]},
+        {"extra_special_tokens": {"image_token": "<img>"}},
+        {"image_token": "<img>", "cls_token": "<cls>"},
+        {"add_bos_token": True, "add_prefix_space": True, "model_max_length": 5},
+    ],
+    ids=str,
+)
+def test_ids_with_settings_that_change_tokens(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path = write_family(tmp_path, "phi3", kind, **options)
+    assert_same(path, [TURNS])
+    assert Tokenizer.load(path).vocab_size == len(theirs(path))
+
+
+@pytest.mark.parametrize("tokens", [{"eos_token": "<|end|>"}, {"bos_token": {"content": "<|end|>"}}], ids=str)
+def test_names_in_the_old_file_of_special_tokens(tokens: dict[str, Any], tmp_path: Path) -> None:
+    path = write_family(tmp_path, "phi3", "bytes")
+    (path / "special_tokens_map.json").write_text(json.dumps(tokens), "utf-8")
+    ours, other = Tokenizer.load(path), theirs(path)
+    assert (ours.bos_id, ours.eos_id) == (other.bos_token_id, other.eos_token_id)
+    assert_same(path, [TURNS])
 
 
 TEXT = st.lists(st.one_of(st.text(max_size=4), st.sampled_from(["\n", " ", "  ", "▁", "hello"])), max_size=6)

@@ -286,16 +286,13 @@ def test_a_template_that_is_no_text_is_refused(tokenizer: Tokenizer, tmp_path: P
         loaded.require_conversations()
 
 
-def test_a_tokenizer_without_added_tokens_serves_plain_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_named_tokens_are_control_tokens_even_if_not_listed_as_added(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     layout = json.loads(tokenizer._definition)
     (tmp_path / "tokenizer.json").write_text(json.dumps({**layout, "added_tokens": []}), "utf-8")
     loaded = Tokenizer.load(tmp_path)
-    assert (
-        encoded(loaded, [{"role": "user", "content": "7"}])[0] == loaded.encode(["<|im_start|>user\n7<|im_end|>\n"])[0]
-    )
-    with pytest.raises(UserError, match="the loss mask needs a chat template"):
-        loaded.require_conversations()
+    assert encoded(loaded, CONVERSATION[:1]) == encoded(tokenizer, CONVERSATION[:1])
+    assert 2 not in loaded.encode(["<|im_end|>"])[0]
 
 
 def test_a_template_without_a_generation_prompt_is_refused_for_training(tokenizer: Tokenizer, tmp_path: Path) -> None:

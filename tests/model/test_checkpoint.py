@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ModelShape
+from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import (
     config_of,
     expected_tensors,
@@ -22,6 +23,7 @@ from minimind_ray.model.checkpoint import (
     save_model,
 )
 from minimind_ray.model.transformer import Transformer
+from tests.data.chat_families import write_family
 
 pytestmark = pytest.mark.unit
 
@@ -266,3 +268,11 @@ def test_config_has_what_readers_of_all_ages_look_for() -> None:
     assert config["architectures"] == ["Qwen3ForCausalLM"] and config["model_type"] == "qwen3"
     assert {"rope_theta", "head_dim", "num_key_value_heads", "tie_word_embeddings", "torch_dtype"} <= config.keys()
     assert not any("expert" in key for key in config)
+
+
+def test_transformers_is_told_all_tokens_that_end_an_answer(tmp_path: Path) -> None:
+    for family, ends in (("chatml", 2), ("llama3", [4, 3])):
+        tokenizer = Tokenizer.load(write_family(tmp_path / family, family, "bytes"))
+        save_model(Transformer(SHAPES[0]), tokenizer, tmp_path / "model")
+        for file in ("config.json", "generation_config.json"):
+            assert json.loads((tmp_path / "model" / file).read_text())["eos_token_id"] == ends
