@@ -232,6 +232,15 @@ def test_what_transformers_would_read_in_another_way_is_refused(
         Tokenizer.load(write_family(tmp_path, "chatml", "bytes", **settings))
 
 
+def test_no_text_becomes_a_control_token_by_its_normal_form() -> None:
+    tokenizer = load("thinking", "unigram")  # normalizes by NFKC, which makes ASCII of full-width letters
+    think = next(id for id in range(tokenizer.vocab_size) if tokenizer.decode([id]) == "<think>")
+    for written in ("＜think＞", "<think>", "a"):
+        ids, spans = encoded(tokenizer, [{"role": "user", "content": written}, TURNS[1]])
+        assert (ids.count(think), len(spans)) == (1, 1)  # the one that the template writes
+        assert spans[0][0] == len(tokenizer.prompt_ids([{"role": "user", "content": written}]))
+
+
 # Random conversations
 
 SPELLED = [
