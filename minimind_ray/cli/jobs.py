@@ -16,6 +16,7 @@ from minimind_ray.config.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from minimind_ray.data.package import Package
     from minimind_ray.on_ray.jobs import Client
 
 ClusterFile = Annotated[
@@ -27,6 +28,15 @@ ClusterFile = Annotated[
         show_default=False,
     ),
 ]
+Ship = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PATH",
+        help="send this file or folder with the job, though .gitignore names it or it looks like a secret; may be "
+        "repeated",
+        show_default=False,
+    ),
+]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="its name, as `minimind-ray jobs` tells it")]
 
 # They are about jobs themselves, or about what is here.
@@ -35,18 +45,20 @@ STAY_HERE = ("config", "chat", "import", "export", "lora")
 # What RAY_ADDRESS=http://… sends, as it does for `ray job`; other commands are sent by --cluster alone.
 ON_RAY = ("train", "tune", "run", "data", "demo", "doctor")
 FETCHED = "fetched.json"
+NAMED = 8
 
 
-def everywhere(context: typer.Context, cluster: ClusterFile = None) -> None:
+def everywhere(context: typer.Context, cluster: ClusterFile = None, ship: Ship = None) -> None:
     """Train small language models from jsonl on Ray: pretrain, SFT, LoRA, DPO."""
     name = context.invoked_subcommand
     if cluster and name in STAY_HERE:
         raise UserError(f"{name} runs here: leave --cluster out")
-    if name in (*ABOUT_JOBS, *STAY_HERE) or (cluster is None and name not in ON_RAY):
-        return
-    if cluster or os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
-        _send(context, cluster, _command(sys.argv[1:]))
+    by_address = name in ON_RAY and os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://"))
+    if name not in (*ABOUT_JOBS, *STAY_HERE) and (cluster or by_address):
+        _send(context, cluster, _command(sys.argv[1:]), list(map(str, ship or ())))
         raise typer.Exit
+    if ship:
+        raise UserError(f"--ship sends files with a job, and {name} is none here: leave --ship out")
 
 
 def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False) -> None:
@@ -116,19 +128,32 @@ def pack(out: Annotated[str, typer.Argument(metavar="DIR", help="a run, a sweep,
     print(packed(output_path(out)))
 
 
-def _send(context: typer.Context, cluster: Path | None, command: Sequence[str]) -> None:
+def _send(context: typer.Context, cluster: Path | None, command: Sequence[str], ship: Sequence[str]) -> None:
     """Check the command, send it, and follow it."""
     params = _parse(context, command)
     metadata = _plan(command[0], params)
     if out := metadata.get("out"):
         _check_target(out)
     _check_cluster(cluster)
+    from minimind_ray.data.package import package
+
+    sent = package(Path.cwd(), ship)
+    print(_summary(sent), flush=True)
     from minimind_ray.on_ray.jobs import connect, submit
 
     with connect(cluster) as client:
-        job = submit(client, command, metadata)
+        job = submit(client, command, metadata, sent)
         print(f"job {job}: minimind-ray {' '.join(command)}\nCtrl-C leaves it running", flush=True)
         _watch(client, job, cluster)
+
+
+def _summary(sent: Package) -> str:
+    """What is sent, and which secrets stay here."""
+    text = f"sending {len(sent.files):,} files of this directory, {sent.size:,} bytes"
+    if not sent.secrets:
+        return text
+    more = f" and {len(sent.secrets) - NAMED:,} more" if len(sent.secrets) > NAMED else ""
+    return f"{text}; not sent, as secrets: {', '.join(sent.secrets[:NAMED])}{more} (--ship PATH sends one)"
 
 
 def _watch(client: Client, job: str, cluster: Path | None) -> None:
@@ -153,7 +178,9 @@ def _watch(client: Client, job: str, cluster: Path | None) -> None:
             (target / FETCHED).write_text(dumps(note) + "\n", encoding="utf-8")
             pages = [file for file in files if file.name == "report.html"]
             print(f"fetched {len(files)} files into {target}" + "".join(f"; report: {page}" for page in pages))
-    print(f"job {job}: {info.status}" + (f": {info.message}" if info.status == "FAILED" else ""))
+    # Ray's message repeats the end of the log, which was shown.
+    why, _, _ = (info.message or "").partition(", last available logs")
+    print(f"job {job}: {info.status}" + (f": {why}" if info.status == "FAILED" else ""))
     if info.status != "SUCCEEDED":
         raise typer.Exit(130 if info.status == "STOPPED" else info.driver_exit_code or 1)
 

@@ -11,21 +11,19 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.data.package import Package
 from minimind_ray.on_ray.tunnel import tunnel
 from minimind_ray.train.bundle import unpack
 
 Client = JobSubmissionClient
 
-# What stays here, as in .gitignore, beside all that .gitignore and .rayignore name.
-STAYS = [
-    "/runs/", "/sweeps/", "/.cache/", "/wandb/", ".git/", ".venv/", "__pycache__/", ".pytest_cache/", ".ruff_cache/",
-]  # fmt: skip
 AGENT_SECONDS = 60.0
 # To stop a job is to press Ctrl-C: a checkpoint is written first.
 STOP_AS_BY_HAND = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "300"}
@@ -57,19 +55,26 @@ def connect(cluster: Path | None) -> Generator[Client]:
         raise UserError(f"the cluster cannot be reached: {str(error).splitlines()[0]}") from None
 
 
-def submit(client: Client, command: Sequence[str], metadata: Mapping[str, str]) -> str:
-    """Send the working directory and start `minimind-ray command` there; the job's name.
+def submit(client: Client, command: Sequence[str], metadata: Mapping[str, str], package: Package) -> str:
+    """Send the package as the working directory and start `minimind-ray command` there; the job's name.
 
     Raises:
         UserError: the working directory is too large, or the cluster starts no jobs.
     """
+    with TemporaryDirectory() as folder:
+        archive = Path(folder, "working_dir.zip")
+        package.write(archive)
+        return _submit(client, command, metadata, archive)
+
+
+def _submit(client: Client, command: Sequence[str], metadata: Mapping[str, str], archive: Path) -> str:
     job, deadline = f"{command[0]}-{secrets.token_hex(3)}", time.monotonic() + AGENT_SECONDS
     while True:
         try:
             return client.submit_job(
                 entrypoint=shlex.join(["minimind-ray", *command]),
                 submission_id=job,
-                runtime_env={"working_dir": str(Path.cwd()), "excludes": STAYS, "env_vars": STOP_AS_BY_HAND},
+                runtime_env={"working_dir": str(archive), "env_vars": STOP_AS_BY_HAND},
                 metadata=dict(metadata),
             )
         except ValueError as error:

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 
 from minimind_ray.cli import jobs
 from minimind_ray.config.errors import UserError
+from minimind_ray.data.package import package
 from tests.cli.conftest import Command
 
 pytestmark = pytest.mark.slow
@@ -68,6 +70,7 @@ def test_what_is_wrong_is_told_before_anything_is_sent(tmp_path: Path) -> None:
         ("eval", "runs/a", "a.jsonl", "--stage", "sft", "--out", "b"): "--out",
         ("train", "--help"): "Short names",
     }
+    assert "leave --ship out" in told(tmp_path, ("--ship", "a", "runs"))[0]
     answers = told(tmp_path, *(("--cluster", "mine.yaml", *arguments) for arguments in expected))
     for arguments, part, answer in zip(expected, expected.values(), answers, strict=True):
         assert part in answer, arguments
@@ -100,7 +103,7 @@ def test_what_is_fetched_of_one_directory_does_not_mix_with_another(
         jobs._watch(None, 'a "job"', None)  # pyright: ignore[reportArgumentType]
         return {str(path.relative_to(tmp_path)) for path in (tmp_path / "fetched").rglob("*") if path.is_dir()}
 
-    info = SimpleNamespace(status="SUCCEEDED", metadata={})
+    info = SimpleNamespace(status="SUCCEEDED", metadata={}, message=None)
     made[:] = ["sweep.json", "trials/a/trial.json", "trials/b/trial.json"]
     watch("s3://bucket/one/dpo")
     (tmp_path / "fetched/dpo/notes.txt").write_text("mine")
@@ -112,6 +115,27 @@ def test_what_is_fetched_of_one_directory_does_not_mix_with_another(
         watch("s3://bucket/two/dpo")
     with pytest.raises(UserError, match="leads out of the working directory"):
         watch("../dpo")
+
+
+def test_a_failed_jobs_log_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "Job entrypoint command failed with exit code 3, last available logs (truncated to 20,000 chars):\nboom"
+    info = SimpleNamespace(status="FAILED", metadata={}, message=message, driver_exit_code=3)
+    monkeypatch.setattr("minimind_ray.on_ray.jobs.follow", lambda client, job, write: info)
+    with pytest.raises(typer.Exit) as ended:
+        jobs._watch(None, "a-job", None)  # pyright: ignore[reportArgumentType]
+    assert ended.value.exit_code == 3
+    assert capsys.readouterr().out == "job a-job: FAILED: Job entrypoint command failed with exit code 3\n"
+
+
+def test_what_is_sent_and_what_stays_is_said(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"{number}.key").touch()
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    text = jobs._summary(package(tmp_path))
+    assert text.startswith("sending 1 files of this directory, 3 bytes; not sent, as secrets: 0.key, 1.key")
+    assert "and 2 more (--ship PATH sends one)" in text
 
 
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])

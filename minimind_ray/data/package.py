@@ -1,0 +1,225 @@
+"""The part of the working directory that a job on a cluster is sent, as a zip file.
+
+Left out is what .gitignore and .rayignore name, what a cluster has no use for, and what looks like a secret: by its
+name, or because a small file holds a private key, an access key, or a token of this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minimind_ray.config.errors import UserError
+
+UNUSED = (
+    "/runs/", "/sweeps/", "/fetched/", "/.cache/", "/wandb/", ".git", ".venv/", "__pycache__/", ".pytest_cache/",
+    ".ruff_cache/",
+)  # fmt: skip
+SECRETS = (
+    ".env", ".env.*", "*.env", "!.env.example", "!.env.sample", "!.env.template", ".envrc", ".netrc", "_netrc",
+    ".git-credentials", ".pypirc", ".npmrc", ".pgpass", ".dockercfg", ".docker/", ".aws/", ".azure/", ".boto",
+    "**/.config/gcloud/", ".kube/", "kubeconfig*", ".ssh/", ".gnupg/", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
+    "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "credentials", "credentials.*",
+    "*credentials*.json", "client_secret*.json", "service[-_]account*.json", "secret.*", "secrets.*", ".secrets",
+    "secrets/", "token", "token.*", "*.token", "*[-_]token", "*[-_]token.txt", "*_api_key*", "*.tfstate", "!*.py",
+)  # fmt: skip
+"""Patterns of names as in .gitignore, compared in lower case."""
+SHAPES = re.compile(
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA(?:KIA|SIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z]{34}\b|\bgh[pousr]_[A-Za-z0-9]{36}"
+    rb"|\bgithub_pat_[A-Za-z0-9_]{60}|\bxox[abpr]-[0-9A-Za-z-]{20}"
+)
+SCANNED = 1 << 16  # bytes of the largest file that is read for secrets
+TOKEN_FILES = ("~/.ray/auth_token", "~/.cache/huggingface/token")
+TOKEN_VARIABLES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
+SHORTEST_TOKEN = 16
+
+
+@dataclass
+class Package:
+    """Files to send, by their path from the working directory on, and the secrets that stay."""
+
+    files: dict[str, Path] = field(default_factory=dict)
+    secrets: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def write(self, target: Path) -> None:
+        """Write the files as a zip file.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+            for name, path in sorted(self.files.items()):
+                try:
+                    archive.write(path, name)
+                except PermissionError:
+                    raise UserError(f"{name} cannot be read to be sent: name it in .rayignore") from None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of .gitignore: paths below `base` that match are left out, or kept after all."""
+
+    base: str
+    pattern: re.Pattern[str]
+    only_folders: bool
+    keeps: bool
+
+
+def package(root: Path, ship: Sequence[str] = ()) -> Package:
+    """What a job is sent of the directory `root`, and of `ship`, files and folders in it, everything.
+
+    Raises:
+        UserError: a path of `ship` does not exist, or lies outside of `root`.
+    """
+    root = root.absolute()
+    found = Package()
+    _collect(root, "", found, _rules_above(root), rules(SECRETS, ""), _tokens(), ())
+    for name in ship:
+        path = Path(os.path.normpath(root / name))
+        if not path.is_relative_to(root):
+            raise UserError(f"--ship {name} does not lie in the working directory, which is all that the cluster gets")
+        if not path.exists():
+            raise UserError(f"--ship {name}: there is no such file or folder here")
+        for file in [path] if path.is_file() else path.rglob("*"):
+            if file.is_file():
+                found.files[file.relative_to(root).as_posix()] = file
+        found.secrets = [secret for secret in found.secrets if not _holds(path.relative_to(root), secret)]
+    return found
+
+
+def _holds(folder: Path, secret: str) -> bool:
+    return Path(secret).is_relative_to(folder)
+
+
+def _collect(
+    folder: Path,
+    at: str,
+    found: Package,
+    ignored: list[list[Rule]],
+    secret: list[Rule],
+    tokens: Sequence[bytes],
+    parents: tuple[Path, ...],
+) -> None:
+    real = folder.resolve()
+    if real in parents:  # a link to a folder that it lies in
+        return
+    git, ray = (
+        [*before, *_rules_in(folder / name)] for before, name in zip(ignored, (".gitignore", ".rayignore"), strict=True)
+    )
+    unused = rules(UNUSED, str(folder)) if not at else []
+    for entry in sorted(folder.iterdir()):
+        name, is_folder, where = at + entry.name, entry.is_dir(), str(entry)
+        if any(left_out(each, where, is_folder) for each in (git, ray, unused)):
+            continue
+        if left_out(secret, f"/{name.lower()}", is_folder):
+            found.secrets.append(name + "/" * is_folder)
+        elif is_folder:
+            _collect(entry, name + "/", found, [git, ray], secret, tokens, (*parents, real))
+        elif entry.is_file():
+            if _holds_secret(entry, tokens):
+                found.secrets.append(name)
+            else:
+                found.files[name] = entry
+
+
+def _holds_secret(file: Path, tokens: Sequence[bytes]) -> bool:
+    try:
+        if file.stat().st_size > SCANNED:
+            return False
+        content = file.read_bytes()
+    except OSError:  # said when it is sent
+        return False
+    return bool(SHAPES.search(content)) or any(token in content for token in tokens)
+
+
+def _tokens() -> list[bytes]:
+    """This machine's tokens, keys and passwords: in the environment, and where Ray and Hugging Face keep theirs."""
+    values = [value for name, value in os.environ.items() if TOKEN_VARIABLES.search(name)]
+    for file in map(Path, TOKEN_FILES):
+        try:
+            values.append(file.expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            continue
+    return [value.strip().encode() for value in values if len(value.strip()) >= SHORTEST_TOKEN]
+
+
+def rules(lines: Iterable[str], base: str) -> list[Rule]:
+    """The rules that lines of a .gitignore in the directory `base` make."""
+    return list(_rules(lines, base))
+
+
+def _rules(lines: Iterable[str], base: str) -> Iterator[Rule]:
+    for line in lines:
+        text = re.sub(r"(?<!\\) +$", "", line.rstrip("\r\n"))
+        if not text or text.startswith("#"):
+            continue
+        keeps = text.startswith("!")
+        text = text[keeps:]
+        only_folders = text.endswith("/")
+        text = text.rstrip("/")
+        anchored = "/" in text
+        start = "" if anchored else "(?:.*/)?"
+        try:
+            yield Rule(base, re.compile(start + _regex(text.removeprefix("/"))), only_folders, keeps)
+        except re.error:  # no pattern, as for git
+            continue
+
+
+def _regex(pattern: str) -> str:
+    """A pattern of .gitignore as a regular expression of whole paths."""
+    made, rest = "", pattern
+    while rest:
+        if found := re.match(r"\*\*/", rest) if not made or made.endswith("/") else None:
+            made += "(?:.*/)?"
+        elif found := re.match(r"\*\*$", rest) if made.endswith("/") else None:
+            made += ".+"
+        elif found := re.match(r"\*+", rest):
+            made += "[^/]*"
+        elif found := re.match(r"\?", rest):
+            made += "[^/]"
+        elif found := re.match(r"\[([!^]?)(\]?[^\]]*)\]", rest):
+            made += f"(?!/)[{'^' if found[1] else ''}{found[2].replace('[', chr(92) + '[')}]"
+        elif rest.startswith("["):
+            raise re.error("a class without its end")
+        elif found := re.match(r"\\?(.)", rest, re.DOTALL):
+            made += re.escape(found[1])
+        assert found
+        rest = rest[found.end() :]
+    return made
+
+
+def left_out(rules: Iterable[Rule], path: str, is_folder: bool) -> bool:
+    """Whether the last rule that an absolute path matches leaves it out."""
+    last = False
+    for rule in rules:
+        if (is_folder or not rule.only_folders) and rule.pattern.fullmatch(path, len(rule.base.rstrip("/")) + 1):
+            last = not rule.keeps
+    return last
+
+
+def _rules_in(file: Path, base: Path | None = None) -> list[Rule]:
+    try:
+        return rules(file.read_text(encoding="utf-8", errors="replace").splitlines(), str(base or file.parent))
+    except OSError:
+        return []
+
+
+def _rules_above(root: Path) -> list[list[Rule]]:
+    """Git's rules for `root` from outside of it: the user's, and those of the repository that it is a folder of."""
+    top = next((folder for folder in (root, *root.parents) if (folder / ".git").exists()), None)
+    if not top:
+        return [[], []]
+    settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    found = [*_rules_in(settings / "git" / "ignore", top), *_rules_in(top / ".git" / "info" / "exclude", top)]
+    for folder in [folder for folder in reversed(root.parents) if folder.is_relative_to(top)]:
+        found += _rules_in(folder / ".gitignore")
+    return [found, []]
