@@ -50,7 +50,7 @@ def inspect(
     sources = discover([input_path(file) for file in files], unstaged.text_files)
     source_rows = islice(chain.from_iterable(map(read_rows, sources)), rows)
     if stage is None:
-        stage, source_rows = guess_stage(source_rows, unstaged.fields)
+        stage, source_rows = guess_stage(source_rows, unstaged)
     config = config_from_flags(stage, [], set_ or [], flags)
     inspection = inspect_rows(config.stage, source_rows, loaded, config.data, samples)
     _print_inspection(inspection, config.stage, loaded, config.data)

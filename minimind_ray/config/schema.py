@@ -107,6 +107,11 @@ class DataConfig(Section):
             if name not in FIELD_NAMES:
                 near = get_close_matches(name, FIELD_NAMES, 1, 0.0)[0]
                 raise ValueError(f"data.fields.{name}: rows have no such field; did you mean {near}?")
+        twice = [name for name, own in fields.items() if list(fields.values()).count(own) > 1]
+        if twice:
+            raise ValueError(
+                f"data.fields: {' and '.join(twice)} are both read from {fields[twice[0]]}; name one field"
+            )
         return fields
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ SENTINEL = "\ufdd3"  # stands for an answer; messages must not hold it
 RESERVED = (ANSWER_START, ANSWER_END, SENTINEL)
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-MOST_SHAPES = 10_000  # shapes of conversations that are remembered
+MOST_SHAPES = 1_000  # shapes of conversations that are remembered
 
 
 class Rendering(NamedTuple):

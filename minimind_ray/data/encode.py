@@ -10,6 +10,7 @@ which field is wrong; a row that is only too long is counted apart.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ from minimind_ray.data.turns import Turn
 
 ROWS_AT_ONCE = 512  # tokenized in one call, which spreads over the cores
 LENGTH_STEP = 64  # tokens; lengths of rows that are too long are counted in bins of this width
+MOST_NAMED = 10  # ignored fields that a summary names
 LEAST_QUESTION = 16  # tokens of a question that cutting its beginning leaves
 
 
@@ -70,16 +72,25 @@ class _Draft(NamedTuple):
     conversations: tuple[Rendering, ...] = ()
 
 
+class Whole(NamedTuple):
+    """A row, what it is, and its documents before anything is cut."""
+
+    row: Row
+    item: str | Conversation | Pair
+    group: Group
+
+
 class RowEncoder:
     """Turns the rows of one stage into documents. Counts what it does in `tally`; `reader` notes formats and ignored
     fields."""
 
     def __init__(self, stage: StageName, tokenizer: Tokenizer, config: DataConfig) -> None:
+        self.stage: StageName = stage
         self.kind = KINDS[stage]
         self.tokenizer, self.config = tokenizer, config
         self.tally = Tally()
         self.reader = RowReader(self.kind, config, tokenizer.writes)
-        self.longest = config.max_seq_len if self.kind != "pair" else min(config.max_seq_len, config.pack_tokens // 2)
+        self.longest = longest_document(stage, config)
         if self.kind != "text":
             tokenizer.require_conversations()
 
@@ -94,12 +105,12 @@ class RowEncoder:
             UserError: the tokenizer's chat template is none that answers can be found in; a file holds two formats.
         """
         for whole in self.whole_documents(rows):
-            yield from self.fit(whole)
+            yield from self.limit(whole)
 
     def remarks(self) -> list[str]:
         """What the user should know of rows left out or shortened so far, and of fields that nothing read."""
         tally = self.tally
-        return remarks(self.config, tally.kept, tally.shortened, tally.too_long, self.reader.ignored)
+        return remarks(self.stage, self.config, tally.kept, tally.shortened, tally.too_long, self.reader.ignored)
 
     def whole_documents(self, rows: Iterable[Row | Reject]) -> Iterator[Whole | Reject]:
         """The first half of `encode`: each row with its documents, of whatever length."""
@@ -110,9 +121,9 @@ class RowEncoder:
             for draft in drafts:
                 yield draft if isinstance(draft, Reject) else next(encoded)
 
-    def fit(self, whole: Whole | Reject) -> Iterator[Group | Reject]:
+    def limit(self, whole: Whole | Reject) -> Iterator[Group | Reject]:
         """The second half: split, cut, shorten or leave out what is longer than `data.max_seq_len`; count."""
-        outcome = whole if isinstance(whole, Reject) else self._fit(whole)
+        outcome = whole if isinstance(whole, Reject) else self._limited(whole)
         if isinstance(outcome, Reject):
             self.tally.rejected += 1
             yield outcome
@@ -122,18 +133,15 @@ class RowEncoder:
             self.tally.kept += 1
             yield from outcome
 
-    def _fit(self, whole: Whole) -> list[Group] | Reject | TooLong:
-        group = whole.group
+    def _limited(self, whole: Whole) -> list[Group] | Reject | TooLong:
         if self._fits(whole):
-            return [group]
+            return [whole.group]
         if self.kind == "text" and self.config.long_documents == "split":
             self.tally.split += 1
-            return [(part,) for part in _split(group[0], self.longest)]
+            return [(part,) for part in _split(whole.group[0], self.longest)]
+        group = whole.group
         if self.kind != "text" and self.config.long_conversations == "cut_prompt":
-            try:
-                group = self._shortened(whole)
-            except BadRowError as error:  # The chat template refuses what is left.
-                return Reject(whole.row.file, whole.row.line, f"shortened to fit: {error}")
+            group = self._shortened(whole)
         excess = [len(d.tokens) - self.longest for d in group if len(d.tokens) > self.longest]
         kept = tuple(Document(d.tokens[: self.longest], d.weights[: self.longest]) for d in group)
         if problem := self._lost(group, kept):
@@ -156,20 +164,39 @@ class RowEncoder:
         return None
 
     def _shortened(self, whole: Whole) -> Group:
-        """The row without its oldest exchanges, and then without the beginning of its question, as far as is needed."""
+        """The row without its oldest exchanges, and then without the beginning of its question, as far as is needed.
+
+        The row as it was where nothing would be left that carries loss, or where the chat template refuses the rest.
+        """
+        try:
+            shorter = self._with_shorter_question(self._without_oldest(whole))
+        except BadRowError:
+            return whole.group
+        return shorter.group if all(d.weights.any() for d in shorter.group) else whole.group
+
+    def _without_oldest(self, whole: Whole) -> Whole:
+        """As many of the last exchanges as fit; the last one alone where even that does not."""
         cuts = _cuts(whole.item)
+        if not cuts:
+            return whole
 
-        def shorter(cut: tuple[int, int]) -> Whole:
-            return self._again(whole.row, _without(whole.item, *cut))
+        def without(place: int) -> Whole:
+            return self._again(whole.row, _without(whole.item, *cuts[place]))
 
-        if cuts:
-            whole = shorter(cuts[min(bisect_left(cuts, True, key=lambda cut: self._fits(shorter(cut))), len(cuts) - 1)])
-        return whole.group if self._fits(whole) else self._with_shorter_question(whole)
+        # From the end, twice as many exchanges each time: a long row is never rendered whole again and again.
+        short, width = len(cuts) - 1, 1
+        while short and self._fits(without(short)):
+            long = max(0, short - width)
+            if not self._fits(without(long)):
+                place = bisect_left(range(long, short), True, key=lambda place: self._fits(without(place)))
+                return without(long + place)
+            short, width = long, 2 * width
+        return without(short)
 
     def _fits(self, whole: Whole) -> bool:
         return max(len(d.tokens) for d in whole.group) <= self.longest
 
-    def _with_shorter_question(self, whole: Whole) -> Group:
+    def _with_shorter_question(self, whole: Whole) -> Whole:
         """Token by token from the question's beginning; LEAST_QUESTION of its tokens stay."""
         question = _first_question(whole.item)
         ids = self.tokenizer.encode([question])[0] if question else []
@@ -177,7 +204,7 @@ class RowEncoder:
             ids = ids[min(excess, len(ids) - LEAST_QUESTION) :]
             text = self.tokenizer.decode(ids).lstrip("\ufffd")
             whole = self._again(whole.row, _with_question(whole.item, text))
-        return whole.group
+        return whole
 
     def _again(self, row: Row, item: Conversation | Pair) -> Whole:
         """A part of a row that was encoded before, encoded."""
@@ -249,14 +276,6 @@ def _chat_document(ids: list[int], spans: list[tuple[int, int]], learned: list[b
     for (start, end), counts in zip(spans, learned, strict=True):
         weights[start:end] = counts
     return Document(np.array(ids, np.int32), weights)
-
-
-class Whole(NamedTuple):
-    """A row, what it is, and its documents before anything is cut."""
-
-    row: Row
-    item: str | Conversation | Pair
-    group: Group
 
 
 def _usable(item: Item) -> str | Conversation | Pair:
@@ -343,9 +362,10 @@ def _cut(side: Conversation, start: int, end: int) -> Conversation:
 
 
 def _first_question(item: str | Conversation | Pair) -> str:
-    side = item.chosen if isinstance(item, Pair) else item
-    assert isinstance(side, Conversation)
-    return next((str(turn.message["content"]) for turn in side.turns if turn.message["role"] == "user"), "")
+    """The first question, which the two sides of a pair share; "" where there is none."""
+    assert not isinstance(item, str)
+    turns = item.turns if isinstance(item, Conversation) else item.chosen.turns[: _shared(item)]
+    return next((str(turn.message["content"]) for turn in turns if turn.message["role"] == "user"), "")
 
 
 def _with_question(item: str | Conversation | Pair, text: str) -> Conversation | Pair:
@@ -374,28 +394,58 @@ def _split(document: Document, longest: int) -> Iterator[Document]:
 # What to tell of it
 
 
-def remarks(config: DataConfig, kept: int, shortened: int, too_long: Counter[int], ignored: Counter[str]) -> list[str]:
+def longest_document(stage: StageName, config: DataConfig) -> int:
+    """The most tokens a document may have: the two of a pair share a pack."""
+    return min(config.max_seq_len, config.pack_tokens // 2) if KINDS[stage] == "pair" else config.max_seq_len
+
+
+def remarks(
+    stage: StageName,
+    config: DataConfig,
+    kept: int,
+    shortened: int,
+    too_long: Counter[int],
+    ignored: Counter[str],
+) -> list[str]:
     """A sentence each on rows too long, rows shortened, and ignored fields, where there are any."""
     lines: list[str] = []
-    if left_out := too_long.total():
-        lines.append(
-            f"{left_out:,} of {kept + left_out:,} rows are too long and were left out: at data.max_seq_len "
-            f"{config.max_seq_len:,} nothing of their answer would be kept; {length_for_most(kept, too_long):,} would "
-            "keep 99 % of the rows, or shorten them by data.long_conversations=cut_prompt"
-        )
+    if too_long:
+        lines.append(_too_long(stage, config, kept, too_long))
     if shortened:
-        lines.append(f"{shortened:,} rows lost their oldest turns or the beginning of their question, to fit")
+        lines.append(f"{_rows(shortened)} lost the oldest turns or the beginning of the question, to fit")
     if ignored:
-        fields = (f"{field} ({rows:,} row{'s' * (rows > 1)})" for field, rows in ignored.most_common())
-        lines.append(f"ignored fields: {', '.join(fields)}")
+        named = [f"{field} ({_rows(rows)})" for field, rows in ignored.most_common(MOST_NAMED)]
+        more = f" and {len(ignored) - MOST_NAMED:,} more" if len(ignored) > MOST_NAMED else ""
+        lines.append(f"ignored fields: {', '.join(named)}{more}")
     return lines
 
 
-def length_for_most(kept: int, too_long: Counter[int], part: float = 0.99) -> int:
-    """The smallest `data.max_seq_len` that would keep this part of the rows, `kept` and too long ones together."""
+def _too_long(stage: StageName, config: DataConfig, kept: int, too_long: Counter[int]) -> str:
+    left_out, longest = too_long.total(), longest_document(stage, config)
+    limit = f"data.max_seq_len {config.max_seq_len:,}"
+    if longest < config.max_seq_len:
+        limit = f"half of data.pack_tokens {config.pack_tokens:,}, which a pair's answers share"
+    sentence = f"{left_out:,} of {_rows(kept + left_out)} left out: too long for {limit}, so that no answer is kept"
+    if advised := length_for_most(kept, too_long):
+        pack = f" with data.pack_tokens {2 * advised:,}" if KINDS[stage] == "pair" else ""
+        sentence += f"; data.max_seq_len {advised:,}{pack} would keep 99 % of the rows"
+    if config.long_conversations == "drop":
+        sentence += "; data.long_conversations=cut_prompt shortens them instead"
+    return sentence
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
+
+
+def length_for_most(kept: int, too_long: Counter[int], part: float = 0.99) -> int | None:
+    """The smallest `data.max_seq_len` that would keep this part of the rows, `kept` and too long ones together.
+
+    None where that part is kept already.
+    """
     wanted = part * (kept + too_long.total())
-    for length in sorted(too_long):
-        kept += too_long[length]
-        if kept >= wanted:
-            return length
-    raise AssertionError("no row is too long")
+    if kept >= wanted:
+        return None
+    lengths = sorted(too_long)
+    totals = itertools.accumulate(too_long[length] for length in lengths)
+    return next(length for length, more in zip(lengths, totals) if kept + more >= wanted)

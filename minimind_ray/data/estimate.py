@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.data.encode import longest_document
 from minimind_ray.data.files import locate
 from minimind_ray.data.inspect import RejectReason, inspect_rows
 from minimind_ray.data.prepare import encoding_of
@@ -64,7 +65,7 @@ def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer) -> Esti
     total = sum(round(sizes[suffix] * counts[suffix] / stored[suffix]) for suffix in sizes if stored[suffix])
     found = inspect_rows(stage, rows, tokenizer, config, samples=0)
     held_out = config.val_fraction if encoding.split else 0.0
-    longest = config.max_seq_len if stage != "dpo" else min(config.max_seq_len, config.pack_tokens // 2)
+    longest = longest_document(stage, config)
     scale = total / max(1, len(rows)) * (1 - held_out)
     return Estimate(
         rows=total,

@@ -14,11 +14,11 @@ from typing import Any, cast
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 HARMLESS = re.compile(
-    r"_.*|(.*[_-])?(id|ids|idx|index|uuid|hash|md5|sha1|sha256|url|urls|link|date|time|timestamp|created|created_at|updated"
-    r"|updated_at|source|sources|origin|dataset|dataset_name|subset|split|license|author|user_name|username|lang|language"
-    r"|languages|locale|score|scores|rating|ratings|rank|quality|topic|topics|category|categories|tag|tags|domain|domains"
-    r"|title|model|models|model_name|generator|provider|version|meta|metadata|info|tokens|num_tokens|token_count|num_turns"
-    r"|length|lengths|len|parallel_tool_calls)|(score|rating|tokens|num|n|len|length|is|has)_.*",
+    r"_.*|(.*[_-])?(id|idx|index|uuid|hash|md5|sha1|sha256|source|sources|origin|dataset|dataset_name|subset|split"
+    r"|license|author|username|score|scores|rating|ratings|version|timestamp|date|created_at|updated_at)"
+    r"|(source|page|web)_url|url|link|time|created|updated|lang|language|languages|locale|rank|quality|topic|topics"
+    r"|category|categories|tag|tags|domain|domains|title|model|models|model_name|generator|provider|meta|metadata|info"
+    r"|tokens|num_tokens|token_count|num_turns|length|parallel_tool_calls|(score|rating|num|n|len|length)_.*",
     re.IGNORECASE,
 )
 """Names of fields that say where a row comes from or how good somebody found it, which no training needs. All other
@@ -40,10 +40,19 @@ def is_harmless(name: str) -> bool:
 
 
 def renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """The fields with the user's own names (the values of `names`) replaced by ours (its keys)."""
+    """The fields with the user's own names (the values of `names`) replaced by ours (its keys).
+
+    Raises:
+        BadRowError: a field has our name already, and the user's own, too.
+    """
     theirs = {own: name for name, own in names.items() if own in values}
     if not theirs:
         return values
+    for own, name in theirs.items():
+        if not is_absent(values.get(name)) and name not in theirs:
+            raise BadRowError(
+                f"{name} is there, and so is {own}, which data.fields reads as {name}; list {name} in data.ignore"
+            )
     kept = {name: value for name, value in values.items() if name not in theirs}
     return {**kept, **{name: values[own] for own, name in theirs.items()}}
 
@@ -67,10 +76,10 @@ class Fields:
         Raises:
             BadRowError: two of the fields are present and differ.
         """
-        found = [name for name in names if name in self]
-        self._read.update(found)
+        found = [name for name in names if name in self._values and name in self]
         if not found:
             return self.where + names[0], None
+        self._read.update(found)
         for other in found[1:]:
             if self._values[other] != self._values[found[0]]:
                 raise BadRowError(f"{self.where}{found[0]} and {self.where}{other} are both given, and differ")
@@ -110,7 +119,7 @@ def as_string(value: Any, where: str) -> str:
         BadRowError: the value is something else.
     """
     if not isinstance(value, str):
-        raise BadRowError(f"{where} is {kind_of(value)}, not a string")
+        raise BadRowError(_wrong(value, where, "a string"))
     return value
 
 
@@ -133,7 +142,7 @@ def as_object(value: Any, where: str) -> dict[str, Any]:
         BadRowError: the value is something else.
     """
     if not isinstance(value, dict):
-        raise BadRowError(f"{where} is {kind_of(value)}, not an object")
+        raise BadRowError(_wrong(value, where, "an object"))
     return cast("dict[str, Any]", value)
 
 
@@ -145,7 +154,7 @@ def as_list(value: Any, where: str) -> list[Any]:
     """
     value = _from_json(value, where)
     if not isinstance(value, list):
-        raise BadRowError(f"{where} is {kind_of(value)}, not a list")
+        raise BadRowError(_wrong(value, where, "a list"))
     return cast("list[Any]", value)
 
 
@@ -163,15 +172,25 @@ def as_objects(value: Any, where: str) -> list[dict[str, Any]]:
     return objects
 
 
-def as_turns_in_json(value: str) -> list[Any] | None:
-    """The list of objects that a text spells in JSON; None where it is some other text."""
-    if not value.lstrip().startswith("["):
+PRINTED_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+
+
+def turns_in_text(value: str, where: str) -> Any:
+    """The turn or the list of turns that a text spells in JSON; None where it is some other text.
+
+    Raises:
+        BadRowError: the text looks like turns, but is no JSON, as Python prints lists.
+    """
+    if not PRINTED_TURNS.match(value):
         return None
     try:
         parsed = json.loads(value)
     except ValueError:
-        return None
-    return cast("list[Any]", parsed) if isinstance(parsed, list) and parsed and isinstance(parsed[0], dict) else None
+        raise BadRowError(
+            f"{where} looks like turns but is no JSON (Python prints lists so); save it as JSON or Parquet"
+        ) from None
+    first = parsed[0] if isinstance(parsed, list) and parsed else parsed
+    return parsed if isinstance(first, dict) and ("role" in first or "from" in first) else None
 
 
 def as_object_or_json(value: Any, where: str) -> dict[str, Any]:
@@ -192,10 +211,8 @@ def _from_json(value: Any, where: str) -> Any:
         raise BadRowError(f"{where} is a string but not JSON ({error})") from None
 
 
-def kind_of(value: Any) -> str:
-    """What kind of JSON value this is, in words."""
+def _wrong(value: Any, where: str, expected: str) -> str:
     if value is None:
-        return "null"
-    return {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}.get(
-        type(value), "an object"
-    )
+        return f"{where} is missing"
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return f"{where} is {kinds.get(type(value), 'an object')}, not {expected}"

@@ -18,19 +18,20 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig, FormatName, StageName
 from minimind_ray.data.chat_template import Message
 from minimind_ray.data.fields import (
+    PRINTED_TURNS,
     BadRowError,
     Fields,
     as_list,
     as_object_or_json,
     as_string,
     as_text,
-    as_turns_in_json,
     is_absent,
     is_harmless,
     renamed,
+    turns_in_text,
 )
-from minimind_ray.data.records import Row
-from minimind_ray.data.turns import ALIASES, Turn, TurnReader, take_tools
+from minimind_ray.data.records import Reject, Row
+from minimind_ray.data.turns import ALIASES, NOT_TEXT, Turn, TurnReader, take_tools
 
 Kind = Literal["text", "conversation", "pair", "prompt", "rated"]
 
@@ -92,7 +93,11 @@ class RowReader:
     row's line.
     """
 
-    def __init__(self, kind: Kind, config: DataConfig, writes: Callable[[str], bool] = lambda field: False) -> None:
+    def __init__(
+        self, kind: Kind, config: DataConfig, writes: Callable[[str, str], bool] = lambda field, role: False
+    ) -> None:
+        if config.format and FORMATS[config.format].kind != kind:
+            raise UserError(f"data.format is {config.format}, {_learners(config.format)}; leave it out or change it")
         self.kind: Kind = kind
         self.ignored: Counter[str] = Counter()
         self.formats: dict[str, tuple[FormatName, int]] = {}
@@ -109,37 +114,46 @@ class RowReader:
             BadRowError: the row cannot be used.
             UserError: the row has another format than the rows before it in its file.
         """
-        value = renamed(row.value, self._row_names)
+        value = row.value
         if self._left_out:
             value = {name: field for name, field in value.items() if name not in self._left_out}
-        name = self._format(row, value)
-        fields, turns = Fields(value), TurnReader(self._writes, self._turn_names)
+        value = renamed(value, self._row_names)
+        name = self._named or self._recognised(value)
+        fields, turns = Fields(value), TurnReader(self._writes, self._turn_names, self._left_out)
         item = FORMATS[name].read(fields, turns)
+        first, line = self.formats.setdefault(row.file, (name, row.line))
+        if first != name:
+            raise UserError(mixed(row.file, (first, line), (name, row.line)))
         self._account(name, fields, turns)
         return item
 
-    def _format(self, row: Row, value: dict[str, Any]) -> FormatName:
-        if self._named is not None:
-            return self._named
+    def note(self, row: Row | Reject) -> None:
+        """Remember the format of a file's first row, which stands in another piece than the rows to come."""
+        if isinstance(row, Row) and (name := recognise(row.value, self.kind)) and FORMATS[name].kind == self.kind:
+            self.formats.setdefault(row.file, (name, row.line))
+
+    def _recognised(self, value: dict[str, Any]) -> FormatName:
         name = recognise(value, self.kind)
         if name is None:
             raise BadRowError(_unknown(value, self.kind))
         if FORMATS[name].kind != self.kind:
             raise BadRowError(_other_kind(name, value, self.kind))
-        first, line = self.formats.setdefault(row.file, (name, row.line))
-        if first != name:
-            raise UserError(mixed(row.file, (first, line), (name, row.line)))
         return name
 
     def _account(self, name: FormatName, fields: Fields, turns: TurnReader) -> None:
         """Refuse what was not read although it means something; count the rest."""
         unread = fields.unread()
         if FORMATS[name].kind != "text":
-            for field, value in unread.items():
-                if (why := MEANINGFUL.get(field)) and why.applies(value):
-                    raise BadRowError(f"{field} cannot be used in a row of format {name}: {why.reason}")
+            _refuse_meaningful(name, unread)
         for field in {*(field for field in unread if not is_harmless(field)), *turns.ignored}:
             count_ignored(self.ignored, field, 1)
+
+
+def _refuse_meaningful(name: FormatName, unread: dict[str, Any]) -> None:
+    for field, value in unread.items():
+        why = _ONLY_TEXT if NOT_TEXT.fullmatch(field) else MEANINGFUL.get(field)
+        if why and why.applies(value):
+            raise BadRowError(f"{field} cannot be used in a row of format {name}: {why.reason}")
 
 
 def count_ignored(total: Counter[str], field: str, rows: int) -> None:
@@ -160,8 +174,9 @@ def recognise(value: dict[str, Any], kind: Kind | None = None) -> FormatName | N
 
     Fields that are present decide; where they fit nothing, so do fields that are there but empty.
     """
-    for has in (_has, _has_value):
-        for name in _in_order(kind):
+    own, others = _in_order(kind)
+    for has, names in ((_has, own), (_has_value, own), (_has, others), (_has_value, others)):
+        for name in names:
             format = FORMATS[name]
             if all(any(has(value, field) for field in group) for group in format.needs) and format.fits(value):
                 return name
@@ -173,30 +188,53 @@ def _has_value(value: dict[str, Any], field: str) -> bool:
 
 
 @functools.cache
-def _in_order(kind: Kind | None) -> list[FormatName]:
-    return sorted(FORMATS, key=lambda name: FORMATS[name].kind != kind)
+def _in_order(kind: Kind | None) -> tuple[list[FormatName], list[FormatName]]:
+    """The formats of `kind`, and the others."""
+    return (
+        [name for name, format in FORMATS.items() if format.kind == kind],
+        [name for name, format in FORMATS.items() if format.kind != kind],
+    )
 
 
 def _has(value: dict[str, Any], field: str) -> bool:
     return field in value and not is_absent(value[field])
 
 
+FIRST_FIELD: dict[Kind, str] = {"text": "text", "conversation": "conversations", "pair": "chosen"}
+
+EXAMPLES: dict[Kind, str] = {
+    "text": "data.fields.text=NAME",
+    "conversation": "data.fields.prompt=NAME and data.fields.completion=NAME (texts), or data.fields.messages=NAME "
+    "(turns)",
+    "pair": "data.fields.prompt=NAME, data.fields.chosen=NAME and data.fields.rejected=NAME",
+}
+"""How a user says which of a row's fields is which."""
+
+
 def _unknown(value: dict[str, Any], kind: Kind) -> str:
-    missing = {"text": "text", "conversation": "conversations", "pair": "chosen"}.get(kind, "prompt")
     present = [name for name in value if _has(value, name)]
     has = f"the row has {', '.join(present[:8])}" if present else "the row has no field with a value"
-    return f"{missing} is missing ({has}); if a field has another name, say so by data.fields.{missing}=NAME"
+    hint = f"; if fields have other names, say so by {EXAMPLES[kind]}" if kind in EXAMPLES else ""
+    return f"{FIRST_FIELD.get(kind, 'prompt')} is missing ({has}){hint}"
 
 
 def _other_kind(name: FormatName, value: dict[str, Any], kind: Kind) -> str:
     format = FORMATS[name]
-    missing = {"text": "text", "conversation": "conversations", "pair": "chosen"}.get(kind, "prompt")
     field = next(field for group in format.needs for field in group if field in value)
-    stages = [stage for stage, its in KINDS.items() if its == format.kind]
-    if stages:
+    if stages := _stages(name):
+        missing = FIRST_FIELD.get(kind, "prompt")
         return f"{missing} is missing, but {field} is there, which {' and '.join(stages)} would read"
     what = "a prompt without an answer" if format.kind == "prompt" else "a rated answer (unpaired preference data)"
     return f"the row is {what}, from which no stage here learns"
+
+
+def _stages(name: FormatName) -> list[StageName]:
+    return [stage for stage, kind in KINDS.items() if kind == FORMATS[name].kind]
+
+
+def _learners(name: FormatName) -> str:
+    stages = _stages(name)
+    return f"from which {' and '.join(stages)} learn" if stages else "from which no stage learns yet"
 
 
 def question_of(value: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
@@ -206,12 +244,18 @@ def question_of(value: dict[str, Any]) -> tuple[list[Message], list[Any] | None]
         BadRowError: the row cannot be read, or has nothing to answer.
     """
     for key in ("messages", "conversations"):
-        if isinstance(turns := value.get(key), list):
+        turns = value.get(key)
+        turns = turns_in_text(turns, key) if isinstance(turns, str) else turns
+        if isinstance(turns, list):
             value = {**value, key: _until_question(turns, key)}
+    if "instruction" in value:
+        value = {**value, "output": value.get("output") or "no answer yet"}
     name = recognise(value, "conversation")
     if name is None or FORMATS[name].kind not in ("conversation", "prompt"):
         raise BadRowError("the row has no prompt, and no conversations or messages (a list of turns)")
-    item = FORMATS[name].read(Fields(value), TurnReader(lambda field: True, {}))
+    fields, turn_reader = Fields(value), TurnReader(lambda field, role: True)
+    item = FORMATS[name].read(fields, turn_reader)
+    _refuse_meaningful(name, fields.unread())
     conversation = item.conversation if isinstance(item, Prompt) else item
     assert isinstance(conversation, Conversation)
     return _until_question(conversation.messages, name), conversation.tools
@@ -241,7 +285,7 @@ def texts_of(value: dict[str, Any]) -> list[str]:
     name = recognise(value)
     if name is None:
         raise BadRowError(_unknown(value, "text"))
-    item = FORMATS[name].read(Fields(value), TurnReader(lambda field: False, {}))
+    item = FORMATS[name].read(Fields(value), TurnReader(lambda field, role: False))
     if isinstance(item, str):
         return [item]
     conversation = item if isinstance(item, Conversation) else item[0]
@@ -277,7 +321,7 @@ def _read_alpaca(row: Fields, turns: TurnReader) -> Conversation:
 def _read_completion(row: Fields, turns: TurnReader) -> Conversation:
     prompt, tools = _prompt_turns(row, turns)
     where, completion = row.take("completion", "response", "answer")
-    answer, _ = _answer_turns(completion, where, turns)
+    answer, _ = _answer_turns(completion, where, turns, _is_spoken(row))
     # The prompt's own answers are context, as in trl: loss is on the completion alone.
     silent = [turn._replace(learned=False) for turn in prompt]
     return _with_row(row, _joined(silent, answer, where), tools)
@@ -287,7 +331,7 @@ def _read_preference(row: Fields, turns: TurnReader) -> Pair:
     prompt, tools = _optional_prompt(row, turns)
     sides: list[Conversation] = []
     for key in ("chosen", "rejected"):
-        answer, own_tools = _answer_turns(row.raw(key), key, turns)
+        answer, own_tools = _answer_turns(row.raw(key), key, turns, _is_spoken(row))
         if not prompt and answer[0].message["role"] == "assistant":
             raise BadRowError(_no_prompt(row, key))
         sides.append(_with_row(row, _joined(prompt, answer, key), own_tools or tools))
@@ -318,9 +362,9 @@ def _read_openai_preference(row: Fields, turns: TurnReader) -> Pair:
 
 def _read_rated(row: Fields, turns: TurnReader) -> Rated:
     where, label = row.take("label", "kto_tag")
-    if label not in (True, False, "true", "false", "True", "False"):
+    if not _says_good_or_bad(label):
         raise BadRowError(f"{where} is {json.dumps(label)}, not true or false")
-    good = str(label).lower() == "true"
+    good = str(label).lower() in ("true", "1", "1.0")
     for name in ("messages", "sharegpt", "alpaca", "completion"):
         format = FORMATS[name]
         if all(any(field in row for field in group) for group in format.needs):
@@ -340,14 +384,18 @@ def _turns_speak(value: dict[str, Any]) -> bool:
     """The turns have `from` and `value`, as ShareGPT's."""
     turns = value.get("conversations") or value.get("messages")
     if isinstance(turns, str):
-        return re.match(r'\s*\[\s*\{[^{}]*"from"\s*:', turns) is not None
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return isinstance(first, dict) and "from" in first and "role" not in first
+        return PRINTED_TURNS.match(turns) is not None and '"from"' in turns and '"role"' not in turns
+    first = next((turn for turn in turns if isinstance(turn, dict)), None) if isinstance(turns, list) else None
+    return first is not None and "from" in first and "role" not in first
 
 
 def _is_flag(value: dict[str, Any]) -> bool:
-    label = value.get("label", value.get("kto_tag"))
-    return isinstance(label, bool) or label in ("true", "false", "True", "False")
+    """The row has `kto_tag`, or a `label` that can only mean good or bad."""
+    return _has(value, "kto_tag") or _says_good_or_bad(value.get("label"))
+
+
+def _says_good_or_bad(label: Any) -> bool:
+    return label in (True, False) or str(label).lower() in ("true", "false")
 
 
 ANSWERED = (("messages", "conversations", "completion", "output"),)
@@ -376,28 +424,30 @@ class _Meaning(NamedTuple):
     applies: Callable[[Any], bool] = lambda value: True
 
 
-_ONLY_TEXT = _Meaning("only text can be read; remove the field")
+_ONLY_TEXT = _Meaning("only text can be read; remove the field, or list it in data.ignore")
 _THOUGHT = _Meaning("put it into the assistant's turn as reasoning_content")
 _WEIGHT = _Meaning("rows cannot be weighted; repeat or remove rows, and remove the field", lambda v: v not in (1, "1"))
 _OTHER = _Meaning("the row has a second format's field; remove it, list it in data.ignore, or name it by data.fields")
+_TOKENS = _Meaning("rows of token ids cannot be read; give the text")
+
+_RATED = (
+    "it rates the answer (unpaired preference data), which no stage learns from; keep the rows with good answers and "
+    "list the field in data.ignore"
+)
 
 MEANINGFUL: dict[str, _Meaning] = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _ONLY_TEXT),
     **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "thought", "thoughts"), _THOUGHT),
     **dict.fromkeys(("weight", "sample_weight", "loss_weight", "loss_mask", "train", "mask"), _WEIGHT),
     **dict.fromkeys(
         ("prompt", "completion", "instruction", "input", "output", "response", "history", "messages", "conversations",
-         "chosen", "rejected", "system", "system_prompt", "tools", "functions", "tool_calls", "function_call",
-         "preferred_output", "non_preferred_output"), _OTHER,
+         "chosen", "rejected", "system", "system_prompt", "system_message", "tools", "functions", "tool_calls",
+         "function_call",
+         "preferred_output", "non_preferred_output", "rejected_response", "context", "segments"),
+        _OTHER,
     ),
-    **dict.fromkeys(
-        ("label", "kto_tag"),
-        _Meaning(
-            "it rates the answer (unpaired preference data), which no stage learns from; keep the rows with good "
-            "answers and list the field in data.ignore",
-            lambda value: isinstance(value, bool),
-        ),
-    ),
+    **dict.fromkeys(("input_ids", "labels", "attention_mask"), _TOKENS),
+    "label": _Meaning(_RATED, _says_good_or_bad),
+    "kto_tag": _Meaning(_RATED),
     "documents": _Meaning("chat templates get no documents here; write them into a turn"),
     "chat_template": _Meaning("the tokenizer's chat template is used; remove the field"),
     "chat_template_kwargs": _Meaning("chat templates get no further settings here; remove the field"),
@@ -424,7 +474,7 @@ def _conversation(row: Fields, turns: TurnReader, value: Any, where: str) -> Con
 
 def _with_row(row: Fields, turns: list[Turn], tools: list[Any] | None) -> Conversation:
     """The turns with the row's own `system` and `tools`."""
-    where, system = row.take("system", "system_prompt")
+    where, system = row.take("system", "system_prompt", "system_message")
     if system is not None:
         text = as_string(system, where)
         first = turns[0].message
@@ -440,7 +490,7 @@ def _with_row(row: Fields, turns: list[Turn], tools: list[Any] | None) -> Conver
 
 def _alpaca_prompt(row: Fields) -> list[Turn]:
     """Earlier questions and answers, then the instruction, with its input on a line of its own."""
-    instruction, more = row.string("instruction"), row.string("input")
+    instruction, more = row.string("instruction"), row.string("input", "context")
     question = "\n".join(part for part in (instruction, more) if part)
     turns: list[Turn] = []
     where, history = row.take("history")
@@ -458,7 +508,7 @@ def _prompt_turns(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[Any]
     prompt = row.raw("prompt")
     if not isinstance(prompt, str):
         return turns.turns(prompt, "prompt")
-    if listed := as_turns_in_json(prompt):
+    if listed := turns_in_text(prompt, "prompt"):
         return turns.turns(listed, "prompt")
     return _dialogue(prompt, "prompt") if _is_dialogue(prompt) else [_user(as_text(prompt, "prompt"))], None
 
@@ -476,35 +526,52 @@ def _optional_prompt(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[A
     return [], None
 
 
-def _answer_turns(value: Any, where: str, turns: TurnReader) -> tuple[list[Turn], list[Any] | None]:
+def _is_spoken(row: Fields) -> bool:
+    """The row's prompt is a dialogue in one text, whose answers begin with a space that belongs to `Assistant:`."""
+    prompt = row.raw("prompt")
+    return isinstance(prompt, str) and _is_dialogue(prompt)
+
+
+def _answer_turns(value: Any, where: str, turns: TurnReader, spoken: bool) -> tuple[list[Turn], list[Any] | None]:
     """An answer: a text, a dialogue in one text, a turn, or a list of turns."""
     if value is None:
         raise BadRowError(f"{where} is missing")
     if not isinstance(value, str):
         return turns.turns(value, where)
-    if listed := as_turns_in_json(value):
+    if listed := turns_in_text(value, where):
         return turns.turns(listed, where)
-    return _dialogue(value, where) if _is_dialogue(value) else [_assistant(as_text(value, where))], None
+    if _is_dialogue(value):
+        return _dialogue(value, where), None
+    return [_assistant(as_text(value.strip() if spoken else value, where))], None
 
 
 def _joined(prompt: list[Turn], answer: list[Turn], where: str) -> list[Turn]:
-    """The prompt and the answer; the answer alone where it begins with the prompt's turns, or repeats its question.
+    """The prompt and the answer, whose turns may begin with the prompt's once more, or with its question.
 
     Raises:
         BadRowError: the answer begins with turns of its own that are not the prompt.
     """
     if not prompt:
         return answer
+    system, prompt = _system_apart(prompt)
+    own_system, answer = _system_apart(answer)
+    if system and own_system and system[0].message != own_system[0].message:
+        raise BadRowError(f"{where} has another system turn than prompt; leave one of them out")
     ours, theirs = [t.message for t in prompt], [t.message for t in answer]
-    without_system = theirs[1:] if theirs[0]["role"] == "system" else theirs
-    if theirs[: len(ours)] == ours or without_system[: len(ours)] == ours:
-        return answer
-    if theirs[0]["role"] == "assistant":
-        return [*prompt, *answer]
+    if theirs[: len(ours)] == ours:
+        answer = answer[len(ours) :]
     # As a text, a prompt is often the last question of the turns that stand before the answer.
-    if len(ours) == 1 and ours[0] in theirs:
-        return answer
-    raise BadRowError(f"{where} begins with other turns than prompt has; leave prompt out, or the turns")
+    elif len(ours) == 1 and ours[0] in theirs:
+        prompt = []
+    elif not theirs or theirs[0]["role"] != "assistant":
+        raise BadRowError(f"{where} begins with other turns than prompt has; leave prompt out, or the turns")
+    return [*(system or own_system), *prompt, *answer]
+
+
+def _system_apart(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """The system turn at the beginning, if there is one, and the other turns."""
+    first = int(turns[0].message["role"] == "system")
+    return turns[:first], turns[first:]
 
 
 def _require_repeated(row: Fields, turns: TurnReader, conversation: Conversation) -> None:

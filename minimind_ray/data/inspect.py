@@ -14,7 +14,7 @@ import numpy as np
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig, FormatName, StageName
 from minimind_ray.data.encode import RowEncoder, Tally
-from minimind_ray.data.fields import renamed
+from minimind_ray.data.fields import BadRowError, renamed
 from minimind_ray.data.formats import FORMATS, KINDS, recognise
 from minimind_ray.data.pack import Document, Group, pack_groups
 from minimind_ray.data.records import Reject, Row
@@ -62,10 +62,8 @@ class Inspection:
         return self.tokens / (self.packs * pack_tokens) if self.packs else 0.0
 
 
-def guess_stage(rows: Iterable[Row | Reject], fields: dict[str, str]) -> tuple[StageName, Iterator[Row | Reject]]:
-    """The stage that learns from the first row of a known format, and the rows once more from the start.
-
-    `fields` are the rows' own names of fields, as `data.fields` has them.
+def guess_stage(rows: Iterable[Row | Reject], data: DataConfig) -> tuple[StageName, Iterator[Row | Reject]]:
+    """The stage that learns from `data.format`, or from the first row of a known format, and the rows once more.
 
     Raises:
         UserError: no row among the first has a format that a stage learns from.
@@ -74,7 +72,7 @@ def guess_stage(rows: Iterable[Row | Reject], fields: dict[str, str]) -> tuple[S
     seen: list[Row | Reject] = []
     for row in remaining:
         seen.append(row)
-        name = recognise(renamed(row.value, fields)) if isinstance(row, Row) else None
+        name = data.format or _recognised(row, data.fields)
         stages: list[StageName] = [stage for stage, kind in KINDS.items() if name and kind == FORMATS[name].kind]
         if stages:
             return stages[0], chain(seen, remaining)
@@ -86,8 +84,16 @@ def guess_stage(rows: Iterable[Row | Reject], fields: dict[str, str]) -> tuple[S
     why = first.reason if isinstance(first, Reject) else f"it has {', '.join(first.value) or 'no field'}"
     raise UserError(
         f"none of the first {len(seen)} rows has a format that a stage learns from ({first.file}:{first.line}: {why}); "
-        "say what they are with --stage, and by data.fields which of their fields is which"
+        "say what they are with --stage, and which field is which by data.fields, such as --set "
+        "data.fields.prompt=question --set data.fields.completion=reply"
     )
+
+
+def _recognised(row: Row | Reject, fields: dict[str, str]) -> FormatName | None:
+    try:
+        return recognise(renamed(row.value, fields)) if isinstance(row, Row) else None
+    except BadRowError:
+        return None
 
 
 def inspect_rows(
@@ -111,7 +117,7 @@ def inspect_rows(
         for whole in encoder.whole_documents(rows):
             if not isinstance(whole, Reject):
                 lengths.extend(len(d.tokens) for d in whole.group)
-            for place, outcome in enumerate(encoder.fit(whole)):
+            for place, outcome in enumerate(encoder.limit(whole)):
                 if isinstance(outcome, Reject):
                     alike = re.sub(r"\d+", "N", outcome.reason)
                     before = reasons.get(alike, RejectReason(0, outcome))

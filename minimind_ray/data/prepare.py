@@ -37,7 +37,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig, FormatName, Section, StageName
 from minimind_ray.data.encode import RowEncoder, remarks
 from minimind_ray.data.files import TEMPORARY, absolute, atomic_output, join, locate, one_line
-from minimind_ray.data.formats import mixed
+from minimind_ray.data.formats import count_ignored, mixed
 from minimind_ray.data.pack import Group, pack_groups, pack_schema, packs_table
 from minimind_ray.data.records import (
     CHUNK,
@@ -157,8 +157,11 @@ class Prepared:
         """What the user should know of rows that were left out or shortened, and of fields that nothing read."""
         total, units = self.manifest.total, self.manifest.units
         too_long = sum((Counter(unit.too_long) for unit in units), Counter[int]())
-        ignored = sum((Counter(unit.ignored) for unit in units), Counter[str]())
-        return remarks(self.config, total("kept"), total("shortened"), too_long, ignored)
+        ignored = Counter[str]()
+        for unit in units:
+            for field, rows in unit.ignored.items():
+                count_ignored(ignored, field, rows)
+        return remarks(self.manifest.stage, self.config, total("kept"), total("shortened"), too_long, ignored)
 
 
 def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:

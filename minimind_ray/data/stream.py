@@ -20,7 +20,9 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.data.files import atomic_output, join, locate
 from minimind_ray.data.pack import Group, Pack, pack_from_row, pack_groups, packs_table
 from minimind_ray.data.prepare import Encoding, Seen, Unit, require_undamaged, unit_groups
-from minimind_ray.data.records import Reject
+from minimind_ray.data.records import Part, Reject, read_rows
+
+HEAD = 1 << 16  # bytes at a file's start in which its first row is looked for
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,11 @@ class Stream:
 
     def _groups(self, unit: Unit) -> Iterator[Group]:
         seen, rejects = Seen(), list[Reject]()
-        outcomes, _ = unit_groups(unit, self.encoding, seen)
+        outcomes, encoder = unit_groups(unit, self.encoding, seen)
+        if unit.part.start and unit.source.by_lines:  # A file's pieces have one format, that of its first row.
+            head = Part(stop=min(unit.source.size, HEAD))
+            for row in islice(read_rows(unit.source, head), 1):
+                encoder.reader.note(row)
         for item in outcomes:
             if isinstance(item, Reject):
                 rejects.append(item)

@@ -52,6 +52,7 @@ WORD = re.compile(r"[\w\s▁'.,-]*")
 MARK = "\ufdd0"
 FIRST_PRIVATE = 0xF0000
 MARKS = range(ord(MARK), 0x110000)  # A text with stand-ins is encoded with the first of these that it does not hold.
+MOST_FIELDS = 1000  # names of further fields of messages that are looked up
 PROBE: list[Message] = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "a b"}]
 CUT = -1  # In place of an id: what is before and after are encoded as if a control token were between.
 
@@ -111,6 +112,7 @@ class Tokenizer:
         self._any_stand_in = _any_of(self._spelled_out)
         self._stand_in_or_control = _any_of([*self._spelled_out, *control])
         self._guarded_by_mark: dict[str, _Relabelled] = {}
+        self._fields_written: dict[tuple[str, str], bool] = {}
         self._formats: dict[str, ChatFormat] = {}
 
     @classmethod
@@ -262,9 +264,23 @@ class Tokenizer:
         lead, _, _ = self.decode(ids[start:end], skip_special=True, after=ids[:start]).partition(PROBE[-1]["content"])
         return lead if lead.isspace() else ""
 
-    def writes(self, field: str) -> bool:
-        """Whether a chat template could write this field of a message: it names it."""
-        return any(re.search(rf"\b{re.escape(field)}\b", source) for source in self._templates.values())
+    def writes(self, field: str, role: str) -> bool:
+        """Whether the chat template writes this field of a message of this role: a probe with it renders otherwise."""
+        known = self._fields_written
+        if (field, role) not in known and len(known) < MOST_FIELDS:
+            known[field, role] = self._probe_field(field, role)
+        return known.get((field, role), False)
+
+    def _probe_field(self, field: str, role: str) -> bool:
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        before = {"system": [], "user": [], "assistant": PROBE[:1], "tool": [*PROBE[:1], call]}[role]
+        after = PROBE if role in ("system", "user") else []
+        texts: list[str] = []
+        for more in ({}, {field: "a value"}):
+            with suppress(UserError):
+                message = {"role": role, "content": "a text", **more}
+                texts.append(self._format(None).render([*before, message, *after], None).text)
+        return len(set(texts)) == 2
 
     def _encode_probe(self) -> tuple[list[int], list[tuple[int, int]]] | UserError:
         (found,) = self.encode_conversations([self.render(PROBE)])

@@ -10,6 +10,7 @@ A message has `role` (system, user, assistant or tool), `content`, on assistant 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -26,6 +27,7 @@ from minimind_ray.data.fields import (
     as_text,
     is_harmless,
     renamed,
+    turns_in_text,
 )
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -33,13 +35,14 @@ ALIASES = {
     **{role: role for role in ROLES},
     "developer": "system",
     "human": "user",
-    "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "bing": "assistant",
+    "bard": "assistant",
     "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool", "tool_response": "tool",
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 """Roles by other names. The content of a `function_call` or `tool_call` turn is the call itself, as JSON."""
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts", "think")
 LOSS_FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_scale", "loss_weight")
 """Names of the flag that says whether a turn carries loss, by project: OpenAI, Axolotl, ms-swift and others."""
 
@@ -50,10 +53,11 @@ REFUSED = {
     "masked": "its meaning differs between projects; use weight 0 or 1",
     "loss_mask": "its meaning differs between projects; use weight 0 or 1",
     "refusal": "it is the answer itself in OpenAI's rows; move it to content",
-    "images": "only text can be read", "image": "only text can be read", "videos": "only text can be read",
-    "video": "only text can be read", "audio": "only text can be read", "audios": "only text can be read",
 }  # fmt: skip
 """Fields of a turn that mean something that cannot be done, and why."""
+
+NOT_TEXT = re.compile(r"(image|video|audio)s?(_.*)?")
+"""Names of fields that hold something else than text."""
 
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -67,11 +71,13 @@ class Turn(NamedTuple):
 
 @dataclass
 class TurnReader:
-    """Reads turns. `writes(field)` says whether the chat template could write a further field of a message; `names`
-    are the user's own names for `role` and `content`. `ignored` collects the fields that nothing reads."""
+    """Reads turns. `writes(field, role)` says whether the chat template writes a further field of a message; `names`
+    are the user's own names for `role` and `content`; fields in `left_out` are passed over. `ignored` collects the
+    fields that nothing reads."""
 
-    writes: Callable[[str], bool]
-    names: dict[str, str]
+    writes: Callable[[str, str], bool]
+    names: dict[str, str] = field(default_factory=dict[str, str])
+    left_out: frozenset[str] = frozenset()
     ignored: set[str] = field(default_factory=set[str])
 
     def turns(self, value: Any, where: str) -> tuple[list[Turn], list[Any] | None]:
@@ -80,6 +86,8 @@ class TurnReader:
         Raises:
             BadRowError: a turn cannot be used; which field, and why.
         """
+        if isinstance(value, str):
+            value = turns_in_text(value, where) or value
         items = [value] if isinstance(value, dict) else as_list(value, where)
         if not items:
             raise BadRowError(f"{where} is empty")
@@ -96,6 +104,8 @@ class TurnReader:
     def _turn(self, values: dict[str, Any], key: str, index: int) -> tuple[Turn, list[Any] | None]:
         if _is_plain(values):
             return Turn(values, values["role"] == "assistant"), None
+        if self.left_out:
+            values = {name: value for name, value in values.items() if name not in self.left_out}
         fields = Fields(renamed(values, self.names), f"{key}[{index}].")
         named = _role(fields)
         role = ALIASES[named]
@@ -103,7 +113,7 @@ class TurnReader:
         content = _content(fields)
         parts_thought = None
         if isinstance(content, list):
-            content, parts_thought = _join_parts(content, f"{fields.where}content")
+            content, parts_thought = self._join_parts(content, f"{fields.where}content", key)
         calls = _calls(fields)
         if named in ("function_call", "tool_call"):
             content, calls = "", _spoken_calls(content, f"{fields.where}content")
@@ -122,11 +132,35 @@ class TurnReader:
         _require_content(message, fields.where)
         return Turn(message, learned), tools
 
+    def _join_parts(self, parts: list[Any], where: str, key: str) -> tuple[str, str | None]:
+        """The text of a list of content parts, and the thought in it."""
+        texts: list[str] = []
+        thoughts: list[str] = []
+        for i, item in enumerate(parts):
+            if isinstance(item, str):
+                texts.append(item)
+                continue
+            part = Fields(as_object(item, f"{where}[{i}]"), f"{where}[{i}].")
+            _, kind = part.take("type")
+            if kind in ("thinking", "reasoning"):
+                named, thought = part.take("thinking", "reasoning", "text")
+                inner = self._join_parts(thought, named, key)[0] if isinstance(thought, list) else thought
+                thoughts.append(as_string(inner, named))
+            elif kind in TEXT_PARTS:
+                texts.append(as_string(part.raw("text"), f"{part.where}text"))
+            else:
+                raise BadRowError(f"{where}[{i}] is of type {json.dumps(kind)}; only text can be read")
+            named, flag = part.take(*LOSS_FLAGS)
+            if flag not in (None, 1):
+                raise BadRowError(f"{named} is {json.dumps(flag)}; only a whole turn can be kept out of the loss")
+            self.ignored.update(f"{key}[].content[].{name}" for name in part.unread() if not is_harmless(name))
+        return "".join(texts), "".join(thoughts) or None
+
     def _others(self, fields: Fields, key: str, message: Message) -> None:
         for name, value in fields.unread().items():
-            if name in REFUSED:
-                raise BadRowError(f"{fields.where}{name} cannot be used: {REFUSED[name]}")
-            if self.writes(name):
+            if why := REFUSED.get(name) or (NOT_TEXT.fullmatch(name) and "only text can be read"):
+                raise BadRowError(f"{fields.where}{name} cannot be used: {why}; data.ignore can leave it out")
+            if self.writes(name, message["role"]):
                 message[name] = value
             elif not is_harmless(name):
                 self.ignored.add(f"{key}[].{name}")
@@ -157,9 +191,9 @@ def take_tools(fields: Fields) -> list[Any] | None:
 
 def _role(fields: Fields) -> str:
     where, role = fields.take("role", "from")
-    if not isinstance(role, str) or role not in ALIASES:
-        raise BadRowError(f"{where} is {json.dumps(role)}; known are {', '.join(ROLES)}")
-    return role
+    if not isinstance(role, str) or role.lower() not in ALIASES:
+        raise BadRowError(f"{where} is {json.dumps(role)}; known are {', '.join(ROLES)}, human, gpt and the like")
+    return role.lower()
 
 
 def _content(fields: Fields) -> str | list[Any] | None:
@@ -169,26 +203,6 @@ def _content(fields: Fields) -> str | list[Any] | None:
     return (
         cast("list[Any]", value) if value is None or isinstance(value, list) else as_string(value, fields.where + name)
     )
-
-
-def _join_parts(parts: list[Any], where: str) -> tuple[str, str | None]:
-    """The text of a list of content parts, and the thought in it."""
-    texts: list[str] = []
-    thoughts: list[str] = []
-    for i, part in enumerate(parts):
-        here = f"{where}[{i}]"
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        kind = as_object(part, here).get("type")
-        if kind in ("thinking", "reasoning"):
-            thought = part.get("thinking") or part.get(kind) or part.get("text")
-            thoughts.append(_join_parts(thought, here)[0] if isinstance(thought, list) else as_string(thought, here))
-        elif kind in TEXT_PARTS:
-            texts.append(as_string(part.get("text"), f"{here}.text"))
-        else:
-            raise BadRowError(f"{here} is of type {json.dumps(kind)}; only text can be read")
-    return "".join(texts), "".join(thoughts) or None
 
 
 def _calls(fields: Fields) -> list[dict[str, Any]] | None:

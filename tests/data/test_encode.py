@@ -105,7 +105,7 @@ def test_order_is_kept_and_rejects_pass_through(tokenizer: Tokenizer) -> None:
 # Conversations
 
 NO_TEXT = (
-    "text is missing (the row has no field with a value); if a field has another name, say so by data.fields.text=NAME"
+    "text is missing (the row has no field with a value); if fields have other names, say so by data.fields.text=NAME"
 )
 TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "It is 2.", "tools": '[{"name": "add", "parameters": {}}]'},
@@ -230,15 +230,54 @@ def test_an_answer_longer_than_the_limit_keeps_its_beginning_and_the_end_of_the_
     assert (len(document.tokens), tally.cut, tally.shortened) == (64, 1, 1)
 
 
+def test_a_row_that_cannot_be_shortened_is_cut_as_others_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = DataConfig(max_seq_len=64, pack_tokens=200, long_conversations="cut_prompt")
+    silent = {"messages": [USER, ANSWER, {"role": "user", "content": "What is " * 90}, {**ANSWER, "weight": 0}]}
+    one_sided = {
+        "chosen": [{"role": "system", "content": "2"}, ANSWER, {"role": "user", "content": "1 " * 90}, ANSWER],
+        "rejected": [{"role": "system", "content": "2"}, {**ANSWER, "content": "It is 3. " * 40}],
+    }
+    for stage, row in (("sft", silent), ("dpo", one_sided)):
+        (group,), tally = encode(tokenizer, stage, row, config=config)
+        assert isinstance(group, tuple) and (tally.kept, tally.shortened) == (1, 0)
+    tokenizer.save(tmp_path)
+    template = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    check = "{% if messages[0].content == '3' %}{{ raise_exception('no') }}{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(check + template, "utf-8")
+    talk = [USER, {**ANSWER, "content": "It is 2. " * 20}, {"role": "user", "content": "3"}, ANSWER]
+    (group,), tally = encode(Tokenizer.load(tmp_path), "sft", {"messages": talk}, config=config)
+    assert isinstance(group, tuple) and (tally.kept, tally.cut, tally.shortened) == (1, 1, 0)
+
+
+def test_many_turns_are_shortened_in_good_time(tokenizer: Tokenizer) -> None:
+    config = DataConfig(max_seq_len=128, pack_tokens=200, long_conversations="cut_prompt")
+    ((document,),), _ = encode(tokenizer, "sft", {"messages": [USER, ANSWER] * 300}, config=config)
+    exchange = len(encode(tokenizer, "sft", {"messages": [USER, ANSWER]})[0][0][0].tokens)
+    assert len(document.tokens) == 128 // exchange * exchange
+
+
 def test_the_length_that_keeps_99_percent() -> None:
     too_long = Counter({128: 1, 192: 1, 1024: 1})
     assert length_for_most(197, too_long) == 128
     assert length_for_most(96, too_long + Counter({64: 1})) == 192
     assert length_for_most(0, too_long) == 1024
-    (line,) = remarks(CONFIG, 197, 0, too_long, Counter())
-    assert line.startswith("3 of 200 rows are too long and were left out: at data.max_seq_len 64 nothing")
-    assert "128 would keep 99 %" in line
-    assert remarks(CONFIG, 9, 0, Counter(), Counter({"difficulty": 4000, "a": 1})) == [
+    assert length_for_most(299, Counter({128: 3})) is None
+    (line,) = remarks("sft", CONFIG, 197, 0, too_long, Counter())
+    assert line == (
+        "3 of 200 rows left out: too long for data.max_seq_len 64, so that no answer is kept; data.max_seq_len 128 "
+        "would keep 99 % of the rows; data.long_conversations=cut_prompt shortens them instead"
+    )
+    small = DataConfig(max_seq_len=64, pack_tokens=100, long_conversations="cut_prompt")
+    (line,) = remarks("dpo", small, 197, 0, too_long, Counter())
+    assert line == (
+        "3 of 200 rows left out: too long for half of data.pack_tokens 100, which a pair's answers share, so that no "
+        "answer is kept; data.max_seq_len 128 with data.pack_tokens 256 would keep 99 % of the rows"
+    )
+    assert remarks("sft", CONFIG, 9, 1, Counter(), Counter({f"f{i:02}": 1 for i in range(12)})) == [
+        "1 row lost the oldest turns or the beginning of the question, to fit",
+        f"ignored fields: {', '.join(f'f{i:02} (1 row)' for i in range(10))} and 2 more",
+    ]
+    assert remarks("sft", CONFIG, 9, 0, Counter(), Counter({"difficulty": 4000, "a": 1})) == [
         "ignored fields: difficulty (4,000 rows), a (1 row)"
     ]
 
@@ -259,8 +298,8 @@ def call(**function: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({}, "conversations is missing (the row has no field with a value); if a field has another name"),
-        ({"question": "a"}, "conversations is missing (the row has question); if a field has another name, say so by"),
+        ({}, "conversations is missing (the row has no field with a value); if fields have other names, say so by"),
+        ({"question": "a"}, "conversations is missing (the row has question); if fields have other names, say so by"),
         ({"text": "a"}, "conversations is missing, but text is there, which pretrain would read"),
         ({"chosen": [USER]}, "conversations is missing, but chosen is there, which dpo would read"),
         ({"messages": None}, "conversations is missing (the row has no field with a value)"),

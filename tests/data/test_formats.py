@@ -257,6 +257,89 @@ def test_a_pair_that_cannot_be_used_says_why(tokenizer: Tokenizer, value: dict[s
     assert reason(tokenizer, "dpo", value).startswith(expected)
 
 
+# Inputs that a review found to be read wrongly
+
+
+def test_answers_printed_by_python_are_refused_and_json_answers_are_text(tokenizer: Tokenizer) -> None:
+    printed = {"prompt": "q", "chosen": "[{'role': 'user', 'content': 'q'}]", "rejected": "b"}
+    assert reason(tokenizer, "dpo", printed).startswith("chosen looks like turns but is no JSON (Python prints lists")
+    listed = {"prompt": "Names?", "completion": '[{"name": "Ann"}]'}
+    same(tokenizer, "sft", listed, {"messages": [user("Names?"), assistant('[{"name": "Ann"}]')]})
+    turn = json.dumps({"from": "gpt", "value": "It is 2."})
+    own = {"chosen": [Q, A], "rejected": [Q, BAD]}
+    same(tokenizer, "dpo", {"prompt": Q["content"], "chosen": turn, "rejected": json.dumps(BAD)}, own)
+
+
+def test_a_prompt_repeated_in_the_completion_carries_no_loss(tokenizer: Tokenizer) -> None:
+    before = [Q, BAD, Q]
+    expected = {"messages": [Q, {**BAD, "weight": 0}, Q, A]}
+    same(tokenizer, "sft", {"prompt": before, "completion": [*before, A]}, expected)
+    own = {"chosen": [SYSTEM, Q, A], "rejected": [SYSTEM, Q, BAD]}
+    same(tokenizer, "dpo", {"prompt": [SYSTEM, Q], "chosen": [Q, A], "rejected": [Q, BAD]}, own)
+
+
+def test_a_spoken_prompt_takes_the_space_before_its_answer(tokenizer: Tokenizer) -> None:
+    spoken = {"prompt": "\n\nHuman: What is 1 + 1?\n\nAssistant:", "chosen": " It is 2.", "rejected": " It is 3."}
+    same(tokenizer, "dpo", spoken, {"chosen": [Q, A], "rejected": [Q, BAD]})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"instruction": "a", "output": "b", "kto_tag": "false"}, "kto_tag cannot be used in a row of format alpaca"),
+        ({"messages": [Q, A], "label": "False"}, "label cannot be used in a row of format messages: it rates"),
+        ({"messages": [Q, A], "label": 0}, "label cannot be used in a row of format messages: it rates the answer"),
+        ({"messages": [Q, A], "image_url": "x"}, "image_url cannot be used in a row of format messages: only text"),
+        ({"messages": [{**Q, "image_url": "x"}, A]}, "messages[0].image_url cannot be used: only text can be read"),
+        ({"messages": [Q, A], "input_ids": [1]}, "input_ids cannot be used in a row of format messages: rows of token"),
+        ({"messages": [Q, {"role": "assistant", "content": [{"type": "text", "text": "a", "train": False}]}]},
+         "messages[1].content[0].train is false; only a whole turn can be kept out of the loss"),
+        ({"completion": "q"}, "conversations is missing (the row has completion)"),
+        ({"instruction": "a", "output": "", "text": "b"}, "output is missing"),
+        ({"prompt": "terse", "question": "q", "answer": "a"}, "prompt is there, and so is question, which data.fields"),
+    ],
+)  # fmt: skip
+def test_more_that_is_refused_by_name(tokenizer: Tokenizer, value: dict[str, Any], expected: str) -> None:
+    fields = {"prompt": "question"} if "question" in value else {}
+    assert reason(tokenizer, "sft", value, fields=fields).startswith(expected)
+
+
+def test_fields_of_turns_and_parts_that_nothing_reads_are_counted(tokenizer: Tokenizer) -> None:
+    part = {"type": "text", "text": "It is 2.", "cache_control": {"type": "short"}}
+    talk = [{**Q, "name": "Ann"}, {"role": "assistant", "content": [part], "is_masked": True}]
+    _, encoder = encode(tokenizer, "sft", {"messages": talk, "is_bad": True})
+    assert encoder.reader.ignored == {
+        "messages[].name": 1, "messages[].is_masked": 1, "messages[].content[].cache_control": 1, "is_bad": 1,
+    }  # fmt: skip
+    same(tokenizer, "sft", {"messages": [Q, {**A, "think": "是"}]}, {"messages": [Q, {**A, "reasoning_content": "是"}]})
+    dolly = {"instruction": "What is", "context": "1 + 1?", "response": "It is 2."}
+    same(tokenizer, "sft", dolly, {"messages": [user("What is\n1 + 1?"), A]})
+
+
+def test_one_odd_row_does_not_refuse_its_file(tokenizer: Tokenizer) -> None:
+    turns = [{"value": "write {code}", "from": "human"}, {"from": "gpt", "value": "It is 2."}]
+    rows = [{"conversations": turns}, {"conversations": []}, {"conversations": [None]}, {"messages": json.dumps(turns)}]
+    outcomes, _ = encode(tokenizer, "sft", *rows)
+    assert [isinstance(outcome, Reject) for outcome in outcomes] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "expected"),
+    [
+        (
+            "pretrain",
+            "completion",
+            "data.format is completion, from which sft and lora learn; leave it out",
+        ),
+        ("dpo", "messages", "data.format is messages, from which sft and lora learn"),
+        ("sft", "prompt", "data.format is prompt, from which no stage learns yet"),
+    ],
+)
+def test_a_format_of_another_stage_is_refused(tokenizer: Tokenizer, stage: StageName, name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        encode(tokenizer, stage, {"prompt": "a", "completion": "b"}, format=name)
+
+
 # Rows that no stage learns from yet
 
 
@@ -305,7 +388,7 @@ def test_a_named_format_is_the_only_one_read(tokenizer: Tokenizer) -> None:
 
 def test_a_file_holds_one_format(tokenizer: Tokenizer) -> None:
     rows = [{"messages": 3}, {"messages": [Q, A]}, {"text": "no"}, {"prompt": "a", "completion": "b"}]
-    with pytest.raises(UserError, match=r"f.jsonl:4: a row of format completion, but line 1 has format messages"):
+    with pytest.raises(UserError, match=r"f.jsonl:4: a row of format completion, but line 2 has format messages"):
         encode(tokenizer, "sft", *rows)
 
 

@@ -63,7 +63,7 @@ def test_reasons_that_differ_in_numbers_are_one(tokenizer: Tokenizer) -> None:
 )
 def test_the_first_row_with_known_fields_tells_the_stage(value: dict[str, Any], stage: str) -> None:
     given = [Reject("f.jsonl", 1, "not valid JSON"), *rows({"prompt": "a"}, value, {"text": "a"})]
-    guessed, again = guess_stage(iter(given), {})
+    guessed, again = guess_stage(iter(given), DataConfig())
     assert guessed == stage
     assert list(again) == given
 
@@ -72,7 +72,7 @@ def test_rows_without_known_fields_need_a_stage() -> None:
     with pytest.raises(
         UserError, match="none of the first 1 rows has a format that a stage learns from .*it has prompt.*--stage"
     ):
-        guess_stage(rows({"prompt": "a"}), {})
+        guess_stage(rows({"prompt": "a"}), DataConfig())
 
 
 def test_histogram_counts_every_document() -> None:
@@ -108,11 +108,11 @@ def test_the_commands(tmp_path: Path) -> None:
     assert trained.exit_code == 0, trained.output
     assert "320 tokens" in trained.output
     assert "2 rows could not be read" in trained.output
-    assert "on 4 texts held out" in trained.output
+    assert "in 4 texts that it was not trained on" in trained.output
     loaded = Tokenizer.load(tmp_path / "t")
     held_out = [f"It is {i}. 是{i}。" for i in (49, 99, 149, 199)]
     tokens = sum(map(len, loaded.encode(held_out)))
-    assert f"{sum(map(len, held_out)) / tokens:.2f} chars" in trained.output
+    assert f"{sum(map(len, held_out)) / tokens:.2f} characters" in trained.output
 
     shown = runner.invoke(data.app, ["inspect", str(file), "--tokenizer", str(tmp_path / "t"), "--max-seq-len", "12"])
     assert shown.exit_code == 0, shown.output
