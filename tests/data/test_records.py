@@ -332,6 +332,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(
@@ -449,6 +450,7 @@ def test_a_bad_item_of_an_array_is_rejected_alone(tmp_path: Path) -> None:
         assert reason in reasons
 
 
+@pytest.mark.slow
 def test_an_array_of_any_size_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "large.json"
     with path.open("wb") as file:

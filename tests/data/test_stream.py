@@ -38,6 +38,7 @@ def test_a_damaged_file_stops(tmp_path: Path) -> None:
     assert "1 rejected" in stream_of(tmp_path, "rows.jsonl.gz", 1.0).check_first()[1]
 
 
+@pytest.mark.slow
 def test_the_first_piece_says_what_a_token_takes(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, 3000, 0, 0.01)
     (unit,) = stream.units

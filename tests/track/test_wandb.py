@@ -240,6 +240,7 @@ start(Path({str(tmp_path)!r}), info={{"wandb": {left_open!r}}}).finish("finished
     assert summary(tmp_path)["state"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.unit
 def test_an_exception_marks_the_run_failed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), mark_failure(str(tmp_path)):
