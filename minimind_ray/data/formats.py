@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from minimind_ray.config.errors import UserError
@@ -114,10 +115,7 @@ class RowReader:
             BadRowError: the row cannot be used.
             UserError: the row has another format than the rows before it in its file.
         """
-        value = row.value
-        if self._left_out:
-            value = {name: field for name, field in value.items() if name not in self._left_out}
-        value = renamed(value, self._row_names)
+        value = self._fields(row)
         name = self._named or self._recognised(value)
         fields, turns = Fields(value), TurnReader(self._writes, self._turn_names, self._left_out)
         item = FORMATS[name].read(fields, turns)
@@ -129,8 +127,17 @@ class RowReader:
 
     def note(self, row: Row | Reject) -> None:
         """Remember the format of a file's first row, which stands in another piece than the rows to come."""
-        if isinstance(row, Row) and (name := recognise(row.value, self.kind)) and FORMATS[name].kind == self.kind:
-            self.formats.setdefault(row.file, (name, row.line))
+        if isinstance(row, Row):
+            with suppress(BadRowError):
+                name = self._named or self._recognised(self._fields(row))
+                self.formats.setdefault(row.file, (name, row.line))
+
+    def _fields(self, row: Row) -> dict[str, Any]:
+        """The row's fields by our names, without those to be left out."""
+        value = row.value
+        if self._left_out:
+            value = {name: field for name, field in value.items() if name not in self._left_out}
+        return renamed(value, self._row_names)
 
     def _recognised(self, value: dict[str, Any]) -> FormatName:
         name = recognise(value, self.kind)

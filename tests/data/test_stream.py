@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig
+from minimind_ray.data import prepare
 from minimind_ray.data.prepare import encoding_of, plan_units
 from minimind_ray.data.stream import Stream
 from minimind_ray.data.tokenizer import train_tokenizer
@@ -47,6 +49,24 @@ def test_the_first_piece_says_what_a_token_takes(tmp_path: Path) -> None:
     # Less than a pack says nothing.
     few = make_stream(tmp_path, 3, 0, 0.01)
     assert few.check_first()[0] == few
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_pieces_of_one_file_have_one_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    monkeypatch.setattr(prepare, "UNIT_BYTES", 400)
+    rows = [{"prompt": "a" * 40, "completion": "b"}] * 12 + [{"instruction": "a" * 40, "output": "b"}] * 12
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=str(path), val_fraction=0.0, cache_dir=str(tmp_path / "cache"))
+    tokenizer = train_tokenizer(["It is 1."], 300)
+    with pytest.raises(UserError, match=r"rows.jsonl:1\d: a row of format alpaca, but line 1 has format completion"):
+        if cached:
+            prepare.prepare("sft", config, "train", tokenizer)
+        else:
+            encoding, sources = encoding_of("sft", config, "train", tokenizer)
+            stream = Stream(tuple(plan_units(sources, encoding)), encoding, 0, str(tmp_path / "rejects"))
+            for unit in range(1, len(stream.units)):  # The first piece may be read by another process.
+                list(stream.unit_tables(unit))
 
 
 def make_stream(directory: Path, good: int, bad: int, fraction: float) -> Stream:
