@@ -18,6 +18,7 @@ from typing import Any
 from minimind_ray.config.cluster import ClusterFile
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import one_line
+from minimind_ray.on_ray.auth_token import TOKEN
 
 SDKS = {"aws": ("boto3", "aws"), "gcp": ("googleapiclient", "gcp"), "azure": ("azure.identity", "azure")}
 EXAMPLES = re.compile(r"\b(192\.0\.2|198\.51\.100|203\.0\.113)\.\d+\b")  # RFC 5737: addresses for documents
@@ -30,7 +31,6 @@ SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
 }
 LONG_IDLE = 60
-TOKEN = "~/.ray/auth_token"
 # The first that knows workerGroupSpecs[].priority; authOptions came with 1.5.1.
 KUBERAY = "1.7.0"
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import logging
 import os
 import secrets
 import shlex
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +22,13 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.package import Package
+from minimind_ray.on_ray.auth_token import keep_token_private
 from minimind_ray.on_ray.tunnel import tunnel
 from minimind_ray.train.bundle import unpack
 
 Client = JobSubmissionClient
 
-AGENT_SECONDS = 60.0
+AGENT_SECONDS, DASHBOARD_SECONDS = 60.0, 10.0
 # To stop a job is to press Ctrl-C: a checkpoint is written first.
 STOP_AS_BY_HAND = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "300"}
 
@@ -36,6 +40,7 @@ def connect(cluster: Path | None) -> Generator[Client]:
     Raises:
         UserError: no way there, or another token than the cluster's.
     """
+    keep_token_private()
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -45,6 +50,7 @@ def connect(cluster: Path | None) -> Generator[Client]:
             with tunnel(cluster) as (address, token):
                 yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
         else:
+            _require_dashboard(os.environ["RAY_ADDRESS"])
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             yield JobSubmissionClient()
     except AuthenticationError as error:
@@ -53,6 +59,23 @@ def connect(cluster: Path | None) -> Generator[Client]:
         if cluster:
             raise UserError(f"{cluster}: the head is there, but Ray does not answer on it: ray up {cluster}") from None
         raise UserError(f"the cluster cannot be reached: {str(error).splitlines()[0]}") from None
+
+
+def _require_dashboard(address: str) -> None:
+    """Raises UserError if no Ray dashboard answers at `address`; Ray's client would wait for an answer for ever."""
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=DASHBOARD_SECONDS) as answer:
+            found = "ray_version" in answer.read().decode(errors="replace")
+        why = "something else does"
+    except urllib.error.HTTPError as error:
+        found, why = error.code in (401, 403), str(error)  # It asks for the token first.
+    except (OSError, http.client.HTTPException) as error:
+        found, why = False, str(error)
+    if not found:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray dashboard answers there ({why}); the address is http://HEAD:8265 unless "
+            "`ray start --head` was given another --dashboard-port"
+        )
 
 
 def submit(client: Client, command: Sequence[str], metadata: Mapping[str, str], package: Package) -> str:
@@ -118,7 +141,11 @@ def follow(client: Client, job: str, write: Callable[[str], object]) -> JobDetai
         asyncio.run(tail())
         return _ended(client, job)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"the connection was lost ({error}); job {job} goes on") from None
+        raise UserError(
+            f"the connection was lost ({error}). If the cluster is still up, job {job} goes on: minimind-ray logs "
+            f"{job} shows it. If its head is gone, so is the job: once the cluster is up again, the same command with "
+            "--resume goes on from the last checkpoint"
+        ) from None
 
 
 def stop(client: Client, job: str) -> bool:

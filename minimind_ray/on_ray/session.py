@@ -19,10 +19,13 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import one_line
 from minimind_ray.on_ray import SETTINGS
+from minimind_ray.on_ray.auth_token import ensure_token, keep_token_private
 from minimind_ray.on_ray.folder import ray_folder
+from minimind_ray.on_ray.head_watch import leave_head, watch_head
 
 Ending = Literal["by itself", "interrupted", "out of time"]
 ANSWER_SECONDS = 2.0
+HEAD_SECONDS = 10.0
 
 
 def start_ray(cpus: int | None = None) -> None:
@@ -38,11 +41,14 @@ def start_ray(cpus: int | None = None) -> None:
     from minimind_ray.on_ray.signals import own_signals
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    keep_token_private()
     with own_signals():
         if address := os.environ.get("RAY_ADDRESS"):
             _join(address)
         else:
+            ensure_token()
             _start_here(cpus)
+    watch_head(ray.get_runtime_context().gcs_address)
     configure_data()
 
 
@@ -80,7 +86,7 @@ def _start_here(cpus: int | None) -> None:
 
 
 def _require_cluster(address: str) -> None:
-    """Look before Ray does, which takes two minutes to give up. Raises UserError."""
+    """Ask for the cluster before Ray does, which repeats its questions for minutes. Raises UserError."""
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"RAY_ADDRESS={address} is a dashboard, and this command is not one that is sent there as a job: use "
@@ -92,6 +98,37 @@ def _require_cluster(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
             raise UserError(f"RAY_ADDRESS={address}: no cluster answers there: {error}") from None
+    if not address.startswith("ray://"):
+        _require_head(address)
+
+
+def _require_head(address: str) -> None:
+    """Raises UserError if what answers at `address` is no Ray head, or one with another token."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated.gcs_service_pb2 import (
+        CheckAliveRequest,  # pyright: ignore[reportAttributeAccessIssue] generated
+    )
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    found = canonicalize_bootstrap_address(address)  # Of `auto`: None where this machine is part of no cluster.
+    if not found:
+        raise UserError(f"RAY_ADDRESS={address}: no Ray runs on this machine")
+    opened: Any = init_grpc_channel(found)
+    with opened as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=HEAD_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise UserError(
+                    f"RAY_ADDRESS={address}: the cluster does not take this machine's token: set RAY_AUTH_TOKEN to the "
+                    "cluster's token, or put it into ~/.ray/auth_token"
+                ) from None
+            raise UserError(
+                f"RAY_ADDRESS={address}: no Ray head answers there ({error.code().name}); the address is "
+                "HEAD:6379 unless `ray start --head` was given another port"
+            ) from None
 
 
 def configure_data() -> None:
@@ -107,6 +144,7 @@ def stop_ray() -> None:
     """Leave the cluster; ends the one that `start_ray` started here."""
     import ray
 
+    leave_head()
     ray.shutdown()
 
 

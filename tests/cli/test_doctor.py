@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,13 @@ def test_the_command_on_a_cluster(
     assert "does not answer" not in outcome.out
     assert "cannot train together" not in outcome.out
     assert not list(tmp_path.iterdir())
+
+    # Another token is refused in one sentence. A process of its own: Ray reads the token once.
+    other = subprocess.run(
+        [sys.executable, "-m", "minimind_ray", "doctor"],
+        env=os.environ | {"RAY_ADDRESS": three_nodes, "RAY_AUTH_TOKEN": "t" * 64},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (other.returncode, other.stdout) == (1, "")
+    assert other.stderr.startswith(f"error: RAY_ADDRESS={three_nodes}: the cluster does not take this machine's token")
+    assert other.stderr.count("\n") == 1

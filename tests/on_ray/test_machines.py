@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-from contextlib import nullcontext
+import threading
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import session
+from minimind_ray.on_ray.jobs import connect
 from minimind_ray.on_ray.session import (
     Machines,
     alone,
@@ -117,6 +120,34 @@ def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, m
         start_ray()
 
 
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nhello"]
+)
+def test_a_port_of_something_else_is_no_cluster(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("minimind_ray.on_ray.session.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("minimind_ray.on_ray.jobs.DASHBOARD_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            kept: list[socket.socket] = []
+            with suppress(OSError):  # The server is closed.
+                while True:
+                    kept.append(server.accept()[0])
+                    if answer:
+                        kept[-1].sendall(answer)
+                        kept[-1].close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=f"RAY_ADDRESS={address}: no Ray head answers there"):
+            start_ray()
+        monkeypatch.setenv("RAY_ADDRESS", f"http://{address}")
+        with pytest.raises(UserError, match=f"RAY_ADDRESS=http://{address}: no Ray dashboard answers"), connect(None):
+            pass
+
+
 @pytest.mark.parametrize("slow", [1, 2])
 def test_a_start_that_timed_out_is_tried_once_more(slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = []
@@ -129,6 +160,8 @@ def test_a_start_that_timed_out_is_tried_once_more(slow: int, monkeypatch: pytes
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:9"))
+    monkeypatch.setattr("minimind_ray.on_ray.session.watch_head", lambda address: None)
     with nullcontext() if slow == 1 else pytest.raises(UserError, match="could not start .* busy"):
         start_ray(2)
     assert len(starts) == 2 and starts[0] == starts[1]

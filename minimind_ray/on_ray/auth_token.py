@@ -1,0 +1,38 @@
+"""The cluster's token in the user's home, which lets whoever reads it run code on the cluster."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+TOKEN = "~/.ray/auth_token"
+
+
+def keep_token_private() -> None:
+    """Let only the owner read the token's file, if there is one; warn where that cannot be done."""
+    path = Path(TOKEN).expanduser()
+    try:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            path.chmod(0o600)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        print(
+            f"warning: others can read {path}, and run code on the cluster with it: {error.strerror}", file=sys.stderr
+        )
+
+
+def ensure_token() -> None:
+    """Make a token for a Ray of this machine where the user has none; Ray would make it readable by all."""
+    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    path = Path(TOKEN).expanduser()
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        file.write(generate_new_authentication_token())

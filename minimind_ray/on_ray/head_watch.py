@@ -1,0 +1,52 @@
+"""What to do when the cluster's head is gone: Ray aborts the process after a minute, with no word on how to go on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+
+PAUSE, ANSWER_SECONDS = 2.0, 5.0
+PATIENCE = 45.0  # Seconds; Ray itself aborts the process after 60.
+_left = threading.Event()
+
+
+def watch_head(address: str, patience: float = PATIENCE) -> None:
+    """Look for the head at `address` every few seconds in a thread, until `leave_head`.
+
+    If the head does not answer for `patience` seconds, print how to go on and end this process with exit code 1.
+    """
+    global _left
+    _left = threading.Event()
+    host, _, port = address.rpartition(":")
+    threading.Thread(target=_watch, args=(host.strip("[]"), int(port), patience, _left), daemon=True).start()
+
+
+def leave_head() -> None:
+    """Look no longer."""
+    _left.set()
+
+
+def _watch(host: str, port: int, patience: float, left: threading.Event) -> None:
+    silent_since = None
+    while not left.wait(PAUSE):
+        try:
+            socket.create_connection((host, port), ANSWER_SECONDS).close()
+            silent_since = None
+        except OSError as error:
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > patience and not left.is_set():
+                _end(f"{host}:{port}", patience, error)
+
+
+def _end(address: str, seconds: float, error: OSError) -> None:
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # A progress bar has hidden it.
+    print(
+        f"{show_cursor}error: Ray's head at {address} has not answered for {seconds:.0f} seconds ({error}). What was "
+        "saved is kept: once Ray runs again, a run or a sweep goes on from its last checkpoint with --resume",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
