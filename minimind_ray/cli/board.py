@@ -85,9 +85,9 @@ class Board:
             if state == "waiting":  # The sweep was stopped before the trial began.
                 self.progress.paused(trial.name)
                 return
-            best = self.progress.ended(trial.name, state).best
+            found = self.progress.ended(trial.name, state).value
             ended, count = self.progress.endings.total(), self.progress.count
-        value = "" if best is None else f"  {self.progress.metric} {best:.4f}"  # As `compare` has it.
+        value = "" if found is None else f"  {self.progress.metric} {found:.4f}"
         error = f"  {info['error']}" if state == "failed" else ""
         text = f"{ended}/{count}  {state}  {trial.name}{value}{error}"
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

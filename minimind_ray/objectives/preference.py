@@ -30,6 +30,8 @@ from minimind_ray.objectives.causal_lm import sequence_log_probs
 
 PER_TOKEN = ("ipo", "simpo", "orpo")
 WITHOUT_REFERENCE = ("simpo", "orpo")
+SMOOTHED = ("sigmoid", "simpo")
+"""The losses that dpo.label_smoothing changes."""
 
 
 def pair_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,7 @@ class Preference:
     unit = "pair"
 
     def __init__(self, config: DpoConfig, shape: ModelShape) -> None:
-        if config.label_smoothing and config.loss not in ("sigmoid", "simpo"):
+        if config.label_smoothing and config.loss not in SMOOTHED:
             raise UserError(
                 f"dpo.label_smoothing is {config.label_smoothing}, but dpo.loss {config.loss} has no such form; "
                 "leave it out, or use sigmoid or simpo"

@@ -13,6 +13,7 @@ them, and the others go on from their last checkpoint.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
 import os
@@ -61,9 +62,10 @@ from minimind_ray.on_ray.session import (
 )
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
 from minimind_ray.stages.run import Job
+from minimind_ray.train.best import best_validation
 from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.loop import last_sound_checkpoint
-from minimind_ray.train.run import VALIDATION, RunDirectory, resolve_model
+from minimind_ray.train.run import VALIDATION, RunDirectory, read_jsonl, resolve_model
 
 # Ray refuses a process without resources, and a CPU, or a part of one, may not be left beside the workers.
 NESTED_DRIVER = {"memory": 2.0**20}
@@ -84,7 +86,7 @@ Point = dict[str, Any]
 Event = Literal["started", "paused", "validated", "ended"]
 Watch = Callable[[Path, Event, Mapping[str, Any]], None]
 """Called with a trial's run directory. "started", also after a pause, brings its `steps` in all and, under pbt, the
-`point` it is at now; "validated" brings its metrics."""
+`point` it is at now; "validated" brings its metrics at its best validation so far."""
 
 
 class Explore(Protocol):
@@ -140,14 +142,21 @@ class TuneContext:
         self.reads_checkpoints = search.scheduler == "pbt"
         self.reports: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self.verdicts: SimpleQueue[bool] = SimpleQueue()
+        self.best: Mapping[str, Any] = {}
         self.stopping = self.closed = False
 
+    def note(self, *lines: Mapping[str, Any]) -> None:
+        """Take validations into account that Tune is not asked about."""
+        self.best = best_validation([self.best, *lines]) or {}
+
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """Hand over what there is to decide on; Tune answers. The run directory has the checkpoint."""
+        """Hand over how far the run is, and its best validation so far; Tune answers."""
         if self.closed or self.metric not in metrics:
             return True
-        decisive = {name: value for name, value in metrics.items() if name in ("step", "tokens") or "val/" in name}
-        self.reports.put({**decisive, "percent": 100 * metrics["step"] / self.steps})
+        self.note(metrics)
+        decisive = {name: value for name, value in (self.best or metrics).items() if "val/" in name}
+        step, tokens = metrics["step"], metrics["tokens"]
+        self.reports.put({**decisive, "step": step, "tokens": tokens, "percent": 100 * step / self.steps})
         return self.verdicts.get()
 
     def should_stop(self) -> bool:
@@ -233,6 +242,7 @@ class _Trial(tune.Trainable):
         last = run.checkpoints()[-1]
         best = run.checkpoint_path(_best(last))
         (Path(checkpoint_dir) / "trial").write_text(run.where)
+        (Path(checkpoint_dir) / "best.json").write_text(json.dumps(self.context.best))
         for path in {last, best}:
             shutil.copytree(path, Path(checkpoint_dir) / path.name)
         if (examples := run.path / VALIDATION).exists():
@@ -242,6 +252,7 @@ class _Trial(tune.Trainable):
         """Tune's, for pbt: take another trial's checkpoints in place of one's own."""
         directory = Path(str(checkpoint))
         donor = (directory / "trial").read_text()
+        self.context.note(json.loads((directory / "best.json").read_text()))
         run = RunDirectory(self.job.config.out, writes=True)
         if donor == run.where:
             return
@@ -274,10 +285,14 @@ class _Trial(tune.Trainable):
         done = is_done(self.run, self.search.scheduler)
         checkpoint = None if done else last_sound_checkpoint(self.run)
         known = math.inf if done else int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-        # What was found before: Tune hears of it again. Lines after the checkpoint will be made anew. (Under pbt Tune
-        # itself starts trials again and again.)
-        for line in list(self.run.metrics()) if self.search.scheduler != "pbt" else ():
-            if line["step"] <= known and not self.context.report(line, None):
+        # Lines after the checkpoint will be made anew.
+        lines = [line for line in self.run.metrics() if line["step"] <= known]
+        if self.search.scheduler == "pbt" and not self.context.best:
+            moves = [line["step"] for line in read_jsonl(self.run.file("lineage.jsonl"))]
+            self.context.note(*(line for line in lines if line["step"] > max(moves, default=0)))
+        # What was found before: Tune hears of it again. (Under pbt Tune itself starts trials again and again.)
+        for line in lines if self.search.scheduler != "pbt" else ():
+            if not self.context.report(line, None):
                 if checkpoint:
                     result = f"checkpoints/{_best(checkpoint)}"
                     self.run.update(state="early-stopped", steps=line["step"], tokens=line["tokens"], result=result)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import PRESETS, Config, DpoConfig, LoraConfig, ModelConfig, ModelShape
+from minimind_ray.config.load import config_keys
+from minimind_ray.config.schema import PRESETS, Config, ModelConfig, ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import check_model, load_model, load_shape, load_weights, save_model
 from minimind_ray.model.lora import add_lora, is_adapter
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.objectives.preference import Preference
+from minimind_ray.objectives.preference import SMOOTHED, Preference
 from minimind_ray.train.context import Context
 from minimind_ray.train.run import resolve_model
 from minimind_ray.train.writer import HostCopy, Write
@@ -100,23 +104,94 @@ def check_stage(config: Config, tokenizer: Tokenizer) -> None:
         Preference(config.dpo, shape)
 
 
+@dataclass(frozen=True)
+class Use:
+    """Which runs have a use for a setting (a dotted key, or a section with its dot), and what to say to the others.
+
+    With `shared` a run without the use ignores the setting, because settings may be common to many runs. An axis of a
+    sweep is refused all the same, because its trials would be equal.
+    """
+
+    key: str
+    used: Callable[[Config], bool]
+    otherwise: Callable[[Config], str]
+    shared: bool = False
+
+
+def _has_experts(config: Config) -> bool:
+    # A base's experts are looked at where its shape is (see `model_shape`).
+    return bool(config.model.num_experts or config.init_from or PRESETS[config.model.preset].get("num_experts"))
+
+
+EXPERTS = ("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+USES = (
+    Use(
+        "lora.",
+        lambda c: c.trains_adapter,
+        lambda c: (
+            "this run trains no adapter; leave it out, or "
+            + ("set dpo.lora too" if c.stage == "dpo" else "train stage lora")
+        ),
+    ),
+    Use(
+        "dpo.simpo_gamma",
+        lambda c: c.stage != "dpo" or c.dpo.loss == "simpo",
+        lambda c: f"dpo.loss {c.dpo.loss} has no such margin; leave it out, or use simpo",
+    ),
+    Use(
+        "dpo.label_smoothing",
+        lambda c: c.stage != "dpo" or c.dpo.loss in SMOOTHED,
+        lambda c: f"dpo.loss {c.dpo.loss} has no such form; leave it out, or use {' or '.join(SMOOTHED)}",
+    ),
+    Use(
+        "schedule.decay",
+        lambda c: c.schedule.name == "wsd",
+        lambda c: f"schedule.name {c.schedule.name} has no such part; leave it out, or use wsd",
+    ),
+    Use(
+        "schedule.final",
+        lambda c: c.schedule.name != "constant",
+        lambda c: "schedule.name constant never lowers the learning rate; leave it out, or use another schedule",
+    ),
+    *(
+        Use(f"model.{key}", _has_experts, lambda c: "the model has no experts; leave it out, or set model.num_experts")
+        for key in EXPERTS
+    ),
+    Use("dpo.", lambda c: c.stage == "dpo", lambda c: f"stage {c.stage} learns from no pairs", shared=True),
+    Use("train.epochs", lambda c: not c.train.max_steps, lambda c: "train.max_steps ends the run", shared=True),
+    Use(
+        "data.long_documents",
+        lambda c: c.stage == "pretrain",
+        lambda c: f"stage {c.stage} has data.long_conversations",
+        shared=True,
+    ),
+    Use(
+        "data.long_conversations",
+        lambda c: c.stage != "pretrain",
+        lambda c: "stage pretrain has data.long_documents",
+        shared=True,
+    ),
+)
+
+
+def unused(config: Config, key: str) -> Use | None:
+    """The rule by which a run of this config has no use for a setting; None where it has."""
+    rules = (rule for rule in USES if rule.key == key or rule.key.endswith(".") and key.startswith(rule.key))
+    return next((rule for rule in rules if not rule.used(config)), None)
+
+
 def require_used(config: Config) -> None:
     """Whether the settings that only some runs have a use for are used in this one.
 
     Raises:
         UserError: one that is not, and is not as it is by default.
     """
-    if not config.trains_adapter:
-        default = LoraConfig().model_dump()
-        for key, value in config.lora.model_dump().items():
-            if value != default[key]:
-                how = "set dpo.lora too" if config.stage == "dpo" else "train stage lora"
-                raise UserError(f"lora.{key} is {value}, but this run trains no adapter; leave it out, or {how}")
-    gamma, loss = config.dpo.simpo_gamma, config.dpo.loss
-    if config.stage == "dpo" and loss != "simpo" and gamma != DpoConfig().simpo_gamma:
-        raise UserError(
-            f"dpo.simpo_gamma is {gamma:g}, but dpo.loss {loss} has no such margin; leave it out, or use simpo"
-        )
+    default = Config(stage=config.stage)
+    for key in config_keys():
+        rule, value = unused(config, key), attrgetter(key)
+        if rule and not rule.shared and value(config) != value(default):
+            shown = f"{value(config):g}" if isinstance(value(config), float) else value(config)
+            raise UserError(f"{key} is {shown}, but {rule.otherwise(config)}")
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, context: Context) -> Transformer:

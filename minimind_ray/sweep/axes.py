@@ -39,6 +39,8 @@ RESERVED = {
     "data.val_fraction": "trials are compared on the same validation data",
     "data.cache_dir": "trials share prepared data",
     "data.direct_steps": "it changes nothing that is learned",
+    "checkpoint": "it changes nothing that is learned",
+    "track": "it changes nothing that is learned",
     "data.cache": "trials share prepared data",
 }
 """Keys, and whole sections, that no axis can have."""

@@ -433,7 +433,7 @@ def _row(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], metric: str
     """What is known of a point without the statistics."""
     point = {key: trials[0].point.get(key, _config_value(sweep, key)) for key in keys}
     names = short_names(keys)
-    values = [v for t in trials if (v := t.last(metric)) is not None and math.isfinite(v)]
+    values = [v for t in trials if (v := t.best(metric)) is not None and math.isfinite(v)]
     seconds, price = sum(t.seconds for t in trials), sweep.info.price_per_hour
     return Row(
         sweep=sweep.name,

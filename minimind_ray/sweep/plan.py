@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +30,18 @@ from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import Reference
 from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
-from minimind_ray.stages.start import check_stage, load_tokenizer
-from minimind_ray.sweep.axes import Axis, Grid, PlannedTrial, check_axes, parse_axis, plan_trials, points_on, trial_id
+from minimind_ray.stages.start import check_stage, load_tokenizer, unused
+from minimind_ray.sweep.axes import (
+    Axis,
+    Grid,
+    PlannedTrial,
+    check_axes,
+    parse_axis,
+    plan_trials,
+    points_on,
+    trial_config,
+    trial_id,
+)
 from minimind_ray.sweep.searchers import Explorer, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
 from minimind_ray.train.run import RunDirectory
@@ -99,8 +110,12 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
         raise UserError(
             "data.train is an axis, so data.val must be set: trials are compared on the same validation data"
         )
-    for key in [axis.key for axis in axes if not _applies(axis.key, base, axes)]:
-        raise UserError(f"{key} changes nothing in {base.stage}: leave that axis out")
+    for axis in axes:
+        _require_effect(axis.key, base, axes)
+    if base.checkpoint.every not in (None, base.eval.every):
+        raise UserError(
+            "a sweep judges a trial by its best checkpoint, so every validation has one: leave checkpoint.every out"
+        )
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
     if search.searcher == "optuna":
@@ -121,19 +136,22 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
     return replace(plan, trials=tuple(plan.in_place(trial) for trial in trials))
 
 
-def _applies(key: str, base: Config, axes: Sequence[Axis]) -> bool:
-    """Whether a config key has a meaning for the sweep's stage at all."""
-    if key.startswith("lora."):
-        return base.trains_adapter or any(axis.key == "dpo.lora" for axis in axes)
-    return base.stage == "dpo" or not key.startswith("dpo.")
+def _require_effect(key: str, base: Config, axes: Sequence[Axis]) -> None:
+    """Raises UserError where neither the base nor any value of another axis makes a config that uses this key."""
+    rule = unused(base, key)
+    others = [{axis.key: value} for axis in axes if isinstance(axis, Grid) and axis.key != key for value in axis.values]
+    for point in others if rule else ():
+        with suppress(UserError):
+            if not unused(trial_config(base, point, base.train.seed), key):
+                return
+    if rule:
+        raise UserError(f"{key} changes nothing, so trials would be equal: {rule.otherwise(base)}")
 
 
 def _check_pbt(base: Config, axes: Sequence[Axis]) -> None:
     Explorer(axes, 0)
     if base.scale.most > 1:
         raise UserError("pbt exchanges checkpoints between trials of one worker; set --workers 1")
-    if base.checkpoint.every not in (None, base.eval.every):
-        raise UserError("pbt exchanges checkpoints at validations: leave checkpoint.every out")
 
 
 class Preparation:

@@ -32,8 +32,7 @@ class Reading(NamedTuple):
 class TrialProgress:
     """One trial. `state` is "running", "paused" (pbt lets another trial run) or the state in which the run ended.
 
-    `value` is the newest value of the sweep's metric. `best` is its value at the lowest validation loss, because that
-    checkpoint becomes the trial's result. Both are finite, or None.
+    `value` is the trial's value of the sweep's metric so far (see train/best.py), finite, or None.
     """
 
     name: str
@@ -42,8 +41,6 @@ class TrialProgress:
     state: str = "running"
     startup: float = 0.0
     value: float | None = None
-    best: float | None = None
-    lowest_loss: float = math.inf
     readings: deque[Reading] = field(default_factory=lambda: deque(maxlen=READINGS))
 
     def read(self, reading: Reading) -> None:
@@ -125,7 +122,7 @@ class SweepProgress:
         """A trial of `steps` steps runs, for the first time or after a pause. `point` is where pbt has moved it to."""
         trial, before = TrialProgress(self._name(id, point), steps, now), self.trials.get(id)
         if before and before.name == trial.name:  # With another point, pbt has also given it other weights.
-            trial.value, trial.best, trial.lowest_loss = before.value, before.best, before.lowest_loss
+            trial.value = before.value
         self.trials[id] = trial
         self.most_at_once = max(self.most_at_once, len(self.running))
 
@@ -142,13 +139,9 @@ class SweepProgress:
             self.trials[id].state = "paused"
 
     def validated(self, id: str, metrics: Mapping[str, Any]) -> None:
-        """A trial has reported a validation."""
-        trial, value = self.trials[id], metrics[self.metric]
-        if not math.isfinite(value):
-            return
-        trial.value = value
-        if metrics["val/loss"] <= trial.lowest_loss:
-            trial.best, trial.lowest_loss = value, metrics["val/loss"]
+        """A trial has reported its best validation so far."""
+        if math.isfinite(metrics[self.metric]):
+            self.trials[id].value = metrics[self.metric]
 
     def read(self, id: str, reading: Reading) -> None:
         """Note how far a trial is, by the newest line of its metrics.jsonl."""
@@ -173,7 +166,7 @@ class SweepProgress:
     @property
     def best(self) -> Best | None:
         """The best trial that did not fail; None before the first validation."""
-        found = [Best(t.best, t.name) for t in self.trials.values() if t.best is not None and t.state != "failed"]
+        found = [Best(t.value, t.name) for t in self.trials.values() if t.value is not None and t.state != "failed"]
         return max(found, key=lambda best: self.sign * best.value, default=None)
 
     def rows(self, now: float) -> list[Row]:

@@ -24,6 +24,7 @@ from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import StageName
 from minimind_ray.data.claim import live_writer
 from minimind_ray.data.storage import mirror_of, url_of
+from minimind_ray.train.best import best_validation
 from minimind_ray.train.run import VALIDATION, inside, read_jsonl
 
 Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str | None | list[str | int | float]
@@ -153,9 +154,10 @@ class Trial:
         """The state, with the reason where nobody stopped it."""
         return f"{self.state} ({self.error})" if self.state == "stopped" and self.error else self.state
 
-    def last(self, metric: str) -> float | None:
-        """The metric's last value while training."""
-        return next((float(m[metric]) for m in reversed(self.metrics) if m.get(metric) is not None), None)
+    def best(self, metric: str) -> float | None:
+        """The metric's value at the best validation so far (see train/best.py)."""
+        value = (best_validation(self.metrics) or {}).get(metric)
+        return None if value is None else float(value)
 
 
 @dataclass(frozen=True)

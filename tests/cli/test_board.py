@@ -132,7 +132,7 @@ def test_without_a_terminal_there_is_a_line_for_each_trial_that_ends(tmp_path: P
             trial = tmp_path / "trials" / name
             RunDirectory(trial).write("run.json", json.dumps({"state": state, "error": "too hot"}))
             board.watch(trial, "started", {"steps": 10, "point": {}})
-            for loss in (2.0, 2.5):  # The first checkpoint is the trial's result.
+            for loss in (2.5, 2.0):
                 board.watch(trial, "validated", {"val/loss": loss})
             board.watch(trial, "ended", {})
     assert out.getvalue().splitlines() == [

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
@@ -339,6 +340,22 @@ def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_sess
     run_sweep(reopen_sweep(plan.path), resume=True, say=said.append, watch=lambda *event: None)
     again = read_sweep(plan.path).trials
     assert before == {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in again}
+
+
+def test_tune_hears_of_the_best_validation_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_ray.on_ray import tuner
+
+    monkeypatch.setattr(tuner, "granted_device", lambda: torch.device("cpu"))
+    job = make_job(tmp_path, rows=60, train__max_steps=4)
+    context = tuner.TuneContext(job, tuner.Search("val/accuracy", "max"), lambda: False, {})
+    heard: list[tuple[int, float]] = []
+    for step, (loss, accuracy) in enumerate([(0.6, 0.7), (0.5, 0.8), (0.7, 0.9), (0.4, 0.6)], 1):
+        context.verdicts.put(True)
+        context.report({"step": step, "tokens": step, "val/loss": loss, "val/accuracy": accuracy}, None)
+        report = context.reports.get()
+        assert report and (report["percent"], report["tokens"]) == (25 * step, step)
+        heard.append((report["step"], report["val/accuracy"]))
+    assert heard == [(1, 0.7), (2, 0.8), (3, 0.8), (4, 0.6)]
 
 
 def test_a_sweep_that_is_stopped_asks_for_no_more_points() -> None:

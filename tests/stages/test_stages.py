@@ -226,6 +226,12 @@ def test_an_adapter_is_trained_with_its_bases_tokenizer(base: Path, tmp_path: Pa
         ("sft", {"lora__dropout": 0.5}, "lora.dropout is 0.5, but this run trains no adapter; leave it out, or train"),
         ("pretrain", {"lora__dora": True}, "lora.dora is True, but this run trains no adapter"),
         ("dpo", {"dpo__simpo_gamma": 3.0}, "dpo.simpo_gamma is 3, but dpo.loss sigmoid has no such margin"),
+        ("sft", {"schedule__decay": 0.5}, "schedule.decay is 0.5, but schedule.name cosine has no such part; .* wsd"),
+        (
+            "sft",
+            {"schedule__name": "constant", "schedule__final": 0.0},
+            "schedule.final is 0, but schedule.name constant",
+        ),
     ],
 )
 def test_a_setting_without_a_use_is_refused(

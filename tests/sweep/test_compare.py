@@ -194,7 +194,7 @@ def test_the_table_of_a_sweep(tmp_path: Path) -> None:
     assert rows[0.05, 1e-5].status in ("1 finished, 1 failed", "1 failed, 1 finished")
     assert len(rows[0.05, 1e-5].compared) == 1
     assert comparison.winner in comparison.rows[0].compared
-    assert comparison.winner.last("val/loss") == min(t.last("val/loss") or 9 for t in comparison.rows[0].compared)
+    assert comparison.winner.best("val/loss") == min(t.best("val/loss") or 9 for t in comparison.rows[0].compared)
     for row in comparison.rows:
         assert row.cost == pytest.approx(row.seconds / 3600 * 1.8)
         assert row.seconds == pytest.approx(sum(t.seconds for t in row.trials))
@@ -219,7 +219,7 @@ def test_higher_is_better(tmp_path: Path, metric: str, mode: str) -> None:
     # Two points with two seeds have 1 degree of freedom; without noise between them that is enough.
     assert worse.verdict == "worse"
     assert worse.difference and worse.difference.high and worse.difference.high < 0
-    values = [t.last(metric) for t in best.trials]
+    values = [t.best(metric) for t in best.trials]
     assert best.metric and best.metric.value == pytest.approx(np.mean(values))  # pyright: ignore
 
 

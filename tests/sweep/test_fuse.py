@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from minimind_ray.cli.tune import plan_of
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.search import SearchConfig, search_config
 from minimind_ray.stages.run import run_here
@@ -48,9 +49,11 @@ def test_a_number_is_taken_or_refused(base: Path) -> None:
             together(planned(base, {"dpo.lora": values}, {"fuse": 2}, "dpo"))
     with pytest.raises(UserError, match="pbt changes settings"):
         together(planned(base, {"optim.lr": "1e-3,1e-2"}, {"fuse": 3, "scheduler": "pbt"}))
-    with pytest.raises(UserError, match="fuse"):
-        search_config({"fuse": 0})
-    assert search_config({"fuse": "4"}).fuse == 4 and search_config({"fuse": False}).fuse == "off"
+    for wrong in (0, "4", False, "on"):
+        with pytest.raises(UserError, match="fuse"):
+            search_config({"fuse": wrong})
+    for text, number in (("4", 4), ("off", "off")):
+        assert plan_of({"stage": "pretrain", "fuse": text}).search.fuse == number
 
 
 def test_auto_says_why(base: Path) -> None:

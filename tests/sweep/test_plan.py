@@ -74,9 +74,17 @@ def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"scheduler": "pbt"}, {"checkpoint__every": 50}, "checkpoint.every"),
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"searcher": "optuna"}, {}, "needs --trials"),
         ("pretrain", {}, {"searcher": "optuna", "trials": 3}, {}, "needs an axis"),
-        ("pretrain", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing in pretrain"),
-        ("sft", {"dpo.beta": "0.1,0.2"}, {}, {}, "dpo.beta changes nothing in sft"),
-        ("dpo", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing in dpo"),
+        ("pretrain", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing, .* trains no adapter"),
+        ("sft", {"dpo.beta": "0.1,0.2"}, {}, {}, "dpo.beta changes nothing, .* stage sft"),
+        ("dpo", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing, .* set dpo.lora too"),
+        ("dpo", {"schedule.decay": "0.1,0.2"}, {}, {}, "schedule.decay changes nothing, .* cosine has no such part"),
+        ("dpo", {"dpo.simpo_gamma": "0.5,1", "dpo.loss": "ipo,hinge"}, {}, {}, "dpo.simpo_gamma changes nothing"),
+        ("dpo", {"dpo.label_smoothing": "0,0.1"}, {}, {"dpo__loss": "ipo"}, "dpo.label_smoothing changes nothing"),
+        ("pretrain", {"train.epochs": "1,2"}, {}, {"train__max_steps": 5}, "train.epochs changes nothing"),
+        ("pretrain", {"model.norm_topk_prob": "true,false"}, {}, {}, "the model has no experts"),
+        ("pretrain", {"checkpoint.keep": "1,2"}, {}, {}, "checkpoint.keep cannot be an axis: it changes nothing"),
+        ("pretrain", {"track.name": "a,b"}, {}, {}, "track.name cannot be an axis: it changes nothing"),
+        ("pretrain", {"optim.lr": "1e-4,1e-3"}, {}, {"checkpoint__every": 50}, "every validation has one"),
         ("pretrain", {"data.cache": "true,false"}, {}, {}, "data.cache cannot be an axis"),
         (
             "pretrain",
@@ -94,6 +102,15 @@ def test_refused_before_anything_starts(
     with pytest.raises(UserError, match=words):
         planned(tmp_path, axes, search, stage, **settings)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_an_axis_that_other_axes_give_a_use_is_taken(tmp_path: Path) -> None:
+    for axes in (
+        {"dpo.simpo_gamma": "0.5,1", "dpo.loss": "sigmoid,simpo"},
+        {"schedule.decay": "0.1,0.2", "schedule.name": "wsd"},
+        {"lora.rank": "2,4", "dpo.lora": "true,false"}, {"dpo.label_smoothing": "0,0.1"},
+    ):  # fmt: skip
+        assert planned(tmp_path, axes, stage="dpo").trials
 
 
 def test_the_workers_of_a_trial_share_its_gpus(tmp_path: Path) -> None:

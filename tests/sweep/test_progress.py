@@ -79,14 +79,13 @@ def test_the_best_is_neither_a_failed_trial_nor_a_value_that_is_no_number() -> N
     assert progress.best == (3.0, "b")
 
 
-def test_the_best_is_by_mode_at_the_checkpoint_that_is_kept() -> None:
+def test_the_best_is_by_mode() -> None:
     progress = SweepProgress(2, "val/accuracy", "max")
     start(progress, "a", "b")
     progress.validated("a", found(0.5, **{"val/accuracy": 0.7}))
-    progress.validated("a", found(0.6, **{"val/accuracy": 0.9}))  # Its loss is higher: the first one is kept.
     progress.validated("b", found(0.9, **{"val/accuracy": 0.6}))
     assert progress.best == (0.7, "a")
-    assert [row.value for row in progress.rows(0.0)] == ["0.9000", "0.6000"]
+    assert [row.value for row in progress.rows(0.0)] == ["0.7000", "0.6000"]
 
 
 def test_a_name_has_the_seed_where_there_are_several_and_the_point_where_pbt_moved_it() -> None:

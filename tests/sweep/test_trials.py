@@ -42,7 +42,7 @@ def test_every_state(tmp_path: Path) -> None:
     finished = trials["beta=0.1,seed=0"]
     assert finished.result == finished.path / "checkpoints/step-00000010"
     assert finished.validation and "margin" in finished.validation.columns
-    assert finished.last("val/loss") == pytest.approx(finished.validation.columns["loss"].mean())
+    assert finished.best("val/loss") == pytest.approx(finished.validation.columns["loss"].mean())
 
 
 def test_examples_are_sorted(tmp_path: Path) -> None:
