@@ -14,6 +14,8 @@ from pyarrow import fs
 class Store:
     """One bucket, `bucket`; while `failing` it answers every request with 500, while `silent` not at all.
 
+    While `refusal` is set, an error code of S3's and a status, it refuses every request that `refuses` names.
+
     `requests` are method and path.
     """
 
@@ -24,6 +26,8 @@ class Store:
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.failing, self.silent, self.requests = False, False, list[str]()
+        self.refusal: tuple[str, str] | None = None
+        self.refuses = ("GET", "HEAD", "PUT", "POST", "DELETE")
         moto_api_backend.reset()  # All servers of a process have the same buckets, an earlier test's among them.
         self.app = DomainDispatcherApplication(create_backend_app)
         self.server = make_server("127.0.0.1", 0, self.answer, threaded=True)
@@ -41,6 +45,11 @@ class Store:
         if self.failing:
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return [b""]
+        if self.refusal and environ["REQUEST_METHOD"] in self.refuses:
+            code, status = self.refusal
+            body = b"" if environ["REQUEST_METHOD"] == "HEAD" else f"<Error><Code>{code}</Code></Error>".encode()
+            start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [body]
         return self.app(environ, start_response)
 
     def open(self) -> fs.FileSystem:

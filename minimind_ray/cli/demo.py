@@ -32,7 +32,7 @@ def demo(
     from minimind_ray.config.paths import output_path
     from minimind_ray.data.demo import write_demo
     from minimind_ray.data.files import join
-    from minimind_ray.data.storage import copy_of, mirror_of
+    from minimind_ray.data.storage import copy_of, mirror_of, require_writable
 
     started = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
@@ -40,6 +40,7 @@ def demo(
     if not recipe.exists():
         raise UserError(f"{recipe} is missing: the demo runs from a checkout of the repository")
     out = output_path(out)
+    require_writable(out)
     console.print(
         "the demo: make data and a tokenizer, train a model (pretrain, sft, lora), compare two values of DPO's beta, "
         f"ask ten questions. This takes a few minutes; all files go to {out}"

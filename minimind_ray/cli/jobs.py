@@ -12,6 +12,7 @@ import typer
 
 from minimind_ray.cli.flags import FLAGS, config_from_flags
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import check_location
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -244,7 +245,7 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
 
 def _target(out: str) -> Path:
     """Where results come to: the same relative path here; of others the last part, under fetched/."""
-    path = Path(out)
+    path = Path(check_location(out))
     if ".." in path.parts:
         raise UserError(f"{out} leads out of the working directory, where its results would come: choose another --out")
     return path if "://" not in out and not path.is_absolute() else Path("fetched") / path.name

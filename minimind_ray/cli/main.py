@@ -32,6 +32,7 @@ from minimind_ray.cli import (
 from minimind_ray.cli import run as run_recipe
 from minimind_ray.cli.options import printable
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import masked
 from minimind_ray.train import interrupts
 
 LONGEST_ERROR = 2000
@@ -99,7 +100,7 @@ def run() -> None:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
         # What it cites of a file could steer a terminal, or fill it.
-        text = printable(" ".join(str(error).split()))
+        text = printable(masked(" ".join(str(error).split())))
         print(f"error: {text if len(text) <= LONGEST_ERROR else f'{text[:LONGEST_ERROR]} …'}", file=sys.stderr)
         sys.exit(interrupts.exit_code(1))
     except OSError as error:

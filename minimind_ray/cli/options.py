@@ -25,10 +25,13 @@ def require_new(path: Path) -> None:
     """Check that a command may write there.
 
     Raises:
-        UserError: something is there already, other than an empty directory.
+        UserError: it is a URL, or something is there already, other than an empty directory.
     """
     from minimind_ray.config.errors import UserError
+    from minimind_ray.config.paths import STORES
 
+    if path.parts and path.parts[0].rstrip(":") in STORES and path.parts[0].endswith(":"):
+        raise UserError(f"{path}: this command writes to local directories only: write there, and copy it yourself")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already: remove it, or write to another place")
 

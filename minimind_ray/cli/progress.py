@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -44,11 +45,11 @@ def watching(job: Job, console: Console) -> Generator[None]:
 def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) -> None:
     steps = job.plan.steps
     task = bar.add_task(job.config.stage, total=steps, line="starting")
-    run, position = RunDirectory(job.config.out), 0
+    run, position, began = RunDirectory(job.config.out), 0, time.time()
     while True:
         ending = stop.wait(run.poll_seconds)
         try:
-            path = run.file("metrics.jsonl")
+            path = run.live_file("metrics.jsonl", began)
         except StoreError:  # The run tells of it when it matters.
             if ending:
                 return

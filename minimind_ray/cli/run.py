@@ -51,6 +51,7 @@ def run_recipe(
     from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.data.files import join
     from minimind_ray.data.shipped import resolve_paths
+    from minimind_ray.data.storage import require_writable
     from minimind_ray.stages.recipe import read_recipe, require_sources, stage_config
     from minimind_ray.track.wandb import check_tracking
 
@@ -63,6 +64,7 @@ def run_recipe(
     directory = tokenizer if isinstance(tokenizer, str) else join(out, "tokenizer") if tokenizer else None
     # All configs and sources are looked at before anything starts: what the last stage lacks is found now.
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
+    require_writable(out, *(config.data.cache_dir for config in configs))
     require_sources(configs)
     for config in configs:
         check_tracking(config)

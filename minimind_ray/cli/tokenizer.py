@@ -23,10 +23,12 @@ def train(
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import output_path
     from minimind_ray.data.files import exists, join
+    from minimind_ray.data.storage import require_writable
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if exists(join(output_path(out), name)):
             raise UserError(f"{out} holds a tokenizer already: remove it, or write to another place")
+    require_writable(output_path(out))
     make(files, out, vocab_size, max_bytes)
 
 

@@ -71,6 +71,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
     from minimind_ray.data.claim import claimed
     from minimind_ray.data.shipped import resolve_paths
+    from minimind_ray.data.storage import require_writable
     from minimind_ray.track.wandb import check_tracking
     from minimind_ray.train.resume import longer
     from minimind_ray.train.run import RunDirectory
@@ -78,6 +79,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     console = Console(markup=False)
     say = partial(console.print, highlight=False, soft_wrap=True)
     config = resolve_paths(config)
+    require_writable(config.out, config.data.cache_dir)
     run = RunDirectory(config.out)
     run.check(config, resume=resume)
     finished = resume and run.info().get("state") == "finished"

@@ -220,12 +220,13 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     from rich.console import Console
 
     from minimind_ray.data.claim import claimed, require_free
-    from minimind_ray.data.storage import url_of
+    from minimind_ray.data.storage import require_writable, url_of
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
     from minimind_ray.sweep.run import run_sweep  # Imports torch: before `start_ray`, as in `train.host`.
     from minimind_ray.track.wandb import check_tracking
     from minimind_ray.train.run import RunDirectory
 
+    require_writable(url_of(plan.path), plan.base.data.cache_dir)
     require_free(url_of(plan.path))
     check_tracking(plan.base)
     console = Console()

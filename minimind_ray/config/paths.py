@@ -1,29 +1,87 @@
-"""What a relative path means: here, or in a Ray job on a cluster, where the working directory is a copy that goes away.
+"""Which paths and URLs name a place, and what a relative path means: a place here, or in a Ray job on a cluster.
 
-There MINIMIND_STORAGE names a folder that all nodes see, or a URL; the cluster file sets it.
+There the working directory is a copy that goes away. MINIMIND_STORAGE names a folder that all nodes see, or a URL; the
+cluster file sets it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from minimind_ray.config.errors import UserError
 
 STORAGE = "MINIMIND_STORAGE"
+STORES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "az", "adl", "oci", "oss", "r2", "wasb", "wasbs")
+"""Schemes of object stores: a path such as s3:/bucket is one of their URLs, written wrongly."""
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/@\s]*:[^@\s]*(?=@)|(?<=s3://)[^/@\s]+(?=@)|(?<=gs://)[^/@\s]+(?=@)"), "***"),
+    (
+        re.compile(r"([?&](?:\w*(?:key|secret|token|password|signature)|sig|x-amz-\w+|x-amz-[\w-]+)=)[^&\s'\"]+", re.I),
+        r"\1***",
+    ),
+)
+
+
+def check_location(where: str) -> str:
+    """A path or URL as it is, if it can be one. Nothing is looked up.
+
+    Raises:
+        UserError: a URL without a bucket, with an empty part or with credentials in it, a web address, a URL with one
+            slash.
+    """
+    shown = masked(where)
+    scheme, separator, rest = where.partition("://")
+    if not separator:
+        start, colon, end = where.partition(":")
+        if colon and start.lower() in STORES and not Path(where).exists():
+            raise UserError(f"{shown} is neither a path nor a URL: write {start.lower()}://{masked(end).lstrip('/')}")
+        return where
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+            raise UserError(f"{shown} is neither a path nor a URL: write it without ://, or as s3://BUCKET/PATH")
+        raise UserError(f"{shown}: write the beginning in small letters, {scheme.lower()}://")
+    if scheme in ("http", "https"):
+        raise UserError(
+            f"{shown} is a web address, where nothing can be read or written: download the file, or use a path or the "
+            "URL of an object store, such as s3://BUCKET/PATH"
+        )
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise UserError(f"{shown} names no absolute path: write file:///PATH, or the path alone")
+        return where
+    first, *parts = rest.rstrip("/").split("/")
+    if shown != where or ("@" in first and scheme in ("s3", "gs")):
+        raise UserError(
+            f"{shown} holds credentials: leave them out of the URL, and give them in the environment, such as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if not first:
+        raise UserError(f"{shown} names no bucket: write {scheme}://BUCKET/PATH")
+    if not {"", ".", ".."}.isdisjoint(parts):
+        raise UserError(f"{shown}: a URL with an empty part, . or .. in it names nothing: write it without")
+    return where
+
+
+def masked(text: str) -> str:
+    """A text for people to read, with *** in place of the credentials that its URLs hold."""
+    for pattern, mask in _SECRETS:
+        text = pattern.sub(mask, text)
+    return text
 
 
 def output_path(path: str | Path) -> str:
     """Where a command's result belongs, absolute: relative paths lie in the storage, if there is one.
 
     Raises:
-        UserError: a relative path in a Ray job of a cluster without storage.
+        UserError: a relative path in a Ray job of a cluster without storage; see `check_location`.
     """
     path = _at_home(path)
     if _is_whole(path):
         return path
     if storage := os.environ.get(STORAGE):
-        return f"{storage.rstrip('/')}/{path}"
+        return check_location(f"{storage.rstrip('/')}/{path}")
     if in_job():
         raise UserError(
             f"{path} would lie in this job's copy of the working directory, which goes away: set {STORAGE} where the "
@@ -33,13 +91,17 @@ def output_path(path: str | Path) -> str:
 
 
 def input_path(path: str | Path) -> str:
-    """Where a relative path, which may be a glob, leads to, absolute: here if that is there, else the storage."""
+    """Where a relative path, which may be a glob, leads to, absolute: here if that is there, else the storage.
+
+    Raises:
+        UserError: see `check_location`.
+    """
     path = _at_home(path)
     if _is_whole(path):
         return path
     storage = os.environ.get(STORAGE)
     if storage and not Path(path).exists() and not any(Path().glob(path)):
-        return f"{storage.rstrip('/')}/{path}"
+        return check_location(f"{storage.rstrip('/')}/{path}")
     return str(Path(path).absolute())
 
 
@@ -51,6 +113,7 @@ def in_job() -> bool:
 def _at_home(path: str | Path) -> str:
     if path == "":
         raise UserError("a path is empty, as from a shell variable that is not set: name a file or directory")
+    check_location(str(path))
     return path if isinstance(path, str) and "://" in path else str(Path(path).expanduser())
 
 

@@ -23,8 +23,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import check_location
 
 StageName = Literal["pretrain", "sft", "lora", "dpo"]
+
+Location = Annotated[str, AfterValidator(check_location)]
+"""A path or URL."""
 
 FormatName = Literal[
     "text", "messages", "sharegpt", "alpaca", "completion", "preference", "openai_preference", "rated", "prompt"
@@ -64,7 +68,7 @@ class DataConfig(Section):
     val_fraction: Probability = Field(
         default=0.01, description="part of train's rows held out when data.val is not given"
     )
-    tokenizer: str | None = Field(
+    tokenizer: Location | None = Field(
         default=None, description="directory with tokenizer.json; default: the one of init_from"
     )
     format: FormatName | None = Field(
@@ -95,10 +99,17 @@ class DataConfig(Section):
         description="steps whose packs workers read themselves, at a start, while Ray Data starts for the later ones",
     )
     cache: bool = Field(default=True, description="keep the packs on disk; false: encode and pack inside the stream")
-    cache_dir: str = Field(default=".cache/packs", description="where prepared packs are kept")
+    cache_dir: Location = Field(default=".cache/packs", description="where prepared packs are kept")
     max_reject_fraction: Fraction = Field(
         default=0.01, description="part of bad rows above which nothing is trained; 1: use damaged files, too"
     )
+
+    @field_validator("train", "val")
+    @classmethod
+    def _are_locations(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for where in [value] if isinstance(value, str) else value or ():
+            check_location(where)
+        return value
 
     @field_validator("fields")
     @classmethod
@@ -469,8 +480,8 @@ class Config(Section):
     """One stage's run."""
 
     stage: StageName
-    out: str = Field(default="runs/{stage}", description="run directory; {stage} is replaced")
-    init_from: str | None = Field(
+    out: Location = Field(default="runs/{stage}", description="run directory; {stage} is replaced")
+    init_from: Location | None = Field(
         default=None, description="checkpoint of ours or a Hugging Face directory to start from"
     )
     data: DataConfig = DataConfig()

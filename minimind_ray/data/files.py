@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import check_location, masked
 
 if TYPE_CHECKING:  # Imported where it is used: most commands read local files without it, and it takes 0.1 s.
     import pyarrow as pa
@@ -21,12 +22,13 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
     Credentials and endpoints are those of the environment (AWS_ENDPOINT_URL, HF_TOKEN, …).
 
     Raises:
-        UserError: another kind of URL, or an object store that cannot be reached.
+        UserError: another kind of URL, one that names nothing (see `check_location`), or an object store that cannot be
+            reached.
     """
     import pyarrow as pa
     from pyarrow import fs
 
-    scheme, separator, rest = absolute(url).partition("://")
+    scheme, separator, rest = absolute(check_location(url)).partition("://")
     if not separator:
         return fs.LocalFileSystem(), scheme
     if scheme == "file":
@@ -143,7 +145,7 @@ def writing_to(path: Path) -> Generator[None]:
 
 def one_line(error: BaseException) -> str:
     """What a library says of an error, short enough to stand in a sentence of ours."""
-    return " ".join(str(error).split())[:300]
+    return masked(" ".join(str(error).split()))[:300]
 
 
 def exists(url: str) -> bool:

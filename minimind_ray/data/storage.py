@@ -10,8 +10,10 @@ there whole or not at all is a folder with a MARK: a file that is sent after all
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -19,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 from uuid import uuid4
 
@@ -35,8 +38,20 @@ DIRECT = ("config.yaml", "run.json", "trial.json", WRITER)
 TICK_S = 10.0
 LOOK_S = 3.0
 SMALL = 1 << 20
-FOR_GOOD = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
-"""What AWS says of requests that waiting does not help."""
+NOTICE_S, NOTICE_EVERY_S = 5.0, 60.0
+REFUSALS = {
+    r"NO_SUCH_BUCKET|bucket does not exist": "the bucket does not exist",
+    # S3 answers a request without a body by the status alone, and an expired token by 400.
+    r"Expired|status 400\)|InvalidToken|TokenRefresh|INVALID_CLIENT_TOKEN": (
+        "the credentials have expired or are invalid"
+    ),
+    r"INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|status 401\)|UNAUTHENTICATED|UNRECOGNIZED_CLIENT": (
+        "the credentials are not accepted"
+    ),
+    r"ACCESS_DENIED|status 403\)|PERMISSION_DENIED|Forbidden": "the credentials do not allow it",
+    r"REQUEST_TIME_TOO_SKEWED": "the clock of this machine is wrong",
+}
+"""What stores say of requests that waiting does not help, and what it means."""
 
 T = TypeVar("T")
 Signature = tuple[int, int]
@@ -90,14 +105,94 @@ def patiently(work: Callable[[], T], what: str, note: str = "") -> T:
     deadline, pause = time.monotonic() + patience(), 0.5
     while True:
         try:
-            return work()
+            with _notice(what):
+                return work()
         except FileNotFoundError:
             raise
         except OSError as error:
-            if any(word in str(error) for word in FOR_GOOD) or time.monotonic() + pause > deadline:
-                raise StoreError(f"{what}: the object store does not do its work: {one_line(error)}{note}") from None
+            if why := _refusal(error):
+                raise StoreError(f"{what}: {why} ({one_line(error)}){note}") from None
+            if time.monotonic() + pause > deadline:
+                raise StoreError(f"{what}: the object store request failed: {one_line(error)}{note}") from None
+            _say(
+                "failing", f"{what}: the object store fails and is tried again for {patience():g} s: {one_line(error)}"
+            )
         time.sleep(pause)
         pause = min(2 * pause, 30)
+
+
+def _refusal(error: OSError) -> str | None:
+    """Why a store will refuse a request however often it is made; None where it may work later."""
+    if isinstance(error, PermissionError):
+        return "the credentials do not allow it"
+    return next((why for pattern, why in REFUSALS.items() if re.search(pattern, str(error))), None)
+
+
+@contextmanager
+def _notice(what: str) -> Generator[None]:
+    """Say what is waited for, if it takes long."""
+    timer = threading.Timer(NOTICE_S, _say, ("waiting", f"waiting for {what}"))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_said: dict[str, float] = {}
+
+
+def _say(kind: str, text: str) -> None:
+    """A line on stderr, one of its kind a minute at most: many threads wait for the same store."""
+    now = time.monotonic()
+    if now >= _said.get(kind, -NOTICE_EVERY_S) + NOTICE_EVERY_S:
+        _said[kind] = now
+        print(text, file=sys.stderr, flush=True)
+
+
+def require_writable(*places: str) -> None:
+    """Check that files can be written to directories and URLs, in stores by writing a small one.
+
+    Raises:
+        UserError: they cannot; StoreError.
+    """
+    for where in dict.fromkeys(places):
+        if is_url(where) and not where.startswith("file://"):
+            _require_writable_store(where)
+        else:
+            _require_writable_folder(Path(where.removeprefix("file://")))
+
+
+def _require_writable_folder(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be a directory, because {there} is a file: name another place")
+    try:
+        TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}: name another place") from None
+
+
+def _require_writable_store(url: str) -> None:
+    filesystem, root = locate(url)
+    path, content = join(root, f".probe-{uuid4().hex[:8]}"), b"minimind-ray: may be deleted"
+
+    def write() -> None:
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(content)
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            return stream.read()
+
+    try:
+        patiently(write, url)
+        if patiently(read, url) != content:
+            raise StoreError(f"{url}: the object store returns other bytes than were written")
+        patiently(lambda: filesystem.delete_file(path), url)
+    except FileNotFoundError as error:
+        raise StoreError(f"{url} cannot be used: {one_line(error)}") from None
 
 
 def read_from(where: str, work: Callable[[], T]) -> T:
@@ -240,6 +335,9 @@ class Mirror:
             with suppress(FileNotFoundError):
                 self.filesystem.delete_file(join(self.root, name))
             self._sent.pop(name, None)
+        for folder in {name.rpartition(f"/{MARK}")[0] for name in gone if name.endswith(MARK)}:
+            with suppress(FileNotFoundError):  # S3 leaves an empty object for a folder without files.
+                self.filesystem.delete_dir(join(self.root, folder))
         changed |= marks & here.keys()
         # A checkpoint after the lines of its steps, its mark at its end.
         for name in sorted(changed, key=lambda name: (name.startswith("checkpoints/"), name.endswith(MARK), name)):

@@ -30,7 +30,7 @@ from uuid import uuid4
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import to_yaml
-from minimind_ray.config.paths import input_path
+from minimind_ray.config.paths import input_path, masked
 from minimind_ray.config.reading import parse_json, read_json
 from minimind_ray.config.schema import Config
 from minimind_ray.data.claim import find_writer, require_free
@@ -70,7 +70,9 @@ class RunDirectory:
         self.check(config, resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("config.yaml", to_yaml(config))
-        self.update(state="running", command=sys.argv, versions=versions(), commit=git_commit(), **facts)
+        self.update(
+            state="running", command=list(map(masked, sys.argv)), versions=versions(), commit=git_commit(), **facts
+        )
 
     def check(self, config: Config, *, resume: bool) -> None:
         """Whether `create` would be refused, without writing anything."""
@@ -103,6 +105,19 @@ class RunDirectory:
         if self.mirror and (not self.writes or name in DIRECT):
             return self.mirror.pull_file(name)
         return self.path / name
+
+    def live_file(self, name: str, since: float) -> Path:
+        """As `file`; of a run in a store the copy of the process that writes it, if that is on this machine.
+
+        So a run is followed while the store fails. `since` is a time in seconds since 1970: an older copy is one that
+        an earlier process has left.
+        """
+        if self.mirror:
+            own = RunDirectory(self.where, writes=True).path / name
+            with suppress(FileNotFoundError):
+                if own.stat().st_mtime >= since:
+                    return own
+        return self.file(name)
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the directory at once."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.paths import input_path, output_path
+from minimind_ray.config.load import load_config
+from minimind_ray.config.paths import check_location, input_path, masked, output_path
 
 pytestmark = pytest.mark.unit
 
@@ -53,3 +55,50 @@ def test_a_job_without_storage_writes_nothing_that_goes_away(monkeypatch: pytest
 def test_an_empty_path_is_not_this_directory(of: Callable[[str], str]) -> None:
     with pytest.raises(UserError, match="a path is empty"):
         of("")
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("s3://", "names no bucket"),
+        ("s3:///x", "names no bucket"),
+        ("s3://bucket/a//b", "empty part"),
+        ("s3://bucket/../x", "empty part, . or .."),
+        ("s3:/bucket/x", "write s3://bucket/x"),
+        ("gs:bucket/x", "write gs://bucket/x"),
+        ("S3://bucket/x", "write the beginning in small letters"),
+        ("http://example.org/x", "web address"),
+        ("https://me:hidden@example.org/x", "web address"),
+        ("file://runs/x", "write file:///PATH"),
+        ("a b://x", "neither a path nor a URL"),
+        ("s3://KEY:hidden@bucket/x", "holds credentials"),
+        ("s3://KEY:hid/den@bucket/x", "holds credentials"),
+        ("s3://hidden@bucket/x", "holds credentials"),
+        ("s3://bucket/x?secret_key=hidden", "holds credentials"),
+    ],
+)
+def test_what_is_no_place_is_refused_without_its_secrets(where: str, why: str) -> None:
+    ways = [
+        check_location, input_path, output_path, lambda text: load_config("sft", overrides={"out": text}),
+        lambda text: load_config("sft", overrides={"data.train": ["a.jsonl", text]}),
+    ]  # fmt: skip
+    for way in ways:
+        with pytest.raises(UserError, match=re.escape(why)) as error:
+            way(where)
+        assert "hid" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_places_stay_as_they_are(here: Path) -> None:
+    (here / "s3:").mkdir()
+    for where in (
+        "s3://bucket", "s3://bucket/x/", "hf://datasets/me/poems@main/*.jsonl", "abfs://box@account.dfs.core/x", "a:b",
+        "file:///x", "s3:", "s3://bucket/**/[ab]?.jsonl", "runs/{stage}",
+    ):  # fmt: skip
+        assert check_location(where) == where == masked(where)
+
+
+def test_storage_is_a_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIMIND_STORAGE", "s3://KEY:hidden@bucket")
+    for of in (input_path, output_path):
+        with pytest.raises(UserError, match="holds credentials"):
+            of("runs/a")

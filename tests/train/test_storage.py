@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def store(server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     bucket = server.open()
     server.requests.clear()
     yield server
-    server.failing = False
+    server.failing, server.refusal = False, None
     bucket.delete_dir_contents("bucket")
     storage._mirror.cache_clear()
 
@@ -213,6 +214,75 @@ def test_a_store_that_stays_down_loses_nothing(
     assert f"checkpoints/step-00000012/{storage.MARK}" in names(bucket, "bucket/runs/x")
     run_here(job)
     check_same(local, bucket)
+
+
+def test_an_output_is_tried_before_anything_else(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.require_writable(URL)
+    assert not names(store.open(), "bucket")
+    with pytest.raises(UserError, match="^s3://none/x: the bucket does not exist"):
+        storage.require_writable("s3://none/x")
+    writes = ("PUT", "POST", "DELETE")
+    for refusal, methods, why in (
+        (("AccessDenied", "403 Forbidden"), writes, "the credentials do not allow it"),
+        (("AccessDenied", "403 Forbidden"), ("DELETE",), "the credentials do not allow it"),
+        (("ExpiredToken", "400 Bad Request"), (*writes, "GET", "HEAD"), "the credentials have expired"),
+        (("ExpiredToken", "400 Bad Request"), ("HEAD",), "the credentials have expired"),
+        (("InvalidAccessKeyId", "403 Forbidden"), writes, "the credentials are not accepted"),
+    ):
+        store.refusal, store.refuses = refusal, methods
+        began = time.monotonic()
+        with pytest.raises(UserError, match=f"^{URL}: {why}"):
+            storage.require_writable(URL)
+        assert time.monotonic() - began < 5
+
+
+def test_a_store_that_is_down_is_named_while_it_is_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIMIND_STORE_PATIENCE", "1")
+    monkeypatch.setattr(storage, "NOTICE_S", 0.05)
+    storage._said.clear()
+    store.failing = True
+    with pytest.raises(UserError, match=f"^{URL}: the object store request failed: .*500"):
+        storage.require_writable(URL)
+    assert f"{URL}: the object store fails and is tried again for 1 s: " in capfd.readouterr().err
+    store.failing, store.silent = False, True
+    timer = threading.Timer(0.5, setattr, (store, "silent", False))
+    timer.start()
+    storage.require_writable(URL)
+    assert capfd.readouterr().err == f"waiting for {URL}\n"
+    timer.join()
+
+
+def test_a_run_on_this_machine_is_followed_while_the_store_fails(store: Store, local: Path) -> None:
+    job = job_at(URL, local)
+    start(job)
+    began, seen = time.time(), list[str]()
+
+    class Following(Failing):
+        def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
+            super().report(metrics, checkpoint)
+            if self.store.failing:
+                seen.extend(RunDirectory(URL).live_file("metrics.jsonl", began).read_text().splitlines())
+            return True
+
+    context = Following(store, 4, 10)
+    job.run(context, job.data(context))
+    assert any('"warning": ' in line for line in seen)
+    check_same(local, store.open())
+    assert len(RunDirectory(URL).live_file("metrics.jsonl", began).read_text().splitlines()) == 12
+
+
+def test_pruned_checkpoints_leave_no_folders(store: Store) -> None:
+    run = RunDirectory(URL, writes=True)
+    run.open()
+    assert run.mirror
+    for number in (1, 2):
+        run.save_checkpoint(f"step-0000000{number}", lambda path: (path / "weights").write_text("1") and None)
+        run.prune(1, None)
+        run.mirror.push()
+    infos = store.open().get_file_info(fs.FileSelector("bucket/runs/x/checkpoints"))
+    assert [info.base_name for info in infos] == ["step-00000002"]
 
 
 def test_a_run_that_is_done_anew_is_set_aside(store: Store) -> None:
