@@ -20,6 +20,21 @@ fail() {
     exit 1
 }
 
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+# On a fresh machine the system's own update holds the lists, and `apt-get update` gives up at once.
+update_lists() {
+    local said
+    for _ in {1..60}; do
+        said=$(as_root apt-get update -qq 2>&1) && return
+        [[ $said == */lists/lock* ]] || break
+        sleep 5
+    done
+    fail "apt-get update: ${said//$'\n'/ }; install python$minor-venv by hand, or set PYTHON"
+}
+
 # Without the token this node's Ray would refuse all others.
 if [ -s "$token" ]; then
     chmod 600 "$token"
@@ -44,8 +59,9 @@ if [ "$(cat "$venv/.made-of" 2>/dev/null)" != "$made_of" ]; then
         # Debian and Ubuntu keep what `venv` needs in a package of its own.
         if ! "$python" -c 'import ensurepip' 2>/dev/null; then
             minor=${version%.*}
-            sudo apt-get update -qq -o DPkg::Lock::Timeout=300
-            sudo DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o DPkg::Lock::Timeout=300 "python$minor-venv"
+            update_lists
+            as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o DPkg::Lock::Timeout=300 \
+                "python$minor-venv" >/dev/null || fail "install python$minor-venv by hand, or set PYTHON"
         fi
         "$python" -m venv "$venv"
     fi
