@@ -23,7 +23,7 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
-    from minimind_ray.config.paths import STORAGE
+    from minimind_ray.config.paths import STORAGE, masked
     from minimind_ray.on_ray.cluster_check import Finding
     from minimind_ray.on_ray.doctor import diagnose, examine_cluster, examine_here
     from minimind_ray.on_ray.session import machines, start_ray, stop_ray
@@ -67,7 +67,7 @@ def doctor(
     console.print(table)
     for url in storage:
         able = sum(url not in node.storage for node in nodes)
-        console.print(f"storage {escape(url)}: written and read on {able} of {len(nodes)} node(s)")
+        console.print(f"storage {escape(masked(url))}: written and read on {able} of {len(nodes)} node(s)")
     if may_come > len(nodes):
         console.print(f"up to {may_come} workers come when a run asks for them")
     findings = sorted([*more, *diagnose(nodes)], key=lambda finding: finding.note)

@@ -51,6 +51,7 @@ def evaluate_(
     Everything is prepared and measured as validation during training is, so the numbers are the same.
     """
     if out is not None:
+        options.require_local(out)
         if out.is_dir():
             raise UserError(f"--out {out} is a directory: name a file in it, such as {out / 'results.parquet'}")
         out.parent.mkdir(parents=True, exist_ok=True)

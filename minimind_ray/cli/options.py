@@ -28,12 +28,24 @@ def require_new(path: Path) -> None:
         UserError: it is a URL, or something is there already, other than an empty directory.
     """
     from minimind_ray.config.errors import UserError
-    from minimind_ray.config.paths import STORES
 
-    if path.parts and path.parts[0].rstrip(":") in STORES and path.parts[0].endswith(":"):
-        raise UserError(f"{path}: this command writes to local directories only: write there, and copy it yourself")
+    require_local(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already: remove it, or write to another place")
+
+
+def require_local(path: Path) -> None:
+    """Check that a path to write to was not given as a URL, which a Path shows as s3:/bucket.
+
+    Raises:
+        UserError: it was.
+    """
+    from minimind_ray.config.errors import UserError
+    from minimind_ray.config.paths import STORES
+
+    if path.parts and path.parts[0].endswith(":") and path.parts[0][:-1].lower() in (*STORES, "http", "https", "file"):
+        place = "/".join(path.parts[1:]).rpartition("@")[2]
+        raise UserError(f"{path.parts[0]}//{place} is a URL, and this command writes to local files: name a local path")
 
 
 def printable(text: str) -> str:

@@ -52,10 +52,13 @@ def resume(
     from contextlib import nullcontext
 
     from minimind_ray.cli.flags import config_from_flags
+    from minimind_ray.cli.options import require_local
     from minimind_ray.config.errors import UserError
     from minimind_ray.stages.verify import prove_resume
 
     name = config_from_flags(stage, [], [], {}).stage
+    if keep is not None:
+        require_local(keep)
     if keep is not None and keep.exists() and any(keep.iterdir()):
         raise UserError(f"--keep {keep} is not empty; name a new directory")
     if workers > 1 and not ray:

@@ -19,6 +19,7 @@ from uuid import uuid4
 from packaging.requirements import Requirement
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import masked
 from minimind_ray.data.files import join, locate, one_line
 from minimind_ray.on_ray.cluster_check import Finding
 
@@ -324,7 +325,7 @@ def _unlike(nodes: Sequence[Node]) -> Iterator[Finding]:
 def _of_node(node: Node) -> Iterator[Finding]:
     for url, fault in node.storage.items():
         yield Finding(
-            f"{node.name}: cannot use {url}: {fault}", "give the node's role access to it, or share the folder"
+            f"{node.name}: cannot use {masked(url)}: {fault}", "give the node's role access to it, or share the folder"
         )
     if node.driver_gpus > len(node.gpus):
         why = f"torch is for CUDA {node.cuda}" if node.cuda else "torch is a build for CPUs"

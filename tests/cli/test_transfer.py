@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minimind_ray.cli.options import require_new
+from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ModelConfig
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, load_shape, model_fingerprint, save_model
@@ -143,3 +145,10 @@ def test_bad_input_is_one_sentence(
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
     assert message.format_map(places) in outcome.err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("where", ["s3://bucket/x", "s3://KEY:hidden@bucket/x", "https://example.org/x", "file:///x"])
+def test_a_local_path_is_no_url(where: str) -> None:
+    with pytest.raises(UserError, match="is a URL, and this command writes to local files") as error:
+        require_new(Path(where))
+    assert "hidden" not in str(error.value)
