@@ -1,23 +1,27 @@
 """Ctrl-C, SIGTERM and SIGHUP end a command in the same way: as KeyboardInterrupt in the main thread.
 
 A run turns the first of them into a stop after its step, with a checkpoint: in a plain process by `first_stops`, on Ray
-by `interruptible` in on_ray/session.py. The second one ends the command at once. `exit_code` is that of the shell, 128
-and the signal's number.
+by `interruptible` in on_ray/session.py. The second one ends the command at once. Signals that follow within ECHO_S of
+the first are part of it: a closed terminal and `timeout` send theirs twice. `exit_code` is that of the shell, 128 and
+the signal's number.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_S = 1.0
 
 _handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 _terminals: list[int] = []
-_received: list[int] = []
+_first: list[tuple[int, float]] = []
+"""The first signal since `install`, and when it came."""
 
 
 def install() -> None:
@@ -25,7 +29,7 @@ def install() -> None:
 
     A signal that is ignored stays ignored: nohup's SIGHUP, and the SIGINT of a command in a shell's background.
     """
-    _received.clear()
+    _first.clear()
     _terminals[:] = [fd for fd in (1, 2) if _is_terminal(fd)]
     _handlers.update((s, signal.SIG_IGN if signal.getsignal(s) == signal.SIG_IGN else _interrupt) for s in SIGNALS)
     reinstall()
@@ -47,16 +51,22 @@ def uninstall() -> None:
 
 def exit_code(otherwise: int) -> int:
     """128 and the number of the first signal that has come since `install`; `otherwise` if none has."""
-    return 128 + _received[0] if _received else otherwise
+    return 128 + _first[0][0] if _first else otherwise
 
 
 @contextmanager
 def first_stops(stop: Callable[[], object]) -> Generator[None]:
     """While inside, the first signal calls `stop`, and the second one has the effect that it has outside."""
+    asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
-        _note(number)
-        restore()
+        nonlocal asked
+        if _is_echo(number):
+            return
+        if asked:
+            restore()
+            signal.raise_signal(number)
+        asked = True
         stop()
 
     def restore() -> None:
@@ -72,13 +82,21 @@ def first_stops(stop: Callable[[], object]) -> Generator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _note(number)
-    raise KeyboardInterrupt
+    if not _is_echo(number):
+        raise KeyboardInterrupt
 
 
-def _note(number: int) -> None:
-    """Remember the signal. After the terminal is closed, writing there would be an error: write to nowhere instead."""
-    _received.append(number)
+def _is_echo(number: int) -> bool:
+    """Whether a signal is part of the first one, which is remembered."""
+    _leave_closed_terminal()
+    if not _first:
+        _first.append((number, time.monotonic()))
+        return False
+    return time.monotonic() < _first[0][1] + ECHO_S
+
+
+def _leave_closed_terminal() -> None:
+    """Write to nowhere from now on where writing would be an error."""
     for fd in _terminals:
         if not _is_terminal(fd):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -28,12 +28,17 @@ def installed() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("sent", interrupts.SIGNALS)
-def test_the_first_signal_asks_and_the_second_one_interrupts(sent: signal.Signals) -> None:
+def test_the_first_signal_asks_and_the_second_one_interrupts(
+    sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = PlainContext()
     assert interrupts.exit_code(1) == 1
     with pytest.raises(KeyboardInterrupt), context.stop_on_interrupt():
         os.kill(os.getpid(), sent)
         assert context.should_stop()
+        os.kill(os.getpid(), sent)
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(interrupts, "ECHO_S", 0.0)
         os.kill(os.getpid(), signal.SIGTERM)
     assert interrupts.exit_code(1) == 128 + sent
     with pytest.raises(KeyboardInterrupt):
@@ -43,8 +48,9 @@ def test_the_first_signal_asks_and_the_second_one_interrupts(sent: signal.Signal
 def test_what_is_ignored_stays_ignored_though_another_handler_was_installed() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     interrupts.install()
-    with PlainContext().stop_on_interrupt():
+    with (context := PlainContext()).stop_on_interrupt():
         os.kill(os.getpid(), signal.SIGHUP)
+        assert not context.should_stop()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     interrupts.reinstall()
