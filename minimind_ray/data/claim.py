@@ -1,9 +1,11 @@
 """One writer at a time for a run or a sweep, on a local disk and in an object store.
 
-`writer.json` in the directory names the process that writes there; a trial's is that of its sweep. On a local disk the
-process holds a lock of the operating system on the file, which ends with the process, however it ends. Object stores
-have no locks: there, and on file systems without locks, the file is a lease. The process renews it every RENEW_S, and
-it ends LEASE_S after the last time, or at once where this machine knows that the process is gone.
+`writer.json` in the directory names the process that writes there, for as long as it does; a trial's is that of its
+sweep. On a local disk the process holds a lock of the operating system on the file, which ends with the process,
+however it ends. Object stores have no locks: there, and on file systems without locks, the file is a lease. The process
+renews it every RENEW_S, and it ends LEASE_S after the last time, or at once where this machine knows that the process
+is gone. A process that was killed leaves the file behind, and Ray's workers may write for a second longer: whoever
+comes next waits LINGER_S.
 
 A lease has limits. The clocks of the machines must agree to within a minute. Two processes that claim a directory
 within the same second may both get it if one of them then needs more than SETTLE_S to write; the loser finds out when
@@ -30,12 +32,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.files import atomic_output, join, locate
-from minimind_ray.data.storage import WRITER, Mirror, StoreError, copy_of, mirror_of, patiently, url_of
+from minimind_ray.data.storage import WRITER, Mirror, copy_of, mirror_of, patiently, url_of
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
 LEASE_S, RENEW_S, SETTLE_S = 120.0, 30.0, 1.0
+LINGER_S = 3.0
 LOCK_SECONDS = 1.0
 """How long a lock is tried for: whoever looks at a run holds it for a moment."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -132,13 +135,9 @@ def _locked(directory: Path, file: IO[bytes]) -> Generator[None]:
         try:
             yield
         finally:
-            _remove_empty(directory)
-
-
-def _remove_empty(directory: Path) -> None:
-    if directory.is_dir() and [path.name for path in directory.iterdir()] == [WRITER]:
-        (directory / WRITER).unlink()
-        directory.rmdir()
+            (directory / WRITER).unlink(missing_ok=True)
+            with suppress(OSError):  # Something is in it.
+                directory.rmdir()
 
 
 SWEEP = "sweep.json"
@@ -173,12 +172,15 @@ def _lock(directory: Path) -> IO[bytes] | None:
             return None
         raise
     file.seek(0)
+    content = file.read()
     if not locked:
-        with file:
-            raise _in_use(str(directory), _parse(file.read()) or Writer())
+        file.close()
+        raise _in_use(str(directory), _parse(content) or Writer())
     if os.fstat(file.fileno()).st_nlink == 0:  # The process before has just removed it.
         file.close()
         return _lock(directory)
+    if content:
+        time.sleep(LINGER_S)
     file.truncate(0)
     file.write(Writer.here().model_dump_json().encode())
     return file
@@ -204,26 +206,27 @@ def _leased(where: str, mirror: Mirror | None) -> Generator[None]:
 
     def read() -> Writer | None:
         try:
-            return _parse(patiently(lambda: _read(filesystem, path), where))
+            return _parse(_read(filesystem, path))
         except FileNotFoundError:
             return None
 
     def write() -> None:
-        content = own.model_copy(update={"until": time.time() + LEASE_S}).model_dump_json().encode()
-        patiently(lambda: _write(filesystem, path, content), where)
+        _write(filesystem, path, own.model_copy(update={"until": time.time() + LEASE_S}).model_dump_json().encode())
 
     def renew() -> None:
         while not ended.wait(RENEW_S):
-            with suppress(OSError, StoreError):  # Whatever fails now is tried again.
+            with suppress(OSError):  # What fails now is tried again in RENEW_S.
                 if (there := read()) is None or there.token != own.token:
                     _end(where, there)
                 write()
 
-    if (there := read()) and there.has_lease():
+    if (there := patiently(read, where)) and there.has_lease():
         raise _in_use(where, there)
-    write()
+    if there:
+        time.sleep(LINGER_S)
+    patiently(write, where)
     time.sleep(SETTLE_S)
-    if (there := read()) is None or there.token != own.token:
+    if (there := patiently(read, where)) is None or there.token != own.token:
         raise _in_use(where, there or Writer())
     ended = threading.Event()
     thread = threading.Thread(target=renew, name="lease", daemon=True)

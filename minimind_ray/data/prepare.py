@@ -544,6 +544,12 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
 
 
 class _Cache:
+    """Units and datasets, each under the hash of what it was made from.
+
+    Several processes may make the same ones at the same time, without a lock: every file is written under a name of its
+    own and then renamed, and whoever comes second replaces it by the same content.
+    """
+
     def __init__(self, url: str) -> None:
         self.url = url
         self._filesystem, self._root = locate(url)

@@ -2,7 +2,7 @@
 
 config.yaml     the resolved config
 run.json        command line, versions, git commit, data fingerprints, state, and where the result is
-writer.json     the process that writes here, or did last (data/claim.py)
+writer.json     the process that writes here, while it does (data/claim.py)
 metrics.jsonl   one line per step, with what its validation found
 samples.jsonl   what the model wrote at each validation
 validation.parquet   the validation of the result, one row per example

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,12 @@ from minimind_ray.data import claim
 from minimind_ray.data.claim import Writer, claimed, find_writer, live_writer, require_free
 
 pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "LINGER_S", 0.02)
+
 
 HOLD = """
 import sys, time
@@ -44,13 +49,13 @@ def test_a_lock_names_its_process_and_ends_with_it(tmp_path: Path) -> None:
             pass
         assert (writer := live_writer(run)) and writer.process == other.pid and not writer.is_gone()
     finally:
-        other.send_signal(signal.SIGKILL)
+        other.kill()
         other.wait()
     assert live_writer(run) is None and writer.is_gone()
     with claimed(run):
         require_free(run)
         assert (writer := live_writer(run)) and writer.process == os.getpid()
-    assert live_writer(run) is None
+    assert live_writer(run) is None and not (run / "writer.json").exists()
 
 
 def test_a_directory_that_stays_empty_goes(tmp_path: Path) -> None:

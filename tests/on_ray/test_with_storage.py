@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from minimind_ray.config.errors import UserError
+from minimind_ray.data.claim import require_free
+from minimind_ray.train.run import GONE, RunDirectory
 from tests.jobs import make_tokenizer, rows_of, write_jsonl
 from tests.store import Store, names
 
@@ -108,9 +111,13 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
 
     process = minimind(*command, log=log)
     until_saved(process, 100)
+    with pytest.raises(UserError, match=f"in use by process {process.pid} .* delete s3://bucket/runs/x/writer.json"):
+        require_free("s3://bucket/runs/x")
+    assert RunDirectory("s3://bucket/runs/x").state() == "running"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert json.loads(content(store, f"{run}/run.json"))["state"] == "running"
+    assert RunDirectory("s3://bucket/runs/x").state() == GONE
 
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "another machine"))
     process = minimind(*command, "--resume", log=log)
@@ -136,7 +143,7 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
     info = json.loads(content(store, f"{run}/run.json"))
     assert info["state"] == "stopped" and 200 <= info["steps"] < STEPS, log.read_text()
     there = names(store, run)
-    assert ".stop" not in there and f"{info['result']}/model.safetensors" in there
+    assert not {".stop", "writer.json"} & there and f"{info['result']}/model.safetensors" in there
     assert f"checkpoints/step-{info['steps']:08}/resume/sums.json" in there
     lines = [json.loads(line) for line in content(store, f"{run}/metrics.jsonl").splitlines()]
     assert [line["step"] for line in lines] == list(range(1, info["steps"] + 1))
