@@ -82,7 +82,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     require_writable(config.out, config.data.cache_dir)
     run = RunDirectory(config.out)
     run.check(config, resume=resume)
-    finished = resume and run.info().get("state") == "finished"
+    before = run.state() if resume else None
     check_tracking(config)
     with host([config.scale], ray=ray) as (work, run_job):
         from minimind_ray.cli.progress import print_result, watching
@@ -91,10 +91,10 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
         job = prepare_job(config, work, say)
         with claimed(job.config.out):
             begin(job, resume=resume)
-            if finished and run.checkpoints():
+            if before == "finished" and run.checkpoints():
                 say(f"{run.where} is finished. {longer(run.where, run.file('config.yaml'), config)}")
             elif resume:
-                say(f"{run.where}: {run.resume_point()}")
+                say(f"{run.where}: {before or 'not begun'}; {run.resume_point()}")
             with watching(job, console):
                 run_job(job)
     print_result(config.out, console)

@@ -224,13 +224,15 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
     from minimind_ray.sweep.run import run_sweep  # Imports torch: before `start_ray`, as in `train.host`.
     from minimind_ray.track.wandb import check_tracking
-    from minimind_ray.train.run import RunDirectory
+    from minimind_ray.train.run import GONE, RunDirectory
 
     require_writable(url_of(plan.path), plan.base.data.cache_dir)
     require_free(url_of(plan.path))
     check_tracking(plan.base)
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    if gone := [trial for trial in plan.trials if RunDirectory(trial.config.out).state() == GONE]:
+        say(f"{len(gone)} trial(s) were running when the sweep's process ended; they go on from their last checkpoints")
     nested = plan.base.scale.most > 1
     start_ray(local_cpus(plan.base.scale) if nested else None)
     try:

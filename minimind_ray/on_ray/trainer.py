@@ -112,6 +112,10 @@ def _leave_when_told(run_dir: str) -> None:
     os._exit(1)
 
 
+class StoppedError(UserError):
+    """A stop before there were workers, so that no step could follow it."""
+
+
 RAY_HOST = Host(run_units_on_ray, compute_on_ray, dtype_on_ray)
 
 
@@ -132,6 +136,9 @@ def train_on_ray(job: Job) -> None:
         require_resources(scale)
         interruptible(partial(_keep_going, job), files[0].touch)
     except Exception as error:
+        if isinstance(error, StoppedError):
+            run.update(state="stopped")
+            raise
         if found := _user_error(error):
             run.fail(str(found))
             raise found from None
@@ -193,13 +200,13 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> i
     """How many workers to start, once the cluster's nodes but those `gone` have room.
 
     Raises:
-        UserError: asked to stop meanwhile.
+        StoppedError: asked to stop meanwhile.
     """
     asked = False
     try:
         while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
             if stop_file.exists():
-                raise UserError("stopped while there was no room for the workers; --resume waits for room again")
+                raise StoppedError("stopped while there was no room for the workers; --resume waits for room again")
             if not asked:
                 asked = True
                 room_for = f"{workers} of {scale.workers} workers"

@@ -75,7 +75,9 @@ def test_a_resume_says_how_to_go_on_and_the_commands_it_gives_work(command: Comm
 
     shutil.rmtree(out / "checkpoints")
     anew = command("train", "pretrain", "--no-ray", "--config", config, "--resume")
-    assert anew.code == 0 and f"{out}: there is no checkpoint, so training starts at the first step" in anew.out
+    assert (
+        anew.code == 0 and f"{out}: finished; there is no checkpoint, so training starts at the first step" in anew.out
+    )
 
 
 def test_a_gpu_where_there_is_none_is_refused_before_anything_is_written(

@@ -164,5 +164,5 @@ def test_waiting_for_nodes_can_be_stopped(
     assert trainer._await_room(scale, set(), tmp_path / "stop") == 2
     assert capsys.readouterr().err == "the cluster has room for 1 of 2:4 workers; waiting for nodes\n"
     (tmp_path / "stop").touch()
-    with pytest.raises(UserError, match="no room for the workers; --resume"):
+    with pytest.raises(trainer.StoppedError, match="no room for the workers; --resume"):
         trainer._await_room(scale, set(), tmp_path / "stop")

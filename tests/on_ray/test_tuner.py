@@ -472,6 +472,7 @@ def test_a_signal_and_a_crash_lose_nothing(tmp_path: Path) -> None:
     process = command("--resume", str(out))
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
+    assert "1 trial(s) were running when the sweep's process ended" in text
     assert (first / "metrics.jsonl").read_bytes() == untouched
     assert "winner: lr=" in text and "minimind-ray generate" in text and str(out / "report.html") in text
     assert (out / "report.html").exists()
