@@ -112,9 +112,12 @@ def _require_head(address: str) -> None:
     )
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
-    found = canonicalize_bootstrap_address(address)  # Of `auto`: None where this machine is part of no cluster.
-    if not found:
-        raise UserError(f"RAY_ADDRESS={address}: no Ray runs on this machine")
+    try:
+        found = canonicalize_bootstrap_address(address)  # Of `auto`, too.
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS={address}: {one_line(error)}") from None
+    if not found:  # `local`: Ray starts one here.
+        return
     opened: Any = init_grpc_channel(found)
     with opened as channel:
         try:

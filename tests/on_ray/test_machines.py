@@ -111,7 +111,11 @@ def test_on_kubernetes_the_head_is_told_its_groups(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("address", "told"),
-    [("127.0.0.1:9", "no cluster answers there: .*refused"), ("http://127.0.0.1:8265", "is a dashboard")],
+    [
+        ("127.0.0.1:9", "no cluster answers there: .*refused"),
+        ("http://127.0.0.1:8265", "is a dashboard"),
+        ("head", "RAY_ADDRESS=head: Invalid address"),
+    ],
 )
 def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
