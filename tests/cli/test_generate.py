@@ -207,7 +207,7 @@ BAD = [
     (["generate", "{base}"], "no prompts: give --prompt"),
     (["generate", "{base}", "--prompt", "x", "--raw", "--system", "y"], "--system is for --chat"),
     (["generate", "{base}", "--file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
-    (["generate", "{base}", "--file", "{files}/bad.jsonl"], "bad.jsonl:1: needs prompt"),
+    (["generate", "{base}", "--file", "{files}/bad.jsonl"], "bad.jsonl:1: the row has no prompt"),
     (["generate", "{base}", "--file", "{files}/list.jsonl"], "list.jsonl:1: conversations[0] is a string, not an"),
     (["generate", "{base}", "--file", "{files}/latin.txt"], "latin.txt: not UTF-8"),
     (["generate", "{base}", "--prompt", "x", "--adapter", "{other}"], "is a whole model, not an adapter"),
@@ -217,8 +217,8 @@ BAD = [
     (["generate", "{base}", "--prompt", "\ud800"], "--prompt is no UTF-8 text"),
     (["generate", "{base}", "--prompt", "x", "--chat", "--system", "\ud800"], "--system is no UTF-8 text"),
     (["chat", "{base}", "--system", "\ud800"], "--system is no UTF-8 text"),
-    (["generate", "{base}", "--file", "{files}/human.jsonl"], 'messages[0].role is "human"; known are'),
-    (["generate", "{base}", "--file", "{files}/half.jsonl"], "half.jsonl:1: messages is no UTF-8 text"),
+    (["generate", "{base}", "--file", "{files}/human.jsonl"], 'messages[0].role is "narrator"; known are'),
+    (["generate", "{base}", "--file", "{files}/half.jsonl"], "half.jsonl:1 is no UTF-8 text"),
     (["generate", "{base}", "--file", "{files}/deep.jsonl"], "deep.jsonl:1: objects are nested too deeply"),
     (["chat", "/nowhere"], "/nowhere is no model"),
     (["chat", "{files}/sweep"], "is a sweep, no model: name one of its trials"),
@@ -233,7 +233,7 @@ def test_bad_input_is_one_sentence(
     write_jsonl(tmp_path / "bad.jsonl", [{"text": "x"}])
     write_jsonl(tmp_path / "list.jsonl", [{"conversations": ["x"]}])
     question = {"role": "user", "content": "x"}
-    write_jsonl(tmp_path / "human.jsonl", [{"messages": [{**question, "role": "human"}]}])
+    write_jsonl(tmp_path / "human.jsonl", [{"messages": [{**question, "role": "narrator"}]}])
     for name, tools in {"half": '[{"a": "\\ud800"}]', "deep": '[{"a": ' + "[" * 200 + "]" * 200 + "}]"}.items():
         write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": [question], "tools": tools}])
     (tmp_path / "sweep").mkdir()
