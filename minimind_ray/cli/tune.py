@@ -292,8 +292,6 @@ def winner_is_cut(path: Path) -> bool:
 
 def print_plan(plan: SweepPlan) -> None:
     """What the sweep would do and cost, from prepared data and a few steps in this process."""
-    import os
-
     from minimind_ray.cli.plan import missing_gpus
     from minimind_ray.data.storage import url_of
     from minimind_ray.stages.run import Host
@@ -308,13 +306,8 @@ def print_plan(plan: SweepPlan) -> None:
     jobs = jobs or [preparation.job(plan.base)] * plan.count
     if search.budget_tokens:
         jobs = within_budget(jobs, search.budget_tokens)
-    places = int((os.cpu_count() or 1) / (scale.most * scale.cpus_per_worker))
-    if scale.gpus_per_worker:
-        import torch
-
-        places = int(torch.cuda.device_count() / (scale.most * scale.gpus_per_worker))
-    places = max(1, places)
     fuse, why = together(plan)
+    places, does_not_fit = _places_here(scale)
     # Trials that are trained together share a place's time; what they save is not counted.
     at_once = min(places, search.concurrent or plan.count, plan.count)
     pace = calibrate(jobs[0])
@@ -330,6 +323,8 @@ def print_plan(plan: SweepPlan) -> None:
         print(f"validated  all alike, with data.max_seq_len {data.max_seq_len} and data.pack_tokens {data.pack_tokens}")
     each = f"{scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs"
     print(f"each on    {f'{scale.most} workers of ' if scale.most > 1 else ''}{each}{missing_gpus(scale)}")
+    if does_not_fit:
+        print(f"not here   {does_not_fit}")
     print(f"trials     {plan.count} ({search.seeds} seed(s)), judged by {metric} ({mode}), {search.searcher}")
     if plan.shortage:
         print(f"           {plan.shortage}")
@@ -353,3 +348,19 @@ def print_plan(plan: SweepPlan) -> None:
         price = found.price(search.price_per_hour)
         print(f"price      about {price:.2f}, at {search.price_per_hour:g} a trial and hour")
     print(f"sweep      {url_of(plan.path)}")
+
+
+def _places_here(scale: ScaleConfig) -> tuple[int, str | None]:
+    """How many trials a Ray on this machine would have room for; 1, and a sentence, where it has none."""
+    import os
+
+    import torch
+
+    from minimind_ray.on_ray.layout import trials_that_fit
+    from minimind_ray.on_ray.session import Machines, local_cpus
+
+    cpus = local_cpus(scale) if scale.most > 1 else os.cpu_count() or 1
+    try:
+        return trials_that_fit(Machines([{"CPU": cpus, "GPU": torch.cuda.device_count()}], 1), scale), None
+    except UserError as error:
+        return 1, str(error)

@@ -8,6 +8,7 @@ of all that have reported before it trains the next step.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -179,9 +180,23 @@ def run_fused(job: Job, groups: Sequence[Any], context: Context, bases: Mapping[
         UserError: what the run raised.
     """
     out = job.config.out
-    group = next((group for group in groups if ray.get(group.take.remote(out))), groups[0])
+    group = _place(out, groups, context)
+    if group is None:
+        RunDirectory(out).update(state="waiting")
+        return
     answer: Answer = ray.get(group.begin.remote(job, bases))
     while isinstance(answer, dict):
         answer = ray.get(group.go_on.remote(out, context.report(answer, None)))
     if isinstance(answer, BaseException):
         raise answer
+
+
+def _place(out: str, groups: Sequence[Any], context: Context) -> Any:
+    """A group that has started and keeps a place for the run; None if the sweep is to stop before there is one."""
+    ready = {group.__ray_ready__.remote(): group for group in groups}
+    while not context.should_stop():
+        for started in ray.wait(list(ready), num_returns=len(ready), timeout=1.0)[0]:
+            if ray.get(ready[started].take.remote(out)):
+                return ready[started]
+        time.sleep(0.1)
+    return None

@@ -244,10 +244,13 @@ class Machines:
         """CPUs and GPUs of all, at the cluster's largest."""
         return {kind: sum(self._largest(node.get(kind, 0) for node in self.nodes)) for kind in ("CPU", "GPU")}
 
-    def workers(self, scale: ScaleConfig) -> int:
-        """How many of `scale`'s workers fit."""
-        need = worker_resources(scale)
-        fit = (max(0, int(min(node.get(kind, 0) / n for kind, n in need.items()) + 1e-6)) for node in self.nodes)
+    def workers(self, scale: ScaleConfig, spare_cpus: int = 0) -> int:
+        """How many of `scale`'s workers fit, with `spare_cpus` left on the largest node."""
+        need, nodes = worker_resources(scale), [dict(node) for node in self.nodes]
+        if nodes:
+            largest = max(nodes, key=lambda node: node.get("CPU", 0))
+            largest["CPU"] = largest.get("CPU", 0) - spare_cpus
+        fit = (max(0, int(min(node.get(kind, 0) / n for kind, n in need.items()) + 1e-6)) for node in nodes)
         return int(sum(self._largest(fit)))
 
     def _largest(self, values: Iterable[float]) -> list[float]:
@@ -303,12 +306,7 @@ def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) 
 
     Counts what nodes have, whoever uses it now.
     """
-    found = machines(without)
-    if not found.nodes:
-        return 0
-    largest = max(found.nodes, key=lambda node: node.get("CPU", 0))
-    largest["CPU"] = largest.get("CPU", 0) - spare_cpus
-    return found.workers(scale)
+    return machines(without).workers(scale, spare_cpus)
 
 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:

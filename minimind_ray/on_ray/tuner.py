@@ -50,6 +50,7 @@ from minimind_ray.data.files import join, remove
 from minimind_ray.data.storage import copy_of, flag, url_of, watched
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.fused import run_fused, start_groups
+from minimind_ray.on_ray.layout import layout, trials_that_fit
 from minimind_ray.on_ray.reference import granted_device
 from minimind_ray.on_ray.session import (
     Ending,
@@ -57,10 +58,10 @@ from minimind_ray.on_ray.session import (
     interruptible,
     machines,
     require_cpus,
-    room,
     worker_resources,
 )
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
+from minimind_ray.on_ray.waiting import lacking, telling
 from minimind_ray.stages.run import Job
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.checkpoint import read_state
@@ -276,7 +277,8 @@ class _Trial(tune.Trainable):
         try:
             self._train()
         except BaseException as error:
-            self.run.fail(told(error), traceback=traceback.format_exc())
+            more = "" if isinstance(error, UserError) else f"; {self.run.where}/run.json has the traceback"
+            self.run.fail(f"{told(error)}{more}", traceback=traceback.format_exc())
             self.error = error
         finally:
             self.context.reports.put(None)
@@ -357,18 +359,7 @@ def places(scale: ScaleConfig) -> int:
         UserError: not one.
     """
     require_cpus(0, scale.gpus_per_worker, "a trial")
-    # With more workers a trial Ray Data needs a CPU of its own, on any node.
-    workers = room(scale, spare_cpus=int(scale.most > 1))
-    if workers < scale.most:
-        have, nodes = machines().resources(), machines().most
-        spare = " and 1 CPU beside" if scale.most > 1 else ""
-        raise UserError(
-            f"one trial needs {scale.most} worker(s) of {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} "
-            f"GPUs{spare}, which "
-            f"the cluster's {have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {nodes} node(s) "
-            "cannot give; lower scale.workers, scale.cpus_per_worker or scale.gpus_per_worker, or add nodes"
-        )
-    return workers // scale.most
+    return trials_that_fit(machines(), scale)
 
 
 def nested_driver() -> dict[str, float]:
@@ -408,16 +399,13 @@ def run_trials(
     """
     os.environ.update(SETTINGS)
     # A failed trial's error is in its run.json, and `watch` is called: no traceback on the terminal as well.
-    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_no_failed_trial)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     nested, stop_file, own = scale.most > 1, flag(url_of(directory), STOP_FILE), join(url_of(directory), ".ray")
     stop_file.unlink(missing_ok=True)
     count = len(trials) if isinstance(trials, Sequence) else trials.count
-    at_once = min(places(scale) * fuse, search.concurrent or count, count)
+    spread = layout(places(scale), count, fuse=fuse, concurrent=search.concurrent)
     resources = worker_resources(scale)
-    groups: list[Any] = []
-    if fuse > 1:
-        size = -(-at_once // places(scale))
-        groups = start_groups(-(-at_once // size), size, url_of(directory), scale)
+    groups = start_groups(spread.groups, spread.size, url_of(directory), scale)
     trainable = tune.with_parameters(_Trial, search=search, sweep=url_of(directory), bases=bases, groups=groups)
     if isinstance(trials, Sequence):
         keys = search.explore.keys if search.explore else ()
@@ -436,7 +424,7 @@ def run_trials(
             scheduler=_scheduler(search),
             search_alg=searcher,
             num_samples=samples,
-            max_concurrent_trials=at_once,
+            max_concurrent_trials=spread.at_once,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -445,13 +433,15 @@ def run_trials(
             name=f"attempt-{time.time_ns()}",
             storage_path=own,
             callbacks=[watcher],
+            stop=_StoppedWhileWaiting(stop_file.exists, watcher),
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False),
             verbose=0,
         ),
     )
     try:
-        ending = interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
+        with telling(lambda: watcher.waits_for(scale)):
+            ending = interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
         if ending == "by itself" and not stop_file.exists() and search.scheduler != "pbt":
             for trial in watcher.ended:
                 _settle(RunDirectory(trial))
@@ -461,10 +451,6 @@ def run_trials(
             ray.kill(group)
         stop_file.unlink(missing_ok=True)
         remove(own)
-
-
-def _is_no_failed_trial(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Trial task failed")
 
 
 def _settle(run: RunDirectory) -> None:
@@ -556,14 +542,23 @@ class _Watcher(tune.Callback):
     def __init__(self, watch: Watch, metric: str, groups: Sequence[Any]) -> None:
         self.watch, self.metric, self.groups = watch, metric, groups
         self.ended: list[Path] = []
+        self.running: set[str] = set()
+        self.ready = [group.__ray_ready__.remote() for group in groups]
         self.paused: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Not pickled: it holds a terminal."""
         return {}
 
+    def waits_for(self, scale: ScaleConfig) -> str | None:
+        """What trials wait for, in a sentence, while none of them has what it needs."""
+        if self.running and (not self.ready or ray.wait(self.ready, timeout=0)[0]):
+            return None
+        return lacking(scale, ray.cluster_resources(), ray.available_resources())
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""
+        self.running.add(trial.trial_id)
         self.paused.discard(trial.trial_id)
         job, point = trial.config["trial"]["job"], trial.config["trial"]["point"]
         self.watch(_path(trial), "started", {"steps": job.plan.steps, "point": point})
@@ -573,6 +568,7 @@ class _Watcher(tune.Callback):
         for trial in trials:
             if trial.status == PAUSED and trial.trial_id not in self.paused:
                 self.paused.add(trial.trial_id)
+                self.running.discard(trial.trial_id)
                 self.watch(_path(trial), "paused", {})
 
     def on_trial_result(
@@ -584,11 +580,13 @@ class _Watcher(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""
+        self.running.discard(trial.trial_id)
         self.ended.append(_path(trial))
         self.watch(_path(trial), "ended", {})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""
+        self.running.discard(trial.trial_id)
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
             error = trial.get_error()
@@ -596,6 +594,25 @@ class _Watcher(tune.Callback):
             for group in self.groups:
                 group.leave.remote(trial.config["trial"]["job"].config.out)
         self.watch(run.path, "ended", {})
+
+
+class _StoppedWhileWaiting(tune.Stopper):
+    """Ends a sweep that is `stopped` while no trial runs that could end by itself."""
+
+    def __init__(self, stopped: Callable[[], bool], watcher: _Watcher) -> None:
+        self.stopped, self.watcher = stopped, watcher
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Not pickled, as `_Watcher`."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Tune's: trials end by themselves."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Tune's."""
+        return not self.watcher.running and self.stopped()
 
 
 def _path(trial: Any) -> Path:

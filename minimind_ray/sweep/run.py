@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 from minimind_ray.data.storage import url_of
+from minimind_ray.on_ray.layout import layout
 from minimind_ray.on_ray.session import Ending
 from minimind_ray.on_ray.trainer import RAY_HOST
 from minimind_ray.on_ray.tuner import Search, Watch, is_done, places, put_bases, run_trials
@@ -38,7 +39,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     """
     began = time.monotonic()
     fuse, why = together(plan)
-    at_once = min(places(plan.base.scale) * fuse, plan.search.concurrent or plan.count, plan.count)
+    at_once = layout(places(plan.base.scale), plan.count, fuse=fuse, concurrent=plan.search.concurrent).at_once
     preparation = Preparation(plan.base, RAY_HOST, say)
     # Points that are still to be found share the base's data.
     jobs = [preparation.job(trial.config) for trial in plan.trials] or [preparation.job(plan.base)]

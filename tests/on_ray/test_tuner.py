@@ -342,6 +342,25 @@ def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_sess
     assert before == {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in again}
 
 
+@pytest.mark.parametrize("fuse", [1, 2])
+def test_a_sweep_that_waits_for_room_can_be_stopped(tmp_path: Path, ray_session: None, fuse: int) -> None:
+    import ray
+
+    from minimind_ray.on_ray.tuner import Search, run_trials
+
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-2"})
+    jobs = jobs_of(plan)
+    create_sweep(plan, jobs, {})
+    holder = ray.remote(threading.Event).options(num_cpus=8).remote()
+    ray.get(holder.is_set.remote())
+    threading.Timer(3.0, (plan.path / ".stop").touch).start()
+    began = time.monotonic()
+    assert run_trials(jobs, plan.base.scale, plan.path, Search("val/loss", "min"), {}, fuse=fuse) == "by itself"
+    assert time.monotonic() - began < 60
+    ray.kill(holder)
+    assert {trial.state for trial in read_sweep(plan.path).trials} == {"waiting"}
+
+
 def test_tune_hears_of_the_best_validation_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minimind_ray.on_ray import tuner
 
