@@ -22,6 +22,7 @@ from minimind_ray.on_ray import SETTINGS
 from minimind_ray.on_ray.auth_token import ensure_token, keep_token_private
 from minimind_ray.on_ray.folder import ray_folder
 from minimind_ray.on_ray.head_watch import leave_head, watch_head
+from minimind_ray.train.interrupts import exit_at_once
 
 Ending = Literal["by itself", "interrupted", "out of time"]
 ANSWER_SECONDS = 2.0
@@ -178,6 +179,7 @@ def interruptible(work: Callable[[], object], stop: Callable[[], object], second
                 stop()
         except KeyboardInterrupt:
             if ending == "interrupted":
+                exit_at_once()
                 raise
             ending = "interrupted"
             stop()

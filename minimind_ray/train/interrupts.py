@@ -17,6 +17,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ECHO_S = 1.0
+SHOW_CURSOR = b"\x1b[?25h\n"
 
 _handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 _terminals: list[int] = []
@@ -52,6 +53,17 @@ def uninstall() -> None:
 def exit_code(otherwise: int) -> int:
     """128 and the number of the first signal that has come since `install`; `otherwise` if none has."""
     return 128 + _first[0][0] if _first else otherwise
+
+
+def exit_at_once() -> None:
+    """End a command without leaving Ray first, where its threads are at work; Ray's processes here end with it.
+
+    Returns, having done nothing, in a process that has not called `install`, such as a notebook's.
+    """
+    if _handlers:
+        for fd in _terminals:
+            os.write(fd, SHOW_CURSOR)
+        os._exit(exit_code(130))
 
 
 @contextmanager
