@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import StageName
@@ -163,7 +164,7 @@ def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
     Weights are those of the result and of the last checkpoint, there with the optimizer's state.
     """
     differences: list[str] = []
-    found: list[tuple[list[str], list[tuple[int, str]]]] = []
+    found: list[tuple[list[str], list[Path], list[tuple[int, str]]]] = []
     for path in (first, second):
         run, result = RunDirectory(path), resolve_model(path)
         last = run.fetch(run.checkpoints()[-1])
@@ -172,17 +173,36 @@ def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
         lines = [
             (line["step"], json.dumps({**line, "timing": 0, "warning": 0}, sort_keys=True)) for line in run.metrics()
         ]
-        found.append(([f"{file.parent.name}/{file.name} {file_sha256(file)}" for file in files], lines))
-    (sums, lines), (other_sums, other_lines) = found
+        found.append(([f"{file.parent.name}/{file.name} {file_sha256(file)}" for file in files], files, lines))
+    (sums, files, lines), (other_sums, other_files, other_lines) = found
     if sums != other_sums:
-        unequal = [f"{one} and {other}" for one, other in zip_longest(sums, other_sums) if one != other]
-        differences.append(f"weights: {unequal[0]}")
+        place, (one, other) = next(
+            (i, pair) for i, pair in enumerate(zip_longest(sums, other_sums)) if len({*pair}) > 1
+        )
+        tensors = _differing_tensors(files[place], other_files[place]) if one and other else ""
+        differences.append(f"weights: {one} and {other}{tensors}")
     steps, other_steps = ([step for step, _ in each] for each in (lines, other_lines))
     if steps != other_steps:
         differences.append(f"metrics: {len(steps)} and {len(other_steps)} lines, not of the same steps")
     elif unequal := [a[0] for a, b in zip(lines, other_lines) if a != b]:
         differences.append(f"metrics: the first line that differs is that of step {unequal[0]}")
     return sums[0].split()[-1], differences
+
+
+def _differing_tensors(one: Path, other: Path) -> str:
+    """Which tensors of two safetensors files differ, to go on a sentence; "" where the files cannot be compared."""
+    try:
+        tensors, others = load_file(one), load_file(other)
+    except SafetensorError:
+        return ""
+    if tensors.keys() != others.keys():
+        return f"; {sorted(tensors.keys() ^ others.keys())[0]} is in one of them only"
+    unequal = [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])]
+    if not unequal:
+        return "; all tensors are equal"
+    first = unequal[0]
+    largest = (tensors[first].double() - others[first].double()).abs().max().item()
+    return f"; {len(unequal)} of {len(tensors)} tensors differ, the first is {first}, by {largest:.1e} at most"
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:

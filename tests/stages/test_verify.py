@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from minimind_ray.cli.main import app
 from minimind_ray.stages.run import run_here
 from minimind_ray.stages.verify import check_checkpoint, compare_runs, prove_resume
-from minimind_ray.train.run import CHECKPOINT_SUMS, RunDirectory
+from minimind_ray.train.run import CHECKPOINT_SUMS, RunDirectory, resolve_model
 from tests.jobs import make_job, start
 
 
@@ -122,6 +122,19 @@ def test_twins_are_compared_in_weights_and_metrics(trained: Path, copy: Path) ->
     for name in ("resume/optimizer.safetensors", "model.safetensors"):  # that of the weights is told first
         (last / name).write_bytes((last / name).read_bytes() + b"\0")
         assert Path(name).name in compare_runs(trained, copy)[1][0]
+
+
+@pytest.mark.unit
+def test_the_first_tensor_that_differs_is_named(trained: Path, copy: Path) -> None:
+    for directory in {resolve_model(copy), RunDirectory(copy).checkpoints()[-1]}:
+        weights = directory / "model.safetensors"
+        with safe_open(weights, "pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name][0, 0] += 0.5
+        save_file(tensors, weights, metadata=metadata)
+    (difference,) = compare_runs(trained, copy)[1]
+    assert difference.endswith(f"1 of {len(tensors)} tensors differ, the first is {name}, by 5.0e-01 at most")
 
 
 @pytest.mark.slow
