@@ -242,12 +242,14 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
             ending = run_sweep(plan, resume=resume, say=say, watch=board.watch)
     finally:
         stop_ray()
-    print_results(plan.path, console, "winner" if ending == "by itself" else "best so far")
+    trials = list(plan.path.glob("trials/*/"))
+    if trials:  # Optuna proposes the first ones while the sweep runs, which may end before.
+        print_results(plan.path, console, "winner" if ending == "by itself" else "best so far")
     if ending != "by itself":
         say(f"{ending}; go on with: minimind-ray tune --resume {quote(url_of(plan.path))}")
     if ending == "interrupted":
         raise typer.Exit(130)
-    if any(RunDirectory(path).info().get("state") == "failed" for path in (plan.path / "trials").iterdir()):
+    if any(RunDirectory(path).info().get("state") == "failed" for path in trials):
         raise typer.Exit(1)
 
 
@@ -326,8 +328,8 @@ def print_plan(plan: SweepPlan) -> None:
     if does_not_fit:
         print(f"not here   {does_not_fit}")
     print(f"trials     {plan.count} ({search.seeds} seed(s)), judged by {metric} ({mode}), {search.searcher}")
-    if plan.shortage:
-        print(f"           {plan.shortage}")
+    if plan.remark:
+        print(f"           {plan.remark}")
     print(f"a trial    {steps:,} steps, {count_text(tokens)} tokens, {found.flops / len(jobs):.2g} FLOPs on average")
     print(f"in all     {found.steps:,} steps, {count_text(found.tokens)} tokens, {found.flops:.2g} FLOPs")
     if search.scheduler == "asha":

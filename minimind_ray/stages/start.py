@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -178,6 +179,11 @@ def unused(config: Config, key: str) -> Use | None:
     """The rule by which a run of this config has no use for a setting; None where it has."""
     rules = (rule for rule in USES if rule.key == key or rule.key.endswith(".") and key.startswith(rule.key))
     return next((rule for rule in rules if not rule.used(config)), None)
+
+
+def effect(config: Config, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a sweep's point that a run of this config has a use for; runs where it is the same are equal."""
+    return {key: value for key, value in point.items() if not unused(config, key)}
 
 
 def require_used(config: Config) -> None:

@@ -30,7 +30,7 @@ from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.objectives.preference import WITHOUT_REFERENCE
 from minimind_ray.stages.reference import Reference
 from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
-from minimind_ray.stages.start import check_stage, load_tokenizer, unused
+from minimind_ray.stages.start import check_stage, effect, load_tokenizer, unused
 from minimind_ray.sweep.axes import (
     Axis,
     Grid,
@@ -57,7 +57,7 @@ class SweepPlan:
     """What a sweep is to do. `trials` are all of them, or for optuna those that are known so far.
 
     `path` is the sweep's directory, or the local copy of one in an object store. `refused` are points of optuna's that
-    could not be run.
+    could not be run, `equal` trials that are left out because they would be equal to others.
     """
 
     path: Path
@@ -66,6 +66,7 @@ class SweepPlan:
     search: SearchConfig
     trials: tuple[PlannedTrial, ...]
     refused: tuple[dict[str, Any], ...] = ()
+    equal: tuple[PlannedTrial, ...] = ()
 
     @property
     def count(self) -> int:
@@ -78,8 +79,14 @@ class SweepPlan:
         return int(min(self.search.trials or 0, points_on(self.axes)))
 
     @property
-    def shortage(self) -> str | None:
-        """That optuna is asked for more points than the axes hold, in a sentence."""
+    def remark(self) -> str | None:
+        """That there are fewer trials than the axes or --trials ask for, and why, in a sentence."""
+        if self.equal:
+            keys = sorted({key for trial in self.equal for key in trial.point if unused(trial.config, key)})
+            return (
+                f"left out {len(self.equal)} of {len(self.equal) + len(self.trials)} trials: they differ from others "
+                f"only in {' and '.join(keys)}, which changes nothing in them"
+            )
         if self.search.searcher != "optuna" or self.points == self.search.trials:
             return None
         return (
@@ -132,8 +139,11 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
     trials = plan_trials(base, axes, draws=search.trials, seeds=search.seeds, sweep_seed=base.train.seed)
     if search.scheduler == "pbt":
         _check_pbt(base, axes)
-    plan = SweepPlan(path, base, tuple(axes), search, ())
-    return replace(plan, trials=tuple(plan.in_place(trial) for trial in trials))
+    effects = [repr((trial.seed, effect(trial.config, trial.point))) for trial in trials]
+    first = {known: trial.id for known, trial in zip(reversed(effects), reversed(trials))}
+    different = set(first.values())
+    plan = SweepPlan(path, base, tuple(axes), search, (), equal=tuple(t for t in trials if t.id not in different))
+    return replace(plan, trials=tuple(plan.in_place(trial) for trial in trials if trial.id in different))
 
 
 def _require_effect(key: str, base: Config, axes: Sequence[Axis]) -> None:

@@ -55,8 +55,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         if plan.search.budget_tokens and jobs:
             jobs = within_budget(jobs, plan.search.budget_tokens)
         create_sweep(plan, jobs, shared)
-    if plan.shortage:
-        say(plan.shortage)
+    if plan.remark:
+        say(plan.remark)
     waiting = "" if at_once == plan.count else "; the others wait until there is room"
     say(f"{plan.count} trials, {at_once} at once{waiting} -> {url_of(plan.path)}")
     if fuse > 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minimind_ray.cli.tune import plan_of
+from minimind_ray.cli.tune import plan_of, run_plan
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
@@ -111,6 +111,21 @@ def test_an_axis_that_other_axes_give_a_use_is_taken(tmp_path: Path) -> None:
         {"lora.rank": "2,4", "dpo.lora": "true,false"}, {"dpo.label_smoothing": "0,0.1"},
     ):  # fmt: skip
         assert planned(tmp_path, axes, stage="dpo").trials
+
+
+def test_equal_trials_are_left_out_and_counted(tmp_path: Path) -> None:
+    axes = {"dpo.simpo_gamma": "0.5,1", "dpo.loss": "sigmoid,simpo", "optim.lr": "1e-4,1e-3"}
+    plan = planned(tmp_path, axes, {"seeds": 2}, "dpo")
+    losses = [(trial.point["dpo.loss"], trial.point["dpo.simpo_gamma"]) for trial in plan.trials if trial.seed == 0]
+    assert losses == [("sigmoid", 0.5), ("sigmoid", 0.5), ("simpo", 0.5), ("simpo", 0.5), ("simpo", 1), ("simpo", 1)]
+    assert len({trial.id for trial in plan.trials}) == plan.count == 12
+    assert plan.remark == (
+        "left out 4 of 16 trials: they differ from others only in dpo.simpo_gamma, which changes nothing in them"
+    )
+    drawn = {"dpo.loss": "sigmoid,simpo", "dpo.simpo_gamma": "uniform(0.5,1)"}
+    assert planned(tmp_path, drawn, {"trials": 3}, "dpo").count == 4
+    whole = planned(tmp_path, {"dpo.loss": "sigmoid,simpo"}, stage="dpo")
+    assert (whole.count, whole.remark) == (2, None)
 
 
 def test_the_workers_of_a_trial_share_its_gpus(tmp_path: Path) -> None:
@@ -247,6 +262,19 @@ def test_what_a_stage_refuses_is_told_of_every_point(tmp_path: Path) -> None:
     preparation.job(plan.trials[0].config)
     with pytest.raises(UserError, match="nonsense"):
         preparation.job(plan.trials[1].config)
+
+
+def test_a_sweep_that_ends_before_its_first_trial_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    plan = planned(tmp_path, {"optim.lr": "1e-4,1e-3"}, {"searcher": "optuna", "trials": 2})
+    create_sweep(plan, [], {})
+    for name in ("on_ray.session.start_ray", "on_ray.session.stop_ray"):
+        monkeypatch.setattr(f"minimind_ray.{name}", lambda *cpus: None)
+    monkeypatch.setattr("minimind_ray.sweep.run.run_sweep", lambda *plan, **options: "out of time")
+    run_plan(reopen_sweep(plan.path), resume=True)
+    assert f"out of time; go on with: minimind-ray tune --resume {plan.path}\n" in capsys.readouterr().out
 
 
 def test_a_sweep_that_was_not_made_whole_is_begun_anew(tmp_path: Path) -> None:
