@@ -13,8 +13,11 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tiny models: two threads on two cores that Ray's processes want too wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell that runs the suite in its background hands down that SIGINT is to be ignored; commands under test hear it.
+# A shell that runs the suite in its background, or nohup, hands down that signals are to be ignored; commands under
+# test have to receive them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 # Ray's workers import what tests hand them from here.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
