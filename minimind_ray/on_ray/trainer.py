@@ -52,6 +52,7 @@ from minimind_ray.on_ray.session import (
     room,
     worker_resources,
 )
+from minimind_ray.on_ray.waiting import starving, telling
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
@@ -116,6 +117,9 @@ class StoppedError(UserError):
     """A stop before there were workers, so that no step could follow it."""
 
 
+NO_ROOM = "stopped while there was no room for the workers; --resume waits for room again"
+
+
 RAY_HOST = Host(run_units_on_ray, compute_on_ray, dtype_on_ray)
 
 
@@ -134,7 +138,8 @@ def train_on_ray(job: Job) -> None:
         file.unlink(missing_ok=True)
     try:
         require_resources(scale)
-        interruptible(partial(_keep_going, job), files[0].touch)
+        with telling(starving(partial(_metrics_size, run, time.time()))):
+            interruptible(partial(_keep_going, job), files[0].touch)
     except Exception as error:
         if isinstance(error, StoppedError):
             run.update(state="stopped")
@@ -153,6 +158,11 @@ def train_on_ray(job: Job) -> None:
             file.unlink(missing_ok=True)
         if scale.fewest < scale.most:
             request_resources(bundles=[])
+
+
+def _metrics_size(run: RunDirectory, began: float) -> int:
+    path = run.live_file("metrics.jsonl", began)
+    return path.stat().st_size if path.exists() else 0
 
 
 def _keep_going(job: Job) -> None:
@@ -174,12 +184,15 @@ def _keep_going(job: Job) -> None:
             gone |= set(noticed)
             failures, most, done = 0, scale.most, _steps_done(run)
         except Exception as error:
+            no_room = any(type(cause).__name__ == "WorkerGroupStartupTimeoutError" for cause in causes(error))
+            if no_room and stop_file.exists():
+                raise StoppedError(NO_ROOM) from None
             if _user_error(error) or stop_file.exists() or not ray.is_initialized():
                 raise
             why, done = told(error), _steps_done(run)
             if leave_file.exists():
                 why = changed[0]
-            elif any(type(cause).__name__ == "WorkerGroupStartupTimeoutError" for cause in causes(error)):
+            elif no_room:
                 # Others use the cluster too, or it does not know yet that a node is gone.
                 most = max(scale.fewest, workers - 1)
                 why = f"{workers} worker(s) could not be started in time"
@@ -206,7 +219,7 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> i
     try:
         while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
             if stop_file.exists():
-                raise StoppedError("stopped while there was no room for the workers; --resume waits for room again")
+                raise StoppedError(NO_ROOM)
             if not asked:
                 asked = True
                 room_for = f"{workers} of {scale.workers} workers"

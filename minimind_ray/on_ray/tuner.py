@@ -61,7 +61,7 @@ from minimind_ray.on_ray.session import (
     worker_resources,
 )
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
-from minimind_ray.on_ray.waiting import lacking, telling
+from minimind_ray.on_ray.waiting import lacking, other_programs, telling
 from minimind_ray.stages.run import Job
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.checkpoint import read_state
@@ -554,7 +554,7 @@ class _Watcher(tune.Callback):
         """What trials wait for, in a sentence, while none of them has what it needs."""
         if self.running and (not self.ready or ray.wait(self.ready, timeout=0)[0]):
             return None
-        return lacking(scale, ray.cluster_resources(), ray.available_resources())
+        return lacking(scale, ray.cluster_resources(), ray.available_resources(), other_programs())
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""

@@ -68,11 +68,12 @@ def test_workers_of_one_trial_lie_on_several_nodes() -> None:
 
 def test_what_a_trial_waits_for_is_said() -> None:
     have = {"CPU": 2.0, "GPU": 1.0}
-    assert lacking(ScaleConfig(), have, {"CPU": 1.0}) is None
-    assert "a trial needs 1 CPUs, and 0 of 2 CPUs are free; other programs" in str(lacking(ScaleConfig(), have, {}))
-    on_gpu = lacking(ScaleConfig(gpus_per_worker=1.0), have, {"CPU": 2.0})
+    assert lacking(ScaleConfig(), have, {"CPU": 1.0}, []) is None
+    said = str(lacking(ScaleConfig(), have, {}, ["process 7 on a"]))
+    assert "a trial needs 1 CPUs, and 0 of 2 CPUs are free; other programs on the cluster: process 7 on a." in said
+    on_gpu = lacking(ScaleConfig(gpus_per_worker=1.0), have, {"CPU": 2.0}, [])
     assert "a trial needs 1 CPUs and 1 GPUs, and 2 of 2 CPUs and 0 of 1 GPUs are free" in str(on_gpu)
-    assert "needs 3 CPUs" in str(lacking(ScaleConfig(workers=2), have, {"CPU": 2.0}))  # One for Ray Data.
+    assert "needs 3 CPUs" in str(lacking(ScaleConfig(workers=2), have, {"CPU": 2.0}, []))  # One for Ray Data.
 
 
 def test_it_is_said_after_a_while_and_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,39 @@ def test_workers_that_fail_just_after_their_start_are_gone(
         train_on_ray(job)
     after = {name for name, group in placement_group_table().items() if group["state"] == "CREATED"}
     assert after <= before
+
+
+@pytest.mark.parametrize("held", [7, 6])
+def test_a_run_that_waits_for_workers_or_for_ray_datas_cpu_says_so(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], held: int
+) -> None:
+    import ray
+
+    from minimind_ray.on_ray import trainer, waiting
+
+    holder = ray.remote(threading.Event).options(num_cpus=held).remote()
+    ray.get(holder.is_set.remote())
+    said: list[str] = []
+
+    def why_and_release(why: Callable[[], str | None]) -> str | None:
+        reason = why()
+        if reason and not said:
+            said.append(reason)
+        elif said:
+            ray.kill(holder)
+        return reason
+
+    monkeypatch.setattr(trainer, "telling", lambda why: waiting.telling(partial(why_and_release, why), first=1.0))
+    job = make_job(tmp_path, scale__workers=2, data__direct_steps=1, train__max_steps=4)
+    start(job)
+    trainer.train_on_ray(job)
+    assert RunDirectory(job.config.out).info()["state"] == "finished"
+    need, free = (2, 1) if held == 7 else (1, 0)
+    assert said == [
+        f"waiting for room: workers and Ray Data's tasks need {need} CPUs, and {free} of 8 CPUs are free; "
+        "no other program is on the cluster. Ctrl-C stops, a second one at once"
+    ]
+    assert f"{said[0]}\n" in capsys.readouterr().err
 
 
 def test_what_a_killed_trial_held_is_free_again(ray_session: None) -> None:
