@@ -60,8 +60,11 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
             with path.open(encoding="utf-8") as f:
                 f.seek(position)
                 while (line := f.readline()).endswith("\n"):
+                    try:
+                        metrics = json.loads(line)
+                    except ValueError:  # half of a line, from a file that was replaced while it was read
+                        break
                     position = f.tell()
-                    metrics = json.loads(line)
                     bar.update(task, completed=metrics["step"], line=progress_line(metrics, steps))
                     if "warning" in metrics:
                         console.print(f"warning: {metrics['warning']}", highlight=False, markup=False, soft_wrap=True)

@@ -114,6 +114,8 @@ def _at_home(path: str | Path) -> str:
     if path == "":
         raise UserError("a path is empty, as from a shell variable that is not set: name a file or directory")
     check_location(str(path))
+    # One place has one name: a run that is written at its path is locked there for its file:// URL, too.
+    path = str(path).removeprefix("file://") if isinstance(path, str) else path
     return path if isinstance(path, str) and "://" in path else str(Path(path).expanduser())
 
 

@@ -25,14 +25,17 @@ SECRETS = (
     "**/.config/gcloud/", ".kube/", "kubeconfig*", ".ssh/", ".gnupg/", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
     "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "credentials", "credentials.*",
     "*credentials*.json", "client_secret*.json", "service[-_]account*.json", "secret.*", "secrets.*", ".secrets",
-    "secrets/", "token", "token.*", "*.token", "*[-_]token", "*[-_]token.txt", "*_api_key*", "*.tfstate", "!*.py",
+    "secrets/", "*password*", ".s3cfg", ".my.cnf", ".htpasswd", ".renviron", ".databrickscfg", "rclone.conf",
+    "pip.conf", ".env~", "*.pem.*", "*[-_]key.txt", "token", "token.*", "*.token", "*[-_]token", "*[-_]token.txt",
+    "*_api_key*", "*.tfstate", "!*.py",
 )  # fmt: skip
 """Patterns of names as in .gitignore, compared in lower case."""
 SHAPES = re.compile(
     rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA(?:KIA|SIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z]{34}\b|\bgh[pousr]_[A-Za-z0-9]{36}"
-    rb"|\bgithub_pat_[A-Za-z0-9_]{60}|\bxox[abpr]-[0-9A-Za-z-]{20}"
+    rb"|\bgithub_pat_[A-Za-z0-9_]{60}|\bxox[abpr]-[0-9A-Za-z-]{20}|\bsk-[A-Za-z0-9_-]{20}"
+    rb"|(?i:API_?KEY|TOKEN|SECRET|PASSWORD)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}\b"
 )
-SCANNED = 1 << 16  # bytes of the largest file that is read for secrets
+SCANNED = 1 << 20  # bytes of the largest file that is read for secrets
 TOKEN_FILES = ("~/.ray/auth_token", "~/.cache/huggingface/token")
 TOKEN_VARIABLES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
 SHORTEST_TOKEN = 16
@@ -60,8 +63,13 @@ class Package:
             for name, path in sorted(self.files.items()):
                 try:
                     archive.write(path, name)
-                except PermissionError:
-                    raise UserError(f"{name} cannot be read to be sent: name it in .rayignore") from None
+                except UnicodeEncodeError:
+                    raise UserError(
+                        f"{name.encode(errors='replace').decode()} cannot be sent: its name is not UTF-8; rename the "
+                        "file, or name it in .rayignore"
+                    ) from None
+                except OSError as error:
+                    raise UserError(f"{name} cannot be read to be sent ({error}): name it in .rayignore") from None
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,10 @@ def package(root: Path, ship: Sequence[str] = ()) -> Package:
         path = Path(os.path.normpath(root / name))
         if not path.is_relative_to(root):
             raise UserError(f"--ship {name} does not lie in the working directory, which is all that the cluster gets")
+        if path == root:
+            raise UserError(
+                f"--ship {name} is the whole directory, with all secrets in it: name files or folders in it"
+            )
         if not path.exists():
             raise UserError(f"--ship {name}: there is no such file or folder here")
         for file in [path] if path.is_file() else path.rglob("*"):
@@ -208,7 +220,7 @@ def left_out(rules: Iterable[Rule], path: str, is_folder: bool) -> bool:
 
 def _rules_in(file: Path, base: Path | None = None) -> list[Rule]:
     try:
-        return rules(file.read_text(encoding="utf-8", errors="replace").splitlines(), str(base or file.parent))
+        return rules(file.read_text(encoding="utf-8-sig", errors="replace").splitlines(), str(base or file.parent))
     except OSError:
         return []
 

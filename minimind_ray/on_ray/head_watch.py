@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -36,6 +37,8 @@ def _watch(host: str, port: int, patience: float, left: threading.Event) -> None
             socket.create_connection((host, port), ANSWER_SECONDS).close()
             silent_since = None
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # no file left to ask with: says nothing about the head
+                continue
             silent_since = silent_since or time.monotonic()
             if time.monotonic() - silent_since > patience and not left.is_set():
                 _end(f"{host}:{port}", patience, error)

@@ -97,6 +97,10 @@ def test_places_stay_as_they_are(here: Path) -> None:
         assert check_location(where) == where == masked(where)
 
 
+def test_a_file_url_is_its_path() -> None:
+    assert output_path("file:///x/y") == input_path("file:///x/y") == "/x/y"
+
+
 def test_storage_is_a_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIMIND_STORAGE", "s3://KEY:hidden@bucket")
     for of in (input_path, output_path):

@@ -51,6 +51,25 @@ def test_secrets_stay_here(here: Path) -> None:
     assert found.size == 4 * len(sent)
 
 
+def test_secrets_by_shape_and_the_whole_directory(here: Path) -> None:
+    fill(here, "run.sh", text="export WANDB_API_KEY=" + "0a" * 20)
+    fill(here, "config.yaml", text="key: sk-" + "proj-0123456789abcdefgh")
+    fill(here, "my.pem.bak", "passwords.txt", ".s3cfg", "a.txt")
+    (here / ".gitignore").write_text("ignored.txt\r\n", encoding="utf-8-sig")
+    fill(here, "ignored.txt")
+    found = package(here)
+    assert set(found.files) == {".gitignore", "a.txt"}
+    assert sorted(found.secrets) == [".s3cfg", "config.yaml", "my.pem.bak", "passwords.txt", "run.sh"]
+    with pytest.raises(UserError, match=r"--ship \. is the whole directory"):
+        package(here, ["."])
+
+
+def test_a_name_that_is_not_utf_8_is_said(here: Path, tmp_path: Path) -> None:
+    (here / "na\udcffme.txt").write_text("text")
+    with pytest.raises(UserError, match=r"na\?me.txt cannot be sent: its name is not UTF-8"):
+        package(here).write(tmp_path / "sent.zip")
+
+
 def test_what_is_named_is_sent_after_all(here: Path) -> None:
     fill(here, ".env", ".aws/credentials", ".aws/config", "runs/a/run.json", "ignored/a", "id_rsa")
     fill(here, ".gitignore", text="ignored\n")
