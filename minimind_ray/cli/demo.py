@@ -119,6 +119,6 @@ def _answers(trained: Trained, questions: list[str]) -> list[str]:
     from minimind_ray.stages.use import Sampling, complete
 
     prompts = [chat_ids(question, None, trained.tokenizer) for question in questions]
-    greedy = Sampling(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=40, seed=0)
+    greedy = Sampling(temperature=0, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=64, seed=0)
     answers = complete(trained, prompts, greedy, batch_size=len(prompts))
     return [trained.tokenizer.answer_text(prompt, ids) for prompt, (ids, _) in zip(prompts, answers, strict=True)]
