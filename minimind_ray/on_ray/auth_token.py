@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 TOKEN = "~/.ray/auth_token"
 
@@ -25,14 +28,18 @@ def keep_token_private() -> None:
 
 
 def ensure_token() -> None:
-    """Make a token for a Ray of this machine where the user has none; Ray would make it readable by all."""
-    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+    """Make a token for a Ray of this machine where the user has none; Ray would make it readable by all.
 
+    Of two processes that do so at once, both use the token of the first.
+    """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
     path = Path(TOKEN).expanduser()
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-        file.write(generate_new_authentication_token())
+    with NamedTemporaryFile("w", dir=path.parent) as file:  # which only its owner can read
+        file.write(secrets.token_hex(32))
+        file.flush()
+        with suppress(FileExistsError):
+            os.link(file.name, path)
