@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -169,7 +170,17 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
         return f"{where}: {value!r} is no dictionary of settings, which are {', '.join(keys)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {value!r}"
+    message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "bool_type":
+        message = "write true or false"
+    elif error["type"] == "literal_error":
+        message = message.replace("True or False", "true or false")
+    return f"{where}: {message}, not {_as_written(value)}"
+
+
+def _as_written(value: Any) -> str:
+    """A value as the user may have written it, texts in quotes."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _parents(key: str) -> Iterator[str]:

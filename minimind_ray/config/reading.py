@@ -4,7 +4,8 @@ Bounded are a file's size, how deep it nests, how large a whole number is (64 bi
 to. Texts are such that they can be written again: no halves of surrogate pairs.
 
 YAML means the same in files, lists and flags. Plain values are read by the core schema of YAML 1.2, not of 1.1:
-`1e-4` and `1E5` are numbers and `010` is ten; `yes`, `off`, `1:30`, `1_000` and `2026-01-01` are texts.
+`1e-4` and `1E5` are numbers and `010` is ten; `yes`, `off`, `1:30`, `1_000` and `2026-01-01` are texts. So do
+values with a tag: `!!int 1_000` is an error, and so is any tag that the core schema has not.
 """
 
 from __future__ import annotations
@@ -128,7 +129,19 @@ def dump_yaml(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """With whole numbers of 64 bits, and texts that can be encoded."""
+    """With whole numbers of 64 bits, texts that can be encoded, and the tags of the core schema alone."""
+
+    def construct_plain(self, node: Any) -> Any:
+        """Null, a boolean or a number, in a form that is read as one without its tag, too; a float may be whole."""
+        text, kind = self.construct_scalar(node), node.tag.rpartition(":")[2]
+        read_as = self.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
+        if read_as != kind and (read_as, kind) != ("int", "float"):
+            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is no !!{kind}", node.start_mark)
+        return getattr(self, f"construct_yaml_{kind}")(node)
+
+    def construct_undefined(self, node: Any) -> Any:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise yaml.constructor.ConstructorError(None, None, f"no such tag as {tag}: leave it out", node.start_mark)
 
     def construct_yaml_int(self, node: Any) -> int:
         text = self.construct_scalar(node)
@@ -148,8 +161,11 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+_Loader.yaml_constructors = {
+    **{f"tag:yaml.org,2002:{name}": _Loader.construct_plain for name in ("null", "bool", "int", "float")},
+    **{f"tag:yaml.org,2002:{name}": getattr(_Loader, f"construct_yaml_{name}") for name in ("str", "seq", "map")},
+    None: _Loader.construct_undefined,
+}
 
 
 class _Dumper(yaml.SafeDumper):

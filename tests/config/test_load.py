@@ -21,8 +21,10 @@ WRONG = [
     ({"opt.lr": 1}, ["opt", "did you mean optim?"]),
     ({"optim.lr": "x"}, ["optim.lr", "the command line", "valid number", "'x'"]),
     ({"scale.workers": "2:x"}, ["scale.workers", "2:8", "'2:x'"]),
-    ({"optim.weight_decay": True}, ["optim.weight_decay", "number", "True"]),
-    ({"train.compile": "maybe"}, ["train.compile", "'auto', True or False", "'maybe'"]),
+    ({"optim.weight_decay": True}, ["optim.weight_decay", "number", "not true"]),
+    ({"train.compile": "yes"}, ["train.compile", "'auto', true or false", "'yes'"]),
+    ({"train.deterministic": "on"}, ["train.deterministic", "write true or false, not 'on'"]),
+    ({"track.wandb": False}, ["track.wandb", "'off', not false"]),
     ({"optim.lr": -1}, ["optim.lr", "greater than 0", "-1"]),
     ({"optim.lr": float("nan")}, ["optim.lr", "finite"]),
     ({"data.train": 3}, ["data.train", "valid string", "3"]),
@@ -64,6 +66,11 @@ def test_later_sources_win_and_files_are_named(tmp_path) -> None:
         ("optim:\n  lr: 1\ndata: {}\noptim:\n  clip: 2\n", "a.yaml:4: .*key optim appears twice"),
         ("optim: {lr: 1, 'lr': 2}", "a.yaml:1: .*key lr appears twice"),
         ("!!python/object/apply:os.getcwd []", "a.yaml:1"),
+        ("train:\n  seed: !!int 1_000", "a.yaml:2: .*'1_000' is no !!int"),
+        ("optim: {lr: !!float 1_0.5}", "a.yaml:1: .*'1_0.5' is no !!float"),
+        ("data: {cache: !!bool yes}", "a.yaml:1: .*'yes' is no !!bool"),
+        ("train: {max_steps: !!null 0}", "a.yaml:1: .*'0' is no !!null"),
+        ("track: {name: !!timestamp 2026-01-01}", "a.yaml:1: .*no such tag as !!timestamp: leave it out"),
     ],
 )
 def test_bad_files(tmp_path, text: str, words: str) -> None:
@@ -178,6 +185,7 @@ def test_a_range_of_workers_is_read_as_written(tmp_path: Path) -> None:
         ("0x1F", 31), ("0o17", 15), ("-.inf", float("-inf")), ("true", True), ("~", None), ("null", None),
         ("1_000", "1_000"), ("1:30", "1:30"), ("2026-01-01", "2026-01-01"), ("yes", "yes"), ("No", "No"),
         ("on", "on"), ("off", "off"), ("0b1", "0b1"), ("=", "="), ("inf", "inf"), ("nan", "nan"), ('"1e-4"', "1e-4"),
+        ("!!str 010", "010"), ("!!int 010", 10), ("!!float 1", 1.0), ("!!float 1e-4", 1e-4), ("!!bool true", True),
     ],
 )  # fmt: skip
 def test_a_value_means_the_same_in_files_lists_and_flags(tmp_path: Path, text: str, value: object) -> None:
