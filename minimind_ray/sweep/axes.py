@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -236,16 +236,18 @@ def points_on(axes: Sequence[Axis]) -> float:
     return math.prod(math.inf if axis.choices is None else len(axis.choices) for axis in axes)
 
 
-def untried_point(axes: Sequence[Axis], tried: Container[str], rng: np.random.Generator) -> dict[str, Any] | None:
-    """A point, drawn, whose `repr` is not in `tried`; None where there is none."""
+def untried_point(
+    axes: Sequence[Axis], tried: Callable[[dict[str, Any]], bool], rng: np.random.Generator
+) -> dict[str, Any] | None:
+    """A point, drawn, that was not `tried`; None where there is none."""
     drawn = ({axis.key: axis.draw(rng) for axis in axes} for _ in range(DRAWS))
     countable = math.isfinite(points_on(axes))
     rest = itertools.product(*(axis.choices or () for axis in axes)) if countable else ()
     points = itertools.chain(drawn, ({axis.key: v for axis, v in zip(axes, values)} for values in rest))
-    return next((point for point in points if repr(point) not in tried), None)
+    return next((point for point in points if not tried(point)), None)
 
 
-DRAWS = 1000
+DRAWS = 200
 
 
 def trial_at(base: Config, values: Mapping[str, Any], seed: int) -> PlannedTrial:

@@ -13,7 +13,8 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.data.storage import copy_of
 from minimind_ray.stages.run import Job
-from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, trial_at, untried_point
+from minimind_ray.stages.start import effect
+from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, trial_at, trial_config, untried_point
 
 MOVABLE = (
     "optim.lr", "optim.weight_decay", "optim.clip", "optim.beta1", "optim.beta2",
@@ -62,7 +63,8 @@ class OptunaPoints:
 
     A point's value is the mean over its seeds. `make` gives a planned trial its run directory and job; `known` are
     the points of a sweep that goes on, which come first. With several trials at once the proposals depend on which
-    ends first. When Optuna keeps proposing points that were tried, the next one is drawn from the others.
+    ends first. When Optuna keeps proposing points that were tried, the next one is drawn from the others. A point that
+    differs from one that was tried only in settings without a use makes the same run, so it counts as tried.
 
     A point that cannot be run, because its config or its data are refused, is one of the `points`: `refuse` is called
     with the reason, and the next point comes.
@@ -126,17 +128,27 @@ class OptunaPoints:
         for _ in range(REPEATS):
             proposal = self.study.ask(self.distributions)
             point = {key: _outer(axis, proposal.params[key]) for key, axis in self.axes.items()}
-            if repr(point) not in self.tried:
+            if not self._is_tried(point):
                 break
             self.study.tell(proposal, state=_state("FAIL"))
         else:
-            point = untried_point(list(self.axes.values()), self.tried, self.rng)
+            point = untried_point(list(self.axes.values()), self._is_tried, self.rng)
             if point is None:
                 return None
             self.study.enqueue_trial({key: _inner(self.axes[key], value) for key, value in point.items()})
             proposal = self.study.ask(self.distributions)
-        self.tried.add(repr(point))
+        self.tried.add(self._effect(point))
         return proposal, point
+
+    def _is_tried(self, point: dict[str, Any]) -> bool:
+        return self._effect(point) in self.tried
+
+    def _effect(self, point: dict[str, Any]) -> str:
+        """The same for points whose runs are equal; of a point that cannot be run it is all of the point."""
+        try:
+            return repr(effect(trial_config(self.base, point, self.base.train.seed), point))
+        except UserError:
+            return repr(point)
 
     def tell(self, trial: Path, value: float | None) -> None:
         """A trial's metric; when all seeds of its point are in, Optuna learns the mean."""

@@ -163,7 +163,7 @@ def test_an_untried_point_is_found_as_long_as_there_is_one() -> None:
     assert points_on(axes) == 100 and points_on([*axes, parse_axis("dpo.beta", "uniform(0.1,1)")]) == math.inf
     tried: set[str] = set()
     rng = np.random.default_rng(0)
-    while point := untried_point(axes, tried, rng):
+    while point := untried_point(axes, lambda point: repr(point) in tried, rng):
         assert repr(point) not in tried
         tried.add(repr(point))
     assert len(tried) == 100

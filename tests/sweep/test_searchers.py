@@ -48,7 +48,8 @@ def searched(
 ) -> tuple[list[Any], OptunaPoints]:
     made = Made(tmp_path)
     points = OptunaPoints(
-        load_config("dpo", overrides={"train.seed": seed}), [parse_axis(k, v) for k, v in specs.items()],
+        load_config("dpo", overrides={"train.seed": seed, "dpo.lora": True}),
+        [parse_axis(k, v) for k, v in specs.items()],
         **{"points": 30, "seeds": 1, "maximize": False, "make": made, "refuse": None, **options},
     )  # fmt: skip
     while jobs := points.ask():
@@ -95,6 +96,9 @@ GRIDS = [
     ({"dpo.beta": "0.05,0.1,0.3"}, 3),
     ({"optim.lr": "1e-5,1e-4,1e-3", "dpo.beta": "0.05,0.1,0.3,1"}, 12),
     ({"lora.rank": "int(1,5)", "lora.dora": "true,false"}, 10),
+    # Without LoRA its rank changes nothing; under cosine the decay does not.
+    ({"dpo.lora": "true,false", "lora.rank": "2,4,8"}, 4),
+    ({"schedule.name": "cosine,wsd", "schedule.decay": "0.1,0.2,0.3"}, 4),
 ]
 
 
