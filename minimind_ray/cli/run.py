@@ -81,9 +81,8 @@ def run_recipe(
 def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> bool:
     """Run one stage as far as it needs it; whether it is finished."""
     from minimind_ray.cli.progress import print_result, watching
-    from minimind_ray.data.claim import claimed
     from minimind_ray.stages.recipe import decide, set_aside
-    from minimind_ray.stages.run import begin, prepare_job
+    from minimind_ray.stages.run import begun, prepare_job
     from minimind_ray.train.run import RunDirectory
 
     job = prepare_job(config, work, console.print)
@@ -94,10 +93,8 @@ def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> boo
         return True
     if decision.action == "redo":
         console.print(f"the run before is kept in {set_aside(run)}")
-    with claimed(run.where):
-        begin(job, resume=decision.action == "resume")
-        with watching(job, console):
-            run_job(job)
+    with begun(job, resume=decision.action == "resume"), watching(job, console):
+        run_job(job)
     print_result(run.where, console)
     return run.info()["state"] == "finished"
 

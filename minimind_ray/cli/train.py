@@ -69,7 +69,6 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
     from rich.console import Console
 
-    from minimind_ray.data.claim import claimed
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.storage import require_writable
     from minimind_ray.track.wandb import check_tracking
@@ -86,11 +85,10 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     check_tracking(config)
     with host([config.scale], ray=ray) as (work, run_job):
         from minimind_ray.cli.progress import print_result, watching
-        from minimind_ray.stages.run import begin, prepare_job
+        from minimind_ray.stages.run import begun, prepare_job
 
         job = prepare_job(config, work, say)
-        with claimed(job.config.out):
-            begin(job, resume=resume)
+        with begun(job, resume=resume):
             if before == "finished" and run.checkpoints():
                 say(f"{run.where} is finished. {longer(run.where, run.file('config.yaml'), config)}")
             elif resume:

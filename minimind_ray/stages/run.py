@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,10 +11,12 @@ import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, DataConfig, ScaleConfig
+from minimind_ray.data.claim import claimed
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import StepPlan, read_steps
 from minimind_ray.data.prepare import RunUnits, Split, encoding_of, plan_units, prepare, run_units_here
+from minimind_ray.data.storage import StoreError
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.stream import Stream, StreamPlan, stream_steps
 from minimind_ray.data.tokenizer import Tokenizer
@@ -196,6 +199,27 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
         )
     run.create(job.config, {"inputs": job.inputs}, resume=resume)
     return run
+
+
+@contextmanager
+def begun(job: Job, *, resume: bool) -> Generator[None]:
+    """While inside, the run directory is this process's, made or reopened.
+
+    Where a signal interrupts what is inside, such as the start of the workers, run.json says that the run is stopped.
+
+    Raises:
+        UserError: see `begin`; another process writes there.
+    """
+    run = RunDirectory(job.config.out)
+    with claimed(run.where):
+        try:
+            begin(job, resume=resume)
+            yield
+        except KeyboardInterrupt:
+            with suppress(OSError, StoreError):
+                if run.info().get("state") == "running":
+                    run.update(state="stopped")
+            raise
 
 
 def require_gpus_here(scale: ScaleConfig) -> None:

@@ -25,7 +25,7 @@ from minimind_ray.config.schema import ModelConfig
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages import run as stages_run
-from minimind_ray.stages.run import run_here
+from minimind_ray.stages.run import begun, run_here
 from minimind_ray.stages.use import Sampling, complete, open_trained
 from minimind_ray.train import loop
 from minimind_ray.train.context import PlainContext
@@ -388,3 +388,15 @@ def test_a_stream_reads_every_row_once_per_epoch(tmp_path: Path) -> None:
     assert sum(len(t["tokens"][0]) for t in tables) == store.n_tokens
     shares = [[p.id for p in next(job.steps(rank, 3, 0))] for rank in range(3)]
     assert sorted(i for share in shares for i in share) == list(range(job.plan.packs_per_step))
+
+
+def test_a_signal_before_the_first_step_leaves_a_stopped_run(tmp_path: Path) -> None:
+    job = make_job(tmp_path, rows=60, train__max_steps=2)
+    run = RunDirectory(job.config.out)
+    with pytest.raises(KeyboardInterrupt), begun(job, resume=False):
+        assert run.state() == "running"
+        raise KeyboardInterrupt
+    assert run.state() == "stopped"
+    with begun(job, resume=True):
+        run_here(job)
+    assert run.state() == "finished"
