@@ -72,6 +72,7 @@ def prepare(
     from rich.console import Console
 
     from minimind_ray.data.prepare import prepare, run_units_here, worth_spreading
+    from minimind_ray.data.records import require_files
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.storage import require_writable
     from minimind_ray.data.tokenizer import Tokenizer
@@ -80,6 +81,7 @@ def prepare(
     flags |= {"pack_tokens": pack_tokens, "cache_dir": cache_dir}
     config = resolve_paths(config_from_flags(stage, [], set_ or [], flags))
     require_writable(config.data.cache_dir)
+    require_files(config.data)
     loaded = Tokenizer.load(config.data.tokenizer or tokenizer)
     splits = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
     console = Console(highlight=False, soft_wrap=True)

@@ -149,12 +149,13 @@ def _send(context: typer.Context, cluster: Path | None, command: Sequence[str], 
 
 
 def _summary(sent: Package) -> str:
-    """What is sent, and which secrets stay here."""
+    """What is sent, and which secrets and links stay here."""
     text = f"sending {len(sent.files):,} files of this directory, {sent.size:,} bytes"
-    if not sent.secrets:
-        return text
-    more = f" and {len(sent.secrets) - NAMED:,} more" if len(sent.secrets) > NAMED else ""
-    return f"{text}; not sent, as secrets: {', '.join(sent.secrets[:NAMED])}{more} (--ship PATH sends one)"
+    for what, names in {"secrets": sent.secrets, "links that lead out of it": sent.links}.items():
+        if names:
+            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+            text += f"; not sent, as {what}: {', '.join(names[:NAMED])}{more}"
+    return f"{text} (--ship PATH sends one)" if sent.secrets or sent.links else text
 
 
 def _watch(client: Client, job: str, cluster: Path | None) -> None:

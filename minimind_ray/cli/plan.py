@@ -42,9 +42,10 @@ def plan(config: Config) -> dict[str, str]:
     from minimind_ray.config.errors import UserError
     from minimind_ray.data.estimate import estimate
     from minimind_ray.data.shipped import resolve_paths
+    from minimind_ray.data.storage import require_writable
     from minimind_ray.model.checkpoint import config_of
     from minimind_ray.objectives.preference import WITHOUT_REFERENCE
-    from minimind_ray.stages.start import check_stage, load_tokenizer, model_shape, require_base, require_used
+    from minimind_ray.stages.start import check_stage, load_tokenizer, model_shape, require_sources, require_used
     from minimind_ray.train.context import default_device, resolve_precision
     from minimind_ray.train.footprint import footprint
     from minimind_ray.train.run import RunDirectory
@@ -52,10 +53,10 @@ def plan(config: Config) -> dict[str, str]:
     from minimind_ray.train.throughput import parameter_counts, training_flops_per_token
 
     config = resolve_paths(config)
+    require_writable(config.out, config.data.cache_dir, probe=False)
     data, scale, run = config.data, config.scale, RunDirectory(config.out)
     packs_per_step = config.packs_per_step()
-    if config.stage != "pretrain":
-        require_base(config)
+    require_sources([config])
     if not data.cache and config.train.max_steps is None:
         raise UserError("train.max_steps is not set: with data.cache false nothing else says where the run ends")
     tokenizer = load_tokenizer(config)

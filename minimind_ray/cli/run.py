@@ -52,7 +52,8 @@ def run_recipe(
     from minimind_ray.data.files import join
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.storage import require_writable
-    from minimind_ray.stages.recipe import read_recipe, require_sources, stage_config
+    from minimind_ray.stages.recipe import read_recipe, stage_config
+    from minimind_ray.stages.start import require_sources
     from minimind_ray.track.wandb import check_tracking
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -65,7 +66,7 @@ def run_recipe(
     # All configs and sources are looked at before anything starts: what the last stage lacks is found now.
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
     require_writable(out, *(config.data.cache_dir for config in configs))
-    require_sources(configs)
+    require_sources(configs, tokenizer=None if isinstance(tokenizer, str) else directory)
     for config in configs:
         check_tracking(config)
     if not isinstance(tokenizer, str) and tokenizer:

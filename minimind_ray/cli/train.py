@@ -71,6 +71,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.storage import require_writable
+    from minimind_ray.stages.start import require_sources
     from minimind_ray.track.wandb import check_tracking
     from minimind_ray.train.resume import longer
     from minimind_ray.train.run import RunDirectory
@@ -82,6 +83,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     run = RunDirectory(config.out)
     run.check(config, resume=resume)
     before = run.state() if resume else None
+    require_sources([config])
     check_tracking(config)
     with host([config.scale], ray=ray) as (work, run_job):
         from minimind_ray.cli.progress import print_result, watching

@@ -113,6 +113,7 @@ def tune(
     plan = plan_of(given)
     check_free(plan.path)
     if dry_run:
+        check_places(plan, probe=False)
         print_plan(plan)
     else:
         run_plan(plan, resume=False)
@@ -213,6 +214,20 @@ def trial_price(text: str, scale: ScaleConfig) -> float:
     return found[0]
 
 
+def check_places(plan: SweepPlan, *, probe: bool) -> None:
+    """Whether the sweep and its data can be written, for which stores are written to with `probe`, and the trials'
+    files, tokenizers and bases are there.
+
+    Raises:
+        UserError: one is not.
+    """
+    from minimind_ray.data.storage import require_writable, url_of
+    from minimind_ray.stages.start import require_sources
+
+    require_writable(url_of(plan.path), plan.base.data.cache_dir, probe=probe)
+    require_sources([trial.config for trial in plan.trials] or [plan.base])
+
+
 def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     """Run the sweep on Ray, show how it goes, and end with what came out."""
     from functools import partial
@@ -220,13 +235,13 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     from rich.console import Console
 
     from minimind_ray.data.claim import claimed, require_free
-    from minimind_ray.data.storage import require_writable, url_of
+    from minimind_ray.data.storage import url_of
     from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
     from minimind_ray.sweep.run import run_sweep  # Imports torch: before `start_ray`, as in `train.host`.
     from minimind_ray.track.wandb import check_tracking
     from minimind_ray.train.run import GONE, RunDirectory
 
-    require_writable(url_of(plan.path), plan.base.data.cache_dir)
+    check_places(plan, probe=True)
     require_free(url_of(plan.path))
     check_tracking(plan.base)
     console = Console()

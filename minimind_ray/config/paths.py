@@ -13,8 +13,11 @@ from pathlib import Path
 from minimind_ray.config.errors import UserError
 
 STORAGE = "MINIMIND_STORAGE"
-STORES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "az", "adl", "oci", "oss", "r2", "wasb", "wasbs")
+STORES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "az", "adl", "oci", "oss", "r2", "tos", "wasb", "wasbs")
 """Schemes of object stores: a path such as s3:/bucket is one of their URLs, written wrongly."""
+SERVERS = ("http", "https", "ftp", "ftps", "sftp", "ssh", "scp", "smb", "nfs", "rsync", "webdav")
+ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+_S3_BUCKET = re.compile(r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _SECRETS = (
     (re.compile(r"(?<=://)[^/@\s]*:[^@\s]*(?=@)|(?<=s3://)[^/@\s]+(?=@)|(?<=gs://)[^/@\s]+(?=@)"), "***"),
     (
@@ -28,10 +31,15 @@ def check_location(where: str) -> str:
     """A path or URL as it is, if it can be one. Nothing is looked up.
 
     Raises:
-        UserError: a URL without a bucket, with an empty part or with credentials in it, a web address, a URL with one
-            slash.
+        UserError: a URL without a bucket or with one that S3 allows no name of, with an empty part or with credentials
+            in it, the address of a server, a URL with one slash, or -.
     """
     shown = masked(where)
+    if where == "-":
+        raise UserError(
+            "- is no place: nothing is read from standard input or written to standard output here; name a file or "
+            "directory, ./- if that is its name"
+        )
     scheme, separator, rest = where.partition("://")
     if not separator:
         start, colon, end = where.partition(":")
@@ -42,11 +50,14 @@ def check_location(where: str) -> str:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
             raise UserError(f"{shown} is neither a path nor a URL: write it without ://, or as s3://BUCKET/PATH")
         raise UserError(f"{shown}: write the beginning in small letters, {scheme.lower()}://")
-    if scheme in ("http", "https"):
+    if scheme in SERVERS:
+        kind = "a web address" if scheme in ("http", "https") else f"the address of a server ({scheme}://)"
         raise UserError(
-            f"{shown} is a web address, where nothing can be read or written: download the file, or use a path or the "
-            "URL of an object store, such as s3://BUCKET/PATH"
+            f"{shown} is {kind}, where nothing can be read or written: download the file, or use a path or the URL of "
+            "an object store, such as s3://BUCKET/PATH, gs:// or hf://"
         )
+    if scheme in ALIASES:
+        raise UserError(f"{shown}: write {ALIASES[scheme]}://{masked(rest)}")
     if scheme == "file":
         if not rest.startswith("/"):
             raise UserError(f"{shown} names no absolute path: write file:///PATH, or the path alone")
@@ -59,6 +70,11 @@ def check_location(where: str) -> str:
         )
     if not first:
         raise UserError(f"{shown} names no bucket: write {scheme}://BUCKET/PATH")
+    if scheme == "s3" and not _S3_BUCKET.fullmatch(first):
+        raise UserError(
+            f"{shown}: no bucket can be named {first}: names of buckets are 3 to 63 small letters, digits, dots and "
+            "hyphens, and begin and end with a letter or digit"
+        )
     if not {"", ".", ".."}.isdisjoint(parts):
         raise UserError(f"{shown}: a URL with an empty part, . or .. in it names nothing: write it without")
     return where
@@ -116,7 +132,21 @@ def _at_home(path: str | Path) -> str:
     check_location(str(path))
     # One place has one name: a run that is written at its path is locked there for its file:// URL, too.
     path = str(path).removeprefix("file://") if isinstance(path, str) else path
-    return path if isinstance(path, str) and "://" in path else str(Path(path).expanduser())
+    return path if isinstance(path, str) and "://" in path else str(expanded(path))
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with a home directory in place of ~ or ~USER at its beginning.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: {Path(path).parts[0]} has no home directory on this machine: write the whole path"
+        ) from None
 
 
 def _is_whole(path: str) -> bool:

@@ -41,6 +41,7 @@ LEASE_S, RENEW_S, SETTLE_S = 120.0, 30.0, 1.0
 LINGER_S = 3.0
 LOCK_SECONDS = 1.0
 """How long a lock is tried for: whoever looks at a run holds it for a moment."""
+ENDED = -1
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _held = set[str]()
@@ -68,8 +69,21 @@ class Writer(BaseModel):
         )  # fmt: skip
 
     def is_gone(self) -> bool:
-        """Whether this machine knows that the process has ended."""
-        return self.machine is not None and self.machine == _machine() and self.started != _started(self.process)
+        """Whether this machine knows that the process has ended.
+
+        /proc shows whether a later process has its id. Mounted with hidepid, it shows no other users' processes; then
+        whatever has the id counts as the writer.
+        """
+        if self.machine is None or self.machine != _machine():
+            return False
+        try:
+            os.kill(self.process, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:  # It lives, and is another user's.
+            pass
+        started = _started(self.process)
+        return started == ENDED or None not in (started, self.started) and started != self.started
 
     def has_lease(self) -> bool:
         """Whether it holds a lease that has not ended."""
@@ -295,9 +309,9 @@ def _machine() -> str | None:
 
 
 def _started(process: int) -> int | None:
-    """When a process was started; None where it has ended."""
+    """When a process was started; ENDED of one that only its parent still knows, None where /proc does not show it."""
     try:
         state, *values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state == "Z" else int(values[18])
+    return ENDED if state == "Z" else int(values[18])

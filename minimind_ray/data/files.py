@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.paths import check_location, masked
+from minimind_ray.config.paths import STORES, check_location, expanded, masked
 
 if TYPE_CHECKING:  # Imported where it is used: most commands read local files without it, and it takes 0.1 s.
     import pyarrow as pa
@@ -43,14 +43,19 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{url}: the object store cannot be used: {one_line(error)}") from None
     import fsspec
+    from fsspec.registry import known_implementations
 
-    try:
-        return _filesystem(fsspec.filesystem(scheme)), rest
-    except Exception as error:  # each package has its own
-        raise UserError(
-            f"{url}: no file system for {scheme}:// ({one_line(error)}); use a local path, s3://, gs://, "
-            "hf://datasets/… or what fsspec has a package for"
-        ) from None
+    # Of its own implementations only stores: others need more than a URL (ftp://), or forget what they hold (memory://).
+    why = "it is the scheme of no object store"
+    if scheme in STORES or scheme not in known_implementations:
+        try:
+            return _filesystem(fsspec.filesystem(scheme)), rest
+        except Exception as error:  # each package has its own
+            why = one_line(error)
+    raise UserError(
+        f"{url}: {scheme}:// cannot be used ({why}); use a local path, s3://, gs:// or hf://, or the scheme of another "
+        "object store whose package for fsspec is installed, such as abfs:// with adlfs"
+    )
 
 
 def _filesystem(filesystem: Any) -> fs.FileSystem:
@@ -105,7 +110,7 @@ class _WithOSErrors:
 
 def absolute(url: str) -> str:
     """The path made absolute, since workers run in other directories; a URL as it is."""
-    return url if "://" in url else str(Path(url).expanduser().absolute())
+    return url if "://" in url else str(expanded(url).absolute())
 
 
 def join(base: str, *parts: str) -> str:
@@ -154,6 +159,23 @@ def exists(url: str) -> bool:
 
     filesystem, path = locate(url)
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def require_bucket(url: str) -> None:
+    """Whether the bucket of a URL in S3 or Google's store exists, as far as the credentials allow to look at it.
+
+    Raises:
+        UserError: it does not.
+    """
+    from pyarrow import fs
+
+    filesystem, path = locate(url)
+    if filesystem.type_name not in ("s3", "gcs"):
+        return
+    bucket = path.partition("/")[0]
+    with suppress(OSError):  # Such credentials may be good for the files in it.
+        if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise UserError(f"{url}: the bucket {bucket} does not exist")
 
 
 def remove(url: str) -> None:

@@ -1,7 +1,8 @@
 """The part of the working directory that a job on a cluster is sent, as a zip file.
 
 Left out is what .gitignore and .rayignore name, what a cluster has no use for, and what looks like a secret: by its
-name, or because a small file holds a private key, an access key, or a token of this machine.
+name, or because a small file holds a private key, an access key, or a token of this machine. Symbolic links are sent as
+what they lead to, unless that lies outside of the directory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from minimind_ray.config.errors import UserError
 
@@ -43,10 +44,11 @@ SHORTEST_TOKEN = 16
 
 @dataclass
 class Package:
-    """Files to send, by their path from the working directory on, and the secrets that stay."""
+    """Files to send, by their path from the working directory on. Secrets stay, and links that lead out of it."""
 
     files: dict[str, Path] = field(default_factory=dict)
     secrets: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -104,12 +106,9 @@ def package(root: Path, ship: Sequence[str] = ()) -> Package:
         for file in [path] if path.is_file() else path.rglob("*"):
             if file.is_file():
                 found.files[file.relative_to(root).as_posix()] = file
-        found.secrets = [secret for secret in found.secrets if not _holds(path.relative_to(root), secret)]
+        for left in (found.secrets, found.links):
+            left[:] = [name for name in left if not Path(name).is_relative_to(path.relative_to(root))]
     return found
-
-
-def _holds(folder: Path, secret: str) -> bool:
-    return Path(secret).is_relative_to(folder)
 
 
 def _collect(
@@ -127,13 +126,20 @@ def _collect(
     git, ray = (
         [*before, *_rules_in(folder / name)] for before, name in zip(ignored, (".gitignore", ".rayignore"), strict=True)
     )
+    top = parents[0] if parents else real
     unused = rules(UNUSED, str(folder)) if not at else []
     for entry in sorted(folder.iterdir()):
         name, is_folder, where = at + entry.name, entry.is_dir(), str(entry)
         if any(left_out(each, where, is_folder) for each in (git, ray, unused)):
             continue
-        if left_out(secret, f"/{name.lower()}", is_folder):
+        target = Path(os.path.realpath(entry)) if entry.is_symlink() else real / entry.name
+        outside = not target.is_relative_to(top)
+        # A link has a second name, by which it may be a secret.
+        names = [name] if outside else [name, target.relative_to(top).as_posix()]
+        if any(_is_secret(secret, each, is_folder) for each in names):
             found.secrets.append(name + "/" * is_folder)
+        elif outside and (is_folder or entry.is_file()):
+            found.links.append(name + "/" * is_folder)
         elif is_folder:
             _collect(entry, name + "/", found, [git, ray], secret, tokens, (*parents, real))
         elif entry.is_file():
@@ -141,6 +147,12 @@ def _collect(
                 found.secrets.append(name)
             else:
                 found.files[name] = entry
+
+
+def _is_secret(secret: list[Rule], name: str, is_folder: bool) -> bool:
+    """Whether a path, from the working directory on, or a folder that it lies in is a secret by its name."""
+    folders = [f"/{folder.as_posix()}" for folder in PurePosixPath(name.lower()).parents][:-1]
+    return left_out(secret, f"/{name.lower()}", is_folder) or any(left_out(secret, each, True) for each in folders)
 
 
 def _holds_secret(file: Path, tokens: Sequence[bytes]) -> bool:

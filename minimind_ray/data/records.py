@@ -33,8 +33,8 @@ from pyarrow import fs
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import deeper
-from minimind_ray.config.schema import TextFiles
-from minimind_ray.data.files import locate, one_line
+from minimind_ray.config.schema import DataConfig, TextFiles
+from minimind_ray.data.files import locate, one_line, require_bucket
 from minimind_ray.data.json_values import DamagedError, JsonValues
 from minimind_ray.data.storage import is_url
 
@@ -156,6 +156,13 @@ def discover(sources: str | list[str], text_files: TextFiles = "lines") -> list[
     return [found[path] for path in sorted(found)]
 
 
+def require_files(data: DataConfig) -> None:
+    """Check that the training and validation files are there. Raises as `discover`."""
+    for files in (data.train, data.val):
+        if files is not None:
+            discover(files, data.text_files)
+
+
 def _expand(path: str, text_files: TextFiles) -> list[Source]:
     filesystem, inner = locate(path)
     info = filesystem.get_file_info(inner)
@@ -168,6 +175,7 @@ def _expand(path: str, text_files: TextFiles) -> list[Source]:
     elif any(wildcard in inner for wildcard in "*?["):
         infos = filesystem.get_file_info(ArrowFSWrapper(filesystem).glob(inner))
     else:
+        require_bucket(path)
         raise UserError(f"{path}: no such file or folder")
     prefix = path.partition("://")[0] + "://" if "://" in path else ""
     matches = [

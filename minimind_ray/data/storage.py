@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 from uuid import uuid4
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.data.files import join, locate, one_line
+from minimind_ray.data.files import join, locate, one_line, require_bucket
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -151,24 +151,30 @@ def _say(kind: str, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def require_writable(*places: str) -> None:
+def require_writable(*places: str, probe: bool = True) -> None:
     """Check that files can be written to directories and URLs, in stores by writing a small one.
+
+    Without `probe` nothing is written to a store: it is only asked what is there.
 
     Raises:
         UserError: they cannot; StoreError.
     """
     for where in dict.fromkeys(places):
-        if is_url(where) and not where.startswith("file://"):
+        if not is_url(where) or where.startswith("file://"):
+            _require_writable_folder(Path(where.removeprefix("file://")))
+        elif probe:
             _require_writable_store(where)
         else:
-            _require_writable_folder(Path(where.removeprefix("file://")))
+            filesystem, root = locate(where)
+            patiently(lambda filesystem=filesystem, root=root: filesystem.get_file_info(root), where)
+            require_bucket(where)
 
 
 def _require_writable_folder(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{folder} cannot be a directory, because {there} is a file: name another place")
     try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"{folder} cannot be a directory, because {there} is a file: name another place")
         TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}: name another place") from None
@@ -216,6 +222,7 @@ class Mirror:
         """The store's files in the directory, or in its folder `under`, by their names from the directory on.
 
         Raises:
+            UserError: there is no such bucket.
             StoreError: see `patiently`; or a name leads out of the directory.
         """
         from pyarrow import fs
@@ -229,6 +236,8 @@ class Mirror:
             if not {"", ".", ".."}.isdisjoint(name.split("/")):
                 raise StoreError(f"{self.url}: the object {info.path} leads out of it, and nothing of it is read")
             found[name] = info
+        if not found:
+            require_bucket(self.url)
         return found
 
     def pull(self, under: str = "", wanted: Callable[[str], bool] = lambda name: True) -> None:

@@ -125,6 +125,8 @@ class Tokenizer:
         folder = copy_of(directory)
         if is_url(directory) and (mirror := mirror_of(directory)):
             mirror.pull(wanted=lambda name: "/" not in name or name.startswith(f"{MORE_TEMPLATES}/"))
+            if not (folder / "tokenizer.json").exists():
+                raise UserError(f"{directory} is no tokenizer directory: there is no tokenizer.json in it")
         return cls(*read_tokenizer(folder), str(folder))
 
     def save(self, directory: str | Path) -> None:

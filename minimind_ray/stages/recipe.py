@@ -15,7 +15,7 @@ stages:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +27,7 @@ from minimind_ray.config.load import config_keys, load_config, merged, nearest_k
 from minimind_ray.config.schema import Config, LoraConfig, Section, StageName
 from minimind_ray.data.claim import require_free
 from minimind_ray.data.files import exists, join
-from minimind_ray.data.records import discover
 from minimind_ray.stages.run import Job, changed_inputs
-from minimind_ray.stages.start import require_base
 from minimind_ray.train.run import RunDirectory
 
 
@@ -122,27 +120,6 @@ def _own_config(recipe: Recipe, index: int, overrides: Mapping[str, Any]) -> Con
     if config.trains_adapter or "lora" in step.settings or any(key.startswith("lora.") for key in own):
         return config
     return config.model_copy(update={"lora": LoraConfig()})  # Said to all stages, it is meant for those that adapt.
-
-
-def require_sources(configs: Sequence[Config]) -> None:
-    """Whether the data of each stage are there, and its base, unless an earlier stage makes that.
-
-    Raises:
-        UserError: what the first stage that lacks something lacks.
-    """
-    made: dict[str, Config] = {}
-    for config in configs:
-        if config.data.train is None:
-            raise UserError(f"{config.out}: data.train is not set: give the training files of this stage")
-        for files in (config.data.train, config.data.val):
-            if files is not None:
-                discover(files)
-        base = made.get(config.init_from or "")
-        if base and base.trains_adapter:
-            raise UserError(f"{config.out}: init_from {base.out} leaves an adapter, not a whole model: give its base")
-        if base is None and (config.init_from or config.stage != "pretrain"):
-            require_base(config)
-        made[config.out] = config
 
 
 def _base(recipe: Recipe, index: int, out: str, overrides: Mapping[str, Any]) -> str | None:

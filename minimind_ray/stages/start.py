@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import config_keys
 from minimind_ray.config.schema import PRESETS, Config, ModelConfig, ModelShape
+from minimind_ray.data.records import require_files
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import check_model, load_model, load_shape, load_weights, save_model
 from minimind_ray.model.lora import add_lora, is_adapter
@@ -238,6 +239,36 @@ def require_base(config: Config) -> str:
             "give a run or a model directory, such as --init-from runs/pretrain"
         )
     return str(whole_model(config.init_from, "init_from"))
+
+
+def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> None:
+    """Check that the files, the tokenizer and the base of each run are there: before Ray starts.
+
+    What the runs themselves will make is not looked for: the directories of earlier runs, and `tokenizer`.
+
+    Raises:
+        UserError: something that the first run that lacks something lacks.
+    """
+    made: dict[str, Config] = {}
+    seen = set[str]()
+    for config in configs:
+        base = made.get(config.init_from or "")
+        if base and base.trains_adapter:
+            raise UserError(f"{config.out}: init_from {base.out} leaves an adapter, not a whole model: give its base")
+        made[config.out] = config
+        inputs = repr((config.stage, config.data, config.init_from))
+        if inputs in seen:  # as in most trials of a sweep
+            continue
+        seen.add(inputs)
+        if config.data.train is None:
+            raise UserError(
+                f"data.train is not set for {config.out}: give the training files, such as --train 'data/*.jsonl'"
+            )
+        require_files(config.data)
+        if base is None and (config.init_from or config.stage != "pretrain"):
+            require_base(config)
+        if config.data.tokenizer != tokenizer if config.data.tokenizer else base is None:
+            load_tokenizer(config)
 
 
 def whole_model(path: str, name: str) -> Path:

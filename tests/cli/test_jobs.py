@@ -134,8 +134,11 @@ def test_what_is_sent_and_what_stays_is_said(tmp_path: Path) -> None:
         (tmp_path / f"{number}.key").touch()
     (tmp_path / "a.jsonl").write_text("{}\n")
     text = jobs._summary(package(tmp_path))
+    assert text.endswith("and 2 more (--ship PATH sends one)")
     assert text.startswith("sending 1 files of this directory, 3 bytes; not sent, as secrets: 0.key, 1.key")
-    assert "and 2 more (--ship PATH sends one)" in text
+    (tmp_path / "out").symlink_to("/")
+    text = jobs._summary(package(tmp_path))
+    assert text.endswith("and 2 more; not sent, as links that lead out of it: out/ (--ship PATH sends one)")
 
 
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])

@@ -117,3 +117,30 @@ def test_a_store_that_stays_away_does_not_keep_the_end(tmp_path: Path, monkeypat
     monkeypatch.setattr(RunDirectory, "file", away)
     with pytest.raises(KeyboardInterrupt), watching(job, Console()):
         raise KeyboardInterrupt
+
+
+def test_what_is_missing_is_said_before_ray_starts(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_ray(cpus: int | None = None) -> None:
+        raise AssertionError("Ray starts")
+
+    monkeypatch.setattr("minimind_ray.on_ray.session.start_ray", start_ray)
+    make_config(tmp_path, rows=20)
+    names = {"--train": "pretrain.jsonl", "--tokenizer": "tokenizer", "--val": "pretrain.jsonl"}
+    sets = ["--set", f"data.cache_dir={tmp_path / 'cache'}", "--wandb", "off", "--out", tmp_path / "out"]
+    for option in (*names, "--init-from"):
+        given = {key: tmp_path / name for key, name in names.items()} | {option: tmp_path / "none"}
+        words = [word for pair in given.items() for word in pair]
+        for how in (["train", "pretrain"], ["train", "pretrain", "--dry-run"], ["tune", "pretrain", "--lr", "1,2"]):
+            said = command(*how, *words, *sets)
+            assert said.code == 1 and said.err.count("\n") == 1 and f"{tmp_path}/none" in said.err, (how, option)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "/proc/none/run", "-", "~no-such-user/run", "n" * 300])
+def test_a_dry_run_refuses_the_places_that_a_run_refuses(command: Command, tmp_path: Path, out: str) -> None:
+    make_config(tmp_path, rows=20)
+    arguments = ["--train", tmp_path / "pretrain.jsonl", "--tokenizer", tmp_path / "tokenizer", "--wandb", "off"]
+    real, dry = (command("train", "pretrain", *how, *arguments, "--out", out) for how in (["--no-ray"], ["--dry-run"]))
+    assert real.code == dry.code == 1 and real.err == dry.err and real.err.count("\n") == 1

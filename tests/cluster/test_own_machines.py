@@ -178,7 +178,7 @@ def test_a_sweep_on_machines_that_fail(machines: Machines) -> None:
     try:
         job = "ray job submit --address http://127.0.0.1:8265 --working-dir . -- minimind-ray data inspect"
         laptop(machines, "until (: >/dev/tcp/127.0.0.1/8265) 2>/dev/null; do sleep 0.2; done", seconds=30)
-        assert "60 rows of format text = 60 kept" in laptop(
+        assert "60 rows of format preference = 60 kept" in laptop(
             machines, f"export RAY_AUTH_MODE=token; {job} data/dpo.jsonl --tokenizer data/tokenizer"
         )
     finally:

@@ -11,6 +11,7 @@ import pytest
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.paths import check_location, input_path, masked, output_path
+from minimind_ray.data.files import absolute
 
 pytestmark = pytest.mark.unit
 
@@ -57,6 +58,15 @@ def test_an_empty_path_is_not_this_directory(of: Callable[[str], str]) -> None:
         of("")
 
 
+def test_the_home_of_an_unknown_user_is_said() -> None:
+    for of in (input_path, output_path, absolute):
+        with pytest.raises(UserError, match="~no-such-user/x: ~no-such-user has no home directory on this machine"):
+            of("~no-such-user/x")
+
+
+BAD_BUCKETS = ("ab", "No-Capitals", "under_score", "my bucket", "bücket", "-begins", "ends.", "two..dots", "x" * 64)
+
+
 @pytest.mark.parametrize(
     ("where", "why"),
     [
@@ -69,6 +79,11 @@ def test_an_empty_path_is_not_this_directory(of: Callable[[str], str]) -> None:
         ("S3://bucket/x", "write the beginning in small letters"),
         ("http://example.org/x", "web address"),
         ("https://me:hidden@example.org/x", "web address"),
+        ("ftp://example.org/x", "the address of a server (ftp://)"),
+        ("sftp://me:hidden@example.org/x", "the address of a server (sftp://)"),
+        ("s3a://bucket/x", "write s3://bucket/x"),
+        ("-", "nothing is read from standard input"),
+        *((f"s3://{name}/x", f"no bucket can be named {name}") for name in BAD_BUCKETS),
         ("file://runs/x", "write file:///PATH"),
         ("a b://x", "neither a path nor a URL"),
         ("s3://KEY:hidden@bucket/x", "holds credentials"),
@@ -91,7 +106,8 @@ def test_what_is_no_place_is_refused_without_its_secrets(where: str, why: str) -
 def test_places_stay_as_they_are(here: Path) -> None:
     (here / "s3:").mkdir()
     for where in (
-        "s3://bucket", "s3://bucket/x/", "hf://datasets/me/poems@main/*.jsonl", "abfs://box@account.dfs.core/x", "a:b",
+        "s3://bucket", "s3://bucket/x/", "s3://my.bucket-1/ä b", "gs://under_score/x",
+        "hf://datasets/me/poems@main/*.jsonl", "abfs://box@account.dfs.core/x", "a:b",
         "file:///x", "s3:", "s3://bucket/**/[ab]?.jsonl", "runs/{stage}",
     ):  # fmt: skip
         assert check_location(where) == where == masked(where)

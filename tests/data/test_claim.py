@@ -127,6 +127,26 @@ def test_a_lease_is_refused_until_it_ends_or_its_process_is_known_to_be_gone(buc
         pass
 
 
+def test_a_process_that_proc_does_not_show_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Writer.here()
+    assert not own.is_gone() and own.model_copy(update={"started": 1}).is_gone()
+    monkeypatch.setattr(claim, "_started", lambda process: None)  # as with hidepid=2
+    assert not own.is_gone() and own.model_copy(update={"process": 1 << 40}).is_gone()
+
+    def forbidden(process: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", forbidden)
+    assert not own.is_gone()
+
+
+def test_a_process_that_has_ended_is_gone_before_its_parent_looks() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert Writer.here().model_copy(update={"process": ended.pid, "started": None}).is_gone()
+    ended.wait()
+
+
 def test_whoever_loses_a_lease_ends(
     bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,13 @@ def test_what_a_store_raises_is_an_oserror() -> None:
         filesystem.delete_file(path)
 
 
+@pytest.mark.parametrize("url", ["memory://b/x", "zip://b/x", "nothing://b/x"])
+def test_a_scheme_of_no_store_is_said_in_a_sentence(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=f"{url}: .* cannot be used .*; use a local path, s3://, gs:// or hf://"):
+        locate(url)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_mirror_goes_on_when_the_store_works_again() -> None:
     mirror = storage.mirror_of("flaky://b/run", "work")
     assert mirror

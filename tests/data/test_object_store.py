@@ -21,8 +21,10 @@ from minimind_ray.config.schema import DataConfig
 from minimind_ray.data import prepare as module
 from minimind_ray.data.prepare import prepare
 from minimind_ray.data.records import Row, discover, read_rows
+from minimind_ray.data.storage import require_writable
 from minimind_ray.data.store import PackStore, write_reference
 from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
+from minimind_ray.train.run import resolve_model
 
 pytestmark = pytest.mark.slow
 
@@ -124,9 +126,16 @@ def test_globs_and_what_is_missing_in_a_bucket(bucket: fs.FileSystem, tokenizer:
         "s3://bucket/data/2.jsonl", "s3://bucket/data/x/1.jsonl",
     ]  # fmt: skip
     assert [s.size for s in discover("s3://bucket/data/[12].jsonl")] == [len(CONTENT)]
-    for path in ("s3://bucket/none.jsonl", "s3://nobucket/data", "s3://bucket/*.parquet"):
+    for path in ("s3://bucket/none.jsonl", "s3://bucket/*.parquet"):
         with pytest.raises(UserError, match=re.escape(path)):
             discover(path)
+    for use in (discover, Tokenizer.load, resolve_model, partial(require_writable, probe=False)):
+        with pytest.raises(UserError, match="^s3://nobucket/data: the bucket nobucket does not exist$"):
+            use("s3://nobucket/data")
+    require_writable("s3://bucket/new", probe=False)
+    assert _files(bucket, "bucket") == ["bucket/data/2.jsonl", "bucket/data/x/1.jsonl"]
+    with pytest.raises(UserError, match="^s3://bucket/none is no tokenizer directory"):
+        Tokenizer.load("s3://bucket/none")
     config = DataConfig(train="s3://bucket/data/2.jsonl", cache_dir="s3://nobucket/cache")
     with pytest.raises(UserError, match="data.cache_dir s3://nobucket/cache: cannot be used"):
         prepare("pretrain", config, "train", tokenizer)

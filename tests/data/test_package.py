@@ -91,13 +91,32 @@ def test_what_is_ignored_or_of_no_use_stays(here: Path, tmp_path: Path) -> None:
     fill(here, "deep/.gitignore", text="!log\n")
     fill(tmp_path / "home", "git/ignore", text="*.pyc\n")
     (here / "circle").symlink_to(here)
-    (here / "elsewhere").symlink_to(tmp_path / "data")
-    fill(tmp_path / "data", "b.jsonl")
     assert set(package(here).files) == {
-        "a.jsonl", "experiments/runs/x", ".rayignore", "deep/.gitignore", "deep/log", "elsewhere/b.jsonl"
+        "a.jsonl", "experiments/runs/x", ".rayignore", "deep/.gitignore", "deep/log"
     }  # fmt: skip
     # In a folder of a repository its rules hold, too.
     assert set(package(here / "deep").files) == {".gitignore", "log"}
+
+
+def test_links_that_lead_out_of_the_directory_stay(here: Path, tmp_path: Path) -> None:
+    fill(tmp_path / "data", "b.jsonl")
+    fill(here, "in/a.jsonl", ".env", ".aws/config")
+    for name, target in {
+        "out": tmp_path / "data", "out.jsonl": tmp_path / "data" / "b.jsonl", "up": "..", "gone": tmp_path / "none",
+        "also": "in", "settings": ".env", "aws": ".aws/config",
+    }.items():  # fmt: skip
+        (here / name).symlink_to(target)
+    (here / "in" / "out.jsonl").symlink_to("../../data/b.jsonl")
+    found = package(here)
+    assert set(found.files) == {"in/a.jsonl", "also/a.jsonl"}
+    assert found.links == ["also/out.jsonl", "in/out.jsonl", "out/", "out.jsonl", "up/"]
+    assert found.secrets == [".aws/", ".env", "aws", "settings"]
+    # Through a link to the directory it is the same.
+    (tmp_path / "alias").symlink_to(here)
+    assert set(package(tmp_path / "alias").files) == set(found.files)
+    found = package(here, ["out", "out.jsonl", "in"])
+    assert set(found.files) == {"in/a.jsonl", "also/a.jsonl", "out/b.jsonl", "out.jsonl", "in/out.jsonl"}
+    assert found.links == ["also/out.jsonl", "up/"]
 
 
 def test_a_package_holds_the_files(here: Path, tmp_path: Path) -> None:

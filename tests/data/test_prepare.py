@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -387,9 +388,10 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path, tokenizer: 
 
 
 def test_a_cache_whose_store_does_not_tell_the_time(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    fsspec.filesystem("memory").pipe("/untimed/units/half.parquet.tmp", b"half")
+    fsspec.register_implementation("untimed", MemoryFileSystem, clobber=True)
+    fsspec.filesystem("untimed").pipe("/untimed/units/half.parquet.tmp", b"half")
     path = write(tmp_path / "x.jsonl", jsonl(TEXTS))
-    prepared = prepare("pretrain", config(tmp_path, path, cache_dir="memory://untimed"), "train", tokenizer)
+    prepared = prepare("pretrain", config(tmp_path, path, cache_dir="untimed://untimed"), "train", tokenizer)
     assert prepared.manifest.total("kept") == 240
 
 
