@@ -356,7 +356,7 @@ class TrainConfig(Section):
     deterministic: bool = Field(
         default=False,
         description="on a GPU sum gradients in the same order every time, so that a resumed run is the same to the "
-        "last bit; slower. On a CPU it is so anyway",
+        "last bit; slower. A CPU with the same number of threads does so anyway",
     )
 
 

@@ -161,7 +161,8 @@ def prove_resume(
 def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
     """The SHA-256 of the first run's result, and how the second differs: in weights, or in a line of metrics.
 
-    Weights are those of the result and of the last checkpoint, there with the optimizer's state.
+    Weights are those of the result and of the last checkpoint, there with the optimizer's state. Runs that differ may
+    have had another number of threads, or other instructions: that is named last.
     """
     differences: list[str] = []
     found: list[tuple[list[str], list[Path], list[tuple[int, str]]]] = []
@@ -186,6 +187,9 @@ def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
         differences.append(f"metrics: {len(steps)} and {len(other_steps)} lines, not of the same steps")
     elif unequal := [a[0] for a, b in zip(lines, other_lines) if a != b]:
         differences.append(f"metrics: the first line that differs is that of step {unequal[0]}")
+    cpu, other_cpu = (RunDirectory(path).info().get("cpu") for path in (first, second))
+    if differences and cpu != other_cpu:
+        differences.append(f"CPU: {cpu}; and {other_cpu}")
     return sums[0].split()[-1], differences
 
 

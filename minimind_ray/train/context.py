@@ -115,6 +115,20 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def arithmetic(dtype: torch.dtype) -> str:
+    """What the last digits of sums and products on this CPU depend on, beside versions: threads and instructions.
+
+    Linux grants AMX to a process only if the signal stack of each of its threads has room for AMX's registers. Without
+    the grant torch computes bfloat16 products with AVX-512, which rounds otherwise, and says nothing.
+    """
+    instructions = torch.backends.cpu.get_cpu_capability()
+    # Torch has no public function that asks for the grant, or for the answer.
+    if dtype is torch.bfloat16 and torch.cpu._init_amx():  # pyright: ignore[reportPrivateUsage]
+        instructions += " and AMX"
+    threads = torch.get_num_threads()
+    return f"{threads} {'thread' if threads == 1 else 'threads'}, {instructions}"
+
+
 LONG_RUN = {"cpu": 3e13, "cuda": 1e16}
 """FLOPs of a run from which compiling pays: about a minute's. It takes some ten seconds on a machine's first run."""
 

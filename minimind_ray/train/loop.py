@@ -30,7 +30,7 @@ from minimind_ray.model.ops import compiled, run_eagerly
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.wandb import mark_failure, open_tracker
 from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
-from minimind_ray.train.context import Context, keep_freed_memory, resolve_precision, settle_compile
+from minimind_ray.train.context import Context, arithmetic, keep_freed_memory, resolve_precision, settle_compile
 from minimind_ray.train.evaluate import Evaluation, drop_stale, evaluate, packs_within
 from minimind_ray.train.footprint import settle_pass_tokens
 from minimind_ray.train.ledger import Ledger
@@ -267,7 +267,14 @@ def _training(
             progress.best, progress.best_value = None, math.inf
         drop_stale(run.path / VALIDATION, progress.best_value)
         writer = CheckpointWriter(run, config.checkpoint.keep, (progress.best, progress.best_value))
-        run.update(compiled=compiled(), pass_tokens=pass_tokens)
+        cpu, before = None if context.device.type == "cuda" else arithmetic(dtype), run.info().get("cpu")
+        if progress.step and before and cpu and cpu != before:
+            print(
+                f"until now the run computed with {before}; from now on it computes with {cpu}: its weights will "
+                "differ in their last digits from those of a run without a stop",
+                file=sys.stderr,
+            )
+        run.update(compiled=compiled(), pass_tokens=pass_tokens, cpu=cpu)
         base = resolve_model(config.init_from) if config.init_from else None
         here = config.model_copy(update={"out": str(run.path)})
         tracker = open_tracker(here, run.info(), metrics=run.metrics(), samples=run.samples(), base=base)

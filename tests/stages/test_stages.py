@@ -310,13 +310,31 @@ def test_resume_is_exact_and_passes_over_a_damaged_checkpoint(tmp_path: Path, ca
     weights.write_bytes(content)
     start(parted, resume=True)
     run_here(parted)
-    assert "step-00000003 is damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step-00000003 is damaged" in said and "last digits" not in said
     got = list(read_jsonl(run / "metrics.jsonl"))
     assert [{**line, "timing": 0} for line in got] == [{**line, "timing": 0} for line in expected]
     for name in ("model.safetensors", "resume/optimizer.safetensors"):
         files = [resolve_model(tmp_path / run) / name for run in ("whole", "parted")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert all(sound(c) for c in RunDirectory(run).checkpoints())
+
+
+def test_a_resume_with_other_threads_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, rows=60, train__max_steps=2)
+    run, context = start(job), PlainContext()
+    context.should_stop = lambda: True
+    job.run(context, job.data(context))
+    before = RunDirectory(run).info()["cpu"]
+    assert before.startswith(f"{torch.get_num_threads()} thread")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    start(job, resume=True)
+    run_here(job)
+    said = capsys.readouterr().err
+    assert f"until now the run computed with {before}; from now on it computes with 77 threads, " in said
+    assert RunDirectory(run).info()["cpu"].startswith("77 threads, ")
 
 
 def test_a_cache_may_move_and_damaged_checkpoints_go(tmp_path: Path) -> None:

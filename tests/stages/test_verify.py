@@ -118,6 +118,9 @@ def test_twins_are_compared_in_weights_and_metrics(trained: Path, copy: Path) ->
     assert compare_runs(trained, copy)[1] == ["metrics: the first line that differs is that of step 1"]
     (copy / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
     assert compare_runs(trained, copy)[1] == ["metrics: 4 and 3 lines, not of the same steps"]
+    own = RunDirectory(copy).info()["cpu"]
+    RunDirectory(copy, writes=True).update(cpu="7 threads, AVX512")
+    assert compare_runs(trained, copy)[1][1:] == [f"CPU: {own}; and 7 threads, AVX512"]
     last = RunDirectory(copy).checkpoints()[-1]
     for name in ("resume/optimizer.safetensors", "model.safetensors"):  # that of the weights is told first
         (last / name).write_bytes((last / name).read_bytes() + b"\0")
