@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.train import Result
+from ray.train import Result, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -24,6 +25,8 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, state, worker_group
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.util.placement_group import PlacementGroup
 
 from minimind_ray.on_ray.session import alone
 
@@ -60,7 +63,17 @@ worker_group.SynchronizationActor = _Collectives
 state._shutdown_sync_actor = _end  # pyright: ignore[reportPrivateUsage]
 
 
+@dataclass
+class Reserved(ScalingConfig):
+    """Workers that run in the first bundles of a placement group that is there."""
+
+    group: PlacementGroup | None = None
+
+
 class _Workers(WorkerGroup):
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> DefaultPlacementGroupHandle:
+        return DefaultPlacementGroupHandle(scaling_config.group)
+
     def _start(self) -> None:
         """As Ray Train's, which leaves workers that fail just after their start for its actor's end to free."""
         try:

@@ -1,6 +1,6 @@
 """How the trials of a sweep share a cluster: arithmetic without Ray.
 
-A trial takes the CPUs and GPUs of its workers. With several workers Ray Data needs one CPU beside all workers. Trials
+A trial takes the CPUs and GPUs of its workers. With several workers it takes one CPU more for Ray Data's tasks. Trials
 that are trained together in a group take what one trial takes. Processes that only wait for workers or for a group
 take no CPU, so they cannot keep one from whom they wait for.
 """
@@ -8,6 +8,7 @@ take no CPU, so they cannot keep one from whom they wait for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
@@ -29,15 +30,18 @@ def trials_that_fit(found: Machines, scale: ScaleConfig) -> int:
     Raises:
         UserError: not one.
     """
-    workers = found.workers(scale, spare_cpus=int(scale.most > 1))
-    if workers < scale.most:
+    if scale.most == 1:
+        fit = found.workers(scale)
+    else:
+        fit = next(n for n in count() if found.workers(scale, spare_cpus=n + 1) < (n + 1) * scale.most)
+    if not fit:
         have, spare = found.resources(), " and 1 CPU beside" if scale.most > 1 else ""
         raise UserError(
             f"one trial needs {scale.most} worker(s) of {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} "
             f"GPUs{spare}, which the cluster's {have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {found.most} node(s) "
             "cannot give; lower scale.workers, scale.cpus_per_worker or scale.gpus_per_worker, or add nodes"
         )
-    return workers // scale.most
+    return fit
 
 
 def layout(places: int, count: int, *, fuse: int = 1, concurrent: int | None = None) -> Layout:

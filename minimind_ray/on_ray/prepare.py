@@ -14,6 +14,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.data.prepare import Encoding, Unit, encode_unit, run_units_here, worth_spreading
 from minimind_ray.data.store import UnitStats
 from minimind_ray.on_ray.session import alone, require_cpus
+from minimind_ray.on_ray.waiting import rows_of
 
 
 def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
@@ -39,7 +40,7 @@ def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[Unit
         fn_args=([ray.put((units, encoding))],),
     )
     done.context.execution_options.preserve_order = False
-    for row in done.iter_rows():
+    for row in rows_of(done, "preparing data needs", {"CPU": 1}):
         if row["error"]:
             raise UserError(row["error"])
         yield UnitStats.model_validate_json(row["stats"])

@@ -14,11 +14,15 @@ from ray.util.annotations import RayDeprecationWarning
 from minimind_ray.data.store import PackStore
 from minimind_ray.model.checkpoint import load_shape
 from minimind_ray.on_ray.session import alone, machines, require_cpus
+from minimind_ray.on_ray.waiting import lacking, rows_of, telling
 from minimind_ray.stages.reference import Reference, ReferenceModel, compute_here, dtype_here
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.throughput import training_flops_per_token
 
 SMALL_FLOPS = 1e12  # A core's work of some seconds: no more than to start a process that holds a model.
+
+
+SCORING = "computing reference log-probabilities needs"
 
 
 def granted_device() -> torch.device:
@@ -32,7 +36,8 @@ def dtype_on_ray(precision: str, gpus: float) -> torch.dtype:
         return dtype_here(precision, gpus)
     require_cpus(1, gpus, "computing reference log-probabilities")
     ask = ray.remote(num_cpus=1, num_gpus=gpus)(lambda: resolve_precision(precision, granted_device()))
-    return ray.get(ask.remote())
+    with telling(lambda: lacking(SCORING, {"CPU": 1, "GPU": gpus})):
+        return ray.get(ask.remote())
 
 
 class _Scorer:
@@ -65,13 +70,16 @@ def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
     with warnings.catch_warnings():  # The option has no other name yet, though Ray says so.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         scored = _scored(reference, groups, processes)
-    for row in scored.iter_rows():
+    for row in rows_of(scored, SCORING, {"CPU": 1, "GPU": reference.gpus}):
         for values in row["values"]:
             yield np.asarray(values, np.float32)
 
 
 def _scored(reference: Reference, groups: int, processes: int) -> ray.data.Dataset:
-    return ray.data.range(groups, override_num_blocks=groups).map_batches(
+    # Items that lie here, not a range: its tasks would wait for CPUs that other programs' scorers hold, and theirs for
+    # the CPUs of these.
+    items = ray.data.from_items([{"id": group} for group in range(groups)], override_num_blocks=groups)
+    return items.map_batches(
         _Scorer,
         batch_size=1,
         num_cpus=1,

@@ -9,7 +9,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,11 +248,11 @@ class Machines:
         return {kind: sum(self._largest(node.get(kind, 0) for node in self.nodes)) for kind in ("CPU", "GPU")}
 
     def workers(self, scale: ScaleConfig, spare_cpus: int = 0) -> int:
-        """How many of `scale`'s workers fit, with `spare_cpus` left on the largest node."""
+        """How many of `scale`'s workers fit, with `spare_cpus` left, each on the node that has the most left."""
         need, nodes = worker_resources(scale), [dict(node) for node in self.nodes]
-        if nodes:
+        for _ in range(spare_cpus if nodes else 0):
             largest = max(nodes, key=lambda node: node.get("CPU", 0))
-            largest["CPU"] = largest.get("CPU", 0) - spare_cpus
+            largest["CPU"] = largest.get("CPU", 0) - 1
         fit = (max(0, int(min(node.get(kind, 0) / n for kind, n in need.items()) + 1e-6)) for node in nodes)
         return int(sum(self._largest(fit)))
 
@@ -322,15 +323,33 @@ def free_left_groups() -> None:
     As trials with Ray Train workers do; Ray's own cleaner needs the dashboard, and nothing else frees what they hold.
     """
     import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for group in _own_groups():
+        if group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil():
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def pending_resources() -> Mapping[str, float]:
+    """The CPUs and GPUs for which this driver's placement groups wait, its actors' among them; empty if none waits."""
+    need = Counter[str]()
+    for group in _own_groups():
+        if group.state != group.CREATED:
+            for bundle in group.bundles:
+                need.update({kind: bundle.unit_resources.get(kind, 0) for kind in ("CPU", "GPU")})
+    return +need
+
+
+def _own_groups() -> Iterator[Any]:
+    """The placement groups of this driver that are not removed, as Ray records them (PlacementGroupTableData)."""
+    import ray
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import (
         PlacementGroupTableData,  # pyright: ignore[reportAttributeAccessIssue] generated
     )
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     job = ray.get_runtime_context().get_job_id()
     for data in state._connect_and_get_accessor().get_placement_group_table():  # pyright: ignore[reportPrivateUsage]
         group = PlacementGroupTableData.FromString(data)
-        left = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
-        if left and group.creator_job_id.hex() == job and group.state != PlacementGroupTableData.REMOVED:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        if group.creator_job_id.hex() == job and group.state != PlacementGroupTableData.REMOVED:
+            yield group

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, islice
@@ -41,10 +41,11 @@ from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.data.stream import Stream
-from minimind_ray.on_ray.controller import Trainer, notices_may_come
+from minimind_ray.on_ray.controller import Reserved, Trainer, notices_may_come
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
 from minimind_ray.on_ray.reference import compute_on_ray, dtype_on_ray
+from minimind_ray.on_ray.reservation import NO_ROOM, NoRoomError, Reservation, StoppedError, reserved
 from minimind_ray.on_ray.session import (
     free_left_groups,
     interruptible,
@@ -52,7 +53,7 @@ from minimind_ray.on_ray.session import (
     room,
     worker_resources,
 )
-from minimind_ray.on_ray.waiting import starving, telling
+from minimind_ray.on_ray.waiting import starved, telling
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
@@ -63,7 +64,7 @@ from minimind_ray.train.step import all_reduce_sums
 # after the step, or at once, where no step may end any more.
 STOP_FILE, AGAIN_FILE, LEAVE_FILE = ".stop", ".again", ".leave"
 NOTICE_SECONDS = 2.0
-LOOK_SECONDS, LEAVE_SECONDS = 5.0, 60.0
+LOOK_SECONDS, LEAVE_SECONDS, START_SECONDS = 5.0, 60.0, 60.0
 
 
 class RayTrainContext:
@@ -113,13 +114,6 @@ def _leave_when_told(run_dir: str) -> None:
     os._exit(1)
 
 
-class StoppedError(UserError):
-    """A stop before there were workers, so that no step could follow it."""
-
-
-NO_ROOM = "stopped while there was no room for the workers; --resume waits for room again"
-
-
 RAY_HOST = Host(run_units_on_ray, compute_on_ray, dtype_on_ray)
 
 
@@ -138,7 +132,7 @@ def train_on_ray(job: Job) -> None:
         file.unlink(missing_ok=True)
     try:
         require_resources(scale)
-        with telling(starving(partial(_metrics_size, run, time.time()))):
+        with telling(starved):
             interruptible(partial(_keep_going, job), files[0].touch)
     except Exception as error:
         if isinstance(error, StoppedError):
@@ -160,11 +154,6 @@ def train_on_ray(job: Job) -> None:
             request_resources(bundles=[])
 
 
-def _metrics_size(run: RunDirectory, began: float) -> int:
-    path = run.live_file("metrics.jsonl", began)
-    return path.stat().st_size if path.exists() else 0
-
-
 def _keep_going(job: Job) -> None:
     """Attempts until the run has ended, as it should or by the last loss that `scale.max_failures` allows."""
     scale, run = job.config.scale, RunDirectory(job.config.out)
@@ -175,8 +164,11 @@ def _keep_going(job: Job) -> None:
         before, workers = done, min(_await_room(scale, gone, stop_file), most)
         changed: list[str] = []
         try:
-            with _looking_for_room(scale, workers, gone, again_file, leave_file, changed.append):
-                noticed = _attempt(job, workers, before)
+            with (
+                _reserve(job, workers, before) as reservation,
+                _looking_for_room(scale, workers, gone, again_file, leave_file, changed.append, reservation.broken),
+            ):
+                noticed = _attempt(job, workers, before, reservation)
             asked = noticed or changed
             if stop_file.exists() or not asked or run.info()["state"] != "stopped":
                 return
@@ -184,18 +176,14 @@ def _keep_going(job: Job) -> None:
             gone |= set(noticed)
             failures, most, done = 0, scale.most, _steps_done(run)
         except Exception as error:
-            no_room = any(type(cause).__name__ == "WorkerGroupStartupTimeoutError" for cause in causes(error))
-            if no_room and stop_file.exists():
-                raise StoppedError(NO_ROOM) from None
             if _user_error(error) or stop_file.exists() or not ray.is_initialized():
                 raise
             why, done = told(error), _steps_done(run)
             if leave_file.exists():
                 why = changed[0]
-            elif no_room:
+            elif isinstance(error, NoRoomError):
                 # Others use the cluster too, or it does not know yet that a node is gone.
-                most = max(scale.fewest, workers - 1)
-                why = f"{workers} worker(s) could not be started in time"
+                most, why = max(scale.fewest, workers - 1), str(error)
             elif isinstance(error, PreemptionError):
                 gone |= set(error.preemption_info.preempted_node_ids)
             elif not any(getattr(cause, "preempted", False) for cause in causes(error)):
@@ -240,11 +228,12 @@ def _looking_for_room(
     again_file: Flag,
     leave_file: Flag,
     tell: Callable[[str], object],
+    broken: Callable[[], bool],
 ) -> Generator[None]:
     """While inside, end the attempt when the cluster has room for more workers, or no longer for these; `tell` why.
 
-    Workers that wait for Ray Data, which has no CPU any more, come to no step after which they could stop: those that
-    are still there after LEAVE_SECONDS leave at once.
+    Workers that wait for Ray Data, whose CPU went with its node, come to no step after which they could stop: those
+    that are still there after LEAVE_SECONDS leave at once.
     """
     ended = threading.Event()
 
@@ -254,7 +243,7 @@ def _looking_for_room(
         while not ended.wait(pause):
             found = min(room(scale, spare_cpus=1, without=gone), scale.most)
             # Twice, since a node that is busy may be slow to answer.
-            lacking = lacking + 1 if found < workers else 0
+            lacking = lacking + 1 if found < workers or broken() else 0
             if lacking == 2:
                 tell(f"the cluster no longer has room for {workers} worker(s)")
                 again_file.touch()
@@ -285,14 +274,38 @@ def _ask_for(scale: ScaleConfig) -> None:
     request_resources(bundles=[worker_resources(scale)] * scale.most + [{"CPU": 1}])
 
 
-def _attempt(job: Job, workers: int, start: int) -> list[str]:
+def _reserve(job: Job, workers: int, start: int) -> AbstractContextManager[Reservation]:
+    """What an attempt from step `start` on takes. It waits without end where no smaller one is to be tried."""
+    scale = job.config.scale
+    data_cpus = _data_cpus(job, workers) if start + own_steps(job, start) < job.plan.steps else 0
+    seconds = START_SECONDS if workers > scale.fewest or data_cpus > 1 else math.inf
+    return reserved(scale, workers, data_cpus, flag(job.config.out, STOP_FILE).exists, seconds)
+
+
+def _data_cpus(job: Job, workers: int) -> int:
+    """The CPUs to reserve for Ray Data: one, or for a stream, whose tasks encode, up to one for each worker where they
+    are free. A trial of a sweep takes one, as its layout has it."""
+    if not isinstance(job.train, Stream) or ray.get_runtime_context().get_actor_id():
+        return 1
+    free = ray.available_resources().get("CPU", 0) - workers * job.config.scale.cpus_per_worker
+    return max(1, min(workers, int(free)))
+
+
+def _attempt(job: Job, workers: int, start: int, reservation: Reservation) -> list[str]:
     """One Ray Train run, from step `start` on; the ids of nodes for which notice was given meanwhile."""
     scale, first, notices = job.config.scale, start + own_steps(job, start), notices_may_come()
+    datasets: Any = None
+    if first < job.plan.steps:
+        datasets = {"train": partial(reservation.dataset, partial(step_dataset, job, first, workers))}
     trainer = Trainer(
         partial(_worker, job, first, notices),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=worker_resources(scale)
+        scaling_config=Reserved(
+            num_workers=workers,
+            use_gpu=scale.gpus_per_worker > 0,
+            resources_per_worker=worker_resources(scale),
+            group=reservation.group,
         ),
+        dataset_config=reservation.data_config(),
         run_config=ray.train.RunConfig(
             # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
             name=f"attempt-{time.time_ns()}",
@@ -303,7 +316,7 @@ def _attempt(job: Job, workers: int, start: int) -> list[str]:
             # Ray's logs have it all, in ray-train-sys-*.log; the terminal is for our progress.
             logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         ),
-        datasets={"train": partial(step_dataset, job, first, workers)} if first < job.plan.steps else None,
+        datasets=datasets,
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
     )
     trainer.shares, trainer.notices = isinstance(job.train, Stream), notices

@@ -52,6 +52,7 @@ from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.fused import run_fused, start_groups
 from minimind_ray.on_ray.layout import layout, trials_that_fit
 from minimind_ray.on_ray.reference import granted_device
+from minimind_ray.on_ray.reservation import StoppedError
 from minimind_ray.on_ray.session import (
     Ending,
     configure_data,
@@ -61,7 +62,7 @@ from minimind_ray.on_ray.session import (
     worker_resources,
 )
 from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
-from minimind_ray.on_ray.waiting import lacking, other_programs, telling
+from minimind_ray.on_ray.waiting import lacking, starved, telling, trial_needs
 from minimind_ray.stages.run import Job
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.checkpoint import read_state
@@ -346,7 +347,7 @@ def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float)
         if not ended and (not worth_it or context.should_stop()):
             flag(run.where, STOP_FILE).touch()
     flag(run.where, STOP_FILE).unlink(missing_ok=True)
-    if failure:
+    if failure and not isinstance(failure[0], StoppedError):
         raise failure[0]
     if not worth_it and run.info()["state"] == "stopped":
         run.update(state="early-stopped")
@@ -553,8 +554,8 @@ class _Watcher(tune.Callback):
     def waits_for(self, scale: ScaleConfig) -> str | None:
         """What trials wait for, in a sentence, while none of them has what it needs."""
         if self.running and (not self.ready or ray.wait(self.ready, timeout=0)[0]):
-            return None
-        return lacking(scale, ray.cluster_resources(), ray.available_resources(), other_programs())
+            return starved() if scale.most > 1 else None
+        return lacking("a trial needs", trial_needs(scale))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""

@@ -5,26 +5,47 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from minimind_ray.config.paths import masked
 from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.on_ray.session import pending_resources
 
 FIRST_S, AGAIN_S = 60.0, 300.0
 SHOWN = 80
 """Characters of another program's command."""
 
 
-def lacking(
-    scale: ScaleConfig, have: Mapping[str, float], free: Mapping[str, float], others: Sequence[str]
-) -> str | None:
-    """What a trial waits for, in a sentence; None where the free CPUs and GPUs are enough for it."""
-    need = {"CPU": scale.most * scale.cpus_per_worker + (scale.most > 1), "GPU": scale.most * scale.gpus_per_worker}
+def trial_needs(scale: ScaleConfig) -> dict[str, float]:
+    """The CPUs and GPUs of a trial: those of its workers, and with several workers one CPU for Ray Data."""
+    return {"CPU": scale.most * scale.cpus_per_worker + (scale.most > 1), "GPU": scale.most * scale.gpus_per_worker}
+
+
+def lacking(who: str, need: Mapping[str, float]) -> str | None:
+    """What `who` "needs" and waits for, in a sentence; None where the free CPUs and GPUs are enough for it."""
+    import ray
+
+    free = ray.available_resources()
     if all(free.get(kind, 0) >= amount for kind, amount in need.items()):
         return None
-    return waiting("a trial needs", need, have, free, others)
+    return waiting(who, need, ray.cluster_resources(), free, other_programs())
+
+
+def rows_of(dataset: Any, who: str, need: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """The dataset's rows; while they do not come and the cluster has no room for a task, say so as `lacking` does."""
+    came = looked = 0
+
+    def why() -> str | None:
+        nonlocal looked
+        before, looked = looked, came
+        return lacking(who, need) if looked == before else None
+
+    with telling(why):
+        for row in dataset.iter_rows():
+            came += 1
+            yield row
 
 
 def waiting(
@@ -37,35 +58,14 @@ def waiting(
     return f"waiting for room: {who} {wanted}, and {left} are free; {holders}. Ctrl-C stops, a second one at once"
 
 
-def starving(progress: Callable[[], object]) -> Callable[[], str | None]:
-    """A function that says what Ray has no room for, in a sentence; None where `progress` has changed meanwhile."""
-    last: object = None
-
-    def why() -> str | None:
-        import ray
-
-        nonlocal last
-        before, last = last, progress()
-        need = pending()
-        if last != before or not need:
-            return None
-        who = "workers and Ray Data's tasks need"
-        return waiting(who, need, ray.cluster_resources(), ray.available_resources(), other_programs())
-
-    return why
-
-
-def pending() -> Mapping[str, float]:
-    """CPUs and GPUs of the tasks, actors and placement groups, of all programs, for which the cluster has no room."""
+def starved() -> str | None:
+    """What this driver's Ray Train runs wait for, in a sentence; None where each has its workers."""
     import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
 
-    demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
-    need = Counter[str]()
-    for demand in (*demands.placement_group_demand, *demands.ray_task_actor_demand):
-        for request in demand.bundles_by_count:
-            need.update({kind: request.bundle.get(kind, 0) * request.count for kind in ("CPU", "GPU")})
-    return +need
+    if not (need := pending_resources()):
+        return None
+    who = "workers and Ray Data's tasks need"
+    return waiting(who, need, ray.cluster_resources(), ray.available_resources(), other_programs())
 
 
 def other_programs() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -206,8 +205,7 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
 def begun(job: Job, *, resume: bool) -> Generator[None]:
     """While inside, the run directory is this process's, made or reopened.
 
-    Where a signal interrupts what is inside, such as the start of the workers, run.json and a line on stderr say that
-    the run is stopped.
+    Where a signal interrupts what is inside, such as the start of the workers, run.json says that the run is stopped.
 
     Raises:
         UserError: see `begin`; another process writes there.
@@ -221,9 +219,6 @@ def begun(job: Job, *, resume: bool) -> Generator[None]:
             with suppress(OSError, StoreError):
                 if run.info().get("state") == "running":
                     run.update(state="stopped")
-                    print(
-                        f"{run.where}: stopped. Add --resume to the same command: {run.resume_point()}", file=sys.stderr
-                    )
             raise
 
 

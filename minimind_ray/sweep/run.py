@@ -84,7 +84,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     seconds = hours and hours * 3600 - (time.monotonic() - began)
     ending = run_trials(trials, plan.base.scale, plan.path, search, bases, fuse=fuse, seconds=seconds, watch=watch)
     if isinstance(trials, OptunaPoints) and ending == "by itself" and trials.asked < plan.points:
-        say(f"no other point of the axes makes a different run: {trials.asked} of {plan.points} were tried")
+        say(f"no other point was found on the axes: {trials.asked} of {plan.points} were tried")
     return ending
 
 

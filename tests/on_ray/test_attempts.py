@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import ray
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.placement_group import PlacementGroup
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import trainer
+from minimind_ray.on_ray.reservation import NoRoomError, Reservation
 from minimind_ray.stages.run import Job
 from minimind_ray.train.run import RunDirectory
 from tests.faults import wait_for
@@ -28,7 +32,7 @@ class Attempts:
     def __init__(self, run: RunDirectory, *ends: object) -> None:
         self.run, self.ends, self.workers = run, list(ends), []
 
-    def __call__(self, job: Job, workers: int, start: int) -> list[str]:
+    def __call__(self, job: Job, workers: int, start: int, reservation: object) -> list[str]:
         self.workers.append(workers)
         end = self.ends.pop(0)
         if isinstance(end, Exception):
@@ -49,6 +53,8 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attem
             monkeypatch.setattr(trainer, name, lambda *a, **k: None)
         monkeypatch.setattr(trainer, "room", lambda *a, **k: room)
         monkeypatch.setattr("ray.is_initialized", lambda: True)
+        monkeypatch.setattr(trainer, "_reserve", lambda *a: nullcontext(Reservation(PlacementGroup.empty(), 1)))
+        monkeypatch.setattr(Reservation, "broken", lambda self: False)
         monkeypatch.setattr(trainer, "_attempt", attempts)
         monkeypatch.setattr(trainer, "_steps_done", lambda run: run.info().get("steps", 0))
         try:
@@ -88,10 +94,22 @@ def test_what_a_user_got_wrong_is_not_tried_again(play: Callable[..., Attempts],
 
 
 def test_notices_are_free_and_a_late_start_takes_fewer_workers(play: Callable[..., Attempts]) -> None:
-    slow = ControllerError(type("WorkerGroupStartupTimeoutError", (Exception,), {})("30 s"))
+    slow = NoRoomError("3 worker(s) could not be started in time")
     attempts = play(["node"], slow, ["another"], None, scale__workers="1:3", scale__max_failures=0)
     assert attempts.workers == [3, 3, 2, 3]
     assert [restart["why"].split(" ")[0] for restart in attempts.restarts] == ["notice", "3", "notice"]
+
+
+def test_only_a_run_that_can_do_with_less_gives_up_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, float]] = []
+    monkeypatch.setattr(
+        trainer, "reserved", lambda scale, workers, cpus, stopped, seconds: asked.append((cpus, seconds))
+    )
+    job = make_job(tmp_path, rows=60, scale__workers="2:3", data__direct_steps=1)
+    trainer._reserve(job, 2, 0)
+    trainer._reserve(job, 3, 0)
+    trainer._reserve(job, 2, job.plan.steps - 1)  # The workers read that step themselves.
+    assert asked == [(1, math.inf), (1, trainer.START_SECONDS), (0, math.inf)]
 
 
 def test_nothing_is_tried_again_once_ray_is_left(
@@ -116,22 +134,26 @@ def test_a_stop_while_workers_are_lost_is_a_stop(play: Callable[..., Attempts], 
 
 
 @pytest.mark.parametrize(
-    ("rooms", "why", "files"),
+    ("rooms", "why", "files", "broken"),
     [
-        ([2, 3], "the cluster has room for more workers", {".again"}),
+        ([2, 3], "the cluster has room for more workers", {".again"}, False),
+        # The node of Ray Data's CPU was lost, and another program took the one that was free.
+        ([2, 2, 2, 2], "the cluster no longer has room for 2 worker(s)", {".again", ".leave"}, True),
         # One node was slow to answer; then one was lost, and no step ended any more.
-        ([1, 2, 1, 1, 1, 1], "the cluster no longer has room for 2 worker(s)", {".again", ".leave"}),
+        ([1, 2, 1, 1, 1, 1], "the cluster no longer has room for 2 worker(s)", {".again", ".leave"}, False),
     ],
 )
 def test_room_is_looked_for_while_an_attempt_runs(
-    rooms: list[int], why: str, files: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rooms: list[int], why: str, files: set[str], broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, told = list(rooms), []
     monkeypatch.setattr(trainer, "room", lambda *a, **k: left.pop(0))
     monkeypatch.setattr(trainer, "request_resources", lambda bundles: None)
     monkeypatch.setattr(trainer, "LEAVE_SECONDS", 0.035)
     scale = ScaleConfig(workers="1:3", resize_seconds=0.01)
-    with trainer._looking_for_room(scale, 2, set(), tmp_path / ".again", tmp_path / ".leave", told.append):
+    with trainer._looking_for_room(
+        scale, 2, set(), tmp_path / ".again", tmp_path / ".leave", told.append, lambda: broken
+    ):
         wait_for(lambda: not left, 10)
     assert told == [why] and {path.name for path in tmp_path.iterdir()} == files
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
+import ray
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.on_ray import waiting
 from minimind_ray.on_ray.layout import layout, trials_that_fit
 from minimind_ray.on_ray.session import Machines
-from minimind_ray.on_ray.waiting import lacking, telling
+from minimind_ray.on_ray.tuner import _Watcher
+from minimind_ray.on_ray.waiting import lacking, telling, trial_needs
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +39,8 @@ ONE, HALF, THREE_CPUS, NESTED = {}, {"gpus_per_worker": 0.5}, {"cpus_per_worker"
         (2, 1, HALF, 8, 1, None, (2, 0, 1)),
         (4, 0, THREE_CPUS, 2, 1, None, (1, 0, 1)),
         (4, 0, NESTED, 4, 1, None, (1, 0, 1)),
-        (5, 0, NESTED, 4, 1, None, (2, 0, 1)),
+        (5, 0, NESTED, 4, 1, None, (1, 0, 1)),
+        (6, 0, NESTED, 4, 1, None, (2, 0, 1)),
         (3, 0, NESTED, 4, 1, None, (1, 0, 1)),
         (1, 0, NESTED, 4, 1, None, None),
         (2, 0, NESTED, 4, 1, None, None),
@@ -53,27 +59,78 @@ def test_what_is_held_is_there(
     spread = layout(trials_that_fit(found, asked), count, fuse=fuse, concurrent=concurrent)
     assert (spread.at_once, spread.groups, spread.size) == expected
     holders = (spread.groups or spread.at_once) * asked.most
-    assert holders * asked.cpus_per_worker + (asked.most > 1) <= cpus and holders * asked.gpus_per_worker <= gpus
+    data_cpus = spread.at_once * (asked.most > 1)
+    assert holders * asked.cpus_per_worker + data_cpus <= cpus and holders * asked.gpus_per_worker <= gpus
     assert spread.at_once <= max(1, spread.groups) * spread.size or not spread.groups
 
 
 def test_workers_of_one_trial_lie_on_several_nodes() -> None:
     nodes = [{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}]
-    assert trials_that_fit(Machines(nodes, 3), ScaleConfig(workers=2)) == 2
+    assert trials_that_fit(Machines(nodes, 3), ScaleConfig(workers=2)) == 1
+    assert trials_that_fit(Machines([*nodes, {"CPU": 1.0}], 4), ScaleConfig(workers=2)) == 2
     assert trials_that_fit(Machines(nodes, 2), ScaleConfig(workers=3)) == 1
     assert nodes[0] == {"CPU": 2.0}
     with pytest.raises(UserError, match="0 node"):
         trials_that_fit(Machines([], 0), ScaleConfig())
 
 
-def test_what_a_trial_waits_for_is_said() -> None:
-    have = {"CPU": 2.0, "GPU": 1.0}
-    assert lacking(ScaleConfig(), have, {"CPU": 1.0}, []) is None
-    said = str(lacking(ScaleConfig(), have, {}, ["process 7 on a"]))
-    assert "a trial needs 1 CPUs, and 0 of 2 CPUs are free; other programs on the cluster: process 7 on a." in said
-    on_gpu = lacking(ScaleConfig(gpus_per_worker=1.0), have, {"CPU": 2.0}, [])
-    assert "a trial needs 1 CPUs and 1 GPUs, and 2 of 2 CPUs and 0 of 1 GPUs are free" in str(on_gpu)
-    assert "needs 3 CPUs" in str(lacking(ScaleConfig(workers=2), have, {"CPU": 2.0}, []))  # One for Ray Data.
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What is free of a cluster of 2 CPUs and 1 GPU."""
+    free: dict[str, float] = {"CPU": 1.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: free)
+    monkeypatch.setattr(waiting, "other_programs", lambda: ["process 7 on a"])
+    return free
+
+
+def test_what_a_trial_waits_for_is_said(free: dict[str, float]) -> None:
+    def said(**scale: Any) -> str:
+        return str(lacking("a trial needs", trial_needs(ScaleConfig(**scale))))
+
+    assert said() == "None"
+    free["CPU"] = 0.0
+    assert "a trial needs 1 CPUs, and 0 of 2 CPUs are free; other programs on the cluster: process 7 on a." in said()
+    free["CPU"] = 2.0
+    on_gpu = said(gpus_per_worker=1.0)
+    assert "a trial needs 1 CPUs and 1 GPUs, and 2 of 2 CPUs and 0 of 1 GPUs are free" in on_gpu
+    assert "needs 3 CPUs" in said(workers=2)  # One for Ray Data.
+
+
+@pytest.mark.parametrize(("pending", "said"), [({}, False), ({"CPU": 3.0}, True)])
+def test_a_sweep_says_what_the_workers_of_its_trials_wait_for(
+    pending: dict[str, float], said: bool, free: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "pending_resources", lambda: pending)
+    watcher = _Watcher(lambda *event: None, "val/loss", [])
+    watcher.running.add("a")
+    why = watcher.waits_for(ScaleConfig(workers=2))
+    assert bool(why) == said
+    assert not said or "workers and Ray Data's tasks need 3 CPUs, and 1 of 2 CPUs are free" in str(why)
+    assert watcher.waits_for(ScaleConfig()) is None
+
+
+def test_rows_that_do_not_come_are_told_of(
+    free: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow:
+        def iter_rows(self) -> Iterator[dict[str, Any]]:
+            yield {"id": 0}
+            said.wait(10)
+            yield {"id": 1}
+
+    def say(who: str, need: Mapping[str, float]) -> str | None:
+        reason = lacking(who, need)
+        if reason:
+            said.set()
+        return reason
+
+    said = threading.Event()
+    free["CPU"] = 0.0
+    monkeypatch.setattr(waiting, "lacking", say)
+    monkeypatch.setattr(waiting, "telling", partial(telling, first=0.01))
+    assert [row["id"] for row in waiting.rows_of(Slow(), "preparing data needs", {"CPU": 1})] == [0, 1]
+    assert said.is_set()
 
 
 def test_it_is_said_after_a_while_and_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -361,6 +361,26 @@ def test_a_sweep_that_waits_for_room_can_be_stopped(tmp_path: Path, ray_session:
     assert {trial.state for trial in read_sweep(plan.path).trials} == {"waiting"}
 
 
+def test_a_trial_whose_workers_wait_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_ray.on_ray import tuner
+    from minimind_ray.on_ray.reservation import StoppedError
+
+    monkeypatch.setattr(tuner, "granted_device", lambda: torch.device("cpu"))
+    job = make_job(tmp_path, rows=60, train__max_steps=4, scale__workers=2)
+    trial = RunDirectory(start(job))
+
+    def wait_for_workers(job: Job) -> None:
+        while not (trial.path / ".stop").exists():
+            time.sleep(0.01)
+        trial.update(state="stopped")
+        raise StoppedError("no room")
+
+    monkeypatch.setattr(tuner, "train_on_ray", wait_for_workers)
+    context = tuner.TuneContext(job, tuner.Search("val/loss", "min"), lambda: True, {})
+    tuner._run_nested(job, trial, context, 0)
+    assert trial.info()["state"] == "stopped" and not (trial.path / ".stop").exists()
+
+
 def test_tune_hears_of_the_best_validation_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minimind_ray.on_ray import tuner
 

@@ -408,16 +408,13 @@ def test_a_stream_reads_every_row_once_per_epoch(tmp_path: Path) -> None:
     assert sorted(i for share in shares for i in share) == list(range(job.plan.packs_per_step))
 
 
-def test_a_signal_before_the_first_step_leaves_a_stopped_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_before_the_first_step_leaves_a_stopped_run(tmp_path: Path) -> None:
     job = make_job(tmp_path, rows=60, train__max_steps=2)
     run = RunDirectory(job.config.out)
     with pytest.raises(KeyboardInterrupt), begun(job, resume=False):
         assert run.state() == "running"
         raise KeyboardInterrupt
     assert run.state() == "stopped"
-    assert "stopped. Add --resume to the same command: there is no checkpoint" in capsys.readouterr().err
     with begun(job, resume=True):
         run_here(job)
     assert run.state() == "finished"

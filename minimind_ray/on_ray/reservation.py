@@ -1,0 +1,95 @@
+"""The CPUs and GPUs of a Ray Train run, given to it all at once, those of Ray Data's tasks among them.
+
+Ray Data's tasks run inside the run's own placement group. So a run that has its workers has all that it needs, and
+one that waits holds nothing: however many runs and sweeps share a cluster, they cannot wait for each other in a circle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+
+import ray
+import ray.train
+from ray.data import DataContext, ExecutionOptions, ExecutionResources
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.on_ray.session import worker_resources
+
+LOOK_SECONDS = 0.1
+
+
+class StoppedError(UserError):
+    """A stop before there were workers, so that no step could follow it."""
+
+
+class NoRoomError(Exception):
+    """The cluster had no room in time."""
+
+
+NO_ROOM = "stopped while there was no room for the workers; --resume waits for room again"
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A placement group: a bundle for each worker, then one of 1 CPU for each of `data_cpus`."""
+
+    group: PlacementGroup
+    data_cpus: int
+
+    def broken(self) -> bool:
+        """Whether a node with a part of it is gone, so that the rest waits for what others may hold."""
+        return _state(self.group) == "RESCHEDULING"
+
+    def data_config(self) -> ray.train.DataConfig:
+        """Tell Ray Data how many CPUs it has; tasks too many would wait for each other."""
+        limits = ExecutionResources(cpu=self.data_cpus)
+        return ray.train.DataConfig(
+            execution_options=ExecutionOptions(preserve_order=True, resource_limits=limits, verbose_progress=False)
+        )
+
+    def dataset(self, make: Callable[[], ray.data.Dataset]) -> ray.data.Dataset:
+        """The dataset that `make` makes, with all its tasks in the placement group."""
+        context = deepcopy(DataContext.get_current())
+        # Any bundle: the workers fill theirs. Not by assignment, which warns that Ray will do without it in 2027.
+        strategy = PlacementGroupSchedulingStrategy(self.group)
+        vars(context).update(scheduling_strategy=strategy, scheduling_strategy_large_args=strategy)
+        with DataContext.current(context):
+            return make()
+
+
+@contextmanager
+def reserved(
+    scale: ScaleConfig, workers: int, data_cpus: int, stopped: Callable[[], bool], seconds: float
+) -> Generator[Reservation]:
+    """While inside, the CPUs and GPUs of so many workers and of Ray Data's tasks are the caller's.
+
+    Raises:
+        StoppedError: `stopped` meanwhile.
+        NoRoomError: there was no room for `seconds`.
+    """
+    bundles = [worker_resources(scale)] * workers + [{"CPU": 1.0}] * data_cpus
+    group = placement_group(bundles)
+    try:
+        deadline = time.monotonic() + seconds
+        # Not `group.wait`: each wait that ends without room leaves memory behind in Ray's head, megabytes in a second.
+        while _state(group) != "CREATED":
+            if stopped():
+                raise StoppedError(NO_ROOM)
+            if time.monotonic() > deadline:
+                raise NoRoomError(f"{workers} worker(s) could not be started in time")
+            time.sleep(LOOK_SECONDS)
+        yield Reservation(group, data_cpus)
+    finally:
+        if ray.is_initialized():
+            remove_placement_group(group)
+
+
+def _state(group: PlacementGroup) -> str:
+    return placement_group_table(group)["state"]
