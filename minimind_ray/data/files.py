@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # Imported where it is used: most commands read local files w
     import pyarrow as pa
     from pyarrow import fs
 
+GS_RETRY_S = 10
+
 
 def locate(url: str) -> tuple[fs.FileSystem, str]:
     """The file system of a path or URL (`s3://`, `gs://`, `hf://`, or what fsspec knows), and the path inside it.
@@ -38,8 +40,10 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
 
         return _filesystem(HfFileSystem()), rest
     if scheme in ("s3", "gs"):
+        # Google's client would try each request for 15 minutes, in which no signal is heard.
+        options = f"?retry_limit_seconds={GS_RETRY_S}" if scheme == "gs" else ""
         try:  # From the bucket alone: a path may hold what an URI may not, such as the wildcards of a glob.
-            return fs.FileSystem.from_uri(f"{scheme}://{rest.split('/')[0]}")[0], rest
+            return fs.FileSystem.from_uri(f"{scheme}://{rest.split('/')[0]}{options}")[0], rest
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{url}: the object store cannot be used: {one_line(error)}") from None
     import fsspec

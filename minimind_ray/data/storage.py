@@ -50,6 +50,8 @@ REFUSALS = {
     ),
     r"ACCESS_DENIED|status 403\)|PERMISSION_DENIED|Forbidden": "the credentials do not allow it",
     r"REQUEST_TIME_TOO_SKEWED": "the clock of this machine is wrong",
+    # As a package for fsspec answers: hf://gpt2 is no name of a repository.
+    r"^(ValueError|NotImplementedError): ": "the store's package refuses it",
 }
 """What stores say of requests that waiting does not help, and what it means."""
 

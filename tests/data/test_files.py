@@ -17,6 +17,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.data import storage
 from minimind_ray.data.files import locate
 from minimind_ray.data.records import discover
+from minimind_ray.data.storage import StoreError, require_writable
 
 pytestmark = pytest.mark.unit
 
@@ -120,3 +121,23 @@ def test_a_local_url_is_made_as_it_is_written(tmp_path: Path) -> None:
         (mirror.path / "checkpoints").mkdir(parents=True)
         (mirror.path / "checkpoints" / "a").write_text("a")
     assert (tmp_path / "new" / "run" / "checkpoints" / "a").read_text() == "a"
+
+
+def test_what_a_package_refuses_is_not_asked_again() -> None:
+    Flaky.down = ValueError("Repository id must be 'namespace/name', got 'x'")
+    with pytest.raises(StoreError, match="flaky://x: the store's package refuses it .*Repository id must be"):
+        require_writable("flaky://x", probe=False)
+
+
+def test_googles_client_does_not_keep_signals_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Recorder:
+        @staticmethod
+        def from_uri(uri: str) -> tuple[None, None]:
+            asked.append(uri)
+            return None, None
+
+    monkeypatch.setattr(fs, "FileSystem", Recorder)
+    assert locate("gs://bucket/a*") == (None, "bucket/a*")
+    assert asked == ["gs://bucket?retry_limit_seconds=10"]
