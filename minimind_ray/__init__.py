@@ -1,0 +1,1 @@
+"""Train small language models on one machine or on a Ray cluster."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -51,18 +52,26 @@ def test_files_import_only_from_layers_above(path: Path) -> None:
         assert top not in TESTS_ONLY
 
 
-def test_readme_lists_every_file_below_what_it_imports() -> None:
-    folder, listed = "", list[str]()
-    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
-        if found := re.match(r" {6}(?:(\w+)/)? +(\w+\.[\w.]+)", line):
-            folder = found[1] or folder
-            listed.append(f"{folder}/{found[2]}")
-    there = {str(p.relative_to(PACKAGE)) for p in [*FILES, *PACKAGE.rglob("*.j2")] if not p.name.startswith("__")}
-    assert sorted(listed) == sorted(there)
-    for place, file in enumerate(listed):
-        for name in imports(PACKAGE / file) if file.endswith(".py") else ():
-            other = name.removeprefix("minimind_ray.").replace(".", "/") + ".py"
-            assert other not in listed[place:], f"{file} imports {other}, which stands below"
+def test_files_do_not_import_in_a_circle() -> None:
+    there = {module_name(path): path for path in FILES}
+    waits = {name: sorted(imports(path) & there.keys() - {name}) for name, path in there.items()}
+    TopologicalSorter(waits).prepare()  # Raises CycleError, which names the circle.
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_readme_describes_every_folder_in_the_order_of_imports(name: str) -> None:
+    assert re.findall(r"^ {6}(\w+)/ +\S", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE) == LAYERS
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
+def test_every_file_begins_by_saying_what_it_is_for(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith('"""')
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""From source files to training batches: files, rows, documents, packs, batches."""

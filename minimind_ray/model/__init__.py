@@ -1,0 +1,1 @@
+"""The network, its adapters, checkpoints in and out, and text generation."""

@@ -1,0 +1,1 @@
+"""What training minimises: the loss of each stage, as a sum and a count."""

@@ -1,0 +1,1 @@
+"""Sweeps: what they vary, what they cost, how they run, and how their trials compare."""

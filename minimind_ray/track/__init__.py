@@ -1,0 +1,1 @@
+"""Experiment trackers: what a run's metrics are sent to."""
