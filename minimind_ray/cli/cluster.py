@@ -27,7 +27,7 @@ def check(
     from rich.markup import escape
 
     from minimind_ray.config.cluster import read_cluster, scales
-    from minimind_ray.on_ray.cluster_check import check_cluster
+    from minimind_ray.on_ray.cluster.check import check_cluster
 
     cluster = read_cluster(file)
     findings = check_cluster(cluster, [scale for path in config or () for scale in scales(path)])

@@ -24,8 +24,8 @@ def doctor(
     from rich.table import Table
 
     from minimind_ray.config.paths import STORAGE, masked
-    from minimind_ray.on_ray.cluster_check import Finding
-    from minimind_ray.on_ray.doctor import diagnose, examine_cluster, examine_here
+    from minimind_ray.on_ray.cluster.check import Finding
+    from minimind_ray.on_ray.cluster.doctor import diagnose, examine_cluster, examine_here
     from minimind_ray.on_ray.session import machines, start_ray, stop_ray
 
     storage = storage or [url for url in [os.environ.get(STORAGE)] if url]

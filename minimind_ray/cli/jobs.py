@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from minimind_ray.data.package import Package
-    from minimind_ray.on_ray.jobs import Client
+    from minimind_ray.on_ray.cluster.jobs import Client
 
 ClusterFile = Annotated[
     Path | None,
@@ -67,7 +67,7 @@ def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", he
     cluster = _cluster(context)
     from datetime import datetime
 
-    from minimind_ray.on_ray.jobs import connect
+    from minimind_ray.on_ray.cluster.jobs import connect
     from minimind_ray.sweep.text import duration_text
 
     with connect(cluster) as client:
@@ -103,7 +103,7 @@ def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", he
 def logs(context: typer.Context, job: Job) -> None:
     """Show a job's output from its beginning, follow it to its end, and fetch its results."""
     cluster = _cluster(context)
-    from minimind_ray.on_ray.jobs import connect, details
+    from minimind_ray.on_ray.cluster.jobs import connect, details
 
     with connect(cluster) as client:
         details(client, job)
@@ -113,8 +113,8 @@ def logs(context: typer.Context, job: Job) -> None:
 def stop(context: typer.Context, job: Job) -> None:
     """Stop a job as Ctrl-C would: after the step, with a checkpoint."""
     cluster = _cluster(context)
-    from minimind_ray.on_ray.jobs import connect
-    from minimind_ray.on_ray.jobs import stop as stop_job
+    from minimind_ray.on_ray.cluster.jobs import connect
+    from minimind_ray.on_ray.cluster.jobs import stop as stop_job
 
     with connect(cluster) as client:
         running = stop_job(client, job)
@@ -140,7 +140,7 @@ def _send(context: typer.Context, cluster: Path | None, command: Sequence[str], 
 
     sent = package(Path.cwd(), ship)
     print(_summary(sent), flush=True)
-    from minimind_ray.on_ray.jobs import connect, submit
+    from minimind_ray.on_ray.cluster.jobs import connect, submit
 
     with connect(cluster) as client:
         job = submit(client, command, metadata, sent)
@@ -162,7 +162,7 @@ def _watch(client: Client, job: str, cluster: Path | None) -> None:
     """Show the job's output until it has ended, and bring home what it made; exits as the job did."""
     from json import dumps
 
-    from minimind_ray.on_ray.jobs import fetch, follow
+    from minimind_ray.on_ray.cluster.jobs import fetch, follow
 
     try:
         info = follow(client, job, _write)

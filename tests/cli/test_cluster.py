@@ -10,7 +10,7 @@ import yaml
 from minimind_ray.cli.tune import trial_price
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.on_ray import cluster_check
+from minimind_ray.on_ray.cluster import check
 from tests.cli.conftest import Command
 
 pytestmark = pytest.mark.unit
@@ -27,7 +27,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token.chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cluster_check, "_installed", lambda module: True)
+    monkeypatch.setattr(check, "_installed", lambda module: True)
 
 
 def test_a_file_is_checked_and_priced(command: Command, tmp_path: Path) -> None:

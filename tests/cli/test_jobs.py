@@ -95,8 +95,8 @@ def test_what_is_fetched_of_one_directory_does_not_mix_with_another(
             (target / name).write_text(out)
         return [target / name for name in made]
 
-    monkeypatch.setattr("minimind_ray.on_ray.jobs.fetch", fetch)
-    monkeypatch.setattr("minimind_ray.on_ray.jobs.follow", lambda client, job, write: info)
+    monkeypatch.setattr("minimind_ray.on_ray.cluster.jobs.fetch", fetch)
+    monkeypatch.setattr("minimind_ray.on_ray.cluster.jobs.follow", lambda client, job, write: info)
 
     def watch(out: str) -> set[str]:
         info.metadata = {"out": out}
@@ -122,7 +122,7 @@ def test_a_failed_jobs_log_is_not_repeated(
 ) -> None:
     message = "Job entrypoint command failed with exit code 3, last available logs (truncated to 20,000 chars):\nboom"
     info = SimpleNamespace(status="FAILED", metadata={}, message=message, driver_exit_code=3)
-    monkeypatch.setattr("minimind_ray.on_ray.jobs.follow", lambda client, job, write: info)
+    monkeypatch.setattr("minimind_ray.on_ray.cluster.jobs.follow", lambda client, job, write: info)
     with pytest.raises(typer.Exit) as ended:
         jobs._watch(None, "a-job", None)  # pyright: ignore[reportArgumentType]
     assert ended.value.exit_code == 3

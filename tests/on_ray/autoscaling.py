@@ -43,7 +43,7 @@ def main(command: list[str]) -> int:
     (home / "ray_bootstrap_config.yaml").write_text(json.dumps(config()))
     env = {
         **os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "0",
-        "RAY_AUTOSCALER_UTILIZATION_SCORER": "minimind_ray.on_ray.spot.spot_first",
+        "RAY_AUTOSCALER_UTILIZATION_SCORER": "minimind_ray.on_ray.cluster.spot.spot_first",
     }  # fmt: skip
     start = ["ray", "start", "--head", "--num-cpus=0", '--resources={"driver": 1000}', "--disable-usage-stats"]
     subprocess.run([*start, f"--autoscaling-config={home}/ray_bootstrap_config.yaml"], env=env, check=True)

@@ -14,7 +14,7 @@ import pytest
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import session
-from minimind_ray.on_ray.jobs import connect
+from minimind_ray.on_ray.cluster.jobs import connect
 from minimind_ray.on_ray.session import (
     Machines,
     alone,
@@ -130,7 +130,7 @@ def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, m
 def test_a_port_of_something_else_is_no_cluster(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("minimind_ray.on_ray.session.HEAD_SECONDS", 0.2)
-    monkeypatch.setattr("minimind_ray.on_ray.jobs.DASHBOARD_SECONDS", 0.2)
+    monkeypatch.setattr("minimind_ray.on_ray.cluster.jobs.DASHBOARD_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:

@@ -23,7 +23,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.package import Package
 from minimind_ray.on_ray.auth_token import keep_token_private
-from minimind_ray.on_ray.tunnel import tunnel
+from minimind_ray.on_ray.cluster.tunnel import tunnel
 from minimind_ray.train.bundle import unpack
 
 Client = JobSubmissionClient

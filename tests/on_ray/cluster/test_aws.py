@@ -17,7 +17,7 @@ from ray.autoscaler.tags import TAG_RAY_NODE_KIND
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REGION = "us-west-2"
 
 

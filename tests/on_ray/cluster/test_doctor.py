@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minimind_ray.on_ray import doctor
-from minimind_ray.on_ray.doctor import Node, diagnose, examine_here, probe
+from minimind_ray.on_ray.cluster import doctor
+from minimind_ray.on_ray.cluster.doctor import Node, diagnose, examine_here, probe
 
 GB = 10**9
 WELL = Node(

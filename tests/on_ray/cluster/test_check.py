@@ -17,12 +17,12 @@ from packaging.requirements import Requirement
 from minimind_ray.config.cluster import read_cluster, scales
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.on_ray import cluster_check
-from minimind_ray.on_ray.cluster_check import Finding, check_cluster
+from minimind_ray.on_ray.cluster import check as cluster_check
+from minimind_ray.on_ray.cluster.check import Finding, check_cluster
 
 pytestmark = pytest.mark.unit
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = ["cluster.yaml", "cluster/azure.yaml", "cluster/gcp.yaml", "cluster/kuberay.yaml", "cluster/local.yaml"]
 Tree = dict[str, Any]
 Check = Callable[..., list[Finding]]

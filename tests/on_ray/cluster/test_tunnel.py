@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.on_ray.tunnel import reason, tunnel
+from minimind_ray.on_ray.cluster.tunnel import reason, tunnel
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def told(file: Path) -> str:

@@ -1,7 +1,7 @@
 """The way to a cluster's head: one ssh connection of Ray's own, with the cluster file's settings.
 
-`python -m minimind_ray.on_ray.tunnel FILE PORT` opens it, as the child process of `tunnel`: PORT on this machine's
-loopback leads to the dashboard on the head's, which no other machine can reach.
+`python -m minimind_ray.on_ray.cluster.tunnel FILE PORT` opens it, as the child process of `tunnel`: PORT on this
+machine's loopback leads to the dashboard on the head's loopback, which no other machine can reach.
 """
 
 from __future__ import annotations

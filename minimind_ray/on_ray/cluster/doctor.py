@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import masked
 from minimind_ray.data.files import join, locate, one_line
-from minimind_ray.on_ray.cluster_check import Finding
+from minimind_ray.on_ray.cluster.check import Finding
 
 ALIKE = ("ray", "torch", "minimind-ray")
 GB = 1e9

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Setup = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -18,7 +18,7 @@ from ray.autoscaler.node_launch_exception import NodeLaunchException
 pytestmark = pytest.mark.unit
 
 Launched = Callable[..., dict[str, int]]
-CLUSTER = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())
+CLUSTER = yaml.safe_load((Path(__file__).parents[3] / "cluster.yaml").read_text())
 
 
 class NoNodes:
