@@ -77,7 +77,7 @@ def test_every_file_begins_by_saying_what_it_is_for(path: Path) -> None:
 @pytest.mark.parametrize(
     ("start", "slow"),
     [
-        ("cli/main.py", ("ray", "torch", "pyarrow", "numpy", "wandb", "matplotlib", "tokenizers")),
+        ("cli/main.py", ("ray", "torch", "pyarrow", "numpy", "wandb", "matplotlib", "tokenizers", "pydantic", "yaml")),
         ("stages/conversation.py", ("ray", "pyarrow", "fsspec", "pandas", "wandb", "matplotlib", "huggingface_hub")),
     ],
     ids=["help", "chat and generate"],

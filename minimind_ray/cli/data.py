@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minimind_ray.cli.flags import config_from_flags
+from minimind_ray.cli.flags import added, config_from_flags, key_options, with_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at data and prepare it.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(cls=with_options(lambda: key_options(only=["max_seq_len", "pack_tokens"])))
 def inspect(
+    context: typer.Context,
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
     tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
     stage: Annotated[str | None, typer.Option(help="pretrain, sft, lora or dpo; default: by the first row")] = None,
-    max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
-    pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="read no more rows than this", show_default=False)] = None,
     samples: Annotated[int, typer.Option(min=0, help="documents to show")] = 3,
     set_: Annotated[
@@ -45,7 +44,7 @@ def inspect(
     from minimind_ray.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(input_path(tokenizer))
-    flags = {"max_seq_len": max_seq_len, "pack_tokens": pack_tokens}
+    flags = added(context)
     unstaged = config_from_flags(stage or "pretrain", [], set_ or [], flags).data
     sources = discover([input_path(file) for file in files], unstaged.text_files)
     source_rows = islice(chain.from_iterable(map(read_rows, sources)), rows)
@@ -56,15 +55,13 @@ def inspect(
     _print_inspection(inspection, config.stage, loaded, config.data)
 
 
-@app.command()
+@app.command(cls=with_options(lambda: key_options(only=["max_seq_len", "pack_tokens", "cache_dir"])))
 def prepare(
+    context: typer.Context,
     files: Annotated[list[str], typer.Argument(help="training files: paths, globs, folders or URLs")],
     stage: Annotated[str, typer.Option(help="pretrain, sft, lora or dpo")],
     tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
     val: Annotated[list[str] | None, typer.Option(help="validation files; default: hold out rows")] = None,
-    max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
-    pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="data.cache_dir", show_default=False)] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key")] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Data on all CPUs, or this process alone")] = True,
 ) -> None:
@@ -77,8 +74,7 @@ def prepare(
     from minimind_ray.data.storage import require_writable
     from minimind_ray.data.tokenizer import Tokenizer
 
-    flags = {"train": files, "val": val, "tokenizer": tokenizer, "max_seq_len": max_seq_len}
-    flags |= {"pack_tokens": pack_tokens, "cache_dir": cache_dir}
+    flags = {"train": files, "val": val, "tokenizer": tokenizer, **added(context)}
     config = resolve_paths(config_from_flags(stage, [], set_ or [], flags))
     require_writable(config.data.cache_dir)
     require_files(config.data)

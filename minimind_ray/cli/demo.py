@@ -57,11 +57,12 @@ def demo(
 
 def sweep_beta(out: str, console: Console) -> None:
     """Two values of DPO's beta, two seeds each, from the fine-tuned model."""
-    from minimind_ray.cli.tune import new_plan, print_results, run_plan
+    from minimind_ray.cli.tune import print_results, run_plan
     from minimind_ray.data.files import join
     from minimind_ray.stages.recipe import set_aside
     from minimind_ray.stages.run import changed_inputs, prepare_job
     from minimind_ray.sweep.plan import reopen_sweep
+    from minimind_ray.sweep.request import SweepRequest
     from minimind_ray.sweep.trials import open_sweep
     from minimind_ray.train.run import RunDirectory
 
@@ -78,10 +79,10 @@ def sweep_beta(out: str, console: Console) -> None:
         else:
             run_plan(plan, resume=True)
             return
-    flags = {split: join(out, "data", "dpo", f"{split}.jsonl") for split in ("train", "val")}
-    sweep = EXPERIMENTS / "sweeps" / "quickstart.yaml"
-    flags["init_from"] = join(out, "runs", "sft")
-    run_plan(new_plan(None, sweep, [], [], [], flags, {}, str(path)), resume=False)
+    settings = {f"data.{split}": join(out, "data", "dpo", f"{split}.jsonl") for split in ("train", "val")}
+    settings["init_from"] = join(out, "runs", "sft")
+    request = SweepRequest(file=EXPERIMENTS / "sweeps" / "quickstart.yaml", settings=settings, out=str(path))
+    run_plan(request.plan(), resume=False)
 
 
 def ask_questions(out: str, console: Console) -> None:

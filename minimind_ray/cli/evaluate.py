@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_ray.cli import options
-from minimind_ray.cli.flags import config_from_flags
+from minimind_ray.cli.flags import added, config_from_flags, key_options, with_options
 from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from minimind_ray.train.evaluate import Evaluation
 
 
+EvalCommand = with_options(lambda: key_options(only=["precision", "max_seq_len", "pack_tokens"]))
+
+
 def evaluate_(
+    context: typer.Context,
     model: options.Model,
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
     stage: Annotated[str, typer.Option(help="what the rows are: pretrain, sft, lora or dpo")],
@@ -38,13 +42,10 @@ def evaluate_(
         Path | None, typer.Option(metavar="FILE.parquet", help="write each example's result", show_default=False)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="the result as a JSON object")] = False,
-    precision: Annotated[str | None, typer.Option(help="train.precision", show_default=False)] = None,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file, such as a run's config.yaml")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="data.…, eval.max_tokens, dpo.beta, dpo.loss")
     ] = None,
-    max_seq_len: Annotated[str | None, typer.Option(help="data.max_seq_len", show_default=False)] = None,
-    pack_tokens: Annotated[str | None, typer.Option(help="data.pack_tokens", show_default=False)] = None,
 ) -> None:
     """Loss, perplexity and bits per byte on files; for preference data the part of pairs ranked right.
 
@@ -55,8 +56,7 @@ def evaluate_(
         if out.is_dir():
             raise UserError(f"--out {out} is a directory: name a file in it, such as {out / 'results.parquet'}")
         out.parent.mkdir(parents=True, exist_ok=True)
-    flags = {"val": files, "max_seq_len": max_seq_len, "pack_tokens": pack_tokens, "precision": precision}
-    resolved = config_from_flags(stage, config or [], set_ or [], flags)
+    resolved = config_from_flags(stage, config or [], set_ or [], {"val": files, **added(context)})
     evaluation, facts = measure(resolved, model, adapter, reference, say=(lambda line: None) if json else print)
     if out is not None:
         evaluation.write(out)

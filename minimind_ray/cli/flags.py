@@ -1,64 +1,194 @@
-"""Short flags for config keys, the same in every command that takes a config."""
+"""Options of commands that come from the schema: the short flags of config keys, and how a sweep is searched.
+
+The schema is read when one of these commands is parsed, so that `minimind-ray --help` starts without it.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from minimind_ray.config.flag import Flag
     from minimind_ray.config.schema import Config
 
-FLAGS = {
-    "train": "data.train",
-    "val": "data.val",
-    "tokenizer": "data.tokenizer",
-    "max_seq_len": "data.max_seq_len",
-    "pack_tokens": "data.pack_tokens",
-    "cache_dir": "data.cache_dir",
-    "preset": "model.preset",
-    "init_from": "init_from",
-    "batch_tokens": "batch.tokens",
-    "lr": "optim.lr",
-    "schedule": "schedule.name",
-    "warmup": "schedule.warmup",
-    "epochs": "train.epochs",
-    "max_steps": "train.max_steps",
-    "seed": "train.seed",
-    "precision": "train.precision",
-    "workers": "scale.workers",
-    "cpus_per_worker": "scale.cpus_per_worker",
-    "gpus_per_worker": "scale.gpus_per_worker",
-    "rank": "lora.rank",
-    "beta": "dpo.beta",
-    "loss": "dpo.loss",
-    "wandb": "track.wandb",
-    "out": "out",
-}
+ADDED = "minimind_ray.added"
 
 
-SOURCES = ("train", "val")
-PATHS = ("tokenizer", "cache_dir", "init_from", "out")
+@dataclass(frozen=True)
+class KeyFlag:
+    """The flag of one config key. `repeated`: it may be given several times, which makes a list."""
+
+    key: str
+    flag: Flag
+    repeated: bool
+
+    def value(self, given: Any) -> Any:
+        """The config's value from what was given: read as YAML, or as it is."""
+        from minimind_ray.config.load import parse_value
+
+        if self.repeated:
+            return _sources([given] if isinstance(given, str) else list(given))
+        return given if self.flag.verbatim or not isinstance(given, str) else parse_value(given)
+
+    def option(self, panel: str | None) -> Option:
+        """The option of a command."""
+        text = f"{self.key}; {self.flag.note}" if self.flag.note else self.key
+        return Option(self.flag.parameter, self.flag.name, list[str] if self.repeated else str, text, panel)
 
 
-def flag_value(flag: str, value: Any) -> Any:
-    """What was given to a short flag: paths as they are, for rows one or a list; other texts as YAML has them."""
+@dataclass(frozen=True)
+class Option:
+    """An option that the schema adds to a command; where it is not given, it is None."""
+
+    parameter: str
+    name: str
+    kind: Any
+    help: str
+    panel: str | None = None
+
+
+def _sources(texts: list[str]) -> str | list[str]:
+    """Paths of rows: one, or a list."""
     from minimind_ray.config.load import parse_value
 
-    if flag in SOURCES:
-        texts = [value] if isinstance(value, str) else list(value)
-        values = [parse_value(text) if text.startswith("[") else text for text in texts]
-        # Not each text that begins so is a list: [ab]*.jsonl.
-        paths = [path for v, text in zip(values, texts) for path in (v if isinstance(v, list) else [text])]
-        return paths if len(paths) > 1 else paths[0]
-    return parse_value(value) if isinstance(value, str) and flag not in PATHS else value
+    values = [parse_value(text) if text.startswith("[") else text for text in texts]
+    # Not each text that begins so is a list: [ab]*.jsonl.
+    paths = [path for v, text in zip(values, texts) for path in (v if isinstance(v, list) else [text])]
+    return paths if len(paths) > 1 else paths[0]
 
 
-def config_from_flags(stage: str, config: list[Path], settings: list[str], flags: dict[str, Any]) -> Config:
+@functools.cache
+def config_flags() -> dict[str, KeyFlag]:
+    """Every flag of the schema, by the option's name in Python."""
+    from minimind_ray.config.schema import Config
+
+    return {found.flag.parameter: found for found in _flags_of(Config)}
+
+
+def _flags_of(model: type[BaseModel], at: str = "") -> Iterator[KeyFlag]:
+    from minimind_ray.config.flag import Flag
+    from minimind_ray.config.load import section_of
+
+    for name, field in model.model_fields.items():
+        if section := section_of(field.annotation):
+            yield from _flags_of(section, f"{at}{name}.")
+        for flag in field.metadata:
+            if isinstance(flag, Flag):
+                yield KeyFlag(f"{at}{name}", flag, list[str] in get_args(field.annotation))
+
+
+def key_options(
+    panel: Callable[[Flag], str] | None = None, *, only: Iterable[str] | None = None, without: Iterable[str] = ()
+) -> list[Option]:
+    """Options for config keys: all of them or `only` some, by their names in Python; `panel` is where help has one."""
+    flags = config_flags()
+    names = [name for name in (flags if only is None else only) if name not in without]
+    return [flags[name].option(panel(flags[name].flag) if panel else None) for name in names]
+
+
+def search_options(*, without: Iterable[str] = ()) -> list[Option]:
+    """Options for the fields of `SearchConfig`, which say how a sweep is searched."""
+    from minimind_ray.config.search import SearchConfig
+
+    return [
+        Option(name, f"--{name.replace('_', '-')}", _scalar(field.annotation), field.description or "")
+        for name, field in SearchConfig.model_fields.items()
+        if name not in without
+    ]
+
+
+def _scalar(annotation: Any) -> type:
+    """The type that Typer checks: a whole number, a number, or a text where the field has words."""
+    kinds = {kind for kind in _leaves(annotation) if kind is not type(None)}
+    return kinds.pop() if len(kinds) == 1 else str
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    if getattr(annotation, "__metadata__", None):  # Annotated[int, Gt(0)]
+        yield from _leaves(get_args(annotation)[0])
+    elif arguments := get_args(annotation):
+        for argument in arguments:
+            yield from _leaves(argument)
+    else:
+        yield annotation if isinstance(annotation, type) else type(annotation)
+
+
+def with_options(make: Callable[[], list[Option]]) -> type[TyperCommand]:
+    """The class of a command that has the options which `make` returns, beside those of its function.
+
+    The function asks `added` or `given` for them. `make` is called when the command is parsed, not before.
+    """
+
+    class Command(TyperCommand):
+        @functools.cached_property
+        def extra(self) -> list[Any]:
+            return _click_options(make())
+
+        def get_params(self, ctx: Any) -> list[Any]:
+            known = super().get_params(ctx)
+            own = len(self.params)  # --help comes behind them.
+            return [*known[:own], *self.extra, *known[own:]]
+
+        def invoke(self, ctx: Any) -> Any:
+            ctx.meta[ADDED] = {option.name: ctx.params.pop(option.name) for option in self.extra}
+            return super().invoke(ctx)
+
+    return Command
+
+
+def _click_options(options: Iterable[Option]) -> list[Any]:
+    """What Typer makes of the options: those of a function with such a signature."""
+
+    def function(**values: Any) -> None:
+        raise NotImplementedError
+
+    parameters: list[inspect.Parameter] = []
+    for option in options:
+        info = typer.Option(option.name, help=option.help, show_default=False, rich_help_panel=option.panel)
+        kind = Annotated[option.kind | None, info]
+        parameters.append(
+            inspect.Parameter(option.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        )
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    return list(typer.main.get_command(app).params)
+
+
+def added(context: typer.Context) -> dict[str, Any]:
+    """The options that `with_options` added to the command and that were given, by their names in Python."""
+    return without_unset(context.meta[ADDED])
+
+
+def given(context: typer.Context) -> dict[str, Any]:
+    """All parameters of a command `with_options` that were given, by their names in Python."""
+    return without_unset({**context.params, **context.meta[ADDED]})
+
+
+def without_unset(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters without those that were not given. 0 is a value, if a wrong one."""
+    return {name: value for name, value in parameters.items() if value not in (None, [], ()) and value is not False}
+
+
+def overrides_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted config key, of those flags among these parameters that were given."""
+    known = config_flags()
+    return {known[name].key: known[name].value(text) for name, text in without_unset(flags).items() if name in known}
+
+
+def config_from_flags(stage: str, config: Iterable[Path], settings: Iterable[str], flags: Mapping[str, Any]) -> Config:
     """The config that --config files, --set and the short flags make; later ones win in that order."""
     from minimind_ray.config.load import load_config, parse_override
 
-    overrides = dict(parse_override(text) for text in settings)
-    for flag, value in flags.items():
-        if value is not None and not (flag in SOURCES and len(value) == 0):
-            overrides[FLAGS[flag]] = flag_value(flag, value)
-    return load_config(stage, config, overrides)
+    overrides = {**dict(map(parse_override, settings)), **overrides_of(flags)}
+    return load_config(stage, list(config), overrides)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.cli.flags import FLAGS, config_from_flags
+from minimind_ray.cli.flags import config_from_flags, without_unset
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import check_location
 
@@ -220,10 +220,7 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{path} does not lie in the working directory, which is all that the cluster gets")
     if name == "train":
-        flags = {flag: params[flag] for flag in FLAGS if flag in params}
-        config = config_from_flags(
-            params["stage"], list(map(Path, params["config"] or [])), params["set_"] or [], flags
-        )
+        config = config_from_flags(params["stage"], map(Path, params["config"] or []), params["set_"] or [], params)
         return {"out": config.out.replace("{stage}", config.stage), "config": to_yaml(config)}
     if name == "eval" and params["out"]:
         raise UserError("eval --out would write into the job's copy of the working directory: leave it out")
@@ -234,7 +231,7 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
     if name == "tune":
         from minimind_ray.cli.tune import plan_of
 
-        plan = plan_of({key: value for key, value in params.items() if not (value is None or value == [])})
+        plan = plan_of(without_unset(params))
         return {"out": str(params["out"] or Path("sweeps") / plan.base.stage), "config": to_yaml(plan.base)}
     if name == "run":
         from minimind_ray.stages.recipe import read_recipe

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minimind_ray.cli.flags import added, key_options, overrides_of, with_options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,7 +18,11 @@ if TYPE_CHECKING:
     from minimind_ray.stages.recipe import TokenizerStep
 
 
+RunCommand = with_options(lambda: key_options(only=["workers"]))
+
+
 def run(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as experiments/zero.yaml")],
     data_dir: Annotated[str | None, typer.Option(help="where the recipe's data lies; default: what it says")] = None,
     out: Annotated[
@@ -26,15 +32,12 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="[STAGE.]KEY=VALUE", help="any config key, for all stages or the one named"),
     ] = None,
-    workers: Annotated[str | None, typer.Option(help="scale.workers", show_default=False)] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
     """Run a recipe's stages; what is finished and unchanged is skipped, what was interrupted goes on."""
-    from minimind_ray.config.load import parse_override, parse_value
+    from minimind_ray.config.load import parse_override
 
-    overrides: dict[str, Any] = dict(parse_override(text) for text in set_ or [])
-    if workers is not None:
-        overrides["scale.workers"] = parse_value(workers)
+    overrides = {**dict(map(parse_override, set_ or [])), **overrides_of(added(context))}
     run_recipe(recipe, data_dir, out, overrides, ray=ray)
 
 

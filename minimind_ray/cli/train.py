@@ -5,56 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minimind_ray.cli.flags import config_from_flags
+from minimind_ray.cli.flags import added, config_from_flags, key_options, with_options
 
 if TYPE_CHECKING:
     from minimind_ray.config.schema import Config, ScaleConfig
     from minimind_ray.stages.run import Host, Job
 
 
-def flag(key: str) -> Any:
-    """An option that sets a config key."""
-    return typer.Option(help=key, show_default=False, rich_help_panel="Short names for config keys")
+# Where packs are kept is no question of one run: --set data.cache_dir.
+TrainCommand = with_options(lambda: key_options(lambda flag: "Short names for config keys", without=["cache_dir"]))
 
 
 def train(
+    context: typer.Context,
     stage: Annotated[str, typer.Argument(help="pretrain, sft, lora or dpo")],
     config: Annotated[list[Path] | None, typer.Option(help="YAML file; later ones win")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and start nothing")] = False,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
-    out: Annotated[str | None, flag("out: the run directory")] = None,
-    train: Annotated[list[str] | None, flag("data.train; may be repeated")] = None,
-    val: Annotated[list[str] | None, flag("data.val; may be repeated")] = None,
-    tokenizer: Annotated[str | None, flag("data.tokenizer")] = None,
-    init_from: Annotated[str | None, flag("init_from")] = None,
-    preset: Annotated[str | None, flag("model.preset")] = None,
-    max_seq_len: Annotated[str | None, flag("data.max_seq_len")] = None,
-    pack_tokens: Annotated[str | None, flag("data.pack_tokens")] = None,
-    batch_tokens: Annotated[str | None, flag("batch.tokens")] = None,
-    lr: Annotated[str | None, flag("optim.lr")] = None,
-    schedule: Annotated[str | None, flag("schedule.name")] = None,
-    warmup: Annotated[str | None, flag("schedule.warmup")] = None,
-    epochs: Annotated[str | None, flag("train.epochs")] = None,
-    max_steps: Annotated[str | None, flag("train.max_steps")] = None,
-    seed: Annotated[str | None, flag("train.seed")] = None,
-    precision: Annotated[str | None, flag("train.precision")] = None,
-    workers: Annotated[str | None, flag("scale.workers")] = None,
-    cpus_per_worker: Annotated[str | None, flag("scale.cpus_per_worker")] = None,
-    gpus_per_worker: Annotated[str | None, flag("scale.gpus_per_worker")] = None,
-    rank: Annotated[str | None, flag("lora.rank")] = None,
-    beta: Annotated[str | None, flag("dpo.beta")] = None,
-    loss: Annotated[str | None, flag("dpo.loss")] = None,
-    wandb: Annotated[str | None, flag("track.wandb")] = None,
 ) -> None:
     """Train one stage: prepare the data, then run the stage's loop on Ray Train workers."""
-    flags = {k: v for k, v in locals().items() if k not in ("stage", "config", "set_", "resume", "dry_run", "ray")}
-    resolved = config_from_flags(stage, config or [], set_ or [], flags)
+    resolved = config_from_flags(stage, config or [], set_ or [], added(context))
     if dry_run:
         from minimind_ray.cli.plan import print_plan
 

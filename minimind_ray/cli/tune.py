@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.cli.flags import FLAGS, flag_value
+from minimind_ray.cli.flags import config_flags, given, key_options, search_options, with_options
 from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,28 +17,26 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from minimind_ray.config.flag import Flag
     from minimind_ray.config.schema import ScaleConfig
     from minimind_ray.sweep.axes import Axis
     from minimind_ray.sweep.plan import SweepPlan
 
-# Flags whose commas make an axis. Those of paths may be part of a name; any other key can be varied with --axis.
-VARIED = (
-    "preset", "max_seq_len", "pack_tokens", "batch_tokens", "lr", "schedule", "warmup", "epochs", "max_steps",
-    "precision", "rank", "beta", "loss",
-)  # fmt: skip
+TuneCommand = with_options(
+    # The trials' directory and GPUs are the sweep's: --out, --gpus-per-trial; trials share one --cache-dir.
+    lambda: [
+        *search_options(without=["price_per_hour"]),
+        *key_options(_panel, without=["out", "cache_dir", "gpus_per_worker"]),
+    ]
+)
 
 
-def axis(key: str) -> Any:
-    """An option that sets a config key, or varies it."""
-    return typer.Option(help=key, show_default=False, rich_help_panel="Config keys to set or to vary: 0.05,0.1")
-
-
-def setting(key: str) -> Any:
-    """An option that sets a config key."""
-    return typer.Option(help=key, show_default=False, rich_help_panel="Config keys to set")
+def _panel(flag: Flag) -> str:
+    return "Config keys to set or to vary: 0.05,0.1" if flag.vary else "Config keys to set"
 
 
 def tune(
+    context: typer.Context,
     stage: Annotated[str | None, typer.Argument(help="pretrain, sft, lora or dpo")] = None,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file; later ones win")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
@@ -52,65 +50,21 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="prepare the data, measure a few steps, and print plan and cost")
     ] = False,
-    trials: Annotated[int | None, typer.Option(help="points to draw from log(), uniform(), int()")] = None,
-    seeds: Annotated[int | None, typer.Option(help="runs of every point")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="none, asha, median or pbt")] = None,
-    searcher: Annotated[str | None, typer.Option(help="grid or optuna")] = None,
-    metric: Annotated[str | None, typer.Option(help="default: val/loss; for dpo val/accuracy")] = None,
-    mode: Annotated[str | None, typer.Option(help="min or max; default: the metric's own")] = None,
-    fuse: Annotated[str | None, typer.Option(help="LoRA trials to train together: a number, auto or off")] = None,
-    concurrent: Annotated[int | None, typer.Option(help="most trials at once; default: as many as fit")] = None,
     gpus_per_trial: Annotated[
         float | None, typer.Option(help="its workers share them; may be a part of one: 0.25")
     ] = None,
-    budget_hours: Annotated[float | None, typer.Option(help="stop cleanly after so many hours")] = None,
-    budget_tokens: Annotated[int | None, typer.Option(help="of all trials together; shortens them")] = None,
     price_per_hour: Annotated[
         str | None, typer.Option(metavar="USD|FILE", help="of what one trial occupies, or a cluster file with prices")
     ] = None,
-    train: Annotated[list[str] | None, setting("data.train; may be repeated")] = None,
-    val: Annotated[list[str] | None, setting("data.val; may be repeated")] = None,
-    tokenizer: Annotated[str | None, setting("data.tokenizer")] = None,
-    init_from: Annotated[str | None, setting("init_from")] = None,
-    seed: Annotated[str | None, setting("train.seed")] = None,
-    workers: Annotated[str | None, setting("scale.workers")] = None,
-    cpus_per_worker: Annotated[str | None, setting("scale.cpus_per_worker")] = None,
-    wandb: Annotated[str | None, setting("track.wandb")] = None,
-    preset: Annotated[str | None, axis("model.preset")] = None,
-    max_seq_len: Annotated[str | None, axis("data.max_seq_len")] = None,
-    pack_tokens: Annotated[str | None, axis("data.pack_tokens")] = None,
-    batch_tokens: Annotated[str | None, axis("batch.tokens")] = None,
-    lr: Annotated[str | None, axis("optim.lr")] = None,
-    schedule: Annotated[str | None, axis("schedule.name")] = None,
-    warmup: Annotated[str | None, axis("schedule.warmup")] = None,
-    epochs: Annotated[str | None, axis("train.epochs")] = None,
-    max_steps: Annotated[str | None, axis("train.max_steps")] = None,
-    precision: Annotated[str | None, axis("train.precision")] = None,
-    rank: Annotated[str | None, axis("lora.rank")] = None,
-    beta: Annotated[str | None, axis("dpo.beta")] = None,
-    loss: Annotated[str | None, axis("dpo.loss")] = None,
 ) -> None:
     """Sweep over settings of one stage: many trials on Ray Tune, compared with their uncertainty."""
-    # Not `in (None, False, [])`: 0 is a value, if a wrong one.
-    given = {name: value for name, value in locals().items() if not (value is None or value is False or value == [])}
-    from minimind_ray.config.search import search_config
-    from minimind_ray.sweep.plan import check_free, reopen_sweep
+    from minimind_ray.sweep.plan import check_free
 
+    asked = given(context)
     if resume:
-        may_change = ("stage", "resume", "concurrent", "budget_hours", "fuse")
-        if fixed := [name.strip("_") for name in given if name not in may_change]:
-            raise UserError(
-                f"--resume goes on with the sweep as it was begun: leave --{fixed[0].replace('_', '-')} out, or start "
-                "another sweep"
-            )
-        plan = reopen_sweep(resume)
-        search = search_flags(given)
-        plan = replace(plan, search=search_config({**plan.search.model_dump(), **search}))
-        if stage and stage != plan.base.stage:
-            raise UserError(f"{resume} is a sweep of {plan.base.stage}, not of {stage}")
-        run_plan(plan, resume=True)
+        run_plan(resumed_plan(resume, asked), resume=True)
         return
-    plan = plan_of(given)
+    plan = plan_of(asked)
     check_free(plan.path)
     if dry_run:
         check_places(plan, probe=False)
@@ -119,99 +73,60 @@ def tune(
         run_plan(plan, resume=False)
 
 
-def plan_of(given: Mapping[str, Any]) -> SweepPlan:
+def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
+    """The sweep in that directory, with the command's parameters that may change.
+
+    Raises:
+        UserError: others were given, another stage, or the directory holds no sweep.
+    """
+    from minimind_ray.config.search import search_config
+    from minimind_ray.sweep.plan import reopen_sweep
+
+    may_change = ("stage", "resume", "concurrent", "budget_hours", "fuse")
+    if fixed := [name.strip("_") for name in asked if name not in may_change]:
+        raise UserError(
+            f"--resume goes on with the sweep as it was begun: leave --{fixed[0].replace('_', '-')} out, or start "
+            "another sweep"
+        )
+    plan = reopen_sweep(path)
+    if asked.get("stage", plan.base.stage) != plan.base.stage:
+        raise UserError(f"{path} is a sweep of {plan.base.stage}, not of {asked['stage']}")
+    return replace(plan, search=search_config({**plan.search.model_dump(), **_search(asked)}))
+
+
+def plan_of(asked: Mapping[str, Any]) -> SweepPlan:
     """The sweep that the command's parameters, those that were given, ask for."""
-    flags = {name: given[name] for name in FLAGS if name in given and name != "out" and given[name] != ()}
-    files = map(Path, given.get("config", []))
-    return new_plan(
-        given.get("stage"), given.get("sweep"), list(files), given.get("set_", []), given.get("axis_", []),
-        flags, search_flags(given), given.get("out"), given.get("gpus_per_trial"),
-    )  # fmt: skip
+    from minimind_ray.config.load import parse_override
+    from minimind_ray.sweep.axes import parse_assignment
+    from minimind_ray.sweep.request import SweepRequest
+
+    settings, axes = _settings_and_axes(asked)
+    return SweepRequest(
+        stage=asked.get("stage"), file=asked.get("sweep"), config=asked.get("config", []),
+        settings={**dict(map(parse_override, asked.get("set_", []))), **settings},
+        axes=[*axes, *map(parse_assignment, asked.get("axis_", []))],
+        search=_search(asked), out=asked.get("out"), gpus_per_trial=asked.get("gpus_per_trial"),
+    ).plan()  # fmt: skip
 
 
-def search_flags(given: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_and_axes(asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[Axis]]:
+    """Those of the command's parameters that are flags of config keys: single values, and axes."""
+    from minimind_ray.sweep.axes import Grid, parse_axis
+
+    flags = {name: flag for name, flag in config_flags().items() if name in asked and name != "out"}
+    varied = {name: parse_axis(flag.key, asked[name]) for name, flag in flags.items() if flag.flag.vary}
+    axes = {name: axis for name, axis in varied.items() if not (isinstance(axis, Grid) and len(axis.values) == 1)}
+    settings = {flag.key: flag.value(asked[name]) for name, flag in flags.items() if name not in axes}
+    return settings, list(axes.values())
+
+
+def _search(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the command's parameters that say how to search."""
     from minimind_ray.config.load import parse_value
     from minimind_ray.config.search import SearchConfig
 
-    search = {name: given[name] for name in SearchConfig.model_fields if name in given}
+    search = {name: asked[name] for name in SearchConfig.model_fields if name in asked}
     return search | ({"fuse": parse_value(search["fuse"])} if "fuse" in search else {})
-
-
-def new_plan(
-    stage: str | None,
-    sweep: Path | None,
-    config: list[Path],
-    set_: list[str],
-    axis_: list[str],
-    flags: Mapping[str, Any],
-    search: Mapping[str, Any],
-    out: str | None,
-    gpus_per_trial: float | None = None,
-) -> SweepPlan:
-    """The sweep that a YAML file and the command line ask for; the command line wins, and replaces axes by key."""
-    from minimind_ray.config.load import load_config, parse_override
-    from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
-    from minimind_ray.sweep.axes import Grid, parse_assignment, parse_axis
-    from minimind_ray.sweep.plan import plan_sweep
-
-    trees: dict[str, Any] = {}
-    axes: dict[str, Axis] = {}
-    told: dict[str, Any] = {}
-    if sweep:
-        file = read_sweep_file(sweep)
-        if stage and stage != file.stage:
-            raise UserError(f"{sweep} is a sweep of {file.stage}, not of {stage}")
-        stage, trees = file.stage, {str(sweep): file.settings}
-        axes = {key: parse_axis(key, spec) for key, spec in file.axes.items()}
-        told = {name: getattr(file, name) for name in SearchConfig.model_fields if name in file.model_fields_set}
-    if stage is None:
-        raise UserError("which stage? give pretrain, sft, lora or dpo, or a --sweep file that says it")
-    overrides = dict(map(parse_override, set_))
-    varied: list[Axis] = []
-    for name, text in flags.items():
-        found = parse_axis(FLAGS[name], text) if name in VARIED else None
-        if found is None or (isinstance(found, Grid) and len(found.values) == 1):
-            overrides[FLAGS[name]] = flag_value(name, text)
-        else:
-            varied.append(found)
-    varied += map(parse_assignment, axis_)
-    if twice := [a.key for a in varied if [b.key for b in varied].count(a.key) > 1]:
-        raise UserError(f"{twice[0]}: given as an axis twice; leave one out")
-    if both := [found.key for found in varied if found.key in overrides]:
-        raise UserError(f"{both[0]}: given as a single value and as an axis; leave one out")
-    axes |= {found.key: found for found in varied}
-    # A single value given on the command line takes the place of the file's axis.
-    axes = {key: found for key, found in axes.items() if key not in overrides}
-    base = load_config(stage, config, overrides, trees)
-    if gpus_per_trial is not None:
-        overrides["scale.gpus_per_worker"] = gpus_per_trial / base.scale.most
-        base = load_config(stage, config, overrides, trees)
-    if price := search.get("price_per_hour"):
-        search = {**search, "price_per_hour": trial_price(price, base.scale)}
-    return plan_sweep(out or f"sweeps/{stage}", base, list(axes.values()), search_config({**told, **search}))
-
-
-def trial_price(text: str, scale: ScaleConfig) -> float:
-    """USD an hour: a number, or what a trial of this scale occupies of the machines of a cluster file.
-
-    Raises:
-        UserError: neither, or no machine of the file has both room for a worker and a price.
-    """
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    from minimind_ray.config.cluster import read_cluster
-
-    if not Path(text).is_file():
-        raise UserError(f"--price-per-hour {text}: neither a number nor a cluster file")
-    if (found := read_cluster(text).trial_price(scale)) is None:
-        raise UserError(
-            f"{text}: no node type that has a price has room for a worker of {scale.cpus_per_worker:g} CPUs and "
-            f"{scale.gpus_per_worker:g} GPUs; set metadata.price_per_hour"
-        )
-    return found[0]
 
 
 def check_places(plan: SweepPlan, *, probe: bool) -> None:

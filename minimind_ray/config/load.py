@@ -126,14 +126,15 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 def config_keys(model: type[BaseModel] = Config, at: str = "") -> Iterator[str]:
     """Every dotted key of the schema that holds a value."""
     for name, info in model.model_fields.items():
-        section = _section(info.annotation)
+        section = section_of(info.annotation)
         if section is None:
             yield f"{at}{name}"
         else:
             yield from config_keys(section, f"{at}{name}.")
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds; None where it holds a value."""
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.flag import Flag
 from minimind_ray.config.paths import check_location
 
 StageName = Literal["pretrain", "sft", "lora", "dpo"]
@@ -61,14 +62,16 @@ TextFiles = Literal["lines", "whole"]
 class DataConfig(Section):
     """Where the rows come from and how they become packs."""
 
-    train: str | list[str] | None = Field(default=None, description="path, glob, folder or URL, or a list of them")
-    val: str | list[str] | None = Field(
+    train: Annotated[str | list[str] | None, Flag("--train", verbatim=True, note="may be repeated")] = Field(
+        default=None, description="path, glob, folder or URL, or a list of them"
+    )
+    val: Annotated[str | list[str] | None, Flag("--val", verbatim=True, note="may be repeated")] = Field(
         default=None, description="validation files; without them a part of train is held out"
     )
     val_fraction: Probability = Field(
         default=0.01, description="part of train's rows held out when data.val is not given"
     )
-    tokenizer: Location | None = Field(
+    tokenizer: Annotated[Location | None, Flag("--tokenizer", verbatim=True)] = Field(
         default=None, description="directory with tokenizer.json; default: the one of init_from"
     )
     format: FormatName | None = Field(
@@ -81,8 +84,10 @@ class DataConfig(Section):
         default="lines", description="a .txt file's documents: each of its lines, or the whole file"
     )
     ignore: list[str] = Field(default_factory=list, description="fields of rows to leave out, whatever they mean")
-    max_seq_len: PositiveInt = Field(default=512, description="longest document, in tokens")
-    pack_tokens: PositiveInt = Field(
+    max_seq_len: Annotated[PositiveInt, Flag("--max-seq-len", vary=True)] = Field(
+        default=512, description="longest document, in tokens"
+    )
+    pack_tokens: Annotated[PositiveInt, Flag("--pack-tokens", vary=True)] = Field(
         default=4096, description="most tokens in a pack, the unit of data; see batch.pass_tokens"
     )
     long_documents: Literal["split", "truncate"] = Field(
@@ -99,7 +104,9 @@ class DataConfig(Section):
         description="steps whose packs workers read themselves, at a start, while Ray Data starts for the later ones",
     )
     cache: bool = Field(default=True, description="keep the packs on disk; false: encode and pack inside the stream")
-    cache_dir: Location = Field(default=".cache/packs", description="where prepared packs are kept")
+    cache_dir: Annotated[Location, Flag("--cache-dir", verbatim=True)] = Field(
+        default=".cache/packs", description="where prepared packs are kept"
+    )
     max_reject_fraction: Fraction = Field(
         default=0.01, description="part of bad rows above which nothing is trained; 1: use damaged files, too"
     )
@@ -225,19 +232,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+PresetName = Literal[
+    "tiny", "small", "minimind-3", "minimind-3-small", "minimind-3-moe",
+    "minimind-2", "minimind-2-small", "minimind-2-moe",
+]  # fmt: skip
+
+
 class ModelConfig(Section):
     """The model to make: a preset, and fields that replace the preset's. With init_from the directory says it all."""
 
-    preset: Literal[
-        "tiny",
-        "small",
-        "minimind-3",
-        "minimind-3-small",
-        "minimind-3-moe",
-        "minimind-2",
-        "minimind-2-small",
-        "minimind-2-moe",
-    ] = Field(
+    preset: Annotated[PresetName, Flag("--preset", vary=True)] = Field(
         default="minimind-3-small",
         description="with init_from it must be the base's shape; the default is as good as not given",
     )
@@ -307,7 +311,9 @@ class ModelConfig(Section):
 class BatchConfig(Section):
     """How much goes into one optimizer step."""
 
-    tokens: PositiveInt = Field(default=32768, description="token budget of one optimizer step, over all workers")
+    tokens: Annotated[PositiveInt, Flag("--batch-tokens", vary=True)] = Field(
+        default=32768, description="token budget of one optimizer step, over all workers"
+    )
     pass_tokens: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="a worker puts packs of a step together in one forward pass up to so many tokens; auto: one pack "
@@ -318,7 +324,7 @@ class BatchConfig(Section):
 class OptimConfig(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    lr: PositiveFloat = Field(default=5e-4, description="peak learning rate")
+    lr: Annotated[PositiveFloat, Flag("--lr", vary=True)] = Field(default=5e-4, description="peak learning rate")
     weight_decay: NonNegativeFloat = 0.01
     beta1: Probability = 0.9
     beta2: Probability = 0.95
@@ -331,8 +337,10 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """How the learning rate moves over the run."""
 
-    name: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = Field(default=0, description="steps of linear warm-up")
+    name: Annotated[Literal["cosine", "constant", "linear", "wsd"], Flag("--schedule", vary=True)] = "cosine"
+    warmup: Annotated[int, Field(ge=0), Flag("--warmup", vary=True)] = Field(
+        default=0, description="steps of linear warm-up"
+    )
     final: Fraction = Field(default=0.1, description="last learning rate, as a part of the peak")
     decay: Fraction = Field(default=0.2, description="wsd: part of the run spent decaying at its end")
 
@@ -340,13 +348,13 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """How long, from which seed, in which precision."""
 
-    epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = Field(
+    epochs: Annotated[PositiveInt, Flag("--epochs", vary=True)] = 1
+    max_steps: Annotated[PositiveInt | None, Flag("--max-steps", vary=True)] = Field(
         default=None,
         description="so many optimizer steps instead of train.epochs, over more epochs than these if it takes more",
     )
-    seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["auto", "bfloat16", "float32"] = Field(
+    seed: Annotated[int, Field(ge=0), Flag("--seed")] = 0
+    precision: Annotated[Literal["auto", "bfloat16", "float32"], Flag("--precision", vary=True)] = Field(
         default="auto", description="auto: bfloat16 matrix products where the hardware has them, else float32"
     )
     compile: Literal["auto", True, False] = Field(
@@ -369,11 +377,11 @@ def _range(workers: int | str) -> int | str:
 class ScaleConfig(Section):
     """What the run may use of the cluster."""
 
-    workers: Annotated[PositiveInt | str, AfterValidator(_range)] = Field(
+    workers: Annotated[PositiveInt | str, AfterValidator(_range), Flag("--workers")] = Field(
         default=1, description="how many; 2:8 is as many as the cluster has room for, from 2 to 8"
     )
-    cpus_per_worker: PositiveFloat = 1.0
-    gpus_per_worker: NonNegativeFloat = 0.0
+    cpus_per_worker: Annotated[PositiveFloat, Flag("--cpus-per-worker")] = 1.0
+    gpus_per_worker: Annotated[NonNegativeFloat, Flag("--gpus-per-worker")] = 0.0
     max_failures: Annotated[int, Field(ge=0)] = Field(
         default=3,
         description="restarts in a row, no checkpoint between them, after a worker or node is lost; notices are free",
@@ -434,7 +442,7 @@ class CheckpointConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021)."""
 
-    rank: PositiveInt = 8
+    rank: Annotated[PositiveInt, Flag("--rank", vary=True)] = 8
     alpha: PositiveFloat | None = Field(default=None, description="default: the rank, a scale of 1, as MiniMind")
     dropout: Probability = 0.0
     targets: str | Annotated[list[str], Field(min_length=1)] = Field(
@@ -453,8 +461,8 @@ class LoraConfig(Section):
 class DpoConfig(Section):
     """Preference optimisation."""
 
-    beta: PositiveFloat = 0.1
-    loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
+    beta: Annotated[PositiveFloat, Flag("--beta", vary=True)] = 0.1
+    loss: Annotated[Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"], Flag("--loss", vary=True)] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         default=0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
     )
@@ -465,7 +473,7 @@ class DpoConfig(Section):
 class TrackConfig(Section):
     """Weights & Biases."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field(
+    wandb: Annotated[Literal["auto", "online", "offline", "off"], Flag("--wandb")] = Field(
         default="auto", description="auto: online with a key, else offline"
     )
     project: str = Field(default="minimind-ray", pattern=r"^[^/\\#?%:,]+$", max_length=128)
@@ -480,8 +488,10 @@ class Config(Section):
     """One stage's run."""
 
     stage: StageName
-    out: Location = Field(default="runs/{stage}", description="run directory; {stage} is replaced")
-    init_from: Location | None = Field(
+    out: Annotated[Location, Flag("--out", verbatim=True, note="the run directory")] = Field(
+        default="runs/{stage}", description="run directory; {stage} is replaced"
+    )
+    init_from: Annotated[Location | None, Flag("--init-from", verbatim=True)] = Field(
         default=None, description="checkpoint of ours or a Hugging Face directory to start from"
     )
     data: DataConfig = DataConfig()

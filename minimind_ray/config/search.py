@@ -26,20 +26,20 @@ MODES: dict[Metric, Mode] = {
 
 
 class SearchConfig(Section):
-    """How the points of a sweep are searched."""
+    """How the points of a sweep are searched. Each field is an option of `tune` with its description as help."""
 
-    scheduler: SchedulerName = Field("none", description="stop what falls behind (asha, median), or exchange (pbt)")
-    searcher: Literal["grid", "optuna"] = Field("grid", description="grid and random points, or Optuna's TPE")
-    trials: PositiveInt | None = Field(None, description="points to draw, or for optuna to try")
-    seeds: PositiveInt = Field(1, description="runs of every point, with train.seed and the seeds that follow")
+    scheduler: SchedulerName = Field("none", description="none, asha, median or pbt")
+    searcher: Literal["grid", "optuna"] = Field("grid", description="grid or optuna")
+    trials: PositiveInt | None = Field(None, description="points to draw from log(), uniform(), int()")
+    seeds: PositiveInt = Field(1, description="runs of every point")
     metric: Metric | None = Field(None, description="default: val/loss; for dpo val/accuracy")
-    mode: Mode | None = Field(None, description="default: the metric's own")
+    mode: Mode | None = Field(None, description="min or max; default: the metric's own")
     fuse: Literal["auto", "off"] | PositiveInt = Field(
-        "auto", description="adapters to train together on one base in one process: a number, auto or off"
+        "auto", description="LoRA trials to train together: a number, auto or off"
     )
     concurrent: PositiveInt | None = Field(None, description="most trials at once; default: as many as fit")
-    budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours of this command")
-    budget_tokens: PositiveInt | None = Field(None, description="tokens of all trials together; shortens the runs")
+    budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours")
+    budget_tokens: PositiveInt | None = Field(None, description="of all trials together; shortens them")
     price_per_hour: float | None = Field(None, ge=0, description="of what one trial occupies")
 
     @field_validator("fuse", mode="before")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minimind_ray.cli.tune import trial_price
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray.cluster import check
+from minimind_ray.sweep.request import trial_price
 from tests.cli.conftest import Command
 
 pytestmark = pytest.mark.unit

@@ -1,0 +1,24 @@
+"""The marker of a config key that has a short option on the command line, such as `--lr` for `optim.lr`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Put on a field of the schema by `Annotated[…, Flag("--lr")]`.
+
+    `vary`: `tune` accepts several values, which make an axis. `verbatim`: the text is the value, not read as YAML.
+    `note`: what the help says beside the key.
+    """
+
+    name: str
+    vary: bool = False
+    verbatim: bool = False
+    note: str = ""
+
+    @property
+    def parameter(self) -> str:
+        """The option as a Python name, such as `max_seq_len`."""
+        return self.name.removeprefix("--").replace("-", "_")

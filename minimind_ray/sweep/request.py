@@ -1,0 +1,97 @@
+"""A sweep as it is asked for: a YAML file, and settings, axes and limits beside it; and the plan that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minimind_ray.config.cluster import read_cluster
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import load_config
+from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.config.search import SearchConfig, SweepFile, read_sweep_file, search_config
+from minimind_ray.sweep.axes import Axis, parse_axis
+from minimind_ray.sweep.plan import SweepPlan, plan_sweep
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """What is asked for. What stands beside the file wins over the file, axes key by key.
+
+    `file`: a sweep's YAML file; `config`: YAML files of the stage; `settings`: values by dotted config key; `search`:
+    fields of `SearchConfig`, whose `price_per_hour` may also be a cluster file; `out`: default sweeps/STAGE.
+    """
+
+    stage: str | None = None
+    file: str | Path | None = None
+    config: Sequence[str | Path] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    axes: Sequence[Axis] = ()
+    search: Mapping[str, Any] = field(default_factory=dict)
+    out: str | None = None
+    gpus_per_trial: float | None = None
+
+    def plan(self) -> SweepPlan:
+        """The plan, checked.
+
+        Raises:
+            UserError: no stage or two of them, a key given twice, and what `plan_sweep` raises.
+        """
+        self._check_axes()
+        file = read_sweep_file(self.file) if self.file else None
+        if file and self.stage not in (None, file.stage):
+            raise UserError(f"{self.file} is a sweep of {file.stage}, not of {self.stage}")
+        stage = file.stage if file else self.stage
+        if stage is None:
+            raise UserError("which stage? give pretrain, sft, lora or dpo, or a --sweep file that says it")
+        trees = {str(self.file): file.settings} if file else {}
+        settings = dict(self.settings)
+        base = load_config(stage, self.config, settings, trees)
+        if self.gpus_per_trial is not None:
+            settings["scale.gpus_per_worker"] = self.gpus_per_trial / base.scale.most
+            base = load_config(stage, self.config, settings, trees)
+        search = {**_search_of(file), **self.search}
+        if price := self.search.get("price_per_hour"):
+            search["price_per_hour"] = trial_price(str(price), base.scale)
+        return plan_sweep(self.out or f"sweeps/{stage}", base, self._axes_with(file, settings), search_config(search))
+
+    def _check_axes(self) -> None:
+        keys = [axis.key for axis in self.axes]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise UserError(f"{twice[0]}: given as an axis twice; leave one out")
+        if both := [key for key in keys if key in self.settings]:
+            raise UserError(f"{both[0]}: given as a single value and as an axis; leave one out")
+
+    def _axes_with(self, file: SweepFile | None, settings: Mapping[str, Any]) -> list[Axis]:
+        axes = {key: parse_axis(key, spec) for key, spec in file.axes.items()} if file else {}
+        axes |= {axis.key: axis for axis in self.axes}
+        # A single value takes the place of the file's axis.
+        return [axis for key, axis in axes.items() if key not in settings]
+
+
+def _search_of(file: SweepFile | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    return {name: getattr(file, name) for name in SearchConfig.model_fields if name in file.model_fields_set}
+
+
+def trial_price(text: str, scale: ScaleConfig) -> float:
+    """USD an hour: a number, or what a trial of this scale occupies of the machines of a cluster file.
+
+    Raises:
+        UserError: neither, or no machine of the file has both room for a worker and a price.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    if not Path(text).is_file():
+        raise UserError(f"--price-per-hour {text}: neither a number nor a cluster file")
+    if (found := read_cluster(text).trial_price(scale)) is None:
+        raise UserError(
+            f"{text}: no node type that has a price has room for a worker of {scale.cpus_per_worker:g} CPUs and "
+            f"{scale.gpus_per_worker:g} GPUs; set metadata.price_per_hour"
+        )
+    return found[0]
