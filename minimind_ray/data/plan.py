@@ -2,19 +2,73 @@
 
 A pure function of the prepared data, the seed and the config, so the position in the data is one number, the step:
 a resumed run, a run with another number of workers and a run on another host read the same packs in the same steps,
-each pack of an epoch exactly once.
+each pack of an epoch exactly once. A `StepSource` gives a worker its packs of each step, for a `Plan` of steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.store import PackStore, epoch_order
+
+
+class Plan(Protocol):
+    """How many steps and packs there are, and which epoch (from 0) a step belongs to, where that is known."""
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of one optimizer step, over all workers."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        ...
+
+    @property
+    def packs_per_epoch(self) -> int | None:
+        """Packs in one pass over the data."""
+        ...
+
+    def epoch(self, step: int) -> int | None:
+        """The epoch of `step`."""
+        ...
+
+
+class StepSource(Protocol):
+    """Where one worker's packs of each step come from."""
+
+    @property
+    def prefetch(self) -> bool:
+        """Whether a step's packs can be made while the step before is trained; not where they depend on the weights."""
+        ...
+
+    def steps(self, start: int, /) -> Iterator[list[Pack]]:
+        """This worker's packs of each step from `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackSource:
+    """A step source whose packs do not depend on the weights. `steps` is as in `StepSource`."""
+
+    steps: Callable[[int], Iterator[list[Pack]]]
+    prefetch: bool = True
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a host hands a stage: the plan, where this worker's packs come from, and the validation packs."""
+
+    plan: Plan
+    source: StepSource
+    val: PackStore | None
 
 
 @dataclass(frozen=True)

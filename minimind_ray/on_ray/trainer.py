@@ -39,6 +39,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
+from minimind_ray.data.plan import PackSource, TrainingData
 from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.data.stream import Stream
 from minimind_ray.on_ray.controller import Reserved, Trainer, notices_may_come
@@ -56,7 +57,7 @@ from minimind_ray.on_ray.session import (
 from minimind_ray.on_ray.waiting import starved, telling
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
-from minimind_ray.train.loop import TrainingData, last_sound_checkpoint
+from minimind_ray.train.loop import last_sound_checkpoint
 from minimind_ray.train.run import RunDirectory
 from minimind_ray.train.step import all_reduce_sums
 
@@ -346,7 +347,7 @@ def _worker(job: Job, first: int, notices: bool) -> list[str]:
             if shares:
                 yield from read_shares(shares.result(), job, first, context.rank)
 
-        job.run(context, TrainingData(job.plan, steps, job.val_store()))
+        job.run(context, TrainingData(job.plan, PackSource(steps), job.val_store()))
     return context.noticed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minimind_ray.config.schema import Config
+from minimind_ray.data.plan import TrainingData
 from minimind_ray.data.storage import url_of
 from minimind_ray.model.checkpoint import model_fingerprint
 from minimind_ray.model.lora import adapter_weights, add_lora, load_adapter, save_adapter
@@ -12,7 +13,7 @@ from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.stages.start import initial_model, load_tokenizer, require_base
 from minimind_ray.train.context import Context
-from minimind_ray.train.loop import TrainingData, fit
+from minimind_ray.train.loop import fit
 from minimind_ray.train.writer import HostCopy, Write
 
 

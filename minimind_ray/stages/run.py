@@ -14,7 +14,7 @@ from minimind_ray.config.schema import Config, DataConfig, ScaleConfig
 from minimind_ray.data.claim import claimed
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
-from minimind_ray.data.plan import StepPlan, read_steps
+from minimind_ray.data.plan import PackSource, StepPlan, TrainingData, read_steps
 from minimind_ray.data.prepare import RunUnits, Split, encoding_of, plan_units, prepare, run_units_here
 from minimind_ray.data.storage import StoreError
 from minimind_ray.data.store import PackStore
@@ -33,7 +33,6 @@ from minimind_ray.stages.reference import (
 from minimind_ray.stages.registry import STAGES
 from minimind_ray.stages.start import check_stage, load_tokenizer, require_used
 from minimind_ray.train.context import Context, PlainContext
-from minimind_ray.train.loop import TrainingData
 from minimind_ray.train.run import RunDirectory, resolve_model
 
 
@@ -60,7 +59,8 @@ class Job:
 
     def data(self, context: Context) -> TrainingData:
         """Packs read, or made, in this process, for hosts without Ray Data."""
-        return TrainingData(self.plan, partial(self.steps, context.rank, context.world_size), self.val_store())
+        source = PackSource(partial(self.steps, context.rank, context.world_size))
+        return TrainingData(self.plan, source, self.val_store())
 
     def steps(self, rank: int, world_size: int, start: int) -> Iterator[list[Pack]]:
         """One worker's packs of each step from `start` on."""

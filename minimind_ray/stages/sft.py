@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from minimind_ray.config.schema import Config
+from minimind_ray.data.plan import TrainingData
 from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.stages.start import WholeModel, initial_model, load_tokenizer, require_base
 from minimind_ray.train.context import Context
-from minimind_ray.train.loop import TrainingData, fit
+from minimind_ray.train.loop import fit
 
 
 def sft(config: Config, context: Context, data: TrainingData) -> None:

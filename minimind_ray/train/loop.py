@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -23,6 +23,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, ModelShape
 from minimind_ray.data.batch import Batch, batch_from_packs, passes
 from minimind_ray.data.pack import Pack
+from minimind_ray.data.plan import TrainingData
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.generate import generate
@@ -42,38 +43,6 @@ from minimind_ray.train.throughput import measure_matmul_flops, training_flops_p
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Write
 
 T = TypeVar("T")
-
-
-class Plan(Protocol):
-    """How many steps and packs there are, and which epoch (from 0) a step belongs to, where that is known."""
-
-    @property
-    def packs_per_step(self) -> int:
-        """Packs of one optimizer step, over all workers."""
-        ...
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        ...
-
-    @property
-    def packs_per_epoch(self) -> int | None:
-        """Packs in one pass over the data."""
-        ...
-
-    def epoch(self, step: int) -> int | None:
-        """The epoch of `step`."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a host hands a stage: the plan, this rank's packs from a step on, and the validation packs."""
-
-    plan: Plan
-    steps: Callable[[int], Iterator[list[Pack]]]
-    val: PackStore | None
 
 
 class Weights(Protocol):
@@ -292,8 +261,8 @@ def _training(
         batches = (batch_from_packs(together) for together in passes(packs, pass_tokens))
         return [batch.pinned() if on_gpu else batch for batch in batches]
 
-    steps = ((packs, assemble(packs)) for packs in data.steps(progress.step))
-    for packs, batches in ahead(steps) if on_gpu else steps:
+    steps = ((packs, assemble(packs)) for packs in data.source.steps(progress.step))
+    for packs, batches in ahead(steps) if on_gpu and data.source.prefetch else steps:
         torch.manual_seed(step_seed(config.train.seed, progress.step, context.rank))
         lr = config.optim.lr * lr_factor(config.schedule, progress.step, plan.steps)
         stop = context.should_stop() or (tracker is not None and tracker.stop_requested)

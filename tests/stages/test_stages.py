@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import to_yaml
 from minimind_ray.config.schema import ModelConfig
+from minimind_ray.data.plan import PackSource
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages import run as stages_run
@@ -363,7 +364,7 @@ def test_data_that_end_before_the_run_are_no_success(tmp_path: Path) -> None:
     context = PlainContext()
     data = job.data(context)
     with pytest.raises(UserError, match=rf"the data ended after step 2 of {job.plan.steps}"):
-        job.run(context, replace(data, steps=lambda step: islice(data.steps(step), 2)))
+        job.run(context, replace(data, source=PackSource(lambda step: islice(data.source.steps(step), 2))))
     assert RunDirectory(run).info()["state"] != "finished"
 
 
