@@ -53,8 +53,8 @@ from minimind_ray.sweep.plan import reopen_sweep
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
-from minimind_ray.train.loop import Progress
 from minimind_ray.train.optim import build_adamw
+from minimind_ray.train.progress import Progress
 from minimind_ray.train.run import RunDirectory, resolve_model
 from tests.jobs import make_tokenizer, rows_of
 from tests.sweep.synthetic import make_sweep

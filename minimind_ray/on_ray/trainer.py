@@ -57,8 +57,7 @@ from minimind_ray.on_ray.session import (
 from minimind_ray.on_ray.waiting import starved, telling
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
-from minimind_ray.train.loop import last_sound_checkpoint
-from minimind_ray.train.run import RunDirectory
+from minimind_ray.train.run import RunDirectory, last_sound_checkpoint
 from minimind_ray.train.step import all_reduce_sums
 
 # Files in the run directory, which all nodes see, by which the driver asks for the end of the run, or of an attempt:

@@ -66,8 +66,7 @@ from minimind_ray.on_ray.waiting import lacking, starved, telling, trial_needs
 from minimind_ray.stages.run import Job
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.checkpoint import read_state
-from minimind_ray.train.loop import last_sound_checkpoint
-from minimind_ray.train.run import VALIDATION, RunDirectory, read_jsonl, resolve_model
+from minimind_ray.train.run import VALIDATION, RunDirectory, last_sound_checkpoint, read_jsonl, resolve_model
 
 # Ray refuses a process without resources, and a CPU, or a part of one, may not be left beside the workers.
 NESTED_DRIVER = {"memory": 2.0**20}

@@ -13,7 +13,7 @@ from minimind_ray.stages.lora import Adapter
 from minimind_ray.stages.run import Job
 from minimind_ray.stages.start import initial_model, load_tokenizer, require_base
 from minimind_ray.train.fused import FusedContext, Member
-from minimind_ray.train.loop import training
+from minimind_ray.train.loop import TrainingRun
 from minimind_ray.train.optim import build_adamw
 
 SHARED = ("init_from", "data.tokenizer", "lora.targets", "train.precision", "train.compile")
@@ -59,5 +59,5 @@ def member(job: Job, context: FusedContext) -> Member:
     weights = Adapter(model, config)
     objective = CausalLM(model.shape) if config.stage == "lora" else Preference(config.dpo, model.shape)
     optimizer = build_adamw(model, config.optim)
-    run = training(model, objective, optimizer, weights, config, context, job.data(context), tokenizer)
+    run = TrainingRun(model, objective, optimizer, weights, config, context, job.data(context), tokenizer)
     return Member(model, objective, optimizer, config.optim, context, run)

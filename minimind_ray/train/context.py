@@ -9,8 +9,8 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -127,6 +127,20 @@ def arithmetic(dtype: torch.dtype) -> str:
         instructions += " and AMX"
     threads = torch.get_num_threads()
     return f"{threads} {'thread' if threads == 1 else 'threads'}, {instructions}"
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Generator[None]:
+    """Use torch's deterministic algorithms inside, if `wanted`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if before or not wanted:  # Asking torch imports its compiler, which takes seconds.
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 LONG_RUN = {"cpu": 3e13, "cuda": 1e16}

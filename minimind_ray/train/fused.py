@@ -2,8 +2,8 @@
 
     K runs   P numbers of an adapter, ranks padded   D documents
 
-Each run is the loop of a run alone (`training`), with its own packs, schedule, validations, checkpoints and run
-directory. Only its steps are trained here, together with the others': every run's i-th pack of the step (on a GPU
+Each run is a `TrainingRun` with its own packs, schedule, validations, checkpoints and run directory, as if it were
+alone. Only its steps are trained here, together with the others': every run's i-th pack of the step (on a GPU
 its i-th few packs) is in the i-th micro-batch. Gradient norm, clipping, the check for what is not finite, and AdamW are
 each run's own, as vectors over K.
 """
@@ -11,7 +11,8 @@ each run's own, as vectors over K.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor
 
 from minimind_ray.config.schema import OptimConfig
-from minimind_ray.data.batch import batch_from_packs, passes
+from minimind_ray.data.batch import Batch, batch_from_packs, passes
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.fused_lora import AdapterStack, FusedTransformer
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.context import Context, PlainContext
-from minimind_ray.train.loop import Report, Step, Training
+from minimind_ray.train.loop import Step, TrainingRun
 from minimind_ray.train.optim import l2_norm
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast
 
@@ -67,28 +68,69 @@ class PlainFusedContext(PlainContext):
         return True
 
 
+class DocumentObjective(Objective, Protocol):
+    """An objective that depends on nothing but each document's log-probability, so many runs can share the model."""
+
+    def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
+        ...
+
+    def of_documents(self, logp_D: Tensor, counts_D: Tensor, reference_D: Tensor | None) -> dict[str, Tensor]:
+        """The same as `examples`, computed from what `log_probs` returned."""
+        ...
+
+
 @dataclass(eq=False)
 class Member:
-    """One run. `optimizer` holds the state of its AdamW, which is updated here; `error` is what the run raised."""
+    """One run that is trained with others.
+
+    `optimizer` holds the state of the run's AdamW, which is updated here. `step` is the step the run waits for, None
+    once it has ended; `error` is what ended it, if not its last step or a stop.
+    """
 
     model: Transformer
-    objective: Objective
+    objective: DocumentObjective
     optimizer: torch.optim.Optimizer
     config: OptimConfig
     context: FusedContext
-    run: Training
-    asked: Step | Report | None = None
-    answer: StepResult | NonFiniteError | bool | None = None
+    run: TrainingRun
+    step: Step | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
 
-    def go_on(self) -> None:
-        """To what the run asks for next; None when it has ended."""
+    def finish(self, result: StepResult | NonFiniteError) -> bool:
+        """Give the run its step's result; post what it reports. Return whether the host's verdict is to come."""
+        with self._ending_at_an_error():
+            if report := self.run.finish_step(result):
+                self.context.post(report.metrics, report.checkpoint)
+                return True
+        return False
+
+    def judge(self) -> None:
+        """Wait for the host's verdict on the last report."""
+        with self._ending_at_an_error():
+            self.run.reported(self.context.verdict())
+
+    def advance(self) -> None:
+        """Bring the run to its next step, or to its end."""
+        self.step = None
+        if self.error is None:
+            with self._ending_at_an_error():
+                self.step = self.run.next_step()
+                if self.step is None:
+                    self.run.close()
+
+    def fail(self, error: BaseException) -> None:
+        """End the run by an error."""
+        self.step, self.error = None, error
+        with suppress(Exception):
+            self.run.close(error)
+
+    @contextmanager
+    def _ending_at_an_error(self) -> Generator[None]:
         try:
-            self.asked = self.run.send(self.answer)
-        except StopIteration:
-            self.asked = None
+            yield
         except BaseException as error:
-            self.asked, self.error = None, error
+            self.fail(error)
 
 
 class Lockstep:
@@ -100,29 +142,35 @@ class Lockstep:
         self.together: Together | None = None
 
     def add(self, member: Member) -> None:
-        """A run that takes part from the next turn on."""
+        """Let a run take part from the next turn on."""
         self.members.append(member)
 
     def turn(self) -> list[Member]:
-        """Bring each run to its next step, and train that step of all at once; the runs that have ended instead."""
-        waiting = self.members
-        while waiting:
-            for member in waiting:
-                member.go_on()
-                if isinstance(member.asked, Report):
-                    member.context.post(member.asked.metrics, member.asked.checkpoint)
-            waiting = [member for member in waiting if isinstance(member.asked, Report)]
-            for member in waiting:
-                member.answer = member.context.verdict()
-        ended = [member for member in self.members if member.asked is None]
-        self.members = [member for member in self.members if member.asked is not None]
+        """Bring each run to its next step, and train these steps together; return the runs that have ended instead.
+
+        An error of the shared step ends all runs and is raised.
+        """
+        for member in self.members:
+            member.advance()
+        ended = [member for member in self.members if member.step is None]
+        self.members = [member for member in self.members if member.step is not None]
         if self.members:
+            results = self._train()
+            # All runs post before any waits, so that the hosts decide at the same time.
+            reporting = [m for m, result in zip(self.members, results, strict=True) if m.finish(result)]
+            for member in reporting:
+                member.judge()
+        return ended
+
+    def _train(self) -> list[StepResult | NonFiniteError]:
+        try:
             if self.together is None or self.together.members != self.members:
                 self.together = Together(self.members, self.weights, self.device, self.dtype)
-            steps = [member.asked for member in self.members if isinstance(member.asked, Step)]
-            for member, answer in zip(self.members, self.together.step(steps), strict=True):
-                member.answer = answer
-        return ended
+            return self.together.step([member.step for member in self.members if member.step])
+        except BaseException as error:
+            for member in self.members:
+                member.fail(error)
+            raise
 
 
 class Together:

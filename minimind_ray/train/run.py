@@ -342,6 +342,18 @@ def sound(checkpoint: Path) -> bool:
     return not damage(checkpoint)
 
 
+def last_sound_checkpoint(run: RunDirectory) -> Path | None:
+    """Return the newest undamaged checkpoint, fetched to this machine; name newer, damaged ones on stderr."""
+    checkpoints = run.checkpoints()
+    for checkpoint in reversed(checkpoints):
+        if sound(run.fetch(checkpoint)):
+            return checkpoint
+        print(f"{checkpoint} is damaged (its sums do not hold), so it is passed over", file=sys.stderr)
+    if checkpoints:
+        print(f"{run.where}: no sound checkpoint is left, so training starts at the first step", file=sys.stderr)
+    return None
+
+
 def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
     """The model directory that `path` means: itself, or the result of the run it is. At a URL, its local copy.
 

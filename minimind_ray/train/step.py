@@ -37,14 +37,6 @@ class Objective(Protocol):
         """For each document or pair its `loss` and `count` of items, summed, and its metrics: float32 [examples]."""
         ...
 
-    def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
-        ...
-
-    def of_documents(self, logp_D: Tensor, counts_D: Tensor, reference_D: Tensor | None) -> dict[str, Tensor]:
-        """As `examples`, of what `log_probs` gave."""
-        ...
-
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient of a step is NaN or infinite."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,18 @@ from minimind_ray.train.run import RunDirectory
 
 Write = Callable[[Path], None]
 """Writes files into a directory."""
+
+
+class Weights(Protocol):
+    """How a stage's result is written and read: a whole model or an adapter."""
+
+    def snapshot(self) -> Write:
+        """Copy the weights; return what writes the copy as transformers or peft loads it. Valid until the next call."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Put the weights back that were written into `directory`."""
+        ...
 
 
 class HostCopy:

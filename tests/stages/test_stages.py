@@ -28,7 +28,7 @@ from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages import run as stages_run
 from minimind_ray.stages.run import begun, run_here
 from minimind_ray.stages.use import Sampling, complete, open_trained
-from minimind_ray.train import loop
+from minimind_ray.train import validation
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.evaluate import Evaluation
 from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model, sound
@@ -271,7 +271,7 @@ def test_after_a_damaged_best_the_result_is_one_that_is_there(
         examples = {"example": np.zeros(1), "loss": np.array([loss]), "count": np.ones(1)}
         return Evaluation({"loss": loss}, examples)
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(validation, "evaluate", evaluate)
     settings = {"checkpoint__every": 1, "eval__every": 1, "checkpoint__keep": keep, "eval__samples": 0}
     job = make_job(tmp_path, rows=400, train__max_steps=5, **settings)
     run, context = RunDirectory(start(job)), PlainContext()

@@ -36,7 +36,7 @@ from minimind_ray.sweep.plan import (
 )
 from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.evaluate import Evaluation
-from minimind_ray.train.loop import Validation
+from minimind_ray.train.validation import Validation
 from tests.jobs import make_config, make_job, rows_of, start, write_jsonl
 
 pytestmark = pytest.mark.slow

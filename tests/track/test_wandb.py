@@ -397,7 +397,9 @@ def test_without_a_key_no_run_is_made(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     stages = [{"name": "pretrain", "settings": {"data": {"train": "pretrain.jsonl"}}}]
     settings = {"track": {"wandb": "online"}}
-    recipe.write_text(json.dumps({"name": "r", "tokenizer": "tokenizer", "settings": settings, "stages": stages}))
+    recipe.write_text(
+        json.dumps({"name": "r", "tokenizer": str(tmp_path / "tokenizer"), "settings": settings, "stages": stages})
+    )
     result = CliRunner().invoke(app, ["run", str(recipe), "--data-dir", str(tmp_path), "--no-ray", "--out", str(out)])
     assert isinstance(result.exception, UserError) and "there is no key" in str(result.exception)
     assert not out.exists()

@@ -15,6 +15,7 @@ from minimind_ray.stages.fused import member, obstacle
 from minimind_ray.stages.run import Job, begin, run_here
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.fused import Lockstep, Member, PlainFusedContext
+from minimind_ray.train.loop import TrainingRun
 from minimind_ray.train.run import RunDirectory, read_jsonl, resolve_model
 from tests.jobs import make_job, start
 
@@ -185,3 +186,23 @@ def test_what_cannot_be_trained_together(base: Path) -> None:
     assert "one worker" in str(obstacle(configs(scale__workers=2)))
     whole = jobs_of(base, "sft", [{"lora__targets": "square"}], "refused")
     assert "only adapters" in str(obstacle([job.config for job in whole]))
+
+
+def test_an_error_of_the_shared_step_ends_every_run(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = jobs_of(base, "lora", [{}, {"train__seed": 1}], "broken")
+    weights = read_weights(resolve_model(str(jobs[0].config.init_from)))
+    lockstep = Lockstep(weights, torch.device("cpu"), torch.float32)
+    closed: list[BaseException | None] = []
+    monkeypatch.setattr(TrainingRun, "close", lambda run, error=None: closed.append(error))
+    for job in jobs:
+        start(job)
+        lockstep.add(member(job, Host(weights)))
+    error = RuntimeError("out of memory")
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("minimind_ray.train.fused.Together.step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lockstep.turn()
+    assert closed == [error, error]

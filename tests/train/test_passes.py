@@ -18,8 +18,9 @@ from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.objectives.preference import Preference
 from minimind_ray.stages.run import run_here
+from minimind_ray.train.context import deterministic
 from minimind_ray.train.evaluate import evaluate
-from minimind_ray.train.loop import ahead, deterministic
+from minimind_ray.train.prefetch import ahead
 from minimind_ray.train.run import RunDirectory
 from tests.jobs import make_job, start
 

@@ -1,0 +1,145 @@
+"""What rank 0 writes of a run: lines, samples, checkpoints, the tracker's records and the end in run.json."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_ray.config.schema import Config
+from minimind_ray.model.ops import compiled
+from minimind_ray.model.transformer import Transformer
+from minimind_ray.track.wandb import open_tracker
+from minimind_ray.train.checkpoint import optimizer_tensors, save_resume
+from minimind_ray.train.evaluate import Evaluation, drop_stale
+from minimind_ray.train.progress import Progress
+from minimind_ray.train.run import VALIDATION, RunDirectory, resolve_model
+from minimind_ray.train.writer import CheckpointWriter, HostCopy, Weights, Write
+
+
+class Recorder:
+    """Writes one run's directory and its tracker, on rank 0 only.
+
+    `progress` is the loop's; the recorder keeps its `best` and `best_value` up to date.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        progress: Progress,
+        config: Config,
+        *,
+        cpu: str | None,
+        pass_tokens: int | None,
+    ) -> None:
+        """Prepare the directory for the steps after `progress`, and open the tracker.
+
+        `cpu` names the CPU's arithmetic, None where a GPU computes; see `arithmetic`.
+        """
+        self.directory, self.progress = directory, progress
+        directory.forget_after(progress.step)
+        # The best checkpoint is gone if a better one replaced it and was then found damaged.
+        if progress.best and directory.checkpoint_path(progress.best) not in directory.checkpoints():
+            progress.best, progress.best_value = None, math.inf
+        drop_stale(directory.path / VALIDATION, progress.best_value)
+        self.writer = CheckpointWriter(directory, config.checkpoint.keep, (progress.best, progress.best_value))
+        self.optimizer_copy = HostCopy()
+        if progress.step:
+            _warn_of_other_arithmetic(directory.info().get("cpu"), cpu)
+        directory.update(compiled=compiled(), pass_tokens=pass_tokens, cpu=cpu)
+        base = resolve_model(config.init_from) if config.init_from else None
+        here = config.model_copy(update={"out": str(directory.path)})
+        self.tracker = open_tracker(
+            here, directory.info(), metrics=directory.metrics(), samples=directory.samples(), base=base
+        )
+        if self.tracker:
+            directory.update(wandb=self.tracker.identity)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody asked the tracker to stop the run."""
+        return self.tracker is not None and self.tracker.stop_requested
+
+    def warning(self) -> str | None:
+        """Return what went wrong with checkpoints or the object store since the last call."""
+        return self.writer.news()
+
+    def log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
+        """Write one line of metrics.jsonl, and what the model wrote after the same step."""
+        self.directory.append("metrics.jsonl", dict(metrics))
+        if samples:
+            self.directory.append("samples.jsonl", {"step": metrics["step"], "samples": list(samples)})
+        if self.tracker:
+            self.tracker.log(metrics, samples)
+
+    def save(
+        self,
+        weights: Weights,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        evaluation: Evaluation | None,
+        *,
+        validates: bool,
+        wait: bool,
+    ) -> None:
+        """Begin to write a checkpoint of this step; with `wait`, return when it is written.
+
+        A run that `validates` has its lowest validation loss as the best; other runs have their last checkpoint.
+        """
+        progress = self.progress
+        # Wait for the previous write; if it failed, fall back to the earlier best.
+        progress.best, progress.best_value = self.writer.settle()
+        value = evaluation.means["loss"] if evaluation else math.nan if validates else -float(progress.step)
+        better = value <= progress.best_value
+        if better:
+            progress.best, progress.best_value = progress.checkpoint, value
+        tensors = self.optimizer_copy(optimizer_tensors(model, optimizer))
+        self.writer.save(
+            progress.checkpoint,
+            partial(_write, weights.snapshot(), tensors, asdict(progress)),
+            (progress.best, progress.best_value),
+            evaluation.write if better and evaluation else None,
+        )
+        if wait:
+            self.writer.settle()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self.writer.settle()
+
+    def end(self, state: str) -> None:
+        """Write the run's last lines, its `state` and its result, and close the tracker.
+
+        Raises:
+            UserError: the last checkpoint could not be written.
+        """
+        progress, directory = self.progress, self.directory
+        self.writer.close()
+        directory.write_lines()
+        checkpoints = directory.checkpoints()
+        best = directory.checkpoint_path(progress.best) if progress.best else next(reversed(checkpoints), None)
+        result = best and str(best.relative_to(directory.path))
+        directory.update(state=state, steps=progress.step, tokens=progress.tokens, result=result)
+        if self.tracker:
+            self.tracker.finish(state, best)
+
+
+def _warn_of_other_arithmetic(before: str | None, now: str | None) -> None:
+    if before and now and now != before:
+        print(
+            f"until now the run computed with {before}; from now on it computes with {now}: its weights will "
+            "differ in their last digits from those of a run without a stop",
+            file=sys.stderr,
+        )
+
+
+def _write(weights: Write, optimizer: Mapping[str, Tensor], state: dict[str, Any], directory: Path) -> None:
+    weights(directory)
+    save_resume(directory, optimizer, state)
