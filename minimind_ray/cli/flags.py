@@ -16,34 +16,11 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from minimind_ray.config.flag import Flag
+    from minimind_ray.config.flags import KeyFlag
     from minimind_ray.config.schema import Config
 
 ADDED = "minimind_ray.added"
-
-
-@dataclass(frozen=True)
-class KeyFlag:
-    """The flag of one config key. `repeated`: it may be given several times, which makes a list."""
-
-    key: str
-    flag: Flag
-    repeated: bool
-
-    def value(self, given: Any) -> Any:
-        """The config's value from what was given: read as YAML, or as it is."""
-        from minimind_ray.config.load import parse_value
-
-        if self.repeated:
-            return _sources([given] if isinstance(given, str) else list(given))
-        return given if self.flag.verbatim or not isinstance(given, str) else parse_value(given)
-
-    def option(self, panel: str | None) -> Option:
-        """The option of a command."""
-        text = f"{self.key}; {self.flag.note}" if self.flag.note else self.key
-        return Option(self.flag.parameter, self.flag.name, list[str] if self.repeated else str, text, panel)
 
 
 @dataclass(frozen=True)
@@ -57,43 +34,21 @@ class Option:
     panel: str | None = None
 
 
-def _sources(texts: list[str]) -> str | list[str]:
-    """Paths of rows: one, or a list."""
-    from minimind_ray.config.load import parse_value
-
-    values = [parse_value(text) if text.startswith("[") else text for text in texts]
-    # Not each text that begins so is a list: [ab]*.jsonl.
-    paths = [path for v, text in zip(values, texts) for path in (v if isinstance(v, list) else [text])]
-    return paths if len(paths) > 1 else paths[0]
-
-
-@functools.cache
-def config_flags() -> dict[str, KeyFlag]:
-    """Every flag of the schema, by the option's name in Python."""
-    from minimind_ray.config.schema import Config
-
-    return {found.flag.parameter: found for found in _flags_of(Config)}
-
-
-def _flags_of(model: type[BaseModel], at: str = "") -> Iterator[KeyFlag]:
-    from minimind_ray.config.flag import Flag
-    from minimind_ray.config.load import section_of
-
-    for name, field in model.model_fields.items():
-        if section := section_of(field.annotation):
-            yield from _flags_of(section, f"{at}{name}.")
-        for flag in field.metadata:
-            if isinstance(flag, Flag):
-                yield KeyFlag(f"{at}{name}", flag, list[str] in get_args(field.annotation))
-
-
 def key_options(
     panel: Callable[[Flag], str] | None = None, *, only: Iterable[str] | None = None, without: Iterable[str] = ()
 ) -> list[Option]:
     """Options for config keys: all of them or `only` some, by their names in Python; `panel` is where help has one."""
+    from minimind_ray.config.flags import config_flags
+
     flags = config_flags()
     names = [name for name in (flags if only is None else only) if name not in without]
-    return [flags[name].option(panel(flags[name].flag) if panel else None) for name in names]
+    return [_key_option(flags[name], panel(flags[name].flag) if panel else None) for name in names]
+
+
+def _key_option(found: KeyFlag, panel: str | None) -> Option:
+    flag = found.flag
+    text = f"{found.key}; {flag.note}" if flag.note else found.key
+    return Option(flag.parameter, flag.name, list[str] if found.repeated else str, text, panel)
 
 
 def search_options(*, without: Iterable[str] = ()) -> list[Option]:
@@ -167,27 +122,21 @@ def _click_options(options: Iterable[Option]) -> list[Any]:
 
 def added(context: typer.Context) -> dict[str, Any]:
     """The options that `with_options` added to the command and that were given, by their names in Python."""
+    from minimind_ray.config.flags import without_unset
+
     return without_unset(context.meta[ADDED])
 
 
 def given(context: typer.Context) -> dict[str, Any]:
     """All parameters of a command `with_options` that were given, by their names in Python."""
+    from minimind_ray.config.flags import without_unset
+
     return without_unset({**context.params, **context.meta[ADDED]})
-
-
-def without_unset(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters without those that were not given. 0 is a value, if a wrong one."""
-    return {name: value for name, value in parameters.items() if value not in (None, [], ()) and value is not False}
-
-
-def overrides_of(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted config key, of those flags among these parameters that were given."""
-    known = config_flags()
-    return {known[name].key: known[name].value(text) for name, text in without_unset(flags).items() if name in known}
 
 
 def config_from_flags(stage: str, config: Iterable[Path], settings: Iterable[str], flags: Mapping[str, Any]) -> Config:
     """The config that --config files, --set and the short flags make; later ones win in that order."""
+    from minimind_ray.config.flags import overrides_of
     from minimind_ray.config.load import load_config, parse_override
 
     overrides = {**dict(map(parse_override, settings)), **overrides_of(flags)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.cli.flags import config_from_flags, without_unset
+from minimind_ray.cli.flags import config_from_flags
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import check_location
 
@@ -230,6 +230,7 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
         return {"out": str(params["resume"])}
     if name == "tune":
         from minimind_ray.cli.tune import plan_of
+        from minimind_ray.config.flags import without_unset
 
         plan = plan_of(without_unset(params))
         return {"out": str(params["out"] or Path("sweeps") / plan.base.stage), "config": to_yaml(plan.base)}

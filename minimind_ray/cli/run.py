@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.cli.flags import added, key_options, overrides_of, with_options
+from minimind_ray.cli.flags import added, key_options, with_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,7 @@ def run(
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
     """Run a recipe's stages; what is finished and unchanged is skipped, what was interrupted goes on."""
+    from minimind_ray.config.flags import overrides_of
     from minimind_ray.config.load import parse_override
 
     overrides = {**dict(map(parse_override, set_ or [])), **overrides_of(added(context))}
@@ -50,11 +51,11 @@ def run_recipe(
     """
     from rich.console import Console
 
-    from minimind_ray.cli.train import host
     from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.data.files import join
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.storage import require_writable
+    from minimind_ray.on_ray.host import host
     from minimind_ray.stages.recipe import read_recipe, stage_config
     from minimind_ray.stages.start import require_sources
     from minimind_ray.track.wandb import check_tracking

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.cli.flags import config_flags, given, key_options, search_options, with_options
+from minimind_ray.cli.flags import given, key_options, search_options, with_options
 from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from minimind_ray.config.flag import Flag
     from minimind_ray.config.schema import ScaleConfig
-    from minimind_ray.sweep.axes import Axis
     from minimind_ray.sweep.plan import SweepPlan
 
 TuneCommand = with_options(
@@ -67,6 +66,8 @@ def tune(
     plan = plan_of(asked)
     check_free(plan.path)
     if dry_run:
+        from minimind_ray.sweep.run import check_places
+
         check_places(plan, probe=False)
         print_plan(plan)
     else:
@@ -98,26 +99,15 @@ def plan_of(asked: Mapping[str, Any]) -> SweepPlan:
     """The sweep that the command's parameters, those that were given, ask for."""
     from minimind_ray.config.load import parse_override
     from minimind_ray.sweep.axes import parse_assignment
-    from minimind_ray.sweep.request import SweepRequest
+    from minimind_ray.sweep.request import SweepRequest, settings_and_axes
 
-    settings, axes = _settings_and_axes(asked)
+    settings, axes = settings_and_axes(asked)
     return SweepRequest(
         stage=asked.get("stage"), file=asked.get("sweep"), config=asked.get("config", []),
         settings={**dict(map(parse_override, asked.get("set_", []))), **settings},
         axes=[*axes, *map(parse_assignment, asked.get("axis_", []))],
         search=_search(asked), out=asked.get("out"), gpus_per_trial=asked.get("gpus_per_trial"),
     ).plan()  # fmt: skip
-
-
-def _settings_and_axes(asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[Axis]]:
-    """Those of the command's parameters that are flags of config keys: single values, and axes."""
-    from minimind_ray.sweep.axes import Grid, parse_axis
-
-    flags = {name: flag for name, flag in config_flags().items() if name in asked and name != "out"}
-    varied = {name: parse_axis(flag.key, asked[name]) for name, flag in flags.items() if flag.flag.vary}
-    axes = {name: axis for name, axis in varied.items() if not (isinstance(axis, Grid) and len(axis.values) == 1)}
-    settings = {flag.key: flag.value(asked[name]) for name, flag in flags.items() if name not in axes}
-    return settings, list(axes.values())
 
 
 def _search(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,49 +119,20 @@ def _search(asked: Mapping[str, Any]) -> dict[str, Any]:
     return search | ({"fuse": parse_value(search["fuse"])} if "fuse" in search else {})
 
 
-def check_places(plan: SweepPlan, *, probe: bool) -> None:
-    """Whether the sweep and its data can be written, for which stores are written to with `probe`, and the trials'
-    files, tokenizers and bases are there.
-
-    Raises:
-        UserError: one is not.
-    """
-    from minimind_ray.data.storage import require_writable, url_of
-    from minimind_ray.stages.start import require_sources
-
-    require_writable(url_of(plan.path), plan.base.data.cache_dir, probe=probe)
-    require_sources([trial.config for trial in plan.trials] or [plan.base])
-
-
 def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     """Run the sweep on Ray, show how it goes, and end with what came out."""
     from functools import partial
 
     from rich.console import Console
 
-    from minimind_ray.data.claim import claimed, require_free
+    from minimind_ray.cli.board import Board
     from minimind_ray.data.storage import url_of
-    from minimind_ray.on_ray.session import local_cpus, start_ray, stop_ray
-    from minimind_ray.sweep.run import run_sweep  # Imports torch: before `start_ray`, as in `train.host`.
-    from minimind_ray.track.wandb import check_tracking
-    from minimind_ray.train.run import GONE, RunDirectory
+    from minimind_ray.sweep.run import sweep_on_ray
+    from minimind_ray.train.run import RunDirectory
 
-    check_places(plan, probe=True)
-    require_free(url_of(plan.path))
-    check_tracking(plan.base)
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    if gone := [trial for trial in plan.trials if RunDirectory(trial.config.out).state() == GONE]:
-        say(f"{len(gone)} trial(s) were running when the sweep's process ended; they go on from their last checkpoints")
-    nested = plan.base.scale.most > 1
-    start_ray(local_cpus(plan.base.scale) if nested else None)
-    try:
-        from minimind_ray.cli.board import Board
-
-        with claimed(url_of(plan.path)), Board(plan, console) as board:
-            ending = run_sweep(plan, resume=resume, say=say, watch=board.watch)
-    finally:
-        stop_ray()
+    ending = sweep_on_ray(plan, resume=resume, say=say, board=Board(plan, console))
     trials = list(plan.path.glob("trials/*/"))
     if trials:  # Optuna proposes the first ones while the sweep runs, which may end before.
         print_results(plan.path, console, "winner" if ending == "by itself" else "best so far")

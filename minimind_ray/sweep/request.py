@@ -9,10 +9,11 @@ from typing import Any
 
 from minimind_ray.config.cluster import read_cluster
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.flags import config_flags
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import SearchConfig, SweepFile, read_sweep_file, search_config
-from minimind_ray.sweep.axes import Axis, parse_axis
+from minimind_ray.sweep.axes import Axis, Grid, parse_axis
 from minimind_ray.sweep.plan import SweepPlan, plan_sweep
 
 
@@ -69,6 +70,26 @@ class SweepRequest:
         axes |= {axis.key: axis for axis in self.axes}
         # A single value takes the place of the file's axis.
         return [axis for key, axis in axes.items() if key not in settings]
+
+
+def settings_and_axes(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Axis]]:
+    """What was given to flags, by their names in Python: values by dotted config key, and axes.
+
+    Flags that a sweep can vary take a list, or a text as `parse_axis` reads it; a single value is no axis. Other names
+    are passed over.
+    """
+    settings, axes = dict[str, Any](), list[Axis]()
+    for name, found in config_flags().items():
+        if name not in given or name == "out":
+            continue
+        axis = parse_axis(found.key, given[name]) if found.flag.vary else None
+        if axis is None:
+            settings[found.key] = found.value(given[name])
+        elif isinstance(axis, Grid) and len(axis.values) == 1:
+            settings[found.key] = axis.values[0]
+        else:
+            axes.append(axis)
+    return settings, axes
 
 
 def _search_of(file: SweepFile | None) -> dict[str, Any]:

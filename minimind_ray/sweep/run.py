@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from minimind_ray.data.storage import url_of
+from minimind_ray.data.claim import claimed, require_free
+from minimind_ray.data.storage import require_writable, url_of
+from minimind_ray.on_ray import session
 from minimind_ray.on_ray.layout import layout
 from minimind_ray.on_ray.session import Ending
 from minimind_ray.on_ray.trainer import RAY_HOST
 from minimind_ray.on_ray.tuner import Search, Watch, is_done, places, put_bases, run_trials
 from minimind_ray.stages.run import Job
+from minimind_ray.stages.start import require_sources
 from minimind_ray.sweep.axes import PlannedTrial
 from minimind_ray.sweep.fuse import together
 from minimind_ray.sweep.plan import (
@@ -28,7 +32,56 @@ from minimind_ray.sweep.plan import (
     within_budget,
 )
 from minimind_ray.sweep.searchers import Explorer, OptunaPoints
-from minimind_ray.train.run import RunDirectory
+from minimind_ray.track.wandb import check_tracking
+from minimind_ray.train.run import GONE, RunDirectory
+
+
+class Board(Protocol):
+    """Shows a sweep while it runs; see `Watch` for what it is called with."""
+
+    def __enter__(self) -> Board:
+        """Begin to show it."""
+        ...
+
+    def __exit__(self, *error: object) -> None:
+        """Stop showing it."""
+        ...
+
+    def watch(self, trial: Path, event: str, metrics: Mapping[str, Any]) -> None:
+        """Something happened to a trial."""
+        ...
+
+
+def check_places(plan: SweepPlan, *, probe: bool) -> None:
+    """Check that the sweep and its data can be written, and that the trials' files, tokenizers and bases are there.
+
+    With `probe` a store is tried by writing to it.
+
+    Raises:
+        UserError: one is not.
+    """
+    require_writable(url_of(plan.path), plan.base.data.cache_dir, probe=probe)
+    require_sources([trial.config for trial in plan.trials] or [plan.base])
+
+
+def sweep_on_ray(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], board: Board) -> Ending:
+    """Check the sweep's places, start Ray for as long as the sweep runs, and run it; how it ended.
+
+    Raises:
+        UserError: see `check_places` and `run_sweep`; another process writes to the sweep's directory.
+    """
+    check_places(plan, probe=True)
+    require_free(url_of(plan.path))
+    check_tracking(plan.base)
+    if gone := [trial for trial in plan.trials if RunDirectory(trial.config.out).state() == GONE]:
+        say(f"{len(gone)} trial(s) were running when the sweep's process ended; they go on from their last checkpoints")
+    # Torch, which this file imports, has to be imported before Ray joins a cluster; see on_ray/host.py.
+    session.start_ray(session.local_cpus(plan.base.scale) if plan.base.scale.most > 1 else None)
+    try:
+        with claimed(url_of(plan.path)), board:
+            return run_sweep(plan, resume=resume, say=say, watch=board.watch)
+    finally:
+        session.stop_ray()
 
 
 def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watch: Watch) -> Ending:

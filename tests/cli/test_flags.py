@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minimind_ray.cli.flags import config_flags, config_from_flags, overrides_of, search_options
+from minimind_ray.cli.flags import config_from_flags, search_options
+from minimind_ray.config.flags import config_flags, overrides_of
 from minimind_ray.config.search import SearchConfig
 from tests.cli.conftest import Command
 

@@ -1,0 +1,66 @@
+"""The short flags of config keys, read off the schema; and config values from what is given to them.
+
+The command line and the Python interface know a flag by its option's name as a Python name, such as `max_seq_len`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from minimind_ray.config.flag import Flag
+from minimind_ray.config.load import parse_value, section_of
+from minimind_ray.config.schema import Config
+
+
+@dataclass(frozen=True)
+class KeyFlag:
+    """The flag of one config key. `repeated`: it may be given several times, which makes a list."""
+
+    key: str
+    flag: Flag
+    repeated: bool
+
+    def value(self, given: Any) -> Any:
+        """The config's value from what was given: read as YAML, or as it is."""
+        if self.repeated:
+            return _sources([given] if isinstance(given, str) else list(given))
+        return given if self.flag.verbatim or not isinstance(given, str) else parse_value(given)
+
+
+def _sources(texts: list[str]) -> str | list[str]:
+    """Paths of rows: one, or a list."""
+    values = [parse_value(text) if text.startswith("[") else text for text in texts]
+    # Not each text that begins so is a list: [ab]*.jsonl.
+    paths = [path for v, text in zip(values, texts) for path in (v if isinstance(v, list) else [text])]
+    return paths if len(paths) > 1 else paths[0]
+
+
+@functools.cache
+def config_flags() -> dict[str, KeyFlag]:
+    """Every flag of the schema, by the option's name in Python."""
+    return {found.flag.parameter: found for found in _flags_of(Config)}
+
+
+def _flags_of(model: type[BaseModel], at: str = "") -> Iterator[KeyFlag]:
+    for name, field in model.model_fields.items():
+        if section := section_of(field.annotation):
+            yield from _flags_of(section, f"{at}{name}.")
+        for flag in field.metadata:
+            if isinstance(flag, Flag):
+                yield KeyFlag(f"{at}{name}", flag, list[str] in get_args(field.annotation))
+
+
+def overrides_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted config key, of those flags among these parameters that were given."""
+    known = config_flags()
+    return {known[name].key: known[name].value(text) for name, text in without_unset(flags).items() if name in known}
+
+
+def without_unset(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters without those that were not given. 0 is a value, if a wrong one."""
+    return {name: value for name, value in parameters.items() if value not in (None, [], ()) and value is not False}

@@ -1,0 +1,79 @@
+"""Where stages run: on Ray, or in this process; and one stage's run from the first check to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from minimind_ray.config.schema import Config, ScaleConfig
+from minimind_ray.data.shipped import resolve_paths
+from minimind_ray.data.storage import require_writable
+
+# `stages.run` imports torch, which has to happen before a job joins its cluster. Joining makes each node unpack the
+# job's working directory, and a second node on the same machine replaces the first one's. In a deleted directory
+# torch's libraries exit.
+from minimind_ray.stages.run import Host, Job, begun, prepare_job, require_gpus_here, run_here
+from minimind_ray.stages.start import require_sources
+from minimind_ray.track.wandb import check_tracking
+from minimind_ray.train.resume import longer
+from minimind_ray.train.run import RunDirectory
+
+Watch = Callable[[Job], AbstractContextManager[None]]
+"""Shows a run's progress while the run goes on inside."""
+
+
+@contextmanager
+def host(scales: Sequence[ScaleConfig], *, ray: bool) -> Generator[tuple[Host, Callable[[Job], None]]]:
+    """How to prepare and how to run jobs of these scales: on Ray, started for as long as the block lasts, or in this
+    process.
+
+    Raises:
+        UserError: there are too few CPUs or GPUs for one of them.
+    """
+    if not ray:
+        for scale in scales:
+            require_gpus_here(scale)
+        yield Host(), run_here
+        return
+    from minimind_ray.on_ray.session import local_cpus, require_resources, start_ray, stop_ray
+    from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
+
+    start_ray(max(map(local_cpus, scales)))
+    try:
+        for scale in scales:
+            require_resources(scale)
+        yield RAY_HOST, train_on_ray
+    finally:
+        stop_ray()
+
+
+def train_stage(
+    config: Config,
+    *,
+    resume: bool,
+    ray: bool,
+    say: Callable[[str], None] = lambda line: None,
+    watch: Watch = lambda job: nullcontext(),
+) -> RunDirectory:
+    """Check, prepare and train one stage. Ctrl-C stops the run after the step, with a checkpoint; see its state then.
+
+    Raises:
+        UserError: what `prepare_job`, `begun` and `host` raise; a place that cannot be written, or missing files.
+    """
+    config = resolve_paths(config)
+    require_writable(config.out, config.data.cache_dir)
+    run = RunDirectory(config.out)
+    run.check(config, resume=resume)
+    before = run.state() if resume else None
+    require_sources([config])
+    check_tracking(config)
+    with host([config.scale], ray=ray) as (work, run_job):
+        job = prepare_job(config, work, say)
+        with begun(job, resume=resume):
+            if before == "finished" and run.checkpoints():
+                say(f"{run.where} is finished. {longer(run.where, run.file('config.yaml'), config)}")
+            elif resume:
+                say(f"{run.where}: {before or 'not begun'}; {run.resume_point()}")
+            with watch(job):
+                run_job(job)
+    return run
