@@ -43,7 +43,7 @@ def plan(config: Config) -> dict[str, str]:
     from minimind_ray.data.estimate import estimate
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.storage import require_writable
-    from minimind_ray.model.checkpoint import config_of
+    from minimind_ray.model.families import config_of
     from minimind_ray.objectives.preference import WITHOUT_REFERENCE
     from minimind_ray.stages.start import check_stage, load_tokenizer, model_shape, require_sources, require_used
     from minimind_ray.train.context import default_device, resolve_precision

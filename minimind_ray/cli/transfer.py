@@ -150,7 +150,7 @@ def _import_directory(source: Path, out: Path, tokenizer: str | None) -> ModelSh
 
 
 def _describe(out: Path, shape: ModelShape) -> None:
-    from minimind_ray.model.checkpoint import config_of
+    from minimind_ray.model.families import config_of
     from minimind_ray.train.throughput import parameter_counts
 
     total, active = parameter_counts(shape)

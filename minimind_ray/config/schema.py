@@ -158,7 +158,8 @@ class RopeScaling(Section):
 class ModelShape(Section):
     """A model's full shape, by Hugging Face's names.
 
-    Qwen3 with qk_norm and Llama without; with experts Qwen3-MoE and GraniteMoeShared, which is MiniMind-2's MoE.
+    Qwen3 with qk_norm and Llama without, Qwen2 with qkv_bias; with experts Qwen3-MoE and GraniteMoeShared, which is
+    MiniMind-2's MoE.
     """
 
     vocab_size: PositiveInt
@@ -175,6 +176,7 @@ class ModelShape(Section):
     tie_word_embeddings: bool = True
     initializer_range: PositiveFloat = 0.02
     qk_norm: bool = True
+    qkv_bias: bool = False
     dropout: Probability = 0.0
     num_experts: Annotated[int, Field(ge=0)] = 0
     num_experts_per_tok: PositiveInt = 1
@@ -192,6 +194,11 @@ class ModelShape(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.qkv_bias and (self.qk_norm or self.num_experts):
+            raise ValueError(
+                "model.qkv_bias needs model.qk_norm false and no model.num_experts: "
+                "it is Qwen2's, and no Hugging Face model has it together with the others as they are here"
+            )
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"model.num_experts_per_tok {self.num_experts_per_tok} is more than "
@@ -261,6 +268,7 @@ class ModelConfig(Section):
         default=None, description="standard deviation that weights are drawn with"
     )
     qk_norm: bool | None = None
+    qkv_bias: bool | None = Field(default=None, description="biases of the projections to queries, keys and values")
     dropout: Probability | None = None
     num_experts: Annotated[int, Field(ge=0)] | None = None
     num_experts_per_tok: PositiveInt | None = None

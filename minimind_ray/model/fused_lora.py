@@ -78,7 +78,8 @@ class FusedTransformer(Transformer):
         self.to(stack.device).requires_grad_(False)
         for linear in self.model.modules():
             if isinstance(linear, nn.Linear):  # Once, not in every pass.
-                linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+                for name, parameter in list(linear.named_parameters()):
+                    setattr(linear, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
         self.layers, self.leaves = list[FusedLinear](), list[Tensor]()
         for name, matrices in stack.matrices(values_KP).items():
             linear = self.get_submodule(name)
@@ -86,7 +87,7 @@ class FusedTransformer(Transformer):
             # Plain tensors: as parameters they would have to be contiguous.
             a_KRI, b_KRO = (matrix.detach().requires_grad_() for matrix in matrices)
             self.leaves += [a_KRI, b_KRO]
-            self.layers.append(fused := FusedLinear(linear.weight, a_KRI, b_KRO, stack.scale_K11))
+            self.layers.append(fused := FusedLinear(linear, a_KRI, b_KRO, stack.scale_K11))
             parent, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(parent), leaf, fused)
 
@@ -116,13 +117,14 @@ class FusedTransformer(Transformer):
 
 
 class FusedLinear(nn.Module):
-    """A frozen projection with K adapters: x Wᵀ + s_k · x A_kᵀ B_kᵀ for the rows of adapter k."""
+    """A frozen projection with K adapters: x Wᵀ + b + s_k · x A_kᵀ B_kᵀ for the rows of adapter k."""
 
     present_J: Tensor
 
-    def __init__(self, weight: Tensor, a_KRI: Tensor, b_KRO: Tensor, scale_K11: Tensor) -> None:
+    def __init__(self, frozen: nn.Linear, a_KRI: Tensor, b_KRO: Tensor, scale_K11: Tensor) -> None:
         super().__init__()
-        self.weight, self.a_KRI, self.b_KRO, self.scale_K11 = weight, a_KRI, b_KRO, scale_K11
+        self.weight, self.bias = frozen.weight, frozen.bias
+        self.a_KRI, self.b_KRO, self.scale_K11 = a_KRI, b_KRO, scale_K11
 
     def forward(self, x_SI: Tensor) -> Tensor:
         """[S, I] to [S, O]; the rows are those of the adapters `present_J`, L of each."""
@@ -132,5 +134,5 @@ class FusedLinear(nn.Module):
             matrices = tuple(m.index_select(0, self.present_J) for m in matrices)
         a_JRI, b_JRO, scale_J11 = matrices
         h_JLR = torch.bmm(x_SI.unflatten(0, (len(a_JRI), -1)), a_JRI.mT) * scale_J11
-        y_SO = F.linear(x_SI, self.weight)
+        y_SO = F.linear(x_SI, self.weight, self.bias)
         return torch.baddbmm(y_SO.unflatten(0, (len(a_JRI), -1)), h_JLR, b_JRO).flatten(0, 1)

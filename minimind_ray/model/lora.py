@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import LoraConfig
-from minimind_ray.model.granite import is_granite
+from minimind_ray.model.families.granite_moe_shared import saves as is_granite
 from minimind_ray.model.moe import MixtureOfExperts
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,7 +43,8 @@ PREFIX, EMBEDDING = "base_model.model.", "model.embed_tokens.weight"
 SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 # Fields of an adapter_config.json that `load_adapter` reads, or that change nothing once an adapter is trained: which
-# modules were chosen (the tensors' names say it), how training began, biases (no projection has one), origins.
+# modules were chosen (the tensors' names say it), how training began, whether biases were trained (their tensors
+# would be in the file, and are refused), origins.
 KNOWN_FIELDS = {
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights",
     "modules_to_save",
@@ -60,14 +61,15 @@ class LoraLinear(nn.Module):
     """A frozen projection and its adapter; with B = 0 exactly the projection.
 
     LoRA (Hu et al. 2021, eq. 3): x Wᵀ + s · dropout(x) Aᵀ Bᵀ. With DoRA (Liu et al. 2024, eq. 5) that is multiplied
-    by m / ‖W + s B A‖, row by row, where m is trained and the norm is a constant to the gradient (section 4.3).
+    by m / ‖W + s B A‖, row by row, where m is trained and the norm is a constant to the gradient (section 4.3). A bias
+    is added last, and is not trained.
     """
 
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
         super().__init__()
-        assert base.bias is None
         self.config, self.scale = config, config.scale
         self.weight = base.weight.requires_grad_(False)
+        self.bias: nn.Parameter | None = base.bias
         self.lora_A = nn.Parameter(self.weight.new_zeros(config.rank, base.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(base.out_features, config.rank))
         self.dropout = nn.Dropout(config.dropout)
@@ -79,11 +81,13 @@ class LoraLinear(nn.Module):
             x_NI = x_NI.to(torch.get_autocast_dtype(x_NI.device.type))  # One cast serves both products.
         h_NR = F.linear(self.dropout(x_NI), self.lora_A) * self.scale
         # Into the projection's own output: a pass over [N, O] costs as much as the product with B.
+        if self.magnitude is None:
+            y_NO = F.linear(x_NI, self.weight, self.bias)
+            return y_NO.addmm_(h_NR, self.lora_B.to(y_NO.dtype).t())
         y_NO = F.linear(x_NI, self.weight)
         y_NO.addmm_(h_NR, self.lora_B.to(y_NO.dtype).t())
-        if self.magnitude is None:
-            return y_NO
-        return y_NO * (self.magnitude / self.row_norms()).to(y_NO.dtype)
+        y_NO = y_NO * (self.magnitude / self.row_norms()).to(y_NO.dtype)
+        return y_NO if self.bias is None else y_NO + self.bias.to(y_NO.dtype)
 
     def _first_magnitude(self) -> Tensor:
         # A model without values is only measured; autocast knows no meta device.
@@ -159,6 +163,7 @@ def merge_lora(model: M) -> M:
         rows, columns = layer.weight.shape
         plain = nn.Linear(columns, rows, bias=False, device="meta")
         plain.weight = nn.Parameter(layer.merged_weight())
+        plain.register_parameter("bias", layer.bias)
         _replace(model, name, plain)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -282,7 +287,7 @@ def saved_modules(directory: str | Path) -> list[str]:
 def _replaced_weights(model: nn.Module, folder: Path) -> dict[str, nn.Parameter]:
     """The model's weights inside `modules_to_save`, by their names in the adapter file."""
     modules, where = saved_modules(folder), f"{folder / CONFIG}: modules_to_save"
-    weights = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
+    weights = {name: p for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))}
     # As in peft, a module is found by how its path ends: norm means every input_layernorm too.
     inside = {module: [name for name in weights if f"{module}." in name] for module in modules}
     for module, names in inside.items():

@@ -24,8 +24,9 @@ from torch import Tensor
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import MINIMIND_2, MINIMIND_2_MOE, MINIMIND_3, LoraConfig, ModelShape, RopeScaling
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import expected_tensors, load_model, model_fingerprint, save_model
-from minimind_ray.model.granite import is_granite
+from minimind_ray.model.checkpoint import load_model, model_fingerprint, save_model
+from minimind_ray.model.families.family import expected_tensors
+from minimind_ray.model.families.granite_moe_shared import saves as is_granite
 from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter, saved_modules, target_names
 from minimind_ray.model.transformer import Transformer
 
@@ -98,6 +99,8 @@ def export_pth(
             model.
     """
     model = load_model(directory)
+    if model.shape.qkv_bias:
+        raise UserError(f"{directory}: MiniMind's attention has no biases, so it has no form of this model")
     if is_granite(model.shape):
         _require_normalised(directory, model.shape.num_experts_per_tok, model.shape.norm_topk_prob)
     tensors = {name: p.detach() for name, p in model.named_parameters()}

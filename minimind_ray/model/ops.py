@@ -19,7 +19,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -154,10 +154,15 @@ class _Linears(Function):
         return grad_x, *((g.t() @ x).to(d) if n else None for g, n, d in zip(grads, needed[1:], dtypes[1:]))
 
 
+def has_bias(linear: nn.Linear) -> bool:
+    """Whether a projection has a bias; torch's own annotation leaves out that it may be None."""
+    return cast("Tensor | None", linear.bias) is not None
+
+
 def linears(x_NC: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
-    """What each module makes of x. Of plain projections the gradient of x is summed in the products themselves."""
+    """What each module makes of x. Of projections without a bias the gradient of x is summed in the products."""
     # Without gradients autocast's own casts of the weights are better: it keeps them from one call to the next.
-    if torch.is_grad_enabled() and all(type(module) is nn.Linear for module in modules):
+    if torch.is_grad_enabled() and all(type(m) is nn.Linear and not has_bias(m) for m in modules):
         return _Linears.apply(x_NC, *(module.weight for module in modules))
     return tuple(module(x_NC) for module in modules)
 

@@ -1,4 +1,4 @@
-"""The decoder-only transformer in the shapes of Qwen3, Llama, Qwen3-MoE and GraniteMoeShared.
+"""The decoder-only transformer in the shapes of all `families`.
 
     N tokens of the batch   M some of them   C channels   V vocabulary   F feed-forward
     H query heads   G key/value heads   K head size   R = K / 2 rotary pairs   D documents
@@ -35,15 +35,19 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; with qk_norm, queries and keys are normalised per head first."""
+    """Grouped-query attention with rotary positions.
+
+    With qk_norm, queries and keys are normalised per head first; with qkv_bias, the projections to queries, keys and
+    values have a bias.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.shape = shape
         query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, key, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, key, bias=False)
+        self.q_proj = nn.Linear(shape.hidden_size, query, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(shape.hidden_size, key, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(shape.hidden_size, key, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(query, shape.hidden_size, bias=False)
         if shape.qk_norm:
             self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
@@ -124,7 +128,10 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model of the given shape, matrices drawn from N(0, initializer_range) by torch's global generator."""
+    """A language model of the given shape.
+
+    Torch's global generator draws the matrices from N(0, initializer_range); biases are 0.
+    """
 
     frequencies: Tensor
 
@@ -136,10 +143,12 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         frequencies_R, self.rotary_scale = rotary_frequencies(shape)
         self.register_buffer("frequencies", frequencies_R, persistent=False)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             # To draw on the meta device, where there is nothing to draw, torch would import its compiler: seconds.
             if parameter.ndim == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=shape.initializer_range)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens_N: Tensor, bounds_D1: Tensor) -> Tensor:
         """Hidden states [N, C] after the last norm; `bounds_D1` int32 on the host: where documents start, and N."""

@@ -14,6 +14,8 @@ def parameter_counts(shape: ModelShape) -> tuple[int, int]:
     """All parameters, and those active for one token (with experts: the chosen ones)."""
     c, d = shape.hidden_size, shape.head_dim
     attention = 2 * c * d * (shape.num_attention_heads + shape.num_key_value_heads)
+    if shape.qkv_bias:
+        attention += d * (shape.num_attention_heads + 2 * shape.num_key_value_heads)
     norms = 2 * c + (2 * d if shape.qk_norm else 0)
     if shape.num_experts:
         expert = 3 * c * (shape.moe_intermediate_size or shape.intermediate_size)

@@ -150,6 +150,8 @@ def test_shapes() -> None:
         ModelConfig(preset="tiny", num_key_value_heads=3).shape(100)
     with pytest.raises(UserError, match=r"model.n_shared_experts needs model.num_experts and model.qk_norm false"):
         ModelConfig(preset="minimind-3-moe", n_shared_experts=1).shape(100)
+    with pytest.raises(UserError, match=r"model.qkv_bias needs model.qk_norm false"):
+        ModelConfig(preset="tiny", qkv_bias=True).shape(100)
     with pytest.raises(UserError, match=r"model.norm_topk_prob must be true"):
         ModelConfig(preset="minimind-2-moe", norm_topk_prob=False).shape(100)
     with pytest.raises(UserError, match="model.vocab_size"):

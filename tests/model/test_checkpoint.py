@@ -14,14 +14,14 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import (
-    config_of,
-    expected_tensors,
     load_model,
     load_shape,
     load_weights,
     model_fingerprint,
     save_model,
 )
+from minimind_ray.model.families import config_of
+from minimind_ray.model.families.family import expected_tensors
 from minimind_ray.model.transformer import Transformer
 from tests.data.chat_families import write_family
 
@@ -36,6 +36,7 @@ SHAPES = [
     ModelShape(**BASE, qk_norm=False, tie_word_embeddings=False, dropout=0.1),
     ModelShape(**BASE, num_experts=3, moe_intermediate_size=8),
     ModelShape(**BASE, num_experts=3, moe_intermediate_size=24, qk_norm=False, n_shared_experts=2),
+    ModelShape(**BASE, qk_norm=False, qkv_bias=True),
 ]
 
 
@@ -65,7 +66,7 @@ def shard(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["qwen3", "llama", "moe", "granite"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["qwen3", "llama", "moe", "granite", "qwen2"])
 def test_round_trip(shape: ModelShape, tmp_path: Path) -> None:
     model = Transformer(shape)
     save_model(model, None, tmp_path)
@@ -113,6 +114,20 @@ def test_llama_of_old_without_head_dim_and_key_value_heads(tmp_path: Path) -> No
     assert load_shape(tmp_path) == shape
 
 
+def test_mistral_is_llama_where_its_window_covers_all_positions(tmp_path: Path) -> None:
+    shape = SHAPES[1]
+    save_model(Transformer(shape), None, tmp_path)
+    for window in (None, shape.max_position_embeddings):
+        change_config(tmp_path, model_type="mistral", sliding_window=window)
+        assert load_shape(tmp_path) == shape
+    change_config(tmp_path, sliding_window=shape.max_position_embeddings - 1)
+    with pytest.raises(UserError, match=r"config.json: sliding_window is 63, less than max_position_embeddings 64"):
+        load_shape(tmp_path)
+    change_config(tmp_path, sliding_window="remove", max_position_embeddings=32768)
+    with pytest.raises(UserError, match="sliding_window is 4096, less than"):  # as transformers takes it
+        load_shape(tmp_path)
+
+
 def test_tied_matrix_stored_twice(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, saved / "model.safetensors")
@@ -122,7 +137,10 @@ def test_tied_matrix_stored_twice(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; this reads qwen3, llama, qwen3_moe, granitemoeshared"),
+        (
+            {"model_type": "gpt2"},
+            "model_type is 'gpt2'; known are qwen3, llama, qwen2, mistral, qwen3_moe, granitemoeshared",
+        ),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": "remove"}, "hidden_size is missing"),
         ({"hidden_size": "big"}, "hidden_size: Input should be a valid integer"),

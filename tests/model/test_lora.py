@@ -31,6 +31,7 @@ V = 61
 TOKENS_N = torch.randint(V, (11,), generator=torch.Generator().manual_seed(0))
 BOUNDS_D1 = torch.tensor([0, 11], dtype=torch.int32)
 DENSE = {"preset": "tiny"}
+QWEN2 = {**DENSE, "qk_norm": False, "qkv_bias": True}
 EXPERTS = {"preset": "tiny", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 GRANITE = {**EXPERTS, "intermediate_size": 48, "qk_norm": False, "n_shared_experts": 1}
@@ -40,8 +41,10 @@ def make_model(fields: dict[str, Any] = DENSE) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**fields).shape(V))
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             p.mul_(3)  # so that what adapters change shows in the logits
+            if name.endswith(".bias"):
+                p.normal_()
     return model.eval()
 
 
@@ -204,6 +207,8 @@ VARIANTS = {
     "dora": (DENSE, LoraConfig(targets="all-linear", rank=4, dora=True)),
     "rslora-dora": (DENSE, LoraConfig(rank=4, alpha=5, rslora=True, dora=True)),
     "llama": ({**DENSE, "qk_norm": False}, LoraConfig(targets="all-linear")),
+    "qwen2": (QWEN2, LoraConfig(targets="all-linear", rank=4)),
+    "qwen2-dora": (QWEN2, LoraConfig(targets="all-linear", rank=4, dora=True)),
     "experts": (EXPERTS, LoraConfig(targets="all-linear", rank=3, alpha=4, dropout=0.1)),
     "experts-rslora": (EXPERTS, LoraConfig(targets="all-linear", rank=3, alpha=4, rslora=True)),
     "experts-attention-only": (EXPERTS, LoraConfig(rank=3, rslora=True, dora=True)),

@@ -332,6 +332,12 @@ def test_what_half_cannot_hold_is_not_written(tokenizer: Path, tmp_path: Path) -
     export_pth(tmp_path / "model", tmp_path / "a.pth", "float32")
 
 
+def test_a_model_with_biases_has_no_form_in_minimind(tokenizer: Path, tmp_path: Path) -> None:
+    save_model(make_model({**SHAPES["2"], "qkv_bias": True}), Tokenizer.load(tokenizer), tmp_path / "model")
+    with pytest.raises(UserError, match="MiniMind's attention has no biases"):
+        export_pth(tmp_path / "model", tmp_path / "a.pth")
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     model = Transformer(ModelConfig(preset="tiny", **SHAPES["3"]).shape(100))
     save_model(model, None, tmp_path / "model")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from minimind_ray.config.schema import ModelConfig, ModelShape, RopeScaling
 from minimind_ray.model.checkpoint import load_model, load_shape, model_fingerprint, save_model
-from minimind_ray.model.granite import is_granite, to_granite
+from minimind_ray.model.families import family_of
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.throughput import parameter_counts
 
@@ -30,6 +30,8 @@ SHAPES = {
     "qwen3-yarn": ModelShape(**BASE, rope_scaling=YARN),
     "llama": ModelShape(**BASE, qk_norm=False, rms_norm_eps=1e-5),
     "llama-untied-yarn": ModelShape(**BASE, qk_norm=False, tie_word_embeddings=False, rope_scaling=YARN),
+    "qwen2": ModelShape(**BASE, qk_norm=False, qkv_bias=True),
+    "qwen2-untied-yarn": ModelShape(**BASE, qk_norm=False, qkv_bias=True, tie_word_embeddings=False, rope_scaling=YARN),
     "moe": ModelShape(**BASE, num_experts=4, moe_intermediate_size=40),
     "moe-top2": ModelShape(**BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40,
                            norm_topk_prob=False, tie_word_embeddings=False),
@@ -95,8 +97,10 @@ def gradients(model: torch.nn.Module) -> list[Tensor]:
 def hugging_face_gradients(model: Transformer) -> list[Tensor]:
     """Ours with each layer's experts stacked, which is how transformers holds them in memory."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if is_granite(model.shape):
-        return [grad for _, grad in sorted((in_memory(k), v) for k, v in to_granite(found, model.shape).items())]
+    family = family_of(model.shape)
+    if family.model_type == "granitemoeshared":
+        stored = family.to_stored(found, model.shape)
+        return [grad for _, grad in sorted((in_memory(k), v) for k, v in stored.items())]
     for layer in range(model.shape.num_hidden_layers if model.shape.num_experts else 0):
         at = f"model.layers.{layer}.mlp.experts"
         each = [
@@ -126,6 +130,31 @@ def test_loads_what_transformers_saves(name: str, tmp_path: Path) -> None:
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
     assert model_fingerprint(tmp_path / "theirs") == model_fingerprint(tmp_path / "ours")
+
+
+@pytest.mark.slow
+def test_mistral_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    fields = {key: value for key, value in BASE.items() if key != "max_position_embeddings"}
+    config = MistralConfig(**fields, sliding_window=512, max_position_embeddings=512, rms_norm_eps=1e-5)
+    theirs = MistralForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "mistral")
+    ours = load_model(tmp_path / "mistral").eval()
+    logits = ours.project(ours(torch.cat(documents()), bounds()))
+    torch.testing.assert_close(logits, reference_logits(theirs), rtol=1e-5, atol=1e-4)
+    save_model(ours, None, tmp_path / "llama")
+    torch.testing.assert_close(reference_logits(reference(tmp_path / "llama")), logits, rtol=1e-5, atol=1e-4)
+
+
+def test_biases_start_at_zero_and_are_trained_in_the_sum_of_products() -> None:
+    torch.manual_seed(0)
+    model = Transformer(SHAPES["qwen2"])
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == 3 * BASE["num_hidden_layers"] and not any(p.any() for p in biases)
+    assert sum(p.numel() for p in model.parameters()) == parameter_counts(model.shape)[0]
+    model(torch.cat(documents()), bounds()).sum().backward()
+    assert all(p.grad is not None for p in biases)
 
 
 def test_documents_do_not_see_each_other() -> None:

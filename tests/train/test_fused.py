@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_ray.model.checkpoint import read_weights
+from minimind_ray.model.fused_lora import FusedLinear
 from minimind_ray.stages.fused import member, obstacle
 from minimind_ray.stages.run import Job, begin, run_here
 from minimind_ray.train.context import PlainContext
@@ -105,6 +106,16 @@ def assert_same(ours: Job, theirs: Job) -> None:
     infos = [RunDirectory(x).info() for x in (one, other)]
     for key in ("state", "steps", "tokens", "result", "inputs"):
         assert infos[0][key] == infos[1][key]
+
+
+def test_a_projections_bias_is_added() -> None:
+    frozen = torch.nn.Linear(6, 5)
+    a_KRI, b_KRO = torch.randn(2, 3, 6), torch.randn(2, 3, 5)
+    fused = FusedLinear(frozen, a_KRI, b_KRO, torch.tensor([0.5, 2.0]).view(-1, 1, 1))
+    fused.present_J = torch.arange(2)
+    x_SI = torch.randn(8, 6)
+    expected = [frozen(x) + s * x @ a.T @ b for x, a, b, s in zip(x_SI.chunk(2), a_KRI, b_KRO, (0.5, 2.0))]
+    torch.testing.assert_close(fused(x_SI), torch.cat(expected))
 
 
 @pytest.mark.parametrize(("stage", "points"), [("lora", SFT), ("dpo", DPO)])

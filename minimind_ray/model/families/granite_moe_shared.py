@@ -1,36 +1,63 @@
-"""MiniMind-2's mixture of experts as GraniteMoeShared, the Hugging Face architecture that computes the same.
+"""GraniteMoeShared: Llama with a mixture of experts, some of them shared by all tokens. MiniMind-2's MoE is one.
 
-Both are Llama, with shared experts of weight 1, and a softmax over the scores of the experts chosen: MiniMind takes it
-over all experts and normalises over the chosen, which is the same. Granite's multipliers are set to what leaves no
-trace. The weights lie otherwise: a layer's experts in one tensor, gate above up, its shared experts as one network.
+Both have shared experts of weight 1, and a softmax over the scores of the chosen experts: MiniMind takes the softmax
+over all experts and normalises over the chosen ones, which is the same. Granite's multipliers are written with the
+values that change nothing. Granite's tensors are laid out in another way: a layer's experts are one tensor, with gate
+above up, and its shared experts are one network.
 
-E experts   C channels   F feed-forward of one expert   S that of all shared experts
+    E experts   C channels   F feed-forward of one expert   S that of all shared experts
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ModelShape
+from minimind_ray.model.families.family import ConfigFile, Family, Fields, Sizes, expected_tensors
+from minimind_ray.model.families.llama import shape_fields as llama_fields
 
 NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+EXPERTS = ("num_experts_per_tok", "router_aux_loss_coef")
 HEAD_SIZES = range(2, 2**16, 2)
 KINDS = ("gate", "up", "down")
 
 
-def is_granite(shape: ModelShape) -> bool:
-    """Whether a model of this shape is saved as GraniteMoeShared."""
+def saves(shape: ModelShape) -> bool:
+    """Whether a shape is GraniteMoeShared's."""
     return shape.num_experts > 0 and not shape.qk_norm
 
 
-def granite_fields(shape: ModelShape) -> dict[str, Any]:
+def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
+    """The fields of the shape that only some families have; a shared network n experts wide is n shared experts.
+
+    Raises:
+        UserError: a field is missing, or has a value that `Transformer` does not compute.
+    """
+    attention = llama_fields(config, fields)
+    experts = config.require("num_local_experts", *EXPERTS, "attention_multiplier", *NEUTRAL)
+    for key, value in NEUTRAL.items():
+        if experts[key] != value:
+            raise config.error(f"{key} is {experts[key]!r}; only {value!r} is supported")
+    multiplier, head_dim = experts["attention_multiplier"], attention["head_dim"]
+    if not (isinstance(multiplier, float) and head_dim in HEAD_SIZES and math.isclose(multiplier, head_dim**-0.5)):
+        raise config.error(f"attention_multiplier is {multiplier!r}; only 1 / sqrt(head_dim) is supported")
+    shared, width = config.get("shared_intermediate_size", 0), fields["intermediate_size"]
+    if not (isinstance(shared, int) and isinstance(width, int) and width > 0 and shared % width == 0):
+        raise config.error(f"shared_intermediate_size {shared!r} is not a multiple of intermediate_size {width!r}")
+    return {
+        **attention,
+        **{key: experts[key] for key in EXPERTS},
+        "num_experts": experts["num_local_experts"],
+        "n_shared_experts": shared // width,
+        "moe_intermediate_size": width,
+    }
+
+
+def config_fields(shape: ModelShape) -> Fields:
     """What config.json says of the experts, and the multipliers."""
     width = _width(shape)
     return {
@@ -44,34 +71,15 @@ def granite_fields(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def read_granite_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of the shape that `granite_fields` wrote; a shared network n experts wide is n shared experts.
-
-    Raises:
-        UserError: a field of config.json is missing, or is not what this model computes.
-    """
-    fields = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "attention_multiplier", *NEUTRAL)
-    if missing := [key for key in fields if config.get(key) is None]:
-        raise UserError(f"{path}: {missing[0]} is missing")
-    for key, value in NEUTRAL.items():
-        if config[key] != value:
-            raise UserError(f"{path}: {key} is {config[key]!r}; only {value!r} is supported")
-    multiplier, head_dim = config["attention_multiplier"], config["head_dim"]
-    if not (isinstance(multiplier, float) and head_dim in HEAD_SIZES and math.isclose(multiplier, head_dim**-0.5)):
-        raise UserError(f"{path}: attention_multiplier is {multiplier!r}; only 1 / sqrt(head_dim) is supported")
-    shared, width = config.get("shared_intermediate_size", 0), config["intermediate_size"]
-    if not (isinstance(shared, int) and isinstance(width, int) and width > 0 and shared % width == 0):
-        raise UserError(f"{path}: shared_intermediate_size {shared!r} is not a multiple of intermediate_size {width!r}")
-    return {
-        "num_experts": config["num_local_experts"],
-        "num_experts_per_tok": config["num_experts_per_tok"],
-        "n_shared_experts": shared // width,
-        "moe_intermediate_size": width,
-        "router_aux_loss_coef": config["router_aux_loss_coef"],
-    }
+def tensors(shape: ModelShape) -> Sizes:
+    """Name and size of every tensor in a directory."""
+    for name, size in expected_tensors(shape.model_copy(update={"num_experts": 0})):
+        if ".mlp." not in name:
+            yield name, size
+    yield from _expert_tensors(shape)
 
 
-def granite_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expert_tensors(shape: ModelShape) -> Sizes:
     """Name and size of the experts' tensors in a directory."""
     hidden, width = shape.hidden_size, _width(shape)
     for layer in range(shape.num_hidden_layers):
@@ -84,7 +92,7 @@ def granite_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{shared}.output_linear.weight", (hidden, all_shared)
 
 
-def to_granite(weights: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+def to_stored(weights: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
     """Our weights by Granite's names."""
     stored = {name: tensor for name, tensor in weights.items() if ".mlp." not in name}
     for layer in range(shape.num_hidden_layers):
@@ -104,9 +112,9 @@ def _stacked(weights: Mapping[str, Tensor], at: str, count: int) -> list[Tensor]
     return [torch.stack([weights[f"{at}.{i}.{kind}_proj.weight"] for i in range(count)]) for kind in KINDS]
 
 
-def from_granite(stored: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+def from_stored(stored: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
     """Granite's weights by our names, each a tensor of its own."""
-    own = {name for name, _ in granite_tensors(shape)}
+    own = {name for name, _ in _expert_tensors(shape)}
     weights = {name: tensor for name, tensor in stored.items() if name not in own}
     for layer in range(shape.num_hidden_layers):
         mlp, (experts, shared) = f"model.layers.{layer}.mlp", _names(layer)
@@ -131,3 +139,9 @@ def _names(layer: int) -> tuple[str, str]:
 
 def _width(shape: ModelShape) -> int:
     return shape.moe_intermediate_size or shape.intermediate_size
+
+
+GRANITE_MOE_SHARED = Family(
+    "granitemoeshared", "GraniteMoeSharedForCausalLM", saves, shape_fields, config_fields, tensors, to_stored,
+    from_stored,
+)  # fmt: skip
