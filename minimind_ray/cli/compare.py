@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,8 +51,8 @@ def report(
     print(url_of(write_report(sweep)))
 
 
-def print_comparison(comparison: Comparison) -> None:
-    """The table, best first, and what to know to read it."""
+def print_comparison(comparison: Comparison, file: IO[str] | None = None) -> None:
+    """Print the table, best first, and what to know to read it; to the terminal, or into `file`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -88,7 +88,7 @@ def print_comparison(comparison: Comparison) -> None:
         ]
         # Text, not markup: a path on an axis may hold brackets.
         table.add_row(*(Text(cell) for cell in cells), style=styles.get(row.verdict or "", ""))
-    console = Console()
+    console = Console(file=file)
     if not console.is_terminal:
         console.width = 240
     console.print(table)

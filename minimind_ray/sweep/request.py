@@ -21,13 +21,15 @@ from minimind_ray.sweep.plan import SweepPlan, plan_sweep
 class SweepRequest:
     """What is asked for. What stands beside the file wins over the file, axes key by key.
 
-    `file`: a sweep's YAML file; `config`: YAML files of the stage; `settings`: values by dotted config key; `search`:
-    fields of `SearchConfig`, whose `price_per_hour` may also be a cluster file; `out`: default sweeps/STAGE.
+    `file`: a sweep's YAML file. `config`: YAML files of the stage. `trees`: settings as in such a file, by a name
+    for errors. `settings`: values by dotted config key. `search`: fields of `SearchConfig`, whose
+    `price_per_hour` may also be a cluster file. `out`: the sweep's directory, sweeps/STAGE by default.
     """
 
     stage: str | None = None
     file: str | Path | None = None
     config: Sequence[str | Path] = ()
+    trees: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     axes: Sequence[Axis] = ()
     search: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +49,7 @@ class SweepRequest:
         stage = file.stage if file else self.stage
         if stage is None:
             raise UserError("which stage? give pretrain, sft, lora or dpo, or a --sweep file that says it")
-        trees = {str(self.file): file.settings} if file else {}
+        trees = {**({str(self.file): file.settings} if file else {}), **self.trees}
         settings = dict(self.settings)
         base = load_config(stage, self.config, settings, trees)
         if self.gpus_per_trial is not None:

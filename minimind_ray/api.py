@@ -1,0 +1,306 @@
+"""The Python interface, for notebooks and scripts: `from minimind_ray import train, tune, load, compare`.
+
+    run = train("pretrain", train="data/pretrain", tokenizer="tokenizer", preset="tiny", max_steps=100)
+    run.metrics[-1]["loss"]
+    run.load().generate("Once upon a time")
+
+Each function does what the command of the same name does. Settings are named as the command's options are (`lr`,
+`max_steps`), or by config key in `config` (`{"optim": {"clip": 0.5}}`). What a user has to mend raises `UserError`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.flags import config_flags, overrides_of
+from minimind_ray.config.load import load_config
+from minimind_ray.config.search import SearchConfig
+from minimind_ray.train.run import RunDirectory, resolve_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from minimind_ray.stages.run import Job
+    from minimind_ray.stages.use import Trained
+
+Configs = Mapping[str, Any] | str | Path | Sequence[str | Path]
+"""Settings as in a YAML file, or the paths of YAML files, of which later ones win."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, or its URL, read anew each time it is asked."""
+
+    path: str
+
+    @property
+    def state(self) -> str | None:
+        """running, finished, stopped or failed; None where nothing has run."""
+        return RunDirectory(self.path).state()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: one dictionary a step, with `val/loss` and others after a validation."""
+        run = RunDirectory(self.path)
+        run.file("metrics.jsonl")
+        return list(run.metrics())
+
+    @property
+    def checkpoint(self) -> Path:
+        """The directory of the run's model or adapter: the best checkpoint, or while there is none, the last.
+
+        Raises:
+            UserError: there is no checkpoint.
+        """
+        return resolve_model(self.path)
+
+    def load(self, **options: Any) -> Model:
+        """The run's model; see `load`."""
+        return load(self.path, **options)
+
+    def __repr__(self) -> str:
+        lines = self.metrics
+        known = {name: line[name] for line in lines for name in ("step", "loss", "val/loss") if name in line}
+        facts = "".join(f", {name} {value:.6g}" for name, value in known.items())
+        return f"Run({self.path!r}: {self.state or 'not begun'}{facts})"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model ready for use."""
+
+    trained: Trained
+
+    def answer(self, text: str, *, system: str | None = None, **sampling: Any) -> str:
+        """The answer to a user's turn. For `sampling` see `generate`."""
+        return self.generate([text], system=system, chat=True, **sampling)[0]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        chat: bool | None = None,
+        system: str | None = None,
+        batch_size: int = 32,
+        **sampling: Any,
+    ) -> list[str]:
+        """What follows each prompt.
+
+        With `chat` a prompt is a user's turn, and its answer is returned; without it, a text and how it continues. The
+        default is without for a pretraining run. `sampling` has fields of `Sampling`, with the defaults of the command:
+        temperature 0.8, top_p 0.95, top_k 0, repetition_penalty 1, max_new_tokens 256, seed 0.
+
+        Raises:
+            UserError: a prompt without room for an answer, or a value that cannot be used.
+        """
+        from minimind_ray.cli.generate import chat_ids, text_ids
+        from minimind_ray.stages.use import Sampling, complete
+
+        chat = self.trained.stage != "pretrain" if chat is None else chat
+        texts, tokenizer = [prompts] if isinstance(prompts, str) else list(prompts), self.trained.tokenizer
+        settings = {**SAMPLING, **sampling}
+        if unknown := settings.keys() - SAMPLING.keys():
+            raise UserError(f"{min(unknown)}: no such setting of sampling; valid: {', '.join(SAMPLING)}")
+        ids = [chat_ids(text, system, tokenizer) if chat else text_ids(text, tokenizer) for text in texts]
+        answers = complete(self.trained, ids, Sampling(**settings), batch_size)
+        if chat:
+            return [tokenizer.answer_text(prompt, answer) for prompt, (answer, _) in zip(ids, answers)]
+        return [tokenizer.decode(answer, skip_special=True, after=prompt) for prompt, (answer, _) in zip(ids, answers)]
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.trained.directory)!r}, stage {self.trained.stage})"
+
+
+SAMPLING: dict[str, Any] = {
+    "temperature": 0.8, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0, "max_new_tokens": 256, "seed": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """The points of one or more sweeps, best first. It shows itself as the table that the command prints.
+
+    `rows`: one dictionary a point: its settings, the metric with its 95 % interval, the difference to the best point,
+    the verdict. `winner`: the run of the best point with the best metric, if any was validated.
+    """
+
+    rows: list[dict[str, Any]]
+    winner: Run | None
+    text: str = field(repr=False)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's directory, or its URL. `ending`: by itself, out of time, or interrupted."""
+
+    path: str
+    ending: str
+
+    @property
+    def table(self) -> Table:
+        """The points compared."""
+        return compare(self)
+
+    @property
+    def winner(self) -> Run | None:
+        """The best point's run."""
+        return self.table.winner
+
+    def __repr__(self) -> str:
+        return f"Sweep({self.path!r}, ended {self.ending})\n{self.table}"
+
+
+def train(
+    stage: str,
+    *,
+    config: Configs | None = None,
+    resume: bool = False,
+    ray: bool = True,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train one stage, as `minimind-ray train` does. `ray` false trains in this process.
+
+    Raises:
+        UserError: as the command says it.
+    """
+    from minimind_ray.on_ray.host import train_stage
+
+    files, trees = _configs(config)
+    resolved = load_config(stage, files, overrides_of(_known(settings, config_flags())), trees)
+    console = _console(progress)
+    run = train_stage(resolved, resume=resume, ray=ray, say=_say(console), watch=partial(_watch, console=console))
+    return Run(run.where)
+
+
+def tune(
+    stage: str | None = None,
+    *,
+    sweep: str | Path | None = None,
+    config: Configs | None = None,
+    axes: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    gpus_per_trial: float | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Sweep:
+    """Sweep over settings of one stage, as `minimind-ray tune` does.
+
+    A setting that is a list or a text such as "log(1e-6,1e-4)" is an axis: `beta=[0.05, 0.1]`. `axes` has axes by
+    config key: `{"optim.weight_decay": [0, 0.1]}`. `seeds`, `scheduler`, `trials` and the command's other options that
+    say how to search are given by name, too. `resume` continues the sweep in `out`.
+
+    Raises:
+        UserError: as the command says it.
+    """
+    from minimind_ray.cli.board import Board
+    from minimind_ray.data.storage import url_of
+    from minimind_ray.sweep.axes import parse_axis
+    from minimind_ray.sweep.plan import check_free, reopen_sweep
+    from minimind_ray.sweep.request import SweepRequest, settings_and_axes
+    from minimind_ray.sweep.run import sweep_on_ray
+
+    if resume:
+        if out is None:
+            raise UserError("resume continues a sweep: name its directory with out")
+        plan = reopen_sweep(out)
+    else:
+        given = _known(settings, [*config_flags(), *SearchConfig.model_fields])
+        search = {name: value for name, value in given.items() if name in SearchConfig.model_fields}
+        values, varied = settings_and_axes(given)
+        files, trees = _configs(config)
+        plan = SweepRequest(
+            stage=stage, file=sweep, config=files, trees=trees, settings=values, search=search,
+            axes=[*varied, *(parse_axis(key, spec) for key, spec in (axes or {}).items())],
+            out=None if out is None else str(out), gpus_per_trial=gpus_per_trial,
+        ).plan()  # fmt: skip
+        check_free(plan.path)
+    console = _console(progress)
+    ending = sweep_on_ray(plan, resume=resume, say=_say(console), board=Board(plan, console))
+    return Sweep(url_of(plan.path), ending)
+
+
+def load(path: str | Path, adapter: str | Path | None = None, *, precision: str = "auto") -> Model:
+    """The model of a run, a model directory or an adapter; `adapter` is one to put on the model.
+
+    Raises:
+        UserError: no model there, a broken one, or an adapter of another model.
+    """
+    from minimind_ray.stages.use import open_trained
+
+    return Model(open_trained(path, adapter=adapter, precision=precision))
+
+
+def compare(*sweeps: Sweep | str | Path) -> Table:
+    """Compare the points of sweeps, as `minimind-ray compare` does.
+
+    Raises:
+        UserError: no sweep there, or sweeps that cannot be compared.
+    """
+    from minimind_ray.cli.compare import print_comparison
+    from minimind_ray.sweep.compare import compare as compare_sweeps
+    from minimind_ray.sweep.compare import to_records
+    from minimind_ray.sweep.trials import read_sweep
+
+    paths = dict.fromkeys(str(sweep.path if isinstance(sweep, Sweep) else sweep) for sweep in sweeps)
+    comparison = compare_sweeps([read_sweep(path) for path in paths])
+    text = io.StringIO()
+    print_comparison(comparison, text)
+    winner = Run(str(comparison.winner.path)) if comparison.winner else None
+    return Table(to_records(comparison), winner, text.getvalue())
+
+
+def _configs(config: Configs | None) -> tuple[list[str | Path], dict[str, Mapping[str, Any]]]:
+    """Files, and a tree of settings by name, as `load_config` takes them."""
+    if config is None:
+        return [], {}
+    if isinstance(config, Mapping):
+        return [], {"config": config}
+    return [config] if isinstance(config, str | Path) else list(config), {}
+
+
+def _known(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The settings that were given, paths as texts.
+
+    Raises:
+        UserError: a name that is not among these.
+    """
+    for name in settings:
+        if name not in (valid := list(names)):
+            near = get_close_matches(name, valid, 1, 0.0)[0]
+            raise UserError(f"{name}: no such setting; did you mean {near}? Give other config keys in config")
+    return {name: _text(value) for name, value in settings.items() if value is not None}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_text(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _console(progress: bool) -> Console:
+    from rich.console import Console
+
+    return Console(markup=False) if progress else Console(markup=False, quiet=True)
+
+
+def _say(console: Console) -> Any:
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+
+def _watch(job: Job, console: Console) -> AbstractContextManager[None]:
+    from minimind_ray.cli.progress import watching
+
+    return nullcontext() if console.quiet else watching(job, console)
