@@ -2,7 +2,7 @@
 
     files = write_demo("demo/data", seed=0)
 
-Every fact of `demo_world.py` is put in several ways in each language. One statement and one question of each fact is
+Every fact of `demo_world.yaml` is put in several ways in each language. One statement and one question of each fact is
 held out: the validation files are made of those alone, and so are the ten questions, so a right answer is never a
 question learned by heart. Supervised answers come in three manners: a full sentence, a rambling one, and, where the
 system turn asks for it, a bare word. The preference pairs choose the full sentence that is true. The rows for LoRA say
