@@ -104,7 +104,7 @@ class Model:
         from minimind_ray.cli.generate import chat_ids, text_ids
         from minimind_ray.stages.use import Sampling, complete
 
-        chat = self.trained.stage != "pretrain" if chat is None else chat
+        chat = not self.trained.continues_texts if chat is None else chat
         texts, tokenizer = [prompts] if isinstance(prompts, str) else list(prompts), self.trained.tokenizer
         settings = {**SAMPLING, **sampling}
         if unknown := settings.keys() - SAMPLING.keys():

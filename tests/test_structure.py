@@ -11,6 +11,7 @@ import pytest
 
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import read_sweep_file
+from minimind_ray.config.stages import STAGES
 from minimind_ray.stages.recipe import read_recipe, stage_config
 from minimind_ray.sweep.axes import parse_axis, plan_trials
 
@@ -132,3 +133,36 @@ def test_every_shipped_sweep_loads() -> None:
         planned = plan_trials(base, axes, draws=sweep.trials, seeds=sweep.seeds, sweep_seed=base.train.seed)
         assert len(planned) >= 2
     assert [path.name for path in sweeps] == ["dpo.yaml", "lora.yaml", "pretrain.yaml", "quickstart.yaml"]
+
+
+# Demo code names its own files by stage; `verify` trains a base by pretraining it, on the demo's files.
+NAMES_STAGES = (
+    "config/stages.py",
+    *(f"stages/{name}.py" for name in STAGES),
+    "data/demo.py",
+    "cli/demo.py",
+    "stages/verify.py",
+)
+
+
+def test_no_other_file_knows_a_stage_by_its_name() -> None:
+    """No literal that is a stage's name, and no comparison with the name of a stage: code asks the stage's record.
+
+    "lora" also names a section of the config and a command, so there only a comparison counts.
+    """
+    found: list[str] = []
+    for path in FILES:
+        file = str(path.relative_to(PACKAGE))
+        if file in NAMES_STAGES:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+                wrong = any("stage" in side for side in sides) and any(
+                    re.search(rf"['\"]{name}['\"]", side) for name in STAGES for side in sides
+                )
+            else:
+                wrong = isinstance(node, ast.Constant) and node.value in set(STAGES) - {"lora"}
+            if wrong:
+                found.append(f"{file}:{node.lineno}")
+    assert not found

@@ -61,7 +61,7 @@ def chat(
             raise UserError(f"--compare {compare} is the same model: name another")
         talks[compare] = Conversation(open_trained(compare, precision=precision), sampling, system)
     for name, talk in talks.items():
-        if talk.trained.stage == "pretrain":
+        if talk.trained.continues_texts:
             print(f"{name} was pretrained only and knows no conversations; see generate", file=sys.stderr)
     if sys.stdin.isatty():
         print(f"{COMMANDS}\nCtrl-C stops an answer, Ctrl-D leaves")

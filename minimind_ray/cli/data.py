@@ -39,13 +39,15 @@ def inspect(
     from itertools import chain, islice
 
     from minimind_ray.config.paths import input_path
+    from minimind_ray.config.stages import STAGES
     from minimind_ray.data.inspect import guess_stage, inspect_rows
     from minimind_ray.data.records import discover, read_rows
     from minimind_ray.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(input_path(tokenizer))
     flags = added(context)
-    unstaged = config_from_flags(stage or "pretrain", [], set_ or [], flags).data
+    # Any stage will do to read the section data.
+    unstaged = config_from_flags(stage or next(iter(STAGES)), [], set_ or [], flags).data
     sources = discover([input_path(file) for file in files], unstaged.text_files)
     source_rows = islice(chain.from_iterable(map(read_rows, sources)), rows)
     if stage is None:

@@ -83,13 +83,12 @@ def measure(
     from minimind_ray.data.prepare import prepare
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.store import PackStore
-    from minimind_ray.objectives.causal_lm import CausalLM
-    from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
+    from minimind_ray.objectives.preference import Preference
+    from minimind_ray.stages.stage import stage_of
     from minimind_ray.stages.use import open_trained
     from minimind_ray.train.evaluate import evaluate, packs_within
 
-    preference = config.stage == "dpo"
-    if reference is not None and not preference:
+    if reference is not None and config.record.rows != "pair":
         raise UserError(f"--reference is for preference data, but --stage is {config.stage}: leave it out")
     trained = open_trained(model, adapter=adapter, precision=config.train.precision)
     config = resolve_paths(config)
@@ -97,7 +96,7 @@ def measure(
     say(prepared.summary())
     if not prepared.manifest.n_packs:
         raise UserError(f"{config.data.val}: no row is left to measure on; see {prepared.rejects}")
-    objective = Preference(config.dpo, trained.model.shape) if preference else CausalLM(trained.model.shape)
+    objective = stage_of(config).objective(config, trained.model.shape)
     count = packs_within(PackStore(prepared.path), config.eval.max_tokens)
     if count < prepared.manifest.n_packs:
         say(f"measured on the first {count:,} packs, as eval.max_tokens {config.eval.max_tokens:,} says")
@@ -108,14 +107,14 @@ def measure(
     )  # fmt: skip
     means, examples = evaluation.means, evaluation.examples
     facts: dict[str, Any] = {"model": model, "examples": len(examples["example"])}
-    if not preference:
+    if not isinstance(objective, Preference):
         return evaluation, {**facts, "tokens": int(examples["count"].sum()), **means}
 
-    reward = reference is not None or config.dpo.loss in WITHOUT_REFERENCE
+    reward = reference is not None or not objective.needs_reference
     name = "reward_accuracy" if reward else "log_probability_accuracy"
     facts |= {name: means["accuracy"], f"{name}_95_wilson": wilson_interval(means["accuracy"], facts["examples"])}
     if reward:
-        facts |= {"dpo_loss": config.dpo.loss, "beta": config.dpo.beta}
+        facts |= {"dpo_loss": objective.config.loss, "beta": objective.config.beta}
         told = ("loss", "margin", "reward_chosen", "reward_rejected", "kl", "logp_chosen", "logp_rejected")
     else:  # The others would be relative to a reference.
         told = ("logp_chosen", "logp_rejected")
@@ -129,23 +128,29 @@ def wilson_interval(part: float, count: int, z: float = 1.959964) -> list[float]
 
 
 def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
-    """The prepared packs; for preference data with the reference's log-probabilities, 0 without one."""
+    """The prepared packs with the columns that the objective reads: of the model `reference`, or 0 without one."""
     from dataclasses import replace
+    from operator import attrgetter
 
     import numpy as np
 
     from minimind_ray.data.store import PackStore
-    from minimind_ray.objectives.preference import WITHOUT_REFERENCE
-    from minimind_ray.stages.reference import Reference, compute_here, dtype_here, ensure_reference
+    from minimind_ray.stages.columns import FrozenColumn, compute_here, dtype_here, ensure_column
+    from minimind_ray.stages.stage import stage_of
     from minimind_ray.stages.start import whole_model
 
-    if config.stage != "dpo":
-        return PackStore(path)
+    columns = stage_of(config).columns(config)
     if reference is None:
-        return (replace(pack, reference=np.zeros(len(pack.lengths), np.float32)) for pack in PackStore(path))
-    if config.dpo.loss in WITHOUT_REFERENCE:
-        raise UserError(f"dpo.loss {config.dpo.loss} has no reference model: leave --reference out")
+        zeros = [(s.column, "lengths" if s.column.axis == "document" else "tokens") for s in columns]
+        return (
+            replace(pack, columns={c: np.zeros(len(getattr(pack, like)), c.dtype) for c, like in zeros})
+            for pack in PackStore(path)
+        )
+    if not columns:
+        settings = " and ".join(f"{key} {attrgetter(key)(config)}" for key in stage_of(config).column_keys)
+        raise UserError(f"{settings} has no reference model: leave --reference out")
     base = whole_model(reference, "--reference")
-    values = Reference(path, str(base), dtype_here(config.train.precision))
-    ensure_reference(values, compute_here)
-    return PackStore(path, values.path)
+    files = [FrozenColumn(scored, path, str(base), dtype_here(config.train.precision)) for scored in columns]
+    for frozen in files:
+        ensure_column(frozen, compute_here)
+    return PackStore(path, {frozen.scored.column: frozen.path for frozen in files})

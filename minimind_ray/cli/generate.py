@@ -64,7 +64,7 @@ def generate(
     prompts = read_prompts(prompt or [], file)
     trained = open_trained(model, adapter=adapter, precision=precision)
     if raw is None:
-        raw = trained.stage == "pretrain"
+        raw = trained.continues_texts
     if raw and system is not None:
         raise UserError("--system is for --chat: a text that is gone on with has no turns; leave one of them out")
     ids = [text_ids(p, trained.tokenizer) if raw else chat_ids(p, system, trained.tokenizer) for p in prompts]

@@ -44,7 +44,7 @@ def plan(config: Config) -> dict[str, str]:
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.storage import require_writable
     from minimind_ray.model.families import config_of
-    from minimind_ray.objectives.preference import WITHOUT_REFERENCE
+    from minimind_ray.stages.stage import stage_of
     from minimind_ray.stages.start import check_stage, load_tokenizer, model_shape, require_sources, require_used
     from minimind_ray.train.context import default_device, resolve_precision
     from minimind_ray.train.footprint import footprint
@@ -103,8 +103,9 @@ def plan(config: Config) -> dict[str, str]:
     }
     if warning := shortfall(config.schedule, steps):
         lines["warning"] = warning
-    if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
-        lines["reference"] = "one forward pass over the data first, unless it was made for this data and base before"
+    for scored in stage_of(config).columns(config):
+        what = "one forward pass over the data first, unless it was made for this data and base before"
+        lines[scored.column.name] = what
     if sample.rejected:
         first = sample.reasons[0].first
         lines["rejected"] = (

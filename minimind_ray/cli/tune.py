@@ -149,6 +149,7 @@ def print_results(path: Path, console: Console, title: str) -> None:
     from functools import partial
 
     from minimind_ray.cli.compare import print_comparison
+    from minimind_ray.config.stages import STAGES
     from minimind_ray.data.storage import url_of
     from minimind_ray.sweep.compare import compare
     from minimind_ray.sweep.report import write_report
@@ -161,7 +162,7 @@ def print_results(path: Path, console: Console, title: str) -> None:
     say("")
     print_comparison(comparison)
     if winner := comparison.winner:
-        command = "generate" if sweep.info.stage == "pretrain" else "chat"
+        command = "generate" if STAGES[sweep.info.stage].rows == "text" else "chat"
         longer = " --set train.max_steps=null" if winner_is_cut(winner.path) else ""
         say(f"\n{title}: {winner.id}")
         model = url_of(winner.result or winner.path)

@@ -35,7 +35,7 @@ def checkpoint(
 
 @app.command()
 def resume(
-    stage: Annotated[str, typer.Option(help="pretrain, sft, lora or dpo")] = "pretrain",
+    stage: Annotated[str | None, typer.Option(help="pretrain, sft, lora or dpo; default: pretrain")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers; with --ray")] = 1,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or a plain process")] = False,
     kills: Annotated[int, typer.Option(min=1, help="how often the run is killed")] = 3,
@@ -54,9 +54,10 @@ def resume(
     from minimind_ray.cli.flags import config_from_flags
     from minimind_ray.cli.options import require_local
     from minimind_ray.config.errors import UserError
+    from minimind_ray.config.stages import STAGES
     from minimind_ray.stages.verify import prove_resume
 
-    name = config_from_flags(stage, [], [], {}).stage
+    name = config_from_flags(stage or next(iter(STAGES)), [], [], {}).stage
     if keep is not None:
         require_local(keep)
     if keep is not None and keep.exists() and any(keep.iterdir()):

@@ -14,14 +14,7 @@ from pydantic import BaseModel, ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import LARGEST_YAML, dump_yaml, parse_yaml, read_text
 from minimind_ray.config.schema import Config
-
-# What a stage does differently from the schema's defaults: MiniMind's own hyperparameters.
-STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "pretrain": {"optim": {"lr": 5e-4}},
-    "sft": {"optim": {"lr": 1e-5}},
-    "lora": {"optim": {"lr": 1e-4}},
-    "dpo": {"optim": {"lr": 5e-7}},
-}
+from minimind_ray.config.stages import STAGES
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -73,7 +66,8 @@ def load_config(
     """
     tree: dict[str, Any] = {"stage": stage}
     origins: dict[str, str] = {}
-    _merge(tree, STAGE_DEFAULTS.get(stage, {}), origins, f"the defaults of {stage}")
+    if stage in STAGES:
+        _merge(tree, STAGES[stage].defaults, origins, f"the defaults of {stage}")
     for name, content in {**(trees or {}), **{str(path): read_yaml(path) for path in files}}.items():
         for key, command in {"stages": "run", "axes": "tune --sweep"}.items():
             if key in content:

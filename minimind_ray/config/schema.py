@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from operator import attrgetter
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.flag import Flag
 from minimind_ray.config.paths import check_location
-
-StageName = Literal["pretrain", "sft", "lora", "dpo"]
+from minimind_ray.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+)
+from minimind_ray.config.stages import STAGES, StageName, StageRecord
 
 Location = Annotated[str, AfterValidator(check_location)]
 """A path or URL."""
@@ -41,19 +41,6 @@ FIELD_NAMES = (
     "label",
 )  # fmt: skip
 """The fields of rows and turns that `data.fields` can give another name."""
-
-
-class Section(BaseModel):
-    """A strict, frozen group of settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 TextFiles = Literal["lines", "whole"]
@@ -466,18 +453,6 @@ class LoraConfig(Section):
         return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
 
 
-class DpoConfig(Section):
-    """Preference optimisation."""
-
-    beta: Annotated[PositiveFloat, Flag("--beta", vary=True)] = 0.1
-    loss: Annotated[Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"], Flag("--loss", vary=True)] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        default=0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
-    )
-    simpo_gamma: NonNegativeFloat = Field(default=1.0, description="SimPO's target margin over beta-scaled rewards")
-    lora: bool = Field(default=False, description="train adapters (section lora) instead of all weights")
-
-
 class TrackConfig(Section):
     """Weights & Biases."""
 
@@ -492,8 +467,11 @@ class TrackConfig(Section):
     artifacts: bool = Field(default=False, description="log data and models as artifacts, by reference: their lineage")
 
 
-class Config(Section):
-    """One stage's run."""
+S = TypeVar("S", bound=Section)
+
+
+class CommonConfig(Section):
+    """One stage's run, without the sections that belong to single stages."""
 
     stage: StageName
     out: Annotated[Location, Flag("--out", verbatim=True, note="the run directory")] = Field(
@@ -512,13 +490,29 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     lora: LoraConfig = LoraConfig()
-    dpo: DpoConfig = DpoConfig()
     track: TrackConfig = TrackConfig()
 
     @property
+    def record(self) -> StageRecord:
+        """What the stage declares."""
+        return STAGES[self.stage]
+
+    @property
+    def own_section(self) -> Section | None:
+        """The stage's own section, if the stage has one."""
+        return getattr(self, self.stage) if self.record.section else None
+
+    def own(self, kind: type[S]) -> S:
+        """The stage's own section, which is of this type."""
+        section = self.own_section
+        assert isinstance(section, kind), f"stage {self.stage} has no {kind.__name__}"
+        return section
+
+    @property
     def trains_adapter(self) -> bool:
-        """Whether an adapter is trained and all else is frozen: stage lora, or dpo with `dpo.lora`."""
-        return self.stage == "lora" or (self.stage == "dpo" and self.dpo.lora)
+        """Whether an adapter is trained and all else is frozen, as the stage's record says."""
+        adapters = self.record.adapters
+        return adapters == "always" or adapters != "never" and attrgetter(adapters)(self)
 
     def packs_per_step(self) -> int:
         """Packs in one optimizer step, over all workers.
@@ -541,3 +535,18 @@ class Config(Section):
                 "raise batch.tokens or lower data.pack_tokens"
             )
         return tokens // pack
+
+
+if TYPE_CHECKING:
+
+    class Config(CommonConfig):
+        """One stage's run. Read a stage's own section by `Config.own`."""
+
+else:
+    Config = create_model(
+        "Config",
+        __base__=CommonConfig,
+        __module__=__name__,
+        __doc__="One stage's run: the common sections, and one for each stage that has a section of its own.",
+        **{name: (record.section, record.section()) for name, record in STAGES.items() if record.section},
+    )

@@ -9,20 +9,18 @@ from pydantic import Field, ValidationError, field_validator
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
-from minimind_ray.config.schema import PositiveFloat, PositiveInt, Section, StageName
+from minimind_ray.config.section import PositiveFloat, PositiveInt, Section
+from minimind_ray.config.stages import STAGES, Mode, StageName, one_of
 
 SchedulerName = Literal["none", "asha", "median", "pbt"]
-Metric = Literal["val/loss", "val/bits_per_byte", "val/accuracy", "val/margin"]
-Mode = Literal["min", "max"]
 
 ASHA_FIRST, ASHA_KEEP = 20, 3
 """Asynchronous successive halving (Li et al. 2020): rungs at 20 and 60 % of a run's steps keep the best third."""
 PBT_EVERY = 20
 """Population based training (Jaderberg et al. 2017): exploit and explore at every 20 % of a run's steps."""
 
-MODES: dict[Metric, Mode] = {
-    "val/loss": "min", "val/bits_per_byte": "min", "val/accuracy": "max", "val/margin": "max",
-}  # fmt: skip
+METRICS = dict.fromkeys(metric for record in STAGES.values() for metric in record.metrics)
+"""The metrics of all stages."""
 
 
 class SearchConfig(Section):
@@ -32,7 +30,7 @@ class SearchConfig(Section):
     searcher: Literal["grid", "optuna"] = Field("grid", description="grid or optuna")
     trials: PositiveInt | None = Field(None, description="points to draw from log(), uniform(), int()")
     seeds: PositiveInt = Field(1, description="runs of every point")
-    metric: Metric | None = Field(None, description="default: val/loss; for dpo val/accuracy")
+    metric: str | None = Field(None, description="default: val/loss; for dpo val/accuracy")
     mode: Mode | None = Field(None, description="min or max; default: the metric's own")
     fuse: Literal["auto", "off"] | PositiveInt = Field(
         "auto", description="LoRA trials to train together: a number, auto or off"
@@ -49,22 +47,24 @@ class SearchConfig(Section):
             raise ValueError("should be a number, auto or off")
         return value
 
-    def judged_by(self, stage: StageName) -> tuple[Metric, Mode]:
-        """The metric and its mode.
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _known_metric(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, str) and value in METRICS):
+            raise ValueError(f"Input should be {one_of(METRICS)}")
+        return value
 
-        The default is the validation loss, except for dpo: its loss and margin are measured in units of beta (as beta
-        goes to 0 every model's loss goes to ln 2), so they cannot compare two betas, and a margin grows without end
-        as the policy leaves the reference. The accuracy, the part of the pairs whose chosen answer has gained on the
-        rejected one, means the same for every beta, loss and learning rate.
+    def judged_by(self, stage: StageName) -> tuple[str, Mode]:
+        """The metric and its mode; by default the metric that the stage's record names.
 
         Raises:
             UserError: a metric that the stage does not have.
         """
-        metric = self.metric or ("val/accuracy" if stage == "dpo" else "val/loss")
-        has = ("val/accuracy", "val/margin", "val/loss") if stage == "dpo" else ("val/loss", "val/bits_per_byte")
-        if metric not in has:
-            raise UserError(f"metric: {stage} has no {metric}; it has {', '.join(has)}")
-        return metric, self.mode or MODES[metric]
+        record = STAGES[stage]
+        metric = self.metric or record.judged_by
+        if metric not in record.metrics:
+            raise UserError(f"metric: {stage} has no {metric}; it has {', '.join(record.metrics)}")
+        return metric, self.mode or record.metrics[metric]
 
 
 class SweepFile(SearchConfig):

@@ -11,27 +11,27 @@ N tokens of D documents, one after another, no padding:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minimind_ray.data.columns import Column
 from minimind_ray.data.pack import Pack
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """See the module's legend; `reference_D` float32 are the reference log-probabilities of preference documents."""
+    """See the module's legend. `columns` holds tensors [N] or [D], by the column's axis."""
 
     tokens_N: Tensor
     targets_N: Tensor
     weights_N: Tensor
     bounds_D1: Tensor
     counted_M: Tensor
-    reference_D: Tensor | None = None
+    columns: Mapping[Column, Tensor] = field(default_factory=dict[Column, Tensor])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`. The bounds stay on the host: attention plans with them there."""
@@ -42,9 +42,9 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, function: Callable[[Tensor], Tensor], but: str = "") -> Batch:
-        before = {f.name: getattr(self, f.name) for f in fields(self)}
-        after: dict[str, Any] = {n: v if n == but or v is None else function(v) for n, v in before.items()}
-        return Batch(**after)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "columns"}
+        after = {name: value if name == but else function(value) for name, value in tensors.items()}
+        return Batch(**after, columns={column: function(value) for column, value in self.columns.items()})
 
 
 def passes(packs: Iterable[Pack], tokens: int) -> Iterator[list[Pack]]:
@@ -66,17 +66,20 @@ def batch_from_packs(packs: Sequence[Pack]) -> Batch:
     )
     bounds = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths - 1, out=bounds[1:])
-    # Position i of the batch, in document d, is token i + d: the last token of each document before it is no input.
-    inputs = np.arange(bounds[-1]) + np.repeat(np.arange(len(lengths)), lengths - 1)
-    weights = weights[inputs + 1]
-    references = [p.reference for p in packs]
+    targets = target_places(lengths)
+    weights = weights[targets]
+    columns = {column: np.concatenate([p.columns[column] for p in packs]) for column in packs[0].columns}
     return Batch(
-        tokens_N=torch.from_numpy(tokens[inputs].astype(np.int64)),
-        targets_N=torch.from_numpy(tokens[inputs + 1].astype(np.int64)),
+        tokens_N=torch.from_numpy(tokens[targets - 1].astype(np.int64)),
+        targets_N=torch.from_numpy(tokens[targets].astype(np.int64)),
         weights_N=torch.from_numpy(weights.astype(np.float32)),
         bounds_D1=torch.from_numpy(bounds),
         counted_M=torch.from_numpy(np.flatnonzero(weights)),
-        reference_D=None
-        if any(r is None for r in references)
-        else torch.from_numpy(np.concatenate([r for r in references if r is not None])),
+        columns={c: torch.from_numpy(v[targets] if c.axis == "token" else v) for c, v in columns.items()},
     )
+
+
+def target_places(lengths: np.ndarray) -> np.ndarray:
+    """Where in its packs' tokens the target of each position of a batch lies, for documents of these lengths: [N]."""
+    # Position i of the batch, in document d, is token i + d: the last token of each document before it is no input.
+    return np.arange(1, lengths.sum() - len(lengths) + 1) + np.repeat(np.arange(len(lengths)), lengths - 1)

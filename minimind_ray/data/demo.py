@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from minimind_ray.config.schema import StageName
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.demo_world import LANGUAGES, RELATIONS, Language, Phrasing, Relation
 
 Split = Literal["train", "val"]

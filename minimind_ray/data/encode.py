@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.config.schema import DataConfig
+from minimind_ray.config.stages import STAGES, StageName
 from minimind_ray.data.chat_format import Rendering
 from minimind_ray.data.fields import BadRowError
-from minimind_ray.data.formats import KINDS, Conversation, Item, Pair, Prompt, Rated, RowReader
+from minimind_ray.data.formats import Conversation, Item, Pair, Prompt, Rated, RowReader
 from minimind_ray.data.pack import Document, Group
 from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ class RowEncoder:
 
     def __init__(self, stage: StageName, tokenizer: Tokenizer, config: DataConfig) -> None:
         self.stage: StageName = stage
-        self.kind = KINDS[stage]
+        self.kind = STAGES[stage].rows
         self.tokenizer, self.config = tokenizer, config
         self.tally = Tally()
         self.reader = RowReader(self.kind, config, tokenizer.writes)
@@ -396,7 +397,7 @@ def _split(document: Document, longest: int) -> Iterator[Document]:
 
 def longest_document(stage: StageName, config: DataConfig) -> int:
     """The most tokens a document may have: the two of a pair share a pack."""
-    return min(config.max_seq_len, config.pack_tokens // 2) if KINDS[stage] == "pair" else config.max_seq_len
+    return min(config.max_seq_len, config.pack_tokens // 2) if STAGES[stage].rows == "pair" else config.max_seq_len
 
 
 def remarks(
@@ -427,7 +428,7 @@ def _too_long(stage: StageName, config: DataConfig, kept: int, too_long: Counter
         limit = f"half of data.pack_tokens {config.pack_tokens:,}, which a pair's answers share"
     sentence = f"{left_out:,} of {_rows(kept + left_out)} left out: too long for {limit}, so that no answer is kept"
     if advised := length_for_most(kept, too_long):
-        pack = f" with data.pack_tokens {2 * advised:,}" if KINDS[stage] == "pair" else ""
+        pack = f" with data.pack_tokens {2 * advised:,}" if STAGES[stage].rows == "pair" else ""
         sentence += f"; data.max_seq_len {advised:,}{pack} would keep 99 % of the rows"
     if config.long_conversations == "drop":
         sentence += "; data.long_conversations=cut_prompt shortens them instead"

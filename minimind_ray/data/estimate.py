@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import zstandard
 
-from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.config.schema import DataConfig
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.encode import longest_document
 from minimind_ray.data.files import locate
 from minimind_ray.data.inspect import RejectReason, inspect_rows

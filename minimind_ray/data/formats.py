@@ -16,7 +16,8 @@ from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DataConfig, FormatName, StageName
+from minimind_ray.config.schema import DataConfig, FormatName
+from minimind_ray.config.stages import STAGES, RowKind, StageName
 from minimind_ray.data.chat_template import Message
 from minimind_ray.data.fields import (
     PRINTED_TURNS,
@@ -34,10 +35,7 @@ from minimind_ray.data.fields import (
 from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.turns import ALIASES, NOT_TEXT, Turn, TurnReader, take_tools
 
-Kind = Literal["text", "conversation", "pair", "prompt", "rated"]
-
-KINDS: dict[StageName, Kind] = {"pretrain": "text", "sft": "conversation", "lora": "conversation", "dpo": "pair"}
-"""What a row is to each stage."""
+Kind = RowKind | Literal["rated"]
 
 MOST_IGNORED = 100  # names of ignored fields that are remembered; a file could have another in every row
 
@@ -236,7 +234,7 @@ def _other_kind(name: FormatName, value: dict[str, Any], kind: Kind) -> str:
 
 
 def _stages(name: FormatName) -> list[StageName]:
-    return [stage for stage, kind in KINDS.items() if kind == FORMATS[name].kind]
+    return [record.name for record in STAGES.values() if record.rows == FORMATS[name].kind]
 
 
 def _learners(name: FormatName) -> str:

@@ -12,10 +12,11 @@ from itertools import chain, pairwise
 import numpy as np
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DataConfig, FormatName, StageName
+from minimind_ray.config.schema import DataConfig, FormatName
+from minimind_ray.config.stages import STAGES, StageName
 from minimind_ray.data.encode import RowEncoder, Tally
 from minimind_ray.data.fields import BadRowError, renamed
-from minimind_ray.data.formats import FORMATS, KINDS, recognise
+from minimind_ray.data.formats import FORMATS, recognise
 from minimind_ray.data.pack import Document, Group, pack_groups
 from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def guess_stage(rows: Iterable[Row | Reject], data: DataConfig) -> tuple[StageNa
     for row in remaining:
         seen.append(row)
         name = data.format or _recognised(row, data.fields)
-        stages: list[StageName] = [stage for stage, kind in KINDS.items() if name and kind == FORMATS[name].kind]
+        stages = [record.name for record in STAGES.values() if name and record.rows == FORMATS[name].kind]
         if stages:
             return stages[0], chain(seen, remaining)
         if len(seen) == LOOK_AHEAD:

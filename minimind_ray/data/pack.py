@@ -8,12 +8,14 @@ which must share a pack. A pack is one row of a prepared dataset: groups whose t
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from minimind_ray.data.columns import Column
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,17 +33,17 @@ Group = tuple[Document, ...]
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Documents one after another: `tokens` [T], `weights` uint8 [T], `lengths` int32 [D], `reference` float32 [D].
+    """Documents one after another: `tokens` [T], `weights` uint8 [T], `lengths` int32 [D].
 
-    `id` is the pack's place in its prepared dataset. `reference` holds each document's log-probability under the
-    reference model; in preference data documents 2i and 2i+1 are chosen and rejected.
+    `id` is the pack's place in its prepared dataset. `columns` holds arrays [T] or [D], by the column's axis. In
+    preference data documents 2i and 2i+1 are chosen and rejected.
     """
 
     id: int
     tokens: np.ndarray
     weights: np.ndarray
     lengths: np.ndarray
-    reference: np.ndarray | None = None
+    columns: Mapping[Column, np.ndarray] = field(default_factory=dict[Column, np.ndarray])
 
     @property
     def counted(self) -> int:
@@ -133,8 +135,8 @@ def _list_column(rows: list[list[np.ndarray]], value_type: pa.DataType) -> pa.Li
     return pa.ListArray.from_arrays(offsets, pa.array(values.astype(value_type.to_pandas_dtype())))
 
 
-def pack_from_row(table: pa.Table, row: int, id: int) -> Pack:
-    """One row of a table of packs, without copying; `id` is the pack's place in its whole dataset."""
+def pack_from_row(table: pa.Table, row: int, id: int, columns: Iterable[Column] = ()) -> Pack:
+    """One row of a table of packs, with these columns, not copied; `id` is the pack's place in its whole dataset."""
 
     def values(name: str) -> np.ndarray:
         return table[name][row].values.to_numpy()
@@ -144,5 +146,5 @@ def pack_from_row(table: pa.Table, row: int, id: int) -> Pack:
         tokens=values("tokens"),
         weights=values("weights"),
         lengths=values("lengths"),
-        reference=values("reference") if "reference" in table.column_names else None,
+        columns={column: values(column.name) for column in columns},
     )

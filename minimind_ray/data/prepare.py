@@ -32,7 +32,9 @@ from pyarrow import fs
 from pydantic import ValidationError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DataConfig, FormatName, Section, StageName
+from minimind_ray.config.schema import DataConfig, FormatName
+from minimind_ray.config.section import Section
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.encode import RowEncoder, remarks
 from minimind_ray.data.files import TEMPORARY, absolute, atomic_output, join, locate, one_line
 from minimind_ray.data.formats import count_ignored, mixed

@@ -11,7 +11,7 @@ names units by their hash, so that it can point at nothing outside its cache; al
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Annotated, Literal
@@ -23,7 +23,10 @@ from pyarrow import fs
 from pydantic import Field, ValidationError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import FormatName, Section, StageName
+from minimind_ray.config.schema import FormatName
+from minimind_ray.config.section import Section
+from minimind_ray.config.stages import StageName
+from minimind_ray.data.columns import Column
 from minimind_ray.data.files import atomic_output, join, locate, one_line
 from minimind_ray.data.pack import Pack, pack_from_row, pack_schema
 from minimind_ray.data.storage import is_url, read_from
@@ -102,9 +105,9 @@ class PackStore:
             and what to do.
     """
 
-    def __init__(self, path: str, reference: str | None = None) -> None:
+    def __init__(self, path: str, columns: Mapping[Column, str] | None = None) -> None:
         self.path = path
-        self.reference = reference
+        self.columns = dict(columns or {})
         self.manifest = read_manifest(path)
         self._filesystem, root = locate(path)
         # What an object store does not give may come later; what a disk does not give is damaged.
@@ -120,9 +123,9 @@ class PackStore:
         self.n_tokens = self.manifest.total("tokens")
         self._group = lru_cache(WINDOW)(self._read_group)
         self._shard = lru_cache(WINDOW)(self._open_shard)
-        self._references = (
-            read_from(reference, partial(self._open_reference, reference)) if reference is not None else None
-        )
+        self._column_files = {
+            column: read_from(url, partial(self._open_column, url)) for column, url in self.columns.items()
+        }
 
     def read(self, ids: Iterable[int]) -> list[Pack]:
         """The packs of these ids, in this order."""
@@ -153,7 +156,7 @@ class PackStore:
             raise _broken(path, "its row groups are not those of the manifest")
         return file
 
-    def _open_reference(self, url: str) -> pq.ParquetFile:
+    def _open_column(self, url: str) -> pq.ParquetFile:
         filesystem, path = locate(url)
         file = _open_parquet(filesystem, path, self._damage)
         if _row_groups(file) != self.row_groups:
@@ -164,22 +167,28 @@ class PackStore:
         shard, local = self._groups[group]
         path = self._shards[shard]
         table = _read_lists(self._shard(shard), path, local, SHARD_SCHEMAS, self._damage)
-        if self._references and self.reference:
-            values = _read_lists(self._references, self.reference, group, (REFERENCE_SCHEMA,), self._damage)
-            table = table.append_column("reference", values["reference"])
-        packs = [pack_from_row(table, row, self._starts[group] + row) for row in range(len(table))]
+        for column, url in self.columns.items():
+            file = self._column_files[column]
+            values = _read_lists(file, url, group, (column_schema(column),), self._damage)
+            table = table.append_column(column.name, values[column.name])
+        packs = [pack_from_row(table, row, self._starts[group] + row, self.columns) for row in range(len(table))]
         for pack in packs:
             if not len(pack.lengths) or pack.lengths.min() < 1 or pack.lengths.sum() != len(pack.tokens):
                 raise _broken(path, f"the document lengths of pack {pack.id} do not add up to its tokens")
             if len(pack.weights) != len(pack.tokens):
                 raise _broken(path, f"pack {pack.id} has {len(pack.tokens)} tokens, but {len(pack.weights)} weights")
-            if pack.reference is not None and len(pack.reference) != len(pack.lengths):
-                raise _broken(self.reference or "", f"pack {pack.id} has not one value for each document")
+            for column, values in pack.columns.items():
+                if len(values) != len(pack.lengths if column.axis == "document" else pack.tokens):
+                    raise _broken(self.columns[column], f"pack {pack.id} has not one value for each {column.axis}")
         return packs
 
 
 SHARD_SCHEMAS = (pack_schema(2**16), pack_schema(2**32))
-REFERENCE_SCHEMA = pa.schema({"reference": pa.list_(pa.float32())})
+
+
+def column_schema(column: Column) -> pa.Schema:
+    """The schema of a column's file: one list of values for each pack."""
+    return pa.schema({column.name: pa.list_(pa.from_numpy_dtype(column.dtype))})
 
 
 def read_manifest(path: str) -> Manifest:
@@ -207,18 +216,18 @@ def read_manifest(path: str) -> Manifest:
         raise UserError(f"{file}: broken ({where}: {first['msg']}); delete {path} and prepare again") from None
 
 
-def write_reference(store: PackStore, url: str, references: Iterable[np.ndarray]) -> None:
-    """Write each pack's reference log-probabilities, float32 [D] and in the order of the packs, beside the packs.
+def write_column(store: PackStore, column: Column, url: str, values: Iterable[np.ndarray]) -> None:
+    """Write a column of all packs to a file for a `PackStore`: `values` is each pack's array, in the packs' order.
 
-    One Parquet file with the row groups of the whole store, for a `PackStore`.
+    One Parquet file with the row groups of the whole store.
     """
     filesystem, path = locate(url)
-    packs = iter(references)
-    with atomic_output(filesystem, path) as stream, pq.ParquetWriter(stream, REFERENCE_SCHEMA) as writer:
+    schema, packs = column_schema(column), iter(values)
+    with atomic_output(filesystem, path) as stream, pq.ParquetWriter(stream, schema) as writer:
         for size in store.row_groups:
-            values = [np.asarray(next(packs), np.float32) for _ in range(size)]
-            writer.write_table(pa.table({"reference": values}, REFERENCE_SCHEMA), row_group_size=size)
-    assert next(packs, None) is None, "more references than packs"
+            lists = [np.asarray(next(packs), column.dtype) for _ in range(size)]
+            writer.write_table(pa.table({column.name: lists}, schema), row_group_size=size)
+    assert next(packs, None) is None, "more values than packs"
 
 
 def epoch_order(row_groups: Sequence[int], seed: int, epoch: int) -> np.ndarray:

@@ -5,6 +5,7 @@ N tokens   M of them with weight > 0   C channels   V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.batch import Batch
+from minimind_ray.data.columns import Column
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.ops import log_probs
 from minimind_ray.model.transformer import Transformer
@@ -86,12 +88,12 @@ class CausalLM:
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
         """Each document's `loss`, summed over its counted tokens without `aux`, and their `count`: float32 [D]."""
-        return self.of_documents(*self.log_probs(model, batch))
+        return self.of_documents(*self.log_probs(model, batch), batch.columns)
 
     def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
         return sequence_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch)
 
-    def of_documents(self, logp_D: Tensor, counts_D: Tensor, reference_D: Tensor | None = None) -> dict[str, Tensor]:
+    def of_documents(self, logp_D: Tensor, counts_D: Tensor, columns: Mapping[Column, Tensor]) -> dict[str, Tensor]:
         """As `examples`, of what `log_probs` gave."""
         return {"loss": -logp_D, "count": counts_D.float()}

@@ -16,17 +16,24 @@ and answers of 11, where a third of all tokens is shared, and about the same wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DpoConfig, ModelShape
+from minimind_ray.config.schema import ModelShape
+from minimind_ray.config.stages import DpoConfig
 from minimind_ray.data.batch import Batch
+from minimind_ray.data.columns import Column
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.attention import Layout
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import sequence_log_probs
+
+REFERENCE = Column("reference", "document", "float32")
+"""log pi_ref of each document's answer tokens, summed, in nats."""
 
 PER_TOKEN = ("ipo", "simpo", "orpo")
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -37,6 +44,11 @@ SMOOTHED = ("sigmoid", "simpo")
 def pair_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
     return sequence_log_probs(model, pair_hidden(model, batch), batch)
+
+
+def reference_log_probs(model: Transformer, batch: Batch) -> Tensor:
+    """The values of REFERENCE when `model` is the reference: float32 [D]."""
+    return pair_log_probs(model, batch)[0].float()
 
 
 def pair_hidden(model: Transformer, batch: Batch) -> Tensor:
@@ -115,7 +127,7 @@ def _log1m_exp(x: Tensor) -> Tensor:
 
 
 class Preference:
-    """The mean over pairs of a preference loss; `batch.reference_D` holds log pi_ref where the loss needs one.
+    """The mean over pairs of a preference loss; the column REFERENCE holds log pi_ref where the loss needs one.
 
     Metrics, as means over pairs: `reward_chosen` and `reward_rejected`, beta times the score; `margin`, their
     difference; `accuracy`, the part of pairs with a positive margin (half of those with none); `logp_chosen` and
@@ -166,18 +178,17 @@ class Preference:
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
         """Each pair's `loss` without `aux`, `count` (1), and the metrics: float32 [P]."""
-        return self.of_documents(*self.log_probs(model, batch), batch.reference_D)
+        return self.of_documents(*self.log_probs(model, batch), batch.columns)
 
     def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
         return pair_log_probs(model, batch)
 
-    def of_documents(self, logp_D: Tensor, counts_D: Tensor, reference_D: Tensor | None) -> dict[str, Tensor]:
+    def of_documents(self, logp_D: Tensor, counts_D: Tensor, columns: Mapping[Column, Tensor]) -> dict[str, Tensor]:
         """As `examples`, of what `log_probs` gave."""
         score_D, values = logp_D, {}
         if self.needs_reference:
-            assert reference_D is not None
-            score_D = logp_D - reference_D
+            score_D = logp_D - columns[REFERENCE]
             values["kl"] = score_D.view(-1, 2).mean(1)
         if self.config.loss in PER_TOKEN:
             score_D = score_D / counts_D

@@ -22,7 +22,7 @@ from torch import Tensor
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.storage import flag, watched
 from minimind_ray.model.checkpoint import read_weights
-from minimind_ray.on_ray.reference import granted_device
+from minimind_ray.on_ray.columns import granted_device
 from minimind_ray.on_ray.trainer import STOP_FILE
 from minimind_ray.stages.fused import member
 from minimind_ray.stages.run import Job

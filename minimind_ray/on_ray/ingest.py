@@ -9,7 +9,7 @@ What runs in Ray Data's tasks takes no `Job`: to read one a process imports torc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from minimind_ray.data.columns import Column
 from minimind_ray.data.pack import Pack, pack_from_row
 from minimind_ray.data.plan import StepPlan
 from minimind_ray.data.store import ROW_GROUP, PackStore
@@ -88,7 +89,7 @@ def prepared_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
     numbers.context.target_max_block_size = 1
     arguments = {
         "train": job.train,
-        "reference": job.train_reference,
+        "columns": job.train_columns,
         "plan": job.plan,
         "workers": workers,
         "start": start,
@@ -97,9 +98,9 @@ def prepared_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
 
 
 def _read_shares(
-    batch: dict[str, np.ndarray], train: str, reference: str | None, plan: StepPlan, workers: int, start: int
+    batch: dict[str, np.ndarray], train: str, columns: Mapping[Column, str], plan: StepPlan, workers: int, start: int
 ) -> Iterator[pa.Table]:
-    store = PackStore(train, reference)
+    store = PackStore(train, columns)
     for row in batch["id"].tolist():
         step, rank = start + row // workers, row % workers
         yield share_table(step, rank, store.read(plan.ids(step, rank, workers).tolist()))
@@ -108,7 +109,7 @@ def _read_shares(
 def share_table(step: int | None, rank: int, packs: list[Pack]) -> pa.Table:
     """One row: step (None in a stream, whose tasks do not know it), rank, and the packs' columns as lists."""
 
-    def column(arrays: list[np.ndarray], kind: pa.DataType) -> list[Any]:
+    def lists(arrays: list[np.ndarray], kind: pa.DataType) -> list[Any]:
         return pa.array([arrays], pa.list_(pa.list_(kind)))
 
     tokens = pa.uint32() if any(p.tokens.dtype == np.uint32 for p in packs) else pa.uint16()
@@ -116,12 +117,12 @@ def share_table(step: int | None, rank: int, packs: list[Pack]) -> pa.Table:
         "step": pa.array([step], pa.int64()),
         "rank": pa.array([rank]),
         "id": pa.array([[p.id for p in packs]], pa.list_(pa.int64())),
-        "tokens": column([p.tokens for p in packs], tokens),
-        "weights": column([p.weights for p in packs], pa.uint8()),
-        "lengths": column([p.lengths for p in packs], pa.int32()),
+        "tokens": lists([p.tokens for p in packs], tokens),
+        "weights": lists([p.weights for p in packs], pa.uint8()),
+        "lengths": lists([p.lengths for p in packs], pa.int32()),
     }
-    if packs and packs[0].reference is not None:
-        columns["reference"] = column([p.reference for p in packs if p.reference is not None], pa.float32())
+    for column in packs[0].columns if packs else ():
+        columns[column.name] = lists([p.columns[column] for p in packs], pa.from_numpy_dtype(column.dtype))
     return pa.table(columns)
 
 
@@ -139,4 +140,5 @@ def read_shares(shard: Iterable[Any], job: Job, start: int, rank: int) -> Iterat
         packs = pa.table({name: row[name].combine_chunks().values for name in names})
         # A stream's packs come numbered within their step.
         first = step * job.plan.packs_per_step if streaming else 0
-        yield [pack_from_row(packs, i, first + id) for i, id in enumerate(row["id"][0].as_py())]
+        ids = enumerate(row["id"][0].as_py())
+        yield [pack_from_row(packs, i, first + id, job.train_columns) for i, id in ids]

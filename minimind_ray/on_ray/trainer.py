@@ -42,10 +42,10 @@ from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import PackSource, TrainingData
 from minimind_ray.data.storage import Flag, flag, watched
 from minimind_ray.data.stream import Stream
+from minimind_ray.on_ray.columns import compute_on_ray, dtype_on_ray
 from minimind_ray.on_ray.controller import Reserved, Trainer, notices_may_come
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
-from minimind_ray.on_ray.reference import compute_on_ray, dtype_on_ray
 from minimind_ray.on_ray.reservation import NO_ROOM, NoRoomError, Reservation, StoppedError, reserved
 from minimind_ray.on_ray.session import (
     free_left_groups,

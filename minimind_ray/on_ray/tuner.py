@@ -49,9 +49,9 @@ from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, Schedul
 from minimind_ray.data.files import join, remove
 from minimind_ray.data.storage import copy_of, flag, url_of, watched
 from minimind_ray.model.checkpoint import read_weights
+from minimind_ray.on_ray.columns import granted_device
 from minimind_ray.on_ray.fused import run_fused, start_groups
 from minimind_ray.on_ray.layout import layout, trials_that_fit
-from minimind_ray.on_ray.reference import granted_device
 from minimind_ray.on_ray.reservation import StoppedError
 from minimind_ray.on_ray.session import (
     Ending,

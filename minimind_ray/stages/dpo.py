@@ -1,20 +1,52 @@
-"""Direct preference optimisation and its kin: chosen answers over rejected ones, all weights or adapters."""
+"""Direct preference optimisation and its kin: chosen answers over rejected ones, all weights or adapters.
+
+The reference model's log-probabilities come with the packs (see columns.py).
+"""
 
 from __future__ import annotations
 
-from minimind_ray.config.schema import Config
-from minimind_ray.data.plan import TrainingData
-from minimind_ray.objectives.preference import Preference
-from minimind_ray.stages.lora import Adapter
-from minimind_ray.stages.start import WholeModel, initial_model, load_tokenizer, require_base
-from minimind_ray.train.context import Context
-from minimind_ray.train.loop import fit
+from collections.abc import Sequence
+
+from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.config.stages import DPO, DpoConfig
+from minimind_ray.objectives.preference import (
+    REFERENCE,
+    SMOOTHED,
+    WITHOUT_REFERENCE,
+    Preference,
+    reference_log_probs,
+)
+from minimind_ray.stages.stage import Scored, Stage, Use
+
+REFERENCE_LOG_PROBS = Scored(REFERENCE, reference_log_probs, "reference log-probabilities")
 
 
-def dpo(config: Config, context: Context, data: TrainingData) -> None:
-    """Train on pairs; the reference's log-probabilities come with the packs (see reference.py)."""
-    require_base(config)
-    tokenizer = load_tokenizer(config)
-    model = initial_model(config, tokenizer, context)
-    weights = Adapter(model, config) if config.dpo.lora else WholeModel(model, tokenizer)
-    fit(model, Preference(config.dpo, model.shape), weights, config, context, data, tokenizer)
+def loss_of(config: Config) -> str:
+    """The preference loss of a run."""
+    return config.own(DpoConfig).loss
+
+
+def objective(config: Config, shape: ModelShape) -> Preference:
+    """The configured loss."""
+    return Preference(config.own(DpoConfig), shape)
+
+
+def columns(config: Config) -> Sequence[Scored]:
+    """The reference, where the loss has one."""
+    return () if loss_of(config) in WITHOUT_REFERENCE else (REFERENCE_LOG_PROBS,)
+
+
+USES = (
+    Use(
+        "dpo.simpo_gamma",
+        lambda c: loss_of(c) == "simpo",
+        lambda c: f"dpo.loss {loss_of(c)} has no such margin; leave it out, or use simpo",
+    ),
+    Use(
+        "dpo.label_smoothing",
+        lambda c: loss_of(c) in SMOOTHED,
+        lambda c: f"dpo.loss {loss_of(c)} has no such form; leave it out, or use {' or '.join(SMOOTHED)}",
+    ),
+)
+
+STAGE = Stage(DPO, objective, columns, column_keys=("dpo.loss",), uses=USES)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from minimind_ray.config.schema import Config
+from minimind_ray.config.stages import STAGES
 from minimind_ray.model.checkpoint import load_shape
-from minimind_ray.objectives.causal_lm import CausalLM
-from minimind_ray.objectives.preference import WITHOUT_REFERENCE, Preference
-from minimind_ray.stages.lora import Adapter
 from minimind_ray.stages.run import Job
+from minimind_ray.stages.stage import stage_of
 from minimind_ray.stages.start import initial_model, load_tokenizer, require_base
-from minimind_ray.train.fused import FusedContext, Member
+from minimind_ray.stages.weights import Adapter
+from minimind_ray.train.fused import DocumentObjective, FusedContext, Member
 from minimind_ray.train.loop import TrainingRun
 from minimind_ray.train.optim import build_adamw
 
@@ -26,7 +26,7 @@ def obstacle(configs: Sequence[Config]) -> str | None:
     """
     first = configs[0]
     if not all(config.trains_adapter for config in configs):
-        return "only adapters can share a base: stage lora, or dpo with dpo.lora"
+        return f"only adapters can share a base: {_adapting()}"
     for config in configs:
         if config.scale.most > 1:
             return "a trial has more than one worker"
@@ -37,14 +37,23 @@ def obstacle(configs: Sequence[Config]) -> str | None:
     for key in SHARED:
         if any(attrgetter(key)(config) != attrgetter(key)(first) for config in configs):
             return f"{key} is not the same in all trials"
-    if len({config.dpo.loss in WITHOUT_REFERENCE for config in configs}) > 1:
-        return "dpo.loss has a reference in some trials and none in others"
+    if len({tuple(stage_of(config).columns(config)) for config in configs}) > 1:
+        return f"{' and '.join(stage_of(first).column_keys)} asks for a frozen model in some trials and not in others"
     shape = load_shape(require_base(first))
     if shape.num_experts:
         return "experts see the tokens of all trials, and their balance would depend on the others"
     if shape.dropout:
         return "model.dropout is not there for many adapters at once"
+    if not isinstance(stage_of(first).objective(first, shape), DocumentObjective):
+        return f"the loss of stage {first.stage} is no function of each document's log-probability"
     return None
+
+
+def _adapting() -> str:
+    """Which runs train adapters."""
+    always = [f"stage {record.name}" for record in STAGES.values() if record.adapters == "always"]
+    by_key = [f"{r.name} with {r.adapters}" for r in STAGES.values() if r.adapters not in ("always", "never")]
+    return ", or ".join((*always, *by_key))
 
 
 def member(job: Job, context: FusedContext) -> Member:
@@ -57,7 +66,8 @@ def member(job: Job, context: FusedContext) -> Member:
     tokenizer = load_tokenizer(config)
     model = initial_model(config, tokenizer, context)
     weights = Adapter(model, config)
-    objective = CausalLM(model.shape) if config.stage == "lora" else Preference(config.dpo, model.shape)
+    objective = stage_of(config).objective(config, model.shape)
+    assert isinstance(objective, DocumentObjective)
     optimizer = build_adamw(model, config.optim)
     run = TrainingRun(model, objective, optimizer, weights, config, context, job.data(context), tokenizer)
     return Member(model, objective, optimizer, config.optim, context, run)

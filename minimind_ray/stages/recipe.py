@@ -24,7 +24,9 @@ from pydantic import Field, ValidationError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import config_keys, load_config, merged, nearest_key, read_yaml
-from minimind_ray.config.schema import Config, LoraConfig, Section, StageName
+from minimind_ray.config.schema import Config, LoraConfig
+from minimind_ray.config.section import Section
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.claim import require_free
 from minimind_ray.data.files import exists, join
 from minimind_ray.stages.run import Job, changed_inputs

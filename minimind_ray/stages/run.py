@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, DataConfig, ScaleConfig
 from minimind_ray.data.claim import claimed
+from minimind_ray.data.columns import Column
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import PackSource, StepPlan, TrainingData, read_steps
@@ -21,18 +22,19 @@ from minimind_ray.data.store import PackStore
 from minimind_ray.data.stream import Stream, StreamPlan, stream_steps
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import model_fingerprint
-from minimind_ray.objectives.preference import WITHOUT_REFERENCE
-from minimind_ray.stages.reference import (
-    ComputeReference,
-    Reference,
+from minimind_ray.stages.columns import (
+    ComputeColumn,
+    FrozenColumn,
     ResolveDtype,
     compute_here,
     dtype_here,
-    ensure_reference,
+    ensure_column,
 )
-from minimind_ray.stages.registry import STAGES
-from minimind_ray.stages.start import check_stage, load_tokenizer, require_used
+from minimind_ray.stages.stage import Policy, stage_of
+from minimind_ray.stages.start import check_stage, initial_model, load_tokenizer, require_base, require_used
+from minimind_ray.stages.weights import Adapter, WholeModel
 from minimind_ray.train.context import Context, PlainContext
+from minimind_ray.train.loop import fit
 from minimind_ray.train.run import RunDirectory, resolve_model
 
 
@@ -40,15 +42,16 @@ from minimind_ray.train.run import RunDirectory, resolve_model
 class Job:
     """All that a worker needs: the resolved config, the data, and the plan over it.
 
-    `train` is the path of the prepared packs, or with `data.cache` false a stream that makes them.
+    `train` is the path of the prepared packs, or with `data.cache` false a stream that makes them. `train_columns` and
+    `val_columns` are the files of what a frozen model says of the packs.
     """
 
     config: Config
     plan: StepPlan | StreamPlan
     train: str | Stream
     val: str | None
-    train_reference: str | None = None
-    val_reference: str | None = None
+    train_columns: Mapping[Column, str] = field(default_factory=dict[Column, str])
+    val_columns: Mapping[Column, str] = field(default_factory=dict[Column, str])
     base_fingerprint: str | None = None
 
     @property
@@ -68,27 +71,35 @@ class Job:
             assert isinstance(self.plan, StreamPlan)
             return stream_steps(self.train, self.plan, start, rank, world_size)
         assert isinstance(self.plan, StepPlan)
-        return read_steps(PackStore(self.train, self.train_reference), self.plan, start, rank, world_size)
+        return read_steps(PackStore(self.train, self.train_columns), self.plan, start, rank, world_size)
 
     def val_store(self) -> PackStore | None:
         """The validation packs, if there are any."""
-        return PackStore(self.val, self.val_reference) if self.val else None
+        return PackStore(self.val, self.val_columns) if self.val else None
 
     def with_config(self, config: Config) -> Job:
         """The same data under a config with other steps: optimisation, length, seed."""
         return replace(self, config=config, plan=step_plan(config, self.train))
 
     def run(self, context: Context, data: TrainingData) -> None:
-        """The stage's train-loop function."""
-        STAGES[self.config.stage](self.config, context, data)
+        """Train the stage, from the run directory's last checkpoint on."""
+        config, stage = self.config, stage_of(self.config)
+        if config.record.needs_base:
+            require_base(config)
+        tokenizer = load_tokenizer(config)
+        model = initial_model(config, tokenizer, context)
+        weights = Adapter(model, config) if config.trains_adapter else WholeModel(model, tokenizer)
+        objective = stage.objective(config, model.shape)
+        source = stage.source(data.source, Policy(model, tokenizer, config, context))
+        fit(model, objective, weights, config, context, replace(data, source=source), tokenizer)
 
 
 @dataclass(frozen=True)
 class Host:
-    """How the work before training is done: units encoded, reference log-probabilities computed, and in which dtype."""
+    """How the work before training is done: units encoded, columns of a frozen model computed, and in which dtype."""
 
     run_units: RunUnits = run_units_here
-    compute_reference: ComputeReference = compute_here
+    compute_column: ComputeColumn = compute_here
     dtype: ResolveDtype = dtype_here
 
 
@@ -133,30 +144,36 @@ def prepare_job(
         else:
             say("  no validation, since no row is left for it: give data.val, or raise data.val_fraction")
     base = str(resolve_model(config.init_from)) if config.init_from else None
-    references = {}
-    if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
-        assert base
-        gpus = config.scale.gpus_per_worker
-        dtype = host.dtype(config.train.precision, gpus)
-        for split, store in stores.items():
-            reference = Reference(store, base, dtype, gpus)
-            made = ensure_reference(reference, host.compute_reference)
-            say(f"reference log-probabilities of {split}: {'computed' if made else 'in the cache'}")
-            references[split] = reference.path
+    columns = {split: _columns(config, base, store, split, host, say) for split, store in stores.items()}
     train = stream or stores["train"]
     return Job(
-        config, step_plan(config, train), train, stores.get("val"), references.get("train"), references.get("val"),
+        config, step_plan(config, train), train, stores.get("val"), columns.get("train", {}), columns.get("val", {}),
         model_fingerprint(base) if base else None,
     )  # fmt: skip
+
+
+def _columns(
+    config: Config, base: str | None, store: str, split: str, host: Host, say: Callable[[str], None]
+) -> dict[Column, str]:
+    """The files of the columns that the run's objective reads, computed where they are not there yet."""
+    files: dict[Column, str] = {}
+    for scored in stage_of(config).columns(config):
+        assert base
+        gpus = config.scale.gpus_per_worker
+        frozen = FrozenColumn(scored, store, base, host.dtype(config.train.precision, gpus), gpus)
+        made = ensure_column(frozen, host.compute_column)
+        say(f"{scored.what} of {split}: {'computed' if made else 'in the cache'}")
+        files[scored.column] = frozen.path
+    return files
 
 
 def _stream(config: Config, tokenizer: Tokenizer) -> Stream:
     if config.train.max_steps is None:
         raise UserError("train.max_steps is not set: with data.cache false nothing else says where the run ends")
-    if config.stage == "dpo" and config.dpo.loss not in WITHOUT_REFERENCE:
+    if columns := stage_of(config).columns(config):
         raise UserError(
-            f"data.cache is false, but dpo.loss {config.dpo.loss} keeps reference log-probabilities with the packs; "
-            "leave data.cache out, or use simpo or orpo"
+            f"data.cache is false, but this run keeps {columns[0].what} with the packs; leave data.cache out"
+            + "".join(f", or change {key}" for key in stage_of(config).column_keys)
         )
     encoding, sources = encoding_of(config.stage, config.data, "train", tokenizer)
     return Stream(tuple(plan_units(sources, encoding)), encoding, config.train.seed, join(config.out, "rejects"))

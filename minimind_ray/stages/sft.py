@@ -1,18 +1,9 @@
-"""Supervised fine-tuning: cross-entropy on what the assistant says in conversations."""
+"""Supervised fine-tuning: cross-entropy on the assistant's turns. The documents' weights say which tokens those are."""
 
 from __future__ import annotations
 
-from minimind_ray.config.schema import Config
-from minimind_ray.data.plan import TrainingData
+from minimind_ray.config.stages import SFT
 from minimind_ray.objectives.causal_lm import CausalLM
-from minimind_ray.stages.start import WholeModel, initial_model, load_tokenizer, require_base
-from minimind_ray.train.context import Context
-from minimind_ray.train.loop import fit
+from minimind_ray.stages.stage import Stage
 
-
-def sft(config: Config, context: Context, data: TrainingData) -> None:
-    """Train all weights on the assistant turns; which tokens those are, the documents' weights say."""
-    require_base(config)
-    tokenizer = load_tokenizer(config)
-    model = initial_model(config, tokenizer, context)
-    fit(model, CausalLM(model.shape), WholeModel(model, tokenizer), config, context, data, tokenizer)
+STAGE = Stage(SFT, objective=lambda config, shape: CausalLM(shape))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import config_keys
 from minimind_ray.config.schema import PRESETS, Config, ModelConfig, ModelShape
+from minimind_ray.config.stages import STAGES
 from minimind_ray.data.records import require_files
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import check_model, load_model, load_shape, load_weights, save_model
+from minimind_ray.model.checkpoint import check_model, load_model, load_shape
 from minimind_ray.model.lora import add_lora, is_adapter
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.objectives.preference import SMOOTHED, Preference
+from minimind_ray.stages.stage import Use, stage_of
 from minimind_ray.train.context import Context
 from minimind_ray.train.run import resolve_model
-from minimind_ray.train.writer import HostCopy, Write
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -32,7 +31,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """
     if config.data.tokenizer:
         return Tokenizer.load(config.data.tokenizer)
-    if config.init_from or config.stage != "pretrain":
+    if config.init_from or config.record.needs_base:
         return Tokenizer.load(require_base(config))
     raise UserError(
         "data.tokenizer is not set: give a directory with tokenizer.json, or make one with minimind-ray tokenizer train"
@@ -95,29 +94,14 @@ def check_stage(config: Config, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: no base where one is needed, a shape, adapter or loss that does not fit.
     """
-    if config.init_from or config.stage != "pretrain":
+    if config.init_from or config.record.needs_base:
         check_model(require_base(config))
     shape = model_shape(config, tokenizer)
     if config.trains_adapter:
         with torch.device("meta"):
             model = Transformer(shape)
         add_lora(model, config.lora, seed=0)
-    if config.stage == "dpo":
-        Preference(config.dpo, shape)
-
-
-@dataclass(frozen=True)
-class Use:
-    """Which runs have a use for a setting (a dotted key, or a section with its dot), and what to say to the others.
-
-    With `shared` a run without the use ignores the setting, because settings may be common to many runs. An axis of a
-    sweep is refused all the same, because its trials would be equal.
-    """
-
-    key: str
-    used: Callable[[Config], bool]
-    otherwise: Callable[[Config], str]
-    shared: bool = False
+    stage_of(config).objective(config, shape)
 
 
 def _has_experts(config: Config) -> bool:
@@ -127,24 +111,7 @@ def _has_experts(config: Config) -> bool:
 
 EXPERTS = ("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
 USES = (
-    Use(
-        "lora.",
-        lambda c: c.trains_adapter,
-        lambda c: (
-            "this run trains no adapter; leave it out, or "
-            + ("set dpo.lora too" if c.stage == "dpo" else "train stage lora")
-        ),
-    ),
-    Use(
-        "dpo.simpo_gamma",
-        lambda c: c.stage != "dpo" or c.dpo.loss == "simpo",
-        lambda c: f"dpo.loss {c.dpo.loss} has no such margin; leave it out, or use simpo",
-    ),
-    Use(
-        "dpo.label_smoothing",
-        lambda c: c.stage != "dpo" or c.dpo.loss in SMOOTHED,
-        lambda c: f"dpo.loss {c.dpo.loss} has no such form; leave it out, or use {' or '.join(SMOOTHED)}",
-    ),
+    Use("lora.", lambda c: c.trains_adapter, lambda c: f"this run trains no adapter; leave it out, or {_adapting(c)}"),
     Use(
         "schedule.decay",
         lambda c: c.schedule.name == "wsd",
@@ -159,26 +126,42 @@ USES = (
         Use(f"model.{key}", _has_experts, lambda c: "the model has no experts; leave it out, or set model.num_experts")
         for key in EXPERTS
     ),
-    Use("dpo.", lambda c: c.stage == "dpo", lambda c: f"stage {c.stage} learns from no pairs", shared=True),
     Use("train.epochs", lambda c: not c.train.max_steps, lambda c: "train.max_steps ends the run", shared=True),
     Use(
         "data.long_documents",
-        lambda c: c.stage == "pretrain",
+        lambda c: c.record.rows == "text",
         lambda c: f"stage {c.stage} has data.long_conversations",
         shared=True,
     ),
     Use(
         "data.long_conversations",
-        lambda c: c.stage != "pretrain",
-        lambda c: "stage pretrain has data.long_documents",
+        lambda c: c.record.rows != "text",
+        lambda c: f"stage {c.stage} has data.long_documents",
         shared=True,
     ),
 )
 
 
+def _adapting(config: Config) -> str:
+    """How to train an adapter instead."""
+    adapters = config.record.adapters
+    if adapters != "never":
+        return f"set {adapters} too"
+    return f"train stage {' or '.join(record.name for record in STAGES.values() if record.adapters == 'always')}"
+
+
+def _of_other_stages(config: Config) -> Iterator[Use]:
+    """The sections of the stages that this is not: unused, whatever they say."""
+    for record in STAGES.values():
+        if record.section and record.name != config.stage:
+            why = f"section {record.name} is for stage {record.name}, not for {config.stage}"
+            yield Use(f"{record.name}.", lambda c: False, lambda c, why=why: why, shared=True)
+
+
 def unused(config: Config, key: str) -> Use | None:
     """The rule by which a run of this config has no use for a setting; None where it has."""
-    rules = (rule for rule in USES if rule.key == key or rule.key.endswith(".") and key.startswith(rule.key))
+    every = (*USES, *stage_of(config).uses, *_of_other_stages(config))
+    rules = (rule for rule in every if rule.key == key or rule.key.endswith(".") and key.startswith(rule.key))
     return next((rule for rule in rules if not rule.used(config)), None)
 
 
@@ -209,22 +192,6 @@ def initial_model(config: Config, tokenizer: Tokenizer, context: Context) -> Tra
         return load_model(base, context.device, context.base_weights(base))
     torch.manual_seed(config.train.seed)
     return Transformer(model_shape(config, tokenizer)).to(context.device)
-
-
-class WholeModel:
-    """Checkpoints of all weights, as a Hugging Face model directory."""
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer, self.copy = model, tokenizer, HostCopy()
-
-    def snapshot(self) -> Write:
-        """Weights, config and tokenizer."""
-        weights = self.copy(dict(self.model.named_parameters()))
-        return lambda directory: save_model(self.model, self.tokenizer, directory, weights)
-
-    def load(self, directory: Path) -> None:
-        """The weights of a checkpoint of the same model."""
-        load_weights(self.model, directory)
 
 
 def require_base(config: Config) -> str:
@@ -265,7 +232,7 @@ def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> 
                 f"data.train is not set for {config.out}: give the training files, such as --train 'data/*.jsonl'"
             )
         require_files(config.data)
-        if base is None and (config.init_from or config.stage != "pretrain"):
+        if base is None and (config.init_from or config.record.needs_base):
             require_base(config)
         if config.data.tokenizer != tokenizer if config.data.tokenizer else base is None:
             load_tokenizer(config)

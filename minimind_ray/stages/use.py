@@ -11,6 +11,7 @@ import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
+from minimind_ray.config.stages import STAGES
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, model_fingerprint
 from minimind_ray.model.generate import generate
@@ -32,6 +33,12 @@ class Trained:
     stage: str | None
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def continues_texts(self) -> bool:
+        """Whether the model was made by a stage that learns from texts, so that it knows no conversations."""
+        record = STAGES.get(self.stage or "")
+        return record is not None and record.rows == "text"
 
     def autocast(self) -> torch.autocast:
         """Matrix products in the precision it was opened with."""

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import StageName
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.demo import write_demo
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, model_fingerprint

@@ -5,6 +5,7 @@ from __future__ import annotations
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.stages.fused import SHARED, obstacle
+from minimind_ray.stages.stage import stage_of
 from minimind_ray.sweep.plan import SweepPlan
 from minimind_ray.train.fused import PASS_TOKENS
 
@@ -35,7 +36,8 @@ def _obstacle(plan: SweepPlan) -> str | None:
         return "pbt changes settings in the middle of a run"
     # Those that a sweep goes on with are not all of its points.
     found_later = plan.search.searcher == "optuna"
-    if found_later and (unknown := [axis.key for axis in plan.axes if axis.key in (*SHARED, *UNKNOWN)]):
+    decisive = (*SHARED, *UNKNOWN, plan.base.record.adapters, *stage_of(plan.base).column_keys)
+    if found_later and (unknown := [axis.key for axis in plan.axes if axis.key in decisive]):
         return f"the points of {unknown[0]} are found while the sweep runs"
     return obstacle(_configs(plan))
 
@@ -45,7 +47,7 @@ def _configs(plan: SweepPlan) -> list[Config]:
     return [trial.config for trial in plan.trials] or [plan.base]
 
 
-UNKNOWN = ("dpo.loss", "dpo.lora", "lora.dropout", "lora.dora")
+UNKNOWN = ("lora.dropout", "lora.dora")
 
 
 def _chosen(plan: SweepPlan) -> tuple[int, str]:

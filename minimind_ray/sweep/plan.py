@@ -27,9 +27,9 @@ from minimind_ray.data.prepare import Encoding, Unit
 from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.storage import copy_of, url_of
 from minimind_ray.data.store import PackStore, UnitStats
-from minimind_ray.objectives.preference import WITHOUT_REFERENCE
-from minimind_ray.stages.reference import Reference
+from minimind_ray.stages.columns import FrozenColumn
 from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
+from minimind_ray.stages.stage import stage_of
 from minimind_ray.stages.start import check_stage, effect, load_tokenizer, unused
 from minimind_ray.sweep.axes import (
     Axis,
@@ -174,10 +174,10 @@ class Preparation:
         self.validation = base.data
         self.jobs: dict[Hashable, Job] = {}
         self.checked: set[Hashable] = set()
-        self.units = self.references = 0
+        self.units = self.columns = 0
         # Asked once: later, trials hold what a worker would need to be asked.
         dtype = functools.cache(host.dtype)
-        self.host, self.own, self.say = Host(self._run_units, self._compute_reference, dtype), host, say
+        self.host, self.own, self.say = Host(self._run_units, self._compute_column, dtype), host, say
 
     def work_here(self) -> None:
         """From now on, do what is left in this process."""
@@ -185,13 +185,15 @@ class Preparation:
 
     def job(self, config: Config) -> Job:
         """The job of a trial. Raises as `prepare_job`."""
-        stage = repr((config.stage, config.init_from, config.data.tokenizer, config.model, config.lora, config.dpo))
+        stage = repr(
+            (config.stage, config.init_from, config.data.tokenizer, config.model, config.lora, config.own_section)
+        )
         if stage not in self.checked:  # More of it than the data that trials share depends on.
             check_stage(config, load_tokenizer(config))
             self.checked.add(stage)
         key = (
             config.stage, config.data, config.init_from, config.model, config.train.precision,
-            config.scale.gpus_per_worker, config.dpo.loss in WITHOUT_REFERENCE,
+            config.scale.gpus_per_worker, [scored.column for scored in stage_of(config).columns(config)],
         )  # fmt: skip
         key = repr(key)
         if key not in self.jobs:
@@ -216,9 +218,9 @@ class Preparation:
             "prepared datasets": len({store for job in jobs for store in (job.train, job.val) if store}),
             UNITS: self.units,
             "sets of reference log-probabilities": len(
-                {r for job in jobs for r in (job.train_reference, job.val_reference) if r}
+                {file for job in jobs for files in (job.train_columns, job.val_columns) for file in files.values()}
             ),
-            REFERENCES: self.references,
+            REFERENCES: self.columns,
         }
 
     def _run_units(self, units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
@@ -226,9 +228,9 @@ class Preparation:
             self.units += 1
             yield stats
 
-    def _compute_reference(self, reference: Reference) -> Iterable[np.ndarray]:
-        self.references += 1
-        return self.own.compute_reference(reference)
+    def _compute_column(self, frozen: FrozenColumn) -> Iterable[np.ndarray]:
+        self.columns += 1
+        return self.own.compute_column(frozen)
 
 
 def train_tokens(job: Job) -> int:
@@ -241,7 +243,7 @@ def train_tokens(job: Job) -> int:
 def train_store(job: Job) -> PackStore:
     """The training packs, which in a sweep are always prepared ones."""
     assert isinstance(job.train, str)
-    return PackStore(job.train, job.train_reference)
+    return PackStore(job.train, job.train_columns)
 
 
 def within_budget(jobs: Sequence[Job], tokens: int) -> list[Job]:

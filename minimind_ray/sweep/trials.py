@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import read_json, require_own
-from minimind_ray.config.schema import StageName
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.claim import live_writer
 from minimind_ray.data.storage import mirror_of, url_of
 from minimind_ray.train.best import best_validation

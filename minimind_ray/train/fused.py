@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minimind_ray.config.schema import OptimConfig
 from minimind_ray.data.batch import Batch, batch_from_packs, passes
+from minimind_ray.data.columns import Column
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.fused_lora import AdapterStack, FusedTransformer
 from minimind_ray.model.transformer import Transformer
@@ -68,6 +69,7 @@ class PlainFusedContext(PlainContext):
         return True
 
 
+@runtime_checkable
 class DocumentObjective(Objective, Protocol):
     """An objective that depends on nothing but each document's log-probability, so many runs can share the model."""
 
@@ -75,7 +77,7 @@ class DocumentObjective(Objective, Protocol):
         """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
         ...
 
-    def of_documents(self, logp_D: Tensor, counts_D: Tensor, reference_D: Tensor | None) -> dict[str, Tensor]:
+    def of_documents(self, logp_D: Tensor, counts_D: Tensor, columns: Mapping[Column, Tensor]) -> dict[str, Tensor]:
         """The same as `examples`, computed from what `log_probs` returned."""
         ...
 
@@ -239,13 +241,15 @@ class Together:
         with autocast(self.device, self.dtype):
             logp_D, counts_D = self.members[0].objective.log_probs(self.model, batch)
         documents = [sum(len(pack.lengths) for pack in own) for own in packs]
-        parts: list[Sequence[Tensor | None]] = [logp_D.split(documents), counts_D.split(documents)]
-        parts.append([None] * len(packs) if batch.reference_D is None else batch.reference_D.split(documents))
+        sizes = {"document": documents, "token": lengths}
+        columns = {column: values.split(sizes[column.axis]) for column, values in batch.columns.items()}
+        parts = zip(logp_D.split(documents), counts_D.split(documents), strict=True)
         total = torch.zeros((), device=self.device)
         sums_KM = torch.zeros(len(packs), len(names), dtype=torch.float64, device=self.device)
-        for k, (member, (logp, count, reference)) in enumerate(zip(self.members, zip(*parts), strict=True)):
+        for k, (member, (logp, count)) in enumerate(zip(self.members, parts, strict=True)):
             if packs[k]:
-                values = member.objective.of_documents(logp, count, reference)
+                own = {column: values[k] for column, values in columns.items()}
+                values = member.objective.of_documents(logp, count, own)
                 total = total + values["loss"].sum() / counts[k]
                 sums_KM[k] = torch.stack([values[name].detach().sum() for name in names])
         # Not `backward`, which wants the gradient of a view to be contiguous.

@@ -31,7 +31,7 @@ class Validation:
         self.model, self.objective, self.context, self.dtype = model, objective, context, dtype
         self.pass_tokens = pass_tokens
         self.store, self.tokenizer, self.config = store, tokenizer, config.eval
-        self.chat = config.stage != "pretrain" and bool(config.eval.prompts)
+        self.chat = config.record.rows != "text" and bool(config.eval.prompts)
         self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(context.device)
 
     def __call__(self) -> Evaluation:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minimind_ray.config.schema import StageName
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.demo import SPLITS, DemoFiles, Question, all_facts, read_questions, write_demo
 from minimind_ray.data.demo_world import LANGUAGES, RELATIONS
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DataConfig, StageName
+from minimind_ray.config.schema import DataConfig
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.encode import RowEncoder, Tally, length_for_most, remarks
 from minimind_ray.data.pack import Document, Group
 from minimind_ray.data.records import Reject, Row

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import FIELD_NAMES, DataConfig, FormatName, StageName
+from minimind_ray.config.schema import FIELD_NAMES, DataConfig, FormatName
+from minimind_ray.config.stages import StageName
 from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.fields import BadRowError
 from minimind_ray.data.formats import FORMATS, RowReader, question_of, recognise, texts_of

@@ -19,10 +19,11 @@ from pyarrow import fs
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig
 from minimind_ray.data import prepare as module
+from minimind_ray.data.columns import Column
 from minimind_ray.data.prepare import prepare
 from minimind_ray.data.records import Row, discover, read_rows
 from minimind_ray.data.storage import require_writable
-from minimind_ray.data.store import PackStore, write_reference
+from minimind_ray.data.store import PackStore, write_column
 from minimind_ray.data.tokenizer import Tokenizer, train_tokenizer
 from minimind_ray.train.run import resolve_model
 
@@ -88,11 +89,10 @@ def test_from_bucket_to_packs_in_a_bucket(
     assert json.loads(_content(bucket, inner))["file"] == "s3://bucket/data/2.jsonl"
     assert not [path for path in _files(bucket, "bucket/cache") if path.endswith(".tmp")]
 
-    reference = "s3://bucket/cache/reference.parquet"
-    write_reference(store, reference, (pack.lengths for pack in store))
-    for pack in PackStore(store.path, reference):
-        assert pack.reference is not None
-        assert pack.reference.tolist() == pack.lengths.tolist()
+    column, file = Column("lengths again", "document", "float32"), "s3://bucket/cache/lengths.parquet"
+    write_column(store, column, file, (pack.lengths for pack in store))
+    for pack in PackStore(store.path, {column: file}):
+        assert pack.columns[column].tolist() == pack.lengths.tolist()
 
 
 def test_every_kind_of_file_in_a_bucket(bucket: fs.FileSystem) -> None:

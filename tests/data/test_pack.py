@@ -86,5 +86,5 @@ def test_a_table_gives_back_the_packs(vocab_size: int, dtype: type) -> None:
     assert (first.lengths.dtype, first.weights.dtype) == (np.int32, np.uint8)
     assert (second.tokens.tolist(), second.lengths.tolist()) == ([0, 1, 2, 3], [4])
     assert isinstance(first, Pack)
-    assert first.reference is None
+    assert not first.columns
     assert packs_table([], vocab_size).num_rows == 0

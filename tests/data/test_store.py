@@ -7,12 +7,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.data.batch import batch_from_packs
+from minimind_ray.data.columns import Column
 from minimind_ray.data.pack import Document, packs_table
-from minimind_ray.data.store import PackStore, epoch_order, write_reference
+from minimind_ray.data.store import PackStore, epoch_order, write_column
 
 pytestmark = pytest.mark.unit
+
+REFERENCE = Column("reference", "document", "float32")
 
 KEYS = ["a" * 40, "b" * 40, "c" * 40]
 
@@ -78,7 +83,7 @@ def test_reads_what_was_written_in_any_order(tmp_path: Path, vocab_size: int, dt
         assert np.array_equal(pack.tokens, in_order[pack.id].tokens)
         assert np.array_equal(pack.weights, in_order[pack.id].weights)
         assert np.array_equal(pack.lengths, in_order[pack.id].lengths)
-        assert pack.reference is None
+        assert not pack.columns
     assert [pack.id for pack in store.read(ids.tolist())] == ids.tolist()
     with pytest.raises(IndexError):
         store.read([74])
@@ -130,15 +135,32 @@ ORDER = [7, 0, 4, 8, 3, 1, 5, 6, 2]
 def test_reference_log_probabilities_lie_beside_the_packs(tmp_path: Path) -> None:
     store = PackStore(make_store(tmp_path, [[4, 2], [3]]))
     path = str(tmp_path / "reference" / "weights.parquet")
-    write_reference(store, path, (np.arange(3, dtype=np.float32) - 10 * pack.id for pack in store))
-    with_reference = PackStore(store.path, path)
+    write_column(store, REFERENCE, path, (np.arange(3, dtype=np.float32) - 10 * pack.id for pack in store))
+    with_reference = PackStore(store.path, {REFERENCE: path})
     for pack in with_reference.read([8, 0, 5]):
-        assert pack.reference is not None
-        assert pack.reference.dtype == np.float32
-        assert pack.reference.tolist() == [-10.0 * pack.id, 1 - 10.0 * pack.id, 2 - 10.0 * pack.id]
+        values = pack.columns[REFERENCE]
+        assert values.dtype == np.float32
+        assert values.tolist() == [-10.0 * pack.id, 1 - 10.0 * pack.id, 2 - 10.0 * pack.id]
     other = PackStore(make_store(tmp_path / "other", [[4, 1]]))
     with pytest.raises(UserError, match="row groups are not those of"):
-        PackStore(other.path, path)
+        PackStore(other.path, {REFERENCE: path})
+
+
+def test_a_token_column_stays_with_the_targets(tmp_path: Path) -> None:
+    """File, store, packs and batch: each position of the batch has the value that was made for its target."""
+    store = PackStore(make_store(tmp_path, [[4, 2], [3]]))
+    told = Column("told", "token", "int64")
+    path, both = str(tmp_path / "told.parquet"), str(tmp_path / "reference.parquet")
+    write_column(store, told, path, (1000 * pack.id + pack.tokens.astype(np.int64) for pack in store))
+    write_column(store, REFERENCE, both, (pack.lengths for pack in store))
+    packs = PackStore(store.path, {told: path, REFERENCE: both}).read([8, 0])
+    batch = batch_from_packs(packs)
+    ids = torch.repeat_interleave(torch.tensor([8, 0]), torch.tensor([len(p.tokens) - len(p.lengths) for p in packs]))
+    assert torch.equal(batch.columns[told], batch.targets_N + 1000 * ids)
+    assert torch.equal(batch.columns[REFERENCE], batch.bounds_D1.diff() + 1.0)
+    write_column(store, told, path, (pack.lengths for pack in store))
+    with pytest.raises(UserError, match="has not one value for each token"):
+        PackStore(store.path, {told: path}).read([0])
 
 
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:

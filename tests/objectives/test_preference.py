@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.schema import DpoConfig, ModelConfig
+from minimind_ray.config.schema import ModelConfig
+from minimind_ray.config.stages import DpoConfig
 from minimind_ray.data.batch import Batch, batch_from_packs
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives import causal_lm, preference
-from minimind_ray.objectives.preference import Preference, pair_hidden, pair_log_probs
+from minimind_ray.objectives.preference import REFERENCE, Preference, pair_hidden, pair_log_probs
 
 pytestmark = pytest.mark.unit
 
@@ -42,7 +43,7 @@ def make_pack(reference: np.ndarray | None = None) -> Pack:
         tokens=np.concatenate(documents).astype(np.uint16),
         weights=np.concatenate(weights).astype(np.uint8),
         lengths=np.array(LENGTHS, np.int32),
-        reference=reference,
+        columns={} if reference is None else {REFERENCE: reference},
     )
 
 
@@ -55,7 +56,7 @@ def make_model(seed: int = 0, **fields: Any) -> Transformer:
 
 
 def with_reference(batch: Batch, reference_D: Tensor) -> Batch:
-    return replace(batch, reference_D=reference_D)
+    return replace(batch, columns={REFERENCE: reference_D})
 
 
 def plain_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:

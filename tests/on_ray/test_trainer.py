@@ -196,7 +196,8 @@ def test_dpo_with_adapters_on_experts_over_two_workers(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference log-probabilities by Ray Data, a mixture of experts, adapters, two workers: as one plain process."""
-    from minimind_ray.on_ray import reference
+    from minimind_ray.objectives.preference import REFERENCE
+    from minimind_ray.on_ray import columns
     from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
     from minimind_ray.stages.run import prepare_job, run_here
 
@@ -210,9 +211,9 @@ def test_dpo_with_adapters_on_experts_over_two_workers(
     config = make_config(tmp_path, "dpo", 60, out=str(tmp_path / "ray"), scale__workers=2, **settings)
     for file in Path(plain.train).glob("reference-*"):
         file.unlink()
-    monkeypatch.setattr(reference, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(columns, "SMALL_FLOPS", 0)
     job = prepare_job(config, RAY_HOST)
-    assert Path(str(job.train_reference)).exists()
+    assert Path(job.train_columns[REFERENCE]).exists()
     start(job)
     train_on_ray(job)
     lines = list(read_jsonl(tmp_path / "ray" / "metrics.jsonl"))

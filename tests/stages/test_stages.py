@@ -25,6 +25,7 @@ from minimind_ray.config.schema import ModelConfig
 from minimind_ray.data.plan import PackSource
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import train_tokenizer
+from minimind_ray.objectives.preference import REFERENCE
 from minimind_ray.stages import run as stages_run
 from minimind_ray.stages.run import begun, run_here
 from minimind_ray.stages.use import Sampling, complete, open_trained
@@ -137,7 +138,7 @@ def test_reference_is_computed_once_per_data_and_base(base: Path, tmp_path: Path
         calls.append(reference.path)
         return stages_run.compute_here(reference)
 
-    host = stages_run.Host(compute_reference=counting)
+    host = stages_run.Host(compute_column=counting)
     monkeypatch.setattr(stages_run, "Host", lambda: host)
     monkeypatch.setattr(stages_run.prepare_job, "__defaults__", (host, lambda line: None, None))
     base_model = str(base / "run-pretrain")
@@ -164,7 +165,7 @@ def test_a_reference_is_named_by_the_precision_that_auto_comes_to(base: Path, tm
         config = make_config(
             tmp_path, "dpo", 40, init_from=str(base / "run-pretrain"), train__precision="auto", data__val_fraction=0.0
         )
-        found.append(str(stages_run.prepare_job(config, host).train_reference))
+        found.append(str(stages_run.prepare_job(config, host).train_columns[REFERENCE]))
     assert [path.rpartition("-")[2] for path in found] == ["float32.parquet", "bfloat16.parquet"]
 
 

@@ -15,7 +15,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
 from minimind_ray.data.tokenizer import train_tokenizer
-from minimind_ray.stages.reference import compute_here
+from minimind_ray.stages.columns import compute_here
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis
 from minimind_ray.sweep.compare import compare
@@ -202,7 +202,7 @@ def test_what_trials_share_is_made_once(tmp_path: Path) -> None:
         computed.append(reference.path)
         return compute_here(reference)
 
-    preparation = Preparation(plan.base, Host(compute_reference=counting))
+    preparation = Preparation(plan.base, Host(compute_column=counting))
     jobs = [preparation.job(trial.config) for trial in plan.trials]
     assert len(jobs) == 8 and len({(job.train, job.val) for job in jobs}) == 1
     assert len(computed) == 2  # Of the training and of the validation data.
@@ -213,14 +213,14 @@ def test_what_trials_share_is_made_once(tmp_path: Path) -> None:
     # The order of the data is the seed's, the same for all points.
     orders = {(job.config.train.seed, tuple(job.plan.ids(0).tolist())) for job in jobs}
     assert len(orders) == 2
-    again = Preparation(plan.base, Host(compute_reference=counting))
+    again = Preparation(plan.base, Host(compute_column=counting))
     [again.job(trial.config) for trial in plan.trials]
     assert again.counts[REFERENCES] == again.counts[UNITS] == 0
     # Another data section is another dataset to train on; trials are validated on the base's, to be comparable.
     other = planned(tmp_path, {"data.max_seq_len": "128,64"}, None, "dpo", init_from=init_from)
     longer, same = (again.job(trial.config) for trial in other.trials)
     assert longer.train != same.train == jobs[0].train
-    assert (longer.val, longer.val_reference) == (same.val, same.val_reference) == (jobs[0].val, jobs[0].val_reference)
+    assert (longer.val, longer.val_columns) == (same.val, same.val_columns) == (jobs[0].val, jobs[0].val_columns)
     assert again.counts["prepared datasets"] == 3
 
 

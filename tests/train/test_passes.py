@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from minimind_ray.config.stages import DpoConfig
 from minimind_ray.data.batch import batch_from_packs, passes
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
-from minimind_ray.objectives.preference import Preference
+from minimind_ray.objectives.preference import REFERENCE, Preference
 from minimind_ray.stages.run import run_here
 from minimind_ray.train.context import deterministic
 from minimind_ray.train.evaluate import evaluate
@@ -75,10 +76,10 @@ def test_validation_in_one_pass_is_the_same(stage: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape = job.config.model.shape(400)
     model = Transformer(shape)
-    objective = CausalLM(shape) if stage == "pretrain" else Preference(job.config.dpo, shape)
+    objective = CausalLM(shape) if stage == "pretrain" else Preference(DpoConfig(), shape)
     packs = [pack(0, 20, 9, 30, 8), pack(1, 40, 12), pack(2, 7, 7)]
     if stage == "dpo":
-        packs = [dataclasses.replace(p, reference=np.zeros(len(p.lengths), np.float32)) for p in packs]
+        packs = [dataclasses.replace(p, columns={REFERENCE: np.zeros(len(p.lengths), np.float32)}) for p in packs]
     found = []
     for tokens in (0, 120, 1000):
         found.append(

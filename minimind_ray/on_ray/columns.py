@@ -1,4 +1,4 @@
-"""Reference log-probabilities by Ray Data: each process holds the base model and takes row groups as they come."""
+"""Columns of a frozen model by Ray Data: each process holds the model and takes row groups as they come."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from minimind_ray.data.store import PackStore
 from minimind_ray.model.checkpoint import load_shape
 from minimind_ray.on_ray.session import alone, machines, require_cpus
 from minimind_ray.on_ray.waiting import lacking, rows_of, telling
-from minimind_ray.stages.reference import Reference, ReferenceModel, compute_here, dtype_here
+from minimind_ray.stages.columns import FrozenColumn, FrozenModel, compute_here, dtype_here
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.throughput import training_flops_per_token
 
 SMALL_FLOPS = 1e12  # A core's work of some seconds: no more than to start a process that holds a model.
-
-
-SCORING = "computing reference log-probabilities needs"
 
 
 def granted_device() -> torch.device:
@@ -31,19 +28,19 @@ def granted_device() -> torch.device:
 
 
 def dtype_on_ray(precision: str, gpus: float) -> torch.dtype:
-    """As `stages.reference.ResolveDtype`; where workers may run on other machines than this, one of those is asked."""
+    """As `stages.columns.ResolveDtype`; where workers may run on other machines than this, one of those is asked."""
     if precision != "auto" or alone():
         return dtype_here(precision, gpus)
-    require_cpus(1, gpus, "computing reference log-probabilities")
+    require_cpus(1, gpus, "computing columns of a frozen model")
     ask = ray.remote(num_cpus=1, num_gpus=gpus)(lambda: resolve_precision(precision, granted_device()))
-    with telling(lambda: lacking(SCORING, {"CPU": 1, "GPU": gpus})):
+    with telling(lambda: lacking("computing columns of a frozen model needs", {"CPU": 1, "GPU": gpus})):
         return ray.get(ask.remote())
 
 
 class _Scorer:
-    def __init__(self, reference: Reference) -> None:
-        self.score = ReferenceModel(reference, granted_device())
-        self.store = PackStore(reference.store)
+    def __init__(self, frozen: FrozenColumn) -> None:
+        self.score = FrozenModel(frozen, granted_device())
+        self.store = PackStore(frozen.store)
         sizes = self.store.row_groups
         self.starts = np.cumsum([0, *sizes])
 
@@ -52,30 +49,31 @@ class _Scorer:
         return {"values": [[self.score(pack).tolist() for pack in self.store.read(group)] for group in groups]}
 
 
-def compute_on_ray(reference: Reference) -> Iterator[np.ndarray]:
-    """Each pack's log-probabilities in the order of the packs, as `stages.reference.ComputeReference`.
+def compute_on_ray(frozen: FrozenColumn) -> Iterator[np.ndarray]:
+    """Each pack's values in the order of the packs, as `stages.columns.ComputeColumn`.
 
-    What is small for a CPU, or has a GPU that it did not ask for, is computed in this process, where there is one
-    machine.
+    On a single machine this process computes the column itself, if the work is small for a CPU, or if there is a GPU
+    that the run did not ask for.
     """
-    flops = PackStore(reference.store).n_tokens * training_flops_per_token(load_shape(reference.base), 0) / 3
-    if alone() and not reference.gpus and (flops < SMALL_FLOPS or default_device().type == "cuda"):
-        yield from compute_here(reference)
+    store, needs = PackStore(frozen.store), {"CPU": 1, "GPU": frozen.gpus}
+    flops = store.n_tokens * training_flops_per_token(load_shape(frozen.base), 0) / 3
+    if alone() and not frozen.gpus and (flops < SMALL_FLOPS or default_device().type == "cuda"):
+        yield from compute_here(frozen)
         torch.cuda.empty_cache()  # For the workers, which come after.
         return
-    require_cpus(1, reference.gpus, "computing reference log-probabilities")
-    groups = len(PackStore(reference.store).row_groups)
+    require_cpus(1, frozen.gpus, f"computing {frozen.scored.what}")
+    groups = len(store.row_groups)
     have = machines().resources()
-    processes = int(have["GPU"] / reference.gpus) if reference.gpus else int(have["CPU"]) - 1
+    processes = int(have["GPU"] / frozen.gpus) if frozen.gpus else int(have["CPU"]) - 1
     with warnings.catch_warnings():  # The option has no other name yet, though Ray says so.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        scored = _scored(reference, groups, processes)
-    for row in rows_of(scored, SCORING, {"CPU": 1, "GPU": reference.gpus}):
+        scored = _scored(frozen, groups, processes)
+    for row in rows_of(scored, f"computing {frozen.scored.what} needs", needs):
         for values in row["values"]:
-            yield np.asarray(values, np.float32)
+            yield np.asarray(values, frozen.scored.column.dtype)
 
 
-def _scored(reference: Reference, groups: int, processes: int) -> ray.data.Dataset:
+def _scored(frozen: FrozenColumn, groups: int, processes: int) -> ray.data.Dataset:
     # Items that lie here, not a range: its tasks would wait for CPUs that other programs' scorers hold, and theirs for
     # the CPUs of these.
     items = ray.data.from_items([{"id": group} for group in range(groups)], override_num_blocks=groups)
@@ -83,9 +81,9 @@ def _scored(reference: Reference, groups: int, processes: int) -> ray.data.Datas
         _Scorer,
         batch_size=1,
         num_cpus=1,
-        num_gpus=reference.gpus or None,
+        num_gpus=frozen.gpus or None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(groups, processes))),
-        fn_constructor_args=(reference,),
+        fn_constructor_args=(frozen,),
         # Ray writes to the terminal that restarts may fail, for every actor with arguments.
         ray_remote_args_fn=lambda: {"max_restarts": 0},
     )

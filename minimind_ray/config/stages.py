@@ -1,0 +1,95 @@
+"""The table of stages: what each stage declares. What a stage does is in `stages/<name>.py`.
+
+To add a stage, add a record here, a file `stages/<name>.py`, an experiment in YAML and a test. A stage's own settings
+are a section of the config under the stage's name; the section is declared here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from minimind_ray.config.flag import Flag
+from minimind_ray.config.section import NonNegativeFloat, PositiveFloat, Section
+
+RowKind = Literal["text", "conversation", "pair", "prompt"]
+Mode = Literal["min", "max"]
+
+
+class DpoConfig(Section):
+    """Preference optimisation."""
+
+    beta: Annotated[PositiveFloat, Flag("--beta", vary=True)] = 0.1
+    loss: Annotated[Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"], Flag("--loss", vary=True)] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
+    )
+    simpo_gamma: NonNegativeFloat = Field(default=1.0, description="SimPO's target margin over beta-scaled rewards")
+    lora: bool = Field(default=False, description="train adapters (section lora) instead of all weights")
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage declares.
+
+    rows: what one row of its data is.
+    needs_base: whether a run starts from a trained model (`init_from`).
+    adapters: whether a run trains adapters: "never", "always", or the config key of the bool that says so.
+    section: the stage's own section of the config; its key is the stage's name.
+    defaults: where the stage differs from the schema's defaults.
+    metrics: the validation metrics that a sweep can be judged by, and whether less or more is better.
+    judged_by: the one of them that is used where the user names none.
+    """
+
+    name: str
+    rows: RowKind
+    needs_base: bool = True
+    adapters: str = "never"
+    section: type[Section] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    metrics: Mapping[str, Mode] = field(default_factory=lambda: PER_TOKEN)
+    judged_by: str = "val/loss"
+
+
+PER_TOKEN: dict[str, Mode] = {"val/loss": "min", "val/bits_per_byte": "min"}
+"""The metrics of a stage whose loss is per token."""
+
+# Learning rates are MiniMind's own.
+PRETRAIN = StageRecord(name="pretrain", rows="text", needs_base=False, defaults={"optim": {"lr": 5e-4}})
+SFT = StageRecord(name="sft", rows="conversation", defaults={"optim": {"lr": 1e-5}})
+LORA = StageRecord(name="lora", rows="conversation", adapters="always", defaults={"optim": {"lr": 1e-4}})
+DPO = StageRecord(
+    name="dpo",
+    rows="pair",
+    adapters="dpo.lora",
+    section=DpoConfig,
+    defaults={"optim": {"lr": 5e-7}},
+    # Loss and margin are measured in units of beta (as beta goes to 0, every model's loss goes to ln 2), so they cannot
+    # compare two betas; and a margin grows without end as the policy leaves the reference. The accuracy, the part of
+    # the pairs whose chosen answer has gained on the rejected one, means the same for every beta, loss and learning
+    # rate.
+    metrics={"val/accuracy": "max", "val/margin": "max", "val/loss": "min"},
+    judged_by="val/accuracy",
+)
+
+STAGES: dict[str, StageRecord] = {record.name: record for record in (PRETRAIN, SFT, LORA, DPO)}
+
+
+def _require_known(name: Any) -> Any:
+    if not isinstance(name, str) or name not in STAGES:
+        raise PydanticCustomError("stage", "Input should be {names}", {"names": one_of(STAGES)})
+    return name
+
+
+StageName = Annotated[str, BeforeValidator(_require_known)]
+"""The name of a stage in the table."""
+
+
+def one_of(names: Mapping[str, Any]) -> str:
+    """Names for a sentence: 'a', 'b' or 'c'."""
+    *most, last = map(repr, names)
+    return f"{', '.join(most)} or {last}" if most else last

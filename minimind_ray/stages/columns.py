@@ -1,0 +1,88 @@
+"""What a frozen model says of the data: computed once for each dataset, base weights and precision.
+
+The values lie beside the packs, in a file named after the column, the hash of the base and the precision. So no frozen
+model is in memory while training, and runs and trials on the same base and data share the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minimind_ray.data.batch import batch_from_packs, target_places
+from minimind_ray.data.files import exists, join
+from minimind_ray.data.pack import Pack
+from minimind_ray.data.store import PackStore, write_column
+from minimind_ray.model.checkpoint import load_model, model_fingerprint
+from minimind_ray.stages.stage import Scored
+from minimind_ray.train.context import default_device, resolve_precision
+from minimind_ray.train.step import autocast
+
+
+@dataclass(frozen=True)
+class FrozenColumn:
+    """A column of the packs of `store` under the model in `base`, with matrix products in `dtype`."""
+
+    scored: Scored
+    store: str
+    base: str
+    dtype: torch.dtype
+    gpus: float = 0.0
+
+    @cached_property
+    def path(self) -> str:
+        """The path or URL of the column's file."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = f"{self.scored.column.name}-{model_fingerprint(self.base)[:40]}-{dtype}.parquet"
+        return join(self.store, name)
+
+
+ComputeColumn = Callable[[FrozenColumn], Iterable[np.ndarray]]
+"""Gives each pack's values, in the order of the packs."""
+ResolveDtype = Callable[[str, float], torch.dtype]
+"""What `train.precision` comes to on a worker with so many GPUs."""
+
+
+def dtype_here(precision: str, gpus: float = 0.0) -> torch.dtype:
+    """As `ResolveDtype`, on this process's device."""
+    return resolve_precision(precision, default_device())
+
+
+class FrozenModel:
+    """The base in eval mode. Called with a pack, it gives the pack's values: [T] or [D], by the column's axis."""
+
+    def __init__(self, frozen: FrozenColumn, device: torch.device | None = None) -> None:
+        self.device = device or default_device()
+        self.scored, self.dtype = frozen.scored, frozen.dtype
+        self.model = load_model(Path(frozen.base), self.device).eval()
+
+    @torch.no_grad()
+    def __call__(self, pack: Pack) -> np.ndarray:
+        """The values as the column's type."""
+        column = self.scored.column
+        with autocast(self.device, self.dtype):
+            values = self.scored.score(self.model, batch_from_packs([pack]).to(self.device))
+        array = values.cpu().numpy().astype(column.dtype)
+        if column.axis == "document":
+            return array
+        spread = np.zeros(len(pack.tokens), column.dtype)
+        spread[target_places(pack.lengths)] = array
+        return spread
+
+
+def compute_here(frozen: FrozenColumn) -> Iterator[np.ndarray]:
+    """Pack by pack, in this process."""
+    return map(FrozenModel(frozen), PackStore(frozen.store))
+
+
+def ensure_column(frozen: FrozenColumn, compute: ComputeColumn) -> bool:
+    """Compute the column unless its file is there; whether it was computed."""
+    if exists(frozen.path):
+        return False
+    write_column(PackStore(frozen.store), frozen.scored.column, frozen.path, compute(frozen))
+    return True
