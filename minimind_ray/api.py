@@ -102,7 +102,8 @@ class Model:
             UserError: a prompt without room for an answer, or a value that cannot be used.
         """
         from minimind_ray.cli.generate import chat_ids, text_ids
-        from minimind_ray.stages.use import Sampling, complete
+        from minimind_ray.model.sampling import Sampling
+        from minimind_ray.stages.use import complete
 
         chat = not self.trained.continues_texts if chat is None else chat
         texts, tokenizer = [prompts] if isinstance(prompts, str) else list(prompts), self.trained.tokenizer
@@ -110,6 +111,7 @@ class Model:
         if unknown := settings.keys() - SAMPLING.keys():
             raise UserError(f"{min(unknown)}: no such setting of sampling; valid: {', '.join(SAMPLING)}")
         ids = [chat_ids(text, system, tokenizer) if chat else text_ids(text, tokenizer) for text in texts]
+        settings["seed"] = (settings["seed"],)
         answers = complete(self.trained, ids, Sampling(**settings), batch_size)
         if chat:
             return [tokenizer.answer_text(prompt, answer) for prompt, (answer, _) in zip(ids, answers)]

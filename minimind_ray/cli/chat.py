@@ -39,8 +39,9 @@ def chat(
     Commands: /reset, /adapter DIR, /adapter off, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
     """
     from minimind_ray.model.lora import is_adapter
+    from minimind_ray.model.sampling import Sampling
     from minimind_ray.stages.conversation import Conversation
-    from minimind_ray.stages.use import Sampling, base_of, open_trained
+    from minimind_ray.stages.use import base_of, open_trained
     from minimind_ray.train import interrupts
     from minimind_ray.train.run import resolve_model
 
@@ -54,7 +55,7 @@ def chat(
         directory = resolve_model(model)
         return open_trained(base_of(directory) if is_adapter(directory) else directory, precision=precision)
 
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed=(seed,))
     talks = {model: Conversation(open_first(adapter), sampling, system)}
     if compare is not None:
         if compare == model:

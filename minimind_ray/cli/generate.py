@@ -57,9 +57,10 @@ def generate(
     from json import dumps
 
     from minimind_ray.config.errors import UserError
-    from minimind_ray.stages.use import Sampling, complete, open_trained
+    from minimind_ray.model.sampling import Sampling
+    from minimind_ray.stages.use import complete, open_trained
 
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed=(seed,))
     require_text(system or "", "--system")
     prompts = read_prompts(prompt or [], file)
     trained = open_trained(model, adapter=adapter, precision=precision)

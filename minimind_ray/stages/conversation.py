@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import replace
 
 from minimind_ray.data.chat_template import Message
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.generate import Past, stream
-from minimind_ray.stages.use import Sampling, Trained
+from minimind_ray.model.engine import Engine, stream
+from minimind_ray.model.sampling import Sampling
+from minimind_ray.stages.use import Trained
 
 REPLACEMENT = "\ufffd"
 
@@ -25,7 +27,7 @@ class Conversation:
     def hand_to(self, trained: Trained) -> None:
         """Let another model, or the same with another adapter, give the next answers."""
         self.trained = trained
-        self._past = Past()  # Keys and values are of one model's making.
+        self._engine = Engine(trained.model, 1, reuse=True)
 
     def reset(self) -> None:
         """Forget all turns but the system's."""
@@ -42,13 +44,15 @@ class Conversation:
         turn: Message = {"role": "user", "content": text}
         tokenizer = self.trained.tokenizer
         prompt = tokenizer.prompt_ids([*self.messages, turn])
-        settings = asdict(self.sampling)
-        settings["max_new_tokens"] = self.trained.room(prompt, self.sampling.max_new_tokens)
-        settings["seed"] += len(self.messages)  # Each turn draws anew, and the same in every run.
+        sampling = replace(
+            self.sampling,
+            max_new_tokens=self.trained.room(prompt, self.sampling.max_new_tokens),
+            stop_ids=tuple(tokenizer.stop_ids),
+            seed=(*self.sampling.seed, len(self.messages)),  # Each turn draws anew, and the same in every run.
+        )
         given = ""
         try:
-            with self.trained.autocast():
-                ids = stream(self.trained.model, prompt, stop_ids=tokenizer.stop_ids, past=self._past, **settings)
+            with self.trained.autocast(), closing(stream(self._engine, prompt, sampling)) as ids:
                 for piece in without_lead(whole_characters(tokenizer, ids, prompt), tokenizer.answer_lead):
                     given += piece
                     yield piece

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +14,9 @@ from minimind_ray.config.load import read_yaml
 from minimind_ray.config.stages import STAGES
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, model_fingerprint
-from minimind_ray.model.generate import generate
+from minimind_ray.model.engine import Engine
 from minimind_ray.model.lora import adapter_base, is_adapter, load_adapter, merge_lora
+from minimind_ray.model.sampling import Sampling
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.run import resolve_model
@@ -121,40 +122,36 @@ def _stage_of(directory: Path) -> str | None:
     return read_yaml(config).get("stage") if checkpoints.name == "checkpoints" and config.exists() else None
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn; see `generate`.
+class Answer(NamedTuple):
+    """The ids that follow a prompt, without the stop id, and whether the model ended the answer itself."""
 
-    Raises:
-        UserError: a value that is no finite number.
-    """
-
-    temperature: float
-    top_p: float
-    top_k: int
-    repetition_penalty: float
-    max_new_tokens: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not math.isfinite(value):
-                raise UserError(f"--{name.replace('_', '-')} is {value}: give a finite number")
+    ids: list[int]
+    ended: bool
 
 
 def complete(
     trained: Trained, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int
-) -> Iterator[tuple[list[int], bool]]:
-    """The ids that follow each prompt, and whether the model ended them itself; `batch_size` prompts at a time.
+) -> Iterator[Answer]:
+    """The answers to all prompts, in their order; at most `batch_size` at a time, and the next prompt as one ends.
+
+    Prompt i is sampled with the seed (*sampling.seed, i), and answered until one of the tokenizer's stop ids.
 
     Raises:
         UserError: a prompt that leaves no room for an answer.
     """
-    settings = asdict(sampling)
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        rooms = [trained.room(prompt, sampling.max_new_tokens) for prompt in batch]
-        settings |= {"max_new_tokens": max(rooms), "seed": sampling.seed + start}
+    engine = Engine(trained.model, min(batch_size, len(prompts)))
+    answers: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        room, seed = trained.room(prompt, sampling.max_new_tokens), (*sampling.seed, i)
+        stop_ids = tuple(trained.tokenizer.stop_ids)
+        answers[engine.add(prompt, replace(sampling, max_new_tokens=room, stop_ids=stop_ids, seed=seed))] = []
+    ends: dict[int, str] = {}
+    for request, ids in answers.items():
         with trained.autocast():
-            answers = generate(trained.model, batch, stop_ids=trained.tokenizer.stop_ids, **settings)
-        yield from ((ids[:room], len(ids) < room) for ids, room in zip(answers, rooms, strict=True))
+            while request not in ends:
+                for event in engine.step():
+                    if event.end:
+                        ends[event.request] = event.end
+                    if event.end != "stop":
+                        answers[event.request].append(event.token)
+        yield Answer(ids, ends[request] == "stop")

@@ -7,7 +7,8 @@ import torch
 from minimind_ray.config.schema import Config
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.generate import generate
+from minimind_ray.model.engine import generate
+from minimind_ray.model.sampling import Sampling
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.context import Context
 from minimind_ray.train.evaluate import Evaluation, evaluate, packs_within
@@ -56,13 +57,13 @@ class Validation:
             ids = [self.tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in texts]
         else:
             ids = [[self.tokenizer.bos_id, *tokens] for tokens in self.tokenizer.encode(texts)]
+        sampling = Sampling(
+            temperature=self.config.temperature, max_new_tokens=self.config.sample_tokens,
+            stop_ids=tuple(self.tokenizer.stop_ids), seed=(step,),
+        )  # fmt: skip
         self.model.eval()
         with autocast(self.context.device, self.dtype):
-            written = generate(
-                self.model, ids,
-                max_new_tokens=self.config.sample_tokens, temperature=self.config.temperature,
-                stop_ids=self.tokenizer.stop_ids, seed=step,
-            )  # fmt: skip
+            written = generate(self.model, ids, sampling)
         self.model.train()
         if self.chat:
             return [f"{text}\n{self.tokenizer.answer_text(p, w)}" for text, p, w in zip(texts, ids, written)]

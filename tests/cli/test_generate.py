@@ -15,9 +15,10 @@ from minimind_ray.cli.generate import chat_ids, read_prompts
 from minimind_ray.cli.options import printable
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model
-from minimind_ray.model.generate import generate
+from minimind_ray.model.engine import generate
+from minimind_ray.model.sampling import Sampling
 from minimind_ray.stages.conversation import Conversation, whole_characters
-from minimind_ray.stages.use import Sampling, open_trained
+from minimind_ray.stages.use import open_trained
 from tests.cli.conftest import Command, Models
 from tests.jobs import write_jsonl
 
@@ -29,7 +30,8 @@ GREEDY = ["--temperature", 0, "--max-new-tokens", 12, "--precision", "float32"]
 def by_hand(directory: Path, prompts: list[list[int]]) -> list[str]:
     tokenizer = Tokenizer.load(directory)
     model = load_model(directory).eval()
-    answers = generate(model, prompts, max_new_tokens=12, temperature=0, stop_ids=tokenizer.stop_ids)
+    greedy = Sampling(temperature=0, max_new_tokens=12, stop_ids=tuple(tokenizer.stop_ids))
+    answers = generate(model, prompts, greedy)
     return [tokenizer.decode(ids, skip_special=True) for ids in answers]
 
 
@@ -179,7 +181,7 @@ def test_two_models_answer_side_by_side(command: Command, models: Models) -> Non
 
 
 def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(models: Models) -> None:
-    sampling = Sampling(0.0, 1.0, 0, 1.0, 12, 0)
+    sampling = Sampling(temperature=0, max_new_tokens=12)
     talk = Conversation(open_trained(models.other, precision="float32"), sampling, system="s")
     whole = "".join(talk.answer("hi"))
     talk.reset()
@@ -213,7 +215,7 @@ BAD = [
     (["generate", "{base}", "--prompt", "x", "--adapter", "{other}"], "is a whole model, not an adapter"),
     (["generate", "{other}", "--prompt", "x", "--adapter", "{adapter}"], "not on this model"),
     (["generate", "{adapter}", "--prompt", "x", "--adapter", "{adapter}"], "is an adapter itself"),
-    (["generate", "{base}", "--prompt", "x", "--temperature", "inf"], "--temperature is inf"),
+    (["generate", "{base}", "--prompt", "x", "--temperature", "inf"], "temperature is inf: give a finite number"),
     (["generate", "{base}", "--prompt", "\ud800"], "--prompt is no UTF-8 text"),
     (["generate", "{base}", "--prompt", "x", "--chat", "--system", "\ud800"], "--system is no UTF-8 text"),
     (["chat", "{base}", "--system", "\ud800"], "--system is no UTF-8 text"),

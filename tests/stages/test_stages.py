@@ -25,10 +25,11 @@ from minimind_ray.config.schema import ModelConfig
 from minimind_ray.data.plan import PackSource
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import train_tokenizer
+from minimind_ray.model.sampling import Sampling
 from minimind_ray.objectives.preference import REFERENCE
 from minimind_ray.stages import run as stages_run
 from minimind_ray.stages.run import begun, run_here
-from minimind_ray.stages.use import Sampling, complete, open_trained
+from minimind_ray.stages.use import complete, open_trained
 from minimind_ray.train import validation
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.evaluate import Evaluation
@@ -253,7 +254,7 @@ def test_each_answer_has_its_own_room(base: Path, tmp_path: Path) -> None:
     short = shutil.copytree(resolve_model(base / "run-pretrain"), tmp_path / "short")
     content = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**content, "max_position_embeddings": 24}))
-    trained, sampling = open_trained(short, precision="float32"), Sampling(0.0, 1.0, 0, 1.0, 16, 0)
+    trained, sampling = open_trained(short, precision="float32"), Sampling(temperature=0, max_new_tokens=16)
     trained = replace(trained, tokenizer=SimpleNamespace(stop_ids=()))  # Nothing ends an answer but its room.
     prompts = [[1, 60], [1, *[61] * 20], [1, 62, 63]]
     together = list(complete(trained, prompts, sampling, batch_size=3))

@@ -1,0 +1,270 @@
+"""The engine that decodes: many answers at once, which begin and end between two tokens of the others.
+
+    A answers under way   C channels   V vocabulary   N prompt tokens, one prompt after another   M tokens of one prompt
+
+    engine = Engine(model, slots=8)
+    request = engine.add(prompt, Sampling(temperature=0.7, max_new_tokens=64))
+    while engine.busy:
+        for event in engine.step():
+            ...
+
+Each step gives every answer under way its next token. The prompts of new requests go through the model first, all of
+them as one ragged batch. The engine has no lock: `add`, `cancel` and `step` are for one thread, and a server with more
+threads passes requests to that one. Autocast is the caller's too: within one `torch.autocast` block, which may hold
+many steps, torch casts the weights once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minimind_ray.model.attention import Layout
+from minimind_ray.model.cache import Cache
+from minimind_ray.model.sampling import Sampling, choose
+from minimind_ray.model.transformer import Transformer
+
+
+class Event(NamedTuple):
+    """The next token of an answer.
+
+    `log_prob`, where the request asks for it, is the token's log-probability in nats by the model itself: at
+    temperature 1, without penalty, top_k and top_p. `end` says why the answer ends with this token: it is one of the
+    stop ids, or the last of `max_new_tokens`.
+    """
+
+    request: int
+    token: int
+    log_prob: float | None
+    end: Literal["stop", "length"] | None
+
+
+@dataclass
+class _Request:
+    id: int
+    tokens: list[int]
+    """The prompt, and the answer so far."""
+    prompt: int
+    sampling: Sampling
+
+    @property
+    def written(self) -> int:
+        return len(self.tokens) - self.prompt
+
+
+@dataclass
+class _Slot:
+    """A row of the cache, and who uses it."""
+
+    request: _Request | None = None
+    cached: list[int] = field(default_factory=list[int])
+    """The tokens that have been read into the row."""
+    used: int = 0
+    """The step in which the last request ended."""
+
+
+class Engine:
+    """Decodes with one model, at most `slots` answers at once; more requests wait. The model is in eval mode.
+
+    `reuse`: a prompt that begins as another sequence in the cache, such as the conversation so far, is read from where
+    they part. Results then differ in rounding from those of a prompt that is read as a whole. The cache is of the
+    model's weights: where they change, make another engine, or do not reuse.
+    """
+
+    def __init__(self, model: Transformer, slots: int, *, reuse: bool = False) -> None:
+        assert not model.training, "dropout would be on"
+        self.model, self.reuse = model, reuse
+        self.device = model.vocab_weight.device
+        self._cache = Cache(slots)
+        # In the order of the cache's rows, those in use first.
+        self._slots = [_Slot() for _ in range(slots)]
+        self._waiting = deque[_Request]()
+        self._ids, self._step = count(), 0
+
+    def add(self, prompt: Sequence[int], sampling: Sampling) -> int:
+        """Ask for an answer to `prompt`; returns the id that its events have.
+
+        The prompt and `max_new_tokens` together should be within the model's positions.
+        """
+        assert prompt, "an empty prompt has no token to predict from"
+        request = _Request(next(self._ids), list(prompt), len(prompt), sampling)
+        self._waiting.append(request)
+        return request.id
+
+    def cancel(self, request: int) -> None:
+        """End an answer without a further event; what has ended already is left as it is."""
+        self._waiting = deque(each for each in self._waiting if each.id != request)
+        self._free([row for row, (_, each) in enumerate(self._active()) if each.id == request])
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are answers under way, or waiting."""
+        return bool(self._waiting or self._active())
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """The next token of every answer under way; requests that wait begin where slots are free."""
+        self._step += 1
+        self._admit()
+        active = self._active()
+        if not active:
+            return []
+        self._cache.reserve(max(len(request.tokens) for _, request in active))
+        logits_AV = self.model.project(torch.cat(self._read(active))).float()
+        tokens, log_probs = self._choose(logits_AV, [request for _, request in active])
+        events: list[Event] = []
+        for (slot, request), token, log_prob in zip(active, tokens, log_probs, strict=True):
+            slot.cached = list(request.tokens)
+            request.tokens.append(token)
+            sampling = request.sampling
+            end = "length" if request.written >= sampling.max_new_tokens else None
+            events.append(Event(request.id, token, log_prob, "stop" if token in sampling.stop_ids else end))
+        self._free([row for row, event in enumerate(events) if event.end])
+        return events
+
+    def _active(self) -> list[tuple[_Slot, _Request]]:
+        return [(slot, slot.request) for slot in self._slots if slot.request]
+
+    def _admit(self) -> None:
+        """Give waiting requests the free slots."""
+        for row in range(len(self._active()), len(self._slots)):
+            if not self._waiting:
+                return
+            prompt = self._waiting[0].tokens
+            shared = self._share(row, prompt) if self.reuse else 0
+            slot = self._slots[row]
+            slot.cached = prompt[:shared]
+            slot.request = self._waiting.popleft()
+
+    def _share(self, row: int, prompt: list[int]) -> int:
+        """Put the longest beginning of `prompt` that the cache has into `row`; how many tokens that is.
+
+        The row's place is taken by the sequence that the prompt continues, or by the one that was not used for longest.
+        """
+        source = max(range(len(self._slots)), key=lambda i: _shared(self._slots[i].cached, prompt))
+        shared = _shared(self._slots[source].cached, prompt)
+        if source < row or shared < len(self._slots[source].cached):
+            target = min(range(row, len(self._slots)), key=lambda i: self._slots[i].used)
+            if shared and target != source:
+                self._cache.copy(source, target, shared)
+                self._slots[target].cached = prompt[:shared]
+        else:
+            target = source
+        self._swap(row, target)
+        return shared
+
+    def _swap(self, one: int, other: int) -> None:
+        if one != other:
+            slots = self._slots
+            self._cache.swap(one, other, max(len(slots[one].cached), len(slots[other].cached)))
+            slots[one], slots[other] = slots[other], slots[one]
+
+    def _free(self, rows: list[int]) -> None:
+        """End the requests of these rows, and close the gaps that they leave."""
+        for row in reversed(rows):
+            slot = self._slots[row]
+            slot.request, slot.used = None, self._step
+            if not self.reuse:
+                slot.cached = []
+            self._swap(row, len(self._active()))
+
+    def _read(self, active: list[tuple[_Slot, _Request]]) -> list[Tensor]:
+        """Put the tokens that have not been read through the model; what it makes of each last one, [1, C] or [A, C]
+        pieces in the order of the rows."""
+        decoding = sum(1 for _, request in active if request.written)
+        hidden = [self._decode([request for _, request in active[:decoding]])] if decoding else []
+        new = {row: active[row] for row in range(decoding, len(active))}
+        whole = {row: request for row, (slot, request) in new.items() if not slot.cached}
+        last_DC = dict(zip(whole, self._read_prompts(whole))) if whole else {}
+        for row, (slot, request) in new.items():
+            hidden.append(last_DC[row] if row in last_DC else self._read_rest(row, slot, request))
+        return hidden
+
+    def _read_prompts(self, requests: dict[int, _Request]) -> tuple[Tensor, ...]:
+        """Read whole prompts into their rows as one ragged batch."""
+        bounds_D1 = torch.tensor([0, *(len(each.tokens) for each in requests.values())]).cumsum(0).to(torch.int32)
+        tokens_N = torch.tensor([token for each in requests.values() for token in each.tokens], device=self.device)
+        layout = Layout(bounds_D1, self.device)
+        attend = self._cache.attend_within(layout, list(requests))
+        hidden_NC = self.model.decode(tokens_N, layout.positions_N, attend)
+        return hidden_NC[bounds_D1[1:].long().to(self.device) - 1].split(1)
+
+    def _read_rest(self, row: int, slot: _Slot, request: _Request) -> Tensor:
+        """Read what a row's cache lacks of a prompt."""
+        start, end = len(slot.cached), len(request.tokens)
+        positions_M = torch.arange(start, end, device=self.device)
+        tokens_M = torch.tensor(request.tokens[start:], device=self.device)
+        attend = self._cache.attend_after(row, positions_M, end)
+        return self.model.decode(tokens_M, positions_M, attend)[-1:]
+
+    def _decode(self, requests: list[_Request]) -> Tensor:
+        """Read the newest token of the first rows."""
+        tokens_A = torch.tensor([each.tokens[-1] for each in requests], device=self.device)
+        positions_A = torch.tensor([len(each.tokens) - 1 for each in requests], device=self.device)
+        attend = self._cache.attend_newest(positions_A, max(len(each.tokens) for each in requests))
+        return self.model.decode(tokens_A, positions_A, attend)
+
+    def _choose(self, logits_AV: Tensor, requests: list[_Request]) -> tuple[list[int], list[float | None]]:
+        """The next token of every request, and its log-probability where the request asks for it."""
+        samplings = [each.sampling for each in requests]
+        uniforms = [each.sampling.uniform(each.written) for each in requests]
+        tokens_A = choose(_penalised(logits_AV, requests), samplings, uniforms)
+        log_probs: list[float | None] = [None] * len(requests)
+        if any(each.log_probs for each in samplings):
+            chosen_A = logits_AV.gather(1, tokens_A.unsqueeze(1)).squeeze(1) - logits_AV.logsumexp(-1)
+            log_probs = [p if each.log_probs else None for p, each in zip(chosen_A.tolist(), samplings)]
+        return tokens_A.tolist(), log_probs
+
+
+def _shared(cached: list[int], prompt: list[int]) -> int:
+    """Tokens that both begin with. The last one of the prompt is always read: the next token follows from it."""
+    longest = min(len(cached), len(prompt) - 1)
+    return next((i for i in range(longest) if cached[i] != prompt[i]), longest)
+
+
+def _penalised(logits_AV: Tensor, requests: list[_Request]) -> Tensor:
+    """The logits with the repetition penalties of those requests that have one."""
+    rows = [row for row, each in enumerate(requests) if each.sampling.repetition_penalty != 1]
+    if not rows:
+        return logits_AV
+    logits_AV = logits_AV.clone()
+    for row in rows:
+        seen = torch.tensor(sorted(set(requests[row].tokens)), device=logits_AV.device)
+        seen_logits, penalty = logits_AV[row, seen], requests[row].sampling.repetition_penalty
+        logits_AV[row, seen] = torch.where(seen_logits > 0, seen_logits / penalty, seen_logits * penalty)
+    return logits_AV
+
+
+def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
+    """The ids that follow a prompt, each as soon as it is there, without the stop id.
+
+    For an engine with no other requests. Closing the iterator cancels the answer.
+    """
+    request = engine.add(prompt, sampling)
+    try:
+        while True:
+            (event,) = engine.step()
+            if event.end != "stop":
+                yield event.token
+            if event.end:
+                return
+    finally:
+        engine.cancel(request)
+
+
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """The ids that follow each prompt, without the stop id, all prompts at once. Answer i has the seed (*seed, i)."""
+    engine = Engine(model, len(prompts))
+    numbers = [engine.add(p, replace(sampling, seed=(*sampling.seed, i))) for i, p in enumerate(prompts)]
+    answers: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.busy:
+        for event in engine.step():
+            if event.end != "stop":
+                answers[event.request].append(event.token)
+    return list(answers.values())

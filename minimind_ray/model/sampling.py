@@ -1,0 +1,106 @@
+"""How the next token of an answer is chosen: the settings of a request, and the choice itself.
+
+    A sequences, each with its own settings   V vocabulary
+
+A random number is a function of the request's seed and of how many tokens the answer has. So an answer does not depend
+on which other answers are sampled at the same time, and an answer that is sampled again is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimind_ray.config.errors import UserError
+
+MASS = 2**40
+"""Probability 1 as an integer: sums of integers are exact, also in parallel, so that a GPU repeats them to the bit."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of one answer.
+
+    Temperature 0 takes the likeliest token. `top_k` (0: off) keeps so many tokens, `top_p` the likeliest that together
+    reach that probability; `repetition_penalty` divides the positive logits, and multiplies the negative ones, of
+    tokens that are there already (Keskar et al. 2019, section 4.1). The answer ends with one of `stop_ids` or after
+    `max_new_tokens`. Answers with another `seed`, any number of integers, draw other random numbers.
+
+    `log_probs`: give the log-probability of each token, see `Event`.
+
+    Raises:
+        UserError: a setting is no finite number.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+    stop_ids: tuple[int, ...] = ()
+    seed: tuple[int, ...] = (0,)
+    log_probs: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise UserError(f"{name.replace('_', '-')} is {value}: give a finite number")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether unlikely tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1
+
+    def uniform(self, index: int) -> float:
+        """The random number in [0, 1) that the token `index` of the answer is drawn with."""
+        digest = hashlib.blake2b(repr((self.seed, index)).encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+def choose(logits_AV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
+    """One token per row, int64 [A]: the likeliest at temperature 0, else the one that the row's random number meets.
+
+    A row's token depends on nothing but the row, its settings and its random number.
+    """
+    tokens_A = logits_AV.argmax(-1)
+    for cuts in (False, True):  # Only rows that need it are sorted.
+        rows = [i for i, each in enumerate(samplings) if each.temperature > 0 and each.cuts == cuts]
+        if rows:
+            logits = logits_AV if len(rows) == len(samplings) else logits_AV[rows]
+            tokens_A[rows] = _draw(logits, [samplings[i] for i in rows], [uniforms[i] for i in rows], cuts)
+    return tokens_A
+
+
+def _draw(logits_AV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float], cuts: bool) -> Tensor:
+    """One token per row, drawn by the inverse of the cumulative distribution."""
+
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits_AV.device).unsqueeze(1)
+
+    tiny = torch.finfo(logits_AV.dtype).tiny
+    temperature_A1 = column([max(each.temperature, tiny) for each in samplings], logits_AV.dtype)
+    # From the largest down: divided by next to nothing the others become -inf, and none inf.
+    scaled_AV = (logits_AV - logits_AV.amax(-1, keepdim=True)) / temperature_A1
+    order_AV = None
+    if cuts:
+        scaled_AV, order_AV = scaled_AV.sort(dim=-1, descending=True, stable=True)
+    mass_AV = (scaled_AV.softmax(-1) * MASS).long()
+    sums_AV = mass_AV.cumsum(-1)
+    if cuts:
+        size = logits_AV.shape[-1]
+        top_k_A1 = column([min(each.top_k, size) or size for each in samplings]).long()
+        top_p_A1 = column([each.top_p for each in samplings])
+        # A token goes when those before it reach top_p already; the likeliest always stays.
+        limit_A1 = (sums_AV.gather(1, top_k_A1 - 1) * top_p_A1).long().clamp(min=1)
+        place_V = torch.arange(size, device=logits_AV.device)
+        keep_AV = (place_V < top_k_A1) & (sums_AV - mass_AV < limit_A1)
+        sums_AV = (mass_AV * keep_AV).cumsum(-1)
+    total_A1 = sums_AV[:, -1:]
+    point_A1 = torch.minimum((column(uniforms) * total_A1).long(), total_A1 - 1)
+    index_A1 = torch.searchsorted(sums_AV, point_A1, right=True)
+    return (index_A1 if order_AV is None else order_AV.gather(1, index_A1)).squeeze(1)
