@@ -53,6 +53,14 @@ def test_files_import_only_from_layers_above(path: Path) -> None:
         assert top not in TESTS_ONLY
 
 
+def test_only_the_registry_knows_the_trackers() -> None:
+    known = {"minimind_ray.track.registry", "minimind_ray.track.tracker"}
+    for path in FILES:
+        if path.parent != PACKAGE / "track":
+            found = {".".join(name.split(".")[:3]) for name in imports(path) if name.startswith("minimind_ray.track.")}
+            assert found <= known, path
+
+
 def test_files_do_not_import_in_a_circle() -> None:
     there = {module_name(path): path for path in FILES}
     waits = {name: sorted(imports(path) & there.keys() - {name}) for name, path in there.items()}

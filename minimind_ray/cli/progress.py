@@ -16,7 +16,7 @@ from minimind_ray.data.files import join
 from minimind_ray.data.storage import StoreError
 from minimind_ray.stages.run import Job
 from minimind_ray.sweep.text import duration_text
-from minimind_ray.track.wandb import sync_command
+from minimind_ray.track.registry import TRACKERS, send_commands
 from minimind_ray.train.run import RunDirectory
 
 
@@ -104,8 +104,9 @@ def print_result(out: str, console: Console) -> None:
             console.print(f"  sample: {text!r}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model: {join(run.where, info['result'])}", highlight=False, soft_wrap=True)
     if run.mirror:
-        run.mirror.pull("wandb")
-    if command := sync_command(run.path):
-        console.print(f"W&B, kept offline: {command}", highlight=False, soft_wrap=True)
+        for name in TRACKERS:
+            run.mirror.pull(name)
+    for title, command in send_commands(run.path).items():
+        console.print(f"{title}, kept offline: {command}", highlight=False, soft_wrap=True)
     if info["state"] == "stopped":
         console.print("go on with the same command and --resume", highlight=False)

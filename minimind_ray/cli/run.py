@@ -58,7 +58,7 @@ def run_recipe(
     from minimind_ray.on_ray.host import host
     from minimind_ray.stages.recipe import read_recipe, stage_config
     from minimind_ray.stages.start import require_sources
-    from minimind_ray.track.wandb import check_tracking
+    from minimind_ray.track.registry import check_trackers
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     recipe = read_recipe(path)
@@ -72,7 +72,7 @@ def run_recipe(
     require_writable(out, *(config.data.cache_dir for config in configs))
     require_sources(configs, tokenizer=None if isinstance(tokenizer, str) else directory)
     for config in configs:
-        check_tracking(config)
+        check_trackers(config)
     if not isinstance(tokenizer, str) and tokenizer:
         _make_tokenizer(tokenizer, join(out, "tokenizer"), data_dir, console)
     with host([config.scale for config in configs], ray=ray) as (work, run_job):

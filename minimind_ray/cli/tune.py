@@ -154,7 +154,7 @@ def print_results(path: Path, console: Console, title: str) -> None:
     from minimind_ray.sweep.compare import compare
     from minimind_ray.sweep.report import write_report
     from minimind_ray.sweep.trials import read_sweep
-    from minimind_ray.track.wandb import sync_command
+    from minimind_ray.track.registry import send_commands
 
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     sweep = read_sweep(path)
@@ -173,8 +173,8 @@ def print_results(path: Path, console: Console, title: str) -> None:
             f"{quote(str(winner.path / 'config.yaml'))} --out {quote(f'runs/{sweep.info.stage}-{sweep.name}')}{longer}"
         )
     say(f"report: {url_of(write_report(path))}")
-    if command := sync_command(path):
-        say(f"send it to W&B: {command}")
+    for title, command in send_commands(path).items():
+        say(f"send it to {title}: {command}")
 
 
 def winner_is_cut(path: Path) -> bool:

@@ -453,9 +453,14 @@ class LoraConfig(Section):
         return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
 
 
-class TrackConfig(Section):
-    """Weights & Biases."""
+TRACKER_NAMES = ("wandb",)
+"""What `track.to` can name; track/registry.py has the trackers."""
 
+
+class TrackConfig(Section):
+    """Where a run's metrics go beside its own files; all keys but `to` are for Weights & Biases."""
+
+    to: list[str] = Field(default=["wandb"], description="trackers: wandb is Weights & Biases; empty: none")
     wandb: Annotated[Literal["auto", "online", "offline", "off"], Flag("--wandb")] = Field(
         default="auto", description="auto: online with a key, else offline"
     )
@@ -465,6 +470,16 @@ class TrackConfig(Section):
     name: str | None = Field(default=None, max_length=128, description="default: the last part of out")
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)
     artifacts: bool = Field(default=False, description="log data and models as artifacts, by reference: their lineage")
+
+    @field_validator("to")
+    @classmethod
+    def _known_trackers(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in TRACKER_NAMES:
+                raise ValueError(f"track.to: there is no tracker {name}; known are: {', '.join(TRACKER_NAMES)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"track.to names a tracker twice: {', '.join(names)}; name each once")
+        return names
 
 
 S = TypeVar("S", bound=Section)

@@ -14,7 +14,7 @@ from minimind_ray.data.storage import require_writable
 # torch's libraries exit.
 from minimind_ray.stages.run import Host, Job, begun, prepare_job, require_gpus_here, run_here
 from minimind_ray.stages.start import require_sources
-from minimind_ray.track.wandb import check_tracking
+from minimind_ray.track.registry import check_trackers
 from minimind_ray.train.resume import longer
 from minimind_ray.train.run import RunDirectory
 
@@ -66,7 +66,7 @@ def train_stage(
     run.check(config, resume=resume)
     before = run.state() if resume else None
     require_sources([config])
-    check_tracking(config)
+    check_trackers(config)
     with host([config.scale], ray=ray) as (work, run_job):
         job = prepare_job(config, work, say)
         with begun(job, resume=resume):

@@ -151,7 +151,7 @@ def calibrate(job: Job) -> Pace:
                 "out": out,
                 "eval": job.config.eval.model_copy(update={"every": min(CALIBRATION_STEPS, steps)}),
                 "checkpoint": job.config.checkpoint.model_copy(update={"every": steps}),
-                "track": job.config.track.model_copy(update={"wandb": "off"}),
+                "track": job.config.track.model_copy(update={"to": []}),
             }
         )
         job = job.with_config(config)

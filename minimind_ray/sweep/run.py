@@ -32,7 +32,7 @@ from minimind_ray.sweep.plan import (
     within_budget,
 )
 from minimind_ray.sweep.searchers import Explorer, OptunaPoints
-from minimind_ray.track.wandb import check_tracking
+from minimind_ray.track.registry import check_trackers
 from minimind_ray.train.run import GONE, RunDirectory
 
 
@@ -72,7 +72,7 @@ def sweep_on_ray(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], b
     """
     check_places(plan, probe=True)
     require_free(url_of(plan.path))
-    check_tracking(plan.base)
+    check_trackers(plan.base)
     if gone := [trial for trial in plan.trials if RunDirectory(trial.config.out).state() == GONE]:
         say(f"{len(gone)} trial(s) were running when the sweep's process ended; they go on from their last checkpoints")
     # Torch, which this file imports, has to be imported before Ray joins a cluster; see on_ray/host.py.

@@ -37,7 +37,6 @@ from minimind_ray.data.plan import TrainingData
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.ops import run_eagerly
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.track.wandb import mark_failure
 from minimind_ray.train.checkpoint import load_resume
 from minimind_ray.train.context import (
     Context,
@@ -114,12 +113,14 @@ class TrainingRun:
         self.checkpoint_every = config.checkpoint.every or self.eval_every
         self.ending: str | None = None
         self.progress, self.recorder = Progress(), None
-        with ExitStack() as resources:
+        self._resources = ExitStack()
+        try:
             if self.directory.writes:
-                resources.enter_context(self.directory.writing())
-            resources.enter_context(mark_failure(str(self.directory.path)))
+                self._resources.enter_context(self.directory.writing())
             self._start(objective, data)
-            self._resources = resources.pop_all()
+        except BaseException as error:
+            self.close(error)
+            raise
 
     def _start(self, objective: Objective, data: TrainingData) -> None:
         keep_freed_memory()
@@ -135,7 +136,8 @@ class TrainingRun:
         )
         if self.directory.writes:
             cpu = None if context.device.type == "cuda" else arithmetic(dtype)
-            self.recorder = Recorder(self.directory, self.progress, config, cpu=cpu, pass_tokens=self.pass_tokens)
+            self.recorder = Recorder(self.directory, self.progress, config)
+            self.recorder.begin(cpu=cpu, pass_tokens=self.pass_tokens)
         self.meter = Meter(self.model.shape, context, dtype, frozen=config.trains_adapter)
         self.model.train()
         steps = ((packs, self._assemble(packs)) for packs in data.source.steps(self.progress.step))
@@ -205,7 +207,9 @@ class TrainingRun:
             self.ending = "early-stopped"
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave the run directory; with the `error` that ended the driver's work, mark the run as failed."""
+        """Leave the run directory; after an `error` in the driver's work, mark the run as failed in its trackers."""
+        if error and self.recorder:
+            self.recorder.fail()
         self._resources.__exit__(error and type(error), error, error and error.__traceback__)
 
     def __enter__(self) -> Self:

@@ -1,10 +1,10 @@
-"""What rank 0 writes of a run: lines, samples, checkpoints, the tracker's records and the end in run.json."""
+"""What rank 0 writes of a run: lines, samples, checkpoints, the trackers' records and the end in run.json."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor
 from minimind_ray.config.schema import Config
 from minimind_ray.model.ops import compiled
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.track.wandb import open_tracker
+from minimind_ray.track.registry import Trackers
+from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.train.checkpoint import optimizer_tensors, save_resume
 from minimind_ray.train.evaluate import Evaluation, drop_stale
 from minimind_ray.train.progress import Progress
@@ -25,25 +26,14 @@ from minimind_ray.train.writer import CheckpointWriter, HostCopy, Weights, Write
 
 
 class Recorder:
-    """Writes one run's directory and its tracker, on rank 0 only.
+    """Writes one run's directory and its trackers, on rank 0 only.
 
     `progress` is the loop's; the recorder keeps its `best` and `best_value` up to date.
     """
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        progress: Progress,
-        config: Config,
-        *,
-        cpu: str | None,
-        pass_tokens: int | None,
-    ) -> None:
-        """Prepare the directory for the steps after `progress`, and open the tracker.
-
-        `cpu` names the CPU's arithmetic, None where a GPU computes; see `arithmetic`.
-        """
-        self.directory, self.progress = directory, progress
+    def __init__(self, directory: RunDirectory, progress: Progress, config: Config) -> None:
+        """Prepare the directory for the steps after `progress`."""
+        self.directory, self.progress, self.config = directory, progress, config
         directory.forget_after(progress.step)
         # The best checkpoint is gone if a better one replaced it and was then found damaged.
         if progress.best and directory.checkpoint_path(progress.best) not in directory.checkpoints():
@@ -51,21 +41,32 @@ class Recorder:
         drop_stale(directory.path / VALIDATION, progress.best_value)
         self.writer = CheckpointWriter(directory, config.checkpoint.keep, (progress.best, progress.best_value))
         self.optimizer_copy = HostCopy()
-        if progress.step:
+        self.trackers: Trackers | None = None
+
+    def begin(self, *, cpu: str | None, pass_tokens: int | None) -> None:
+        """Note in run.json how the run computes, and open the trackers.
+
+        `cpu` names the CPU's arithmetic, None where a GPU computes; see `arithmetic`.
+        """
+        config, directory = self.config, self.directory
+        if self.progress.step:
             _warn_of_other_arithmetic(directory.info().get("cpu"), cpu)
         directory.update(compiled=compiled(), pass_tokens=pass_tokens, cpu=cpu)
         base = resolve_model(config.init_from) if config.init_from else None
         here = config.model_copy(update={"out": str(directory.path)})
-        self.tracker = open_tracker(
-            here, directory.info(), metrics=directory.metrics(), samples=directory.samples(), base=base
-        )
-        if self.tracker:
-            directory.update(wandb=self.tracker.identity)
+        self.trackers = Trackers(TrackedRun(here, directory.info(), self._earlier_lines, base))
+        if self.trackers.identities:
+            directory.update(**self.trackers.identities)
+
+    def _earlier_lines(self) -> Iterator[tuple[Mapping[str, Any], Sequence[str]]]:
+        texts = {line["step"]: line["samples"] for line in self.directory.samples()}
+        for line in self.directory.metrics():
+            yield line, texts.get(line["step"], ())
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody asked the tracker to stop the run."""
-        return self.tracker is not None and self.tracker.stop_requested
+        """Whether somebody asked a tracker to stop the run."""
+        return self.trackers is not None and self.trackers.stop_requested
 
     def warning(self) -> str | None:
         """Return what went wrong with checkpoints or the object store since the last call."""
@@ -76,8 +77,8 @@ class Recorder:
         self.directory.append("metrics.jsonl", dict(metrics))
         if samples:
             self.directory.append("samples.jsonl", {"step": metrics["step"], "samples": list(samples)})
-        if self.tracker:
-            self.tracker.log(metrics, samples)
+        if self.trackers:
+            self.trackers.log(metrics, samples)
 
     def save(
         self,
@@ -115,7 +116,7 @@ class Recorder:
         self.writer.settle()
 
     def end(self, state: str) -> None:
-        """Write the run's last lines, its `state` and its result, and close the tracker.
+        """Write the run's last lines, its `state` and its result, and close the trackers.
 
         Raises:
             UserError: the last checkpoint could not be written.
@@ -127,8 +128,13 @@ class Recorder:
         best = directory.checkpoint_path(progress.best) if progress.best else next(reversed(checkpoints), None)
         result = best and str(best.relative_to(directory.path))
         directory.update(state=state, steps=progress.step, tokens=progress.tokens, result=result)
-        if self.tracker:
-            self.tracker.finish(state, best)
+        if self.trackers:
+            self.trackers.finish(state, best)
+
+    def fail(self) -> None:
+        """Close the trackers that are still open, with the run marked as failed there."""
+        if self.trackers:
+            self.trackers.finish("failed")
 
 
 def _warn_of_other_arithmetic(before: str | None, now: str | None) -> None:

@@ -7,7 +7,7 @@ metrics.jsonl   one line per step, with what its validation found
 samples.jsonl   what the model wrote at each validation
 validation.parquet   the validation of the result, one row per example
 checkpoints/    step-00000100/: a Hugging Face model directory, and resume/ beside it
-wandb/          what W&B keeps, see track/wandb.py; the W&B run's id is in run.json
+wandb/          what W&B keeps, see track/wandb_files.py; the W&B run's id is in run.json
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,10 +16,10 @@ import pytest
 
 from minimind_ray.config.load import to_yaml
 from minimind_ray.stages.verify import check_checkpoint, compare_runs
-from minimind_ray.track.wandb import log_records, parse_record
 from minimind_ray.train.run import RunDirectory
 from tests.faults import COORDINATOR, WORKER, LocalCluster, fill, logged, small_disk, wait_for
 from tests.jobs import make_config
+from tests.track.reading import history
 
 pytestmark = pytest.mark.cluster
 
@@ -73,15 +72,10 @@ def is_the_twin(scene: Scene, out: str) -> None:
 
 def wandb_history(run: Path) -> list[dict[str, Any]]:
     """All that W&B has of its one run, step by step as it was written, without times."""
-    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len({file.name for file in files}) == 1
-    records = [parse_record(data) for file in files for data, _ in log_records(file.read_bytes())]
-    rows = [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.HasField("history")
+    assert len({file.name for file in run.glob("wandb/offline-run-*/run-*.wandb")}) == 1
+    return [
+        {key: row[key] for key in sorted(row) if not key.startswith(("timing", "_r", "_t"))} for row in history(run)
     ]
-    return [{key: row[key] for key in sorted(row) if not key.startswith(("timing", "_r", "_t"))} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,16 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import Config
 from minimind_ray.stages.run import begin, run_here
-from minimind_ray.track.wandb import (
-    OPEN,
-    WandbTracker,
-    check_tracking,
-    log_records,
-    mark_failure,
-    open_tracker,
-    parse_record,
-    sync_command,
-    within_limit,
-)
+from minimind_ray.track.registry import Trackers, check_trackers
+from minimind_ray.track.tracker import TrackedRun
+from minimind_ray.track.wandb import WandbTracker, within_limit
+from minimind_ray.track.wandb_files import sync_command
 from minimind_ray.train.context import PlainContext
 from tests.jobs import make_config, make_job
 from tests.track.endpoint import Endpoint
+from tests.track.reading import history, log_records, parse_record, records, summary, values
 
 KEY = "0" * 40
-
-
-def close_all() -> None:
-    for run in OPEN.values():
-        run.finish()
-    OPEN.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +44,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "nobody"))
     yield
-    close_all()
+    wandb.teardown()
 
 
 @pytest.fixture
@@ -72,7 +60,6 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Endpoint]]
         return servers[-1]
 
     yield start
-    close_all()
     wandb.teardown()
     for server in servers:
         server.close()
@@ -87,34 +74,20 @@ def line(step: int, **metrics: Any) -> dict[str, Any]:
     return {"step": step, "tokens": step * 100, "loss": 1 / step, "timing": {"mfu": 0.5}, **metrics}
 
 
-def start(out: Path, mode: str = "offline", info: dict[str, Any] | None = None, **track: Any) -> WandbTracker:
+def start(
+    out: Path,
+    mode: str = "offline",
+    info: dict[str, Any] | None = None,
+    lines: Sequence[dict[str, Any]] = (),
+    samples: dict[int, list[str]] | None = None,
+    **track: Any,
+) -> WandbTracker:
+    """A tracker of a run in `out`, begun or, with an identity in `info`, continued after `lines`."""
     out.mkdir(exist_ok=True)
-    tracker = open_tracker(config_of(out, mode, **track), info or {})
-    assert tracker
+    tracker, texts = WandbTracker(), samples or {}
+    run = TrackedRun(config_of(out, mode, **track), info or {}, lambda: [(x, texts.get(x["step"], [])) for x in lines])
+    assert tracker.open(run)
     return tracker
-
-
-def records(out: Path) -> list[Any]:
-    """All that W&B has written for a run, oldest first."""
-    files = sorted(out.glob("wandb/*run-*/*.wandb"))
-    return [parse_record(data) for file in files for data, _ in log_records(file.read_bytes())]
-
-
-def values(items: Any) -> dict[str, Any]:
-    """A row of the history, or a part of the config or summary; deeper keys are joined by dots."""
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-def history(out: Path) -> list[dict[str, Any]]:
-    return [values(r.history.item) for r in records(out) if r.HasField("history")]
-
-
-def summary(out: Path) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for r in records(out):
-        if r.HasField("summary"):
-            merged |= values(r.summary.update)
-    return merged
 
 
 @pytest.mark.slow
@@ -191,27 +164,24 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
         tracker.log(each)
     tracker.finish("stopped")
 
-    # Back to the checkpoint after step 4; W&B has 6. Stops at 9, and the file loses its end.
-    tracker = open_tracker(config_of(tmp_path), info, metrics=lines[:4])
-    assert tracker
+    # Back to the checkpoint after step 4, though W&B was given 6. The run is killed: the file loses its end.
+    tracker = start(tmp_path, info=info, lines=lines[:4])
     for each in lines[4:9]:
         tracker.log(each)
     tracker.finish("stopped")
-    file = max(tmp_path.glob("wandb/*run-*/*.wandb"))
+    [file] = tmp_path.glob("wandb/*run-*/*.wandb")
     ends = {parse_record(data).history.step.num: end for data, end in log_records(file.read_bytes())}
     os.truncate(file, ends[8] - 3)
     assert [row["step"] for row in history(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
-    # On from the checkpoint after step 9: 8 and 9 come from metrics.jsonl, 9 with its samples.
-    samples = [{"step": 4, "samples": ["old"]}, {"step": 9, "samples": ["lost"]}]
-    tracker = open_tracker(config_of(tmp_path), info, metrics=lines[:9], samples=samples)
-    assert tracker
+    # On from the checkpoint after step 9: what W&B lost comes from metrics.jsonl.
+    tracker = start(tmp_path, info=info, lines=lines[:9], samples={4: ["old"], 9: ["lost"]})
     for each in lines[9:]:
         tracker.log(each)
     tracker.finish("finished")
     assert [row["step"] for row in history(tmp_path)] == list(range(1, 13))
-    [table] = tmp_path.glob("wandb/*/files/media/table/*.json")
-    assert json.loads(table.read_text())["data"] == [[9, 1, "lost"]]
+    tables = [json.loads(file.read_text())["data"] for file in tmp_path.glob("wandb/*/files/media/table/*.json")]
+    assert sorted(tables) == [[[4, 1, "old"]], [[9, 1, "lost"]]]
     assert {r.run.run_id for r in records(tmp_path) if r.HasField("run")} == {info["wandb"]["id"]}
 
 
@@ -242,14 +212,14 @@ start(Path({str(tmp_path)!r}), info={{"wandb": {left_open!r}}}).finish("finished
 
 @pytest.mark.slow
 @pytest.mark.unit
-def test_an_exception_marks_the_run_failed(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), mark_failure(str(tmp_path)):
-        start(tmp_path).log(line(1))
+def test_an_exception_while_it_opens_marks_the_run_failed(tmp_path: Path) -> None:
+    def broken() -> Iterator[tuple[dict[str, Any], list[str]]]:
+        yield line(1), []
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        WandbTracker().open(TrackedRun(config_of(tmp_path), {}, broken))
     assert summary(tmp_path)["state"] == "failed"
-    # The next trial in the same process has its own run.
-    start(tmp_path / "next").log(line(1))
-    assert len(history(tmp_path)) == 1
 
 
 @pytest.mark.unit
@@ -263,8 +233,8 @@ def test_lineage_is_logged_by_reference(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     info = {"inputs": {"data.train": str(data), "data.val": None, "init_from": "fingerprint"}}
-    tracker = open_tracker(config_of(out, artifacts=True), info, base=model)
-    assert tracker
+    tracker = WandbTracker()
+    assert tracker.open(TrackedRun(config_of(out, artifacts=True), info, base=model))
     result = out / "checkpoints" / "step-00000001"
     (result / "resume").mkdir(parents=True)
     (result / "model.safetensors").write_bytes(b"other weights")
@@ -295,8 +265,8 @@ def test_modes_without_a_key(
 ) -> None:
     if variable:
         monkeypatch.setenv(*variable.split("="))
-    tracker = open_tracker(config_of(tmp_path, mode), {})
-    assert (tracker and tracker.identity["mode"]) == kind
+    identity = WandbTracker().open(TrackedRun(config_of(tmp_path, mode), {}))
+    assert (identity and identity["mode"]) == kind
 
 
 @pytest.mark.unit
@@ -313,12 +283,12 @@ def test_a_refused_variable_is_named_before_a_run_is_made(
     name, value = variable.split("=", 1)
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"track.wandb is online, but W&B refuses the environment variable {name}: "):
-        check_tracking(config_of(tmp_path, "online"))
+        check_trackers(config_of(tmp_path, "online"))
     for mode in ("off", "offline", "auto"):
         monkeypatch.setenv(name, value)
         monkeypatch.delenv("WANDB_MODE", raising=name == "WANDB_MODE")
         monkeypatch.setenv(name, value)
-        check_tracking(config_of(tmp_path, mode))
+        check_trackers(config_of(tmp_path, mode))
         said = capfd.readouterr().err
         assert (name in said and said.count("\n") == 1 and "logging offline" in said) == (mode != "off")
         assert "of mine" not in said
@@ -334,23 +304,20 @@ def test_a_failure_of_w_and_b_is_said_once_and_ends_nothing(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the service is gone")
 
-    tracker = start(tmp_path)
+    trackers = Trackers(TrackedRun(config_of(tmp_path), {}))
     with monkeypatch.context() as broken:
-        broken.setattr(tracker.run, "log", fail)
+        broken.setattr(wandb.Run, "log", fail)
         for step in (1, 2):
-            tracker.log(line(step))
-    tracker.finish("finished")
+            trackers.log(line(step), [])
+    trackers.finish("finished")
     assert capfd.readouterr().err == (
         "W&B cannot be used: the service is gone; the run is no longer logged to it, and goes on\n"
     )
-    with pytest.raises(ZeroDivisionError), mark_failure(str(tmp_path)), monkeypatch.context() as broken:
-        broken.setattr(tracker.run, "finish", fail)
-        raise ZeroDivisionError
     monkeypatch.setattr(wandb, "init", fail)
-    assert open_tracker(config_of(tmp_path / "next"), {}, metrics=[line(1)]) is None
+    assert not Trackers(TrackedRun(config_of(tmp_path / "next"), {}, lambda: [(line(1), [])])).identities
     assert "the service is gone" in capfd.readouterr().err
     with pytest.raises(UserError, match="track.wandb is online, but"):
-        open_tracker(config_of(tmp_path / "next", "online"), {})
+        Trackers(TrackedRun(config_of(tmp_path / "next", "online"), {}))
 
 
 @pytest.mark.unit
@@ -370,17 +337,15 @@ def test_online_without_a_usable_key_is_the_users_error(
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
     with pytest.raises(UserError, match="track.wandb is online, but") as error:
-        open_tracker(config_of(tmp_path, "online"), {})
+        start(tmp_path, "online")
     assert reason in str(error.value)
     with pytest.raises(UserError, match="track.wandb is online, but") as before:
-        check_tracking(config_of(tmp_path, "online"))
+        check_trackers(config_of(tmp_path, "online"))
     assert str(before.value) == str(error.value)
-    check_tracking(config_of(tmp_path, "auto"))
+    check_trackers(config_of(tmp_path, "auto"))
     assert capfd.readouterr() == ("", "")
     if key:  # With auto it is said, and the run goes on offline.
-        tracker = open_tracker(config_of(tmp_path, "auto"), {})
-        assert tracker
-        assert tracker.run.offline
+        assert start(tmp_path, "auto").run.offline
         assert "logging offline" in capfd.readouterr().err
 
 
@@ -410,11 +375,11 @@ def test_what_the_environment_says_of_w_and_b(monkeypatch: pytest.MonkeyPatch, t
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "")
     with pytest.raises(UserError, match="there is no key"):
-        check_tracking(config_of(tmp_path, "online"))
+        check_trackers(config_of(tmp_path, "online"))
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     # A cluster's machines may have one.
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    check_tracking(config_of(tmp_path, "online"))
+    check_trackers(config_of(tmp_path, "online"))
 
 
 @pytest.mark.unit
@@ -482,8 +447,7 @@ def test_online_and_resumed_over_the_wire(online: Callable[..., Endpoint], tmp_p
     for step in range(1, 7):
         tracker.log(line(step), ["春风"] if step == 3 else [])
     tracker.finish("stopped")
-    tracker = open_tracker(config_of(tmp_path, "online", group="g"), info, metrics=[line(s) for s in range(1, 5)])
-    assert tracker
+    tracker = start(tmp_path, "online", info, [line(s) for s in range(1, 5)], group="g")
     for step in range(5, 9):
         tracker.log(line(step))
     tracker.finish("finished")
@@ -530,18 +494,13 @@ def test_a_killed_and_resumed_offline_run_is_sent_whole_by_the_sync_command(
     tracker.finish("running")
     [file] = tmp_path.glob("wandb/*/*.wandb")
     os.truncate(file, file.stat().st_size - 5)
-    tracker = open_tracker(config_of(tmp_path), info, metrics=[line(s) for s in range(1, 5)])
-    assert tracker
+    tracker = start(tmp_path, info=info, lines=[line(s) for s in range(1, 5)], samples={3: ["春风"]})
     for step in range(5, 9):
         tracker.log(line(step))
     tracker.finish("finished")
 
     server = online()
-    command = sync_command(tmp_path)
-    assert command
-    subprocess.run(
-        command.replace("wandb", f"{sys.executable} -m wandb", 1), shell=True, check=True, timeout=60, cwd=tmp_path
-    )
+    sync(tmp_path)
     [(name, run)] = server.runs.items()
     assert name == info["wandb"]["id"]
     assert [row["_step"] for row in run.rows] == list(range(1, 9))
@@ -551,14 +510,65 @@ def test_a_killed_and_resumed_offline_run_is_sent_whole_by_the_sync_command(
 
 
 @pytest.mark.slow
+def test_a_part_sent_between_two_starts_is_not_sent_again(
+    online: Callable[..., Endpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start was killed, so the file that is sent lacks its end; the second is sent before a third."""
+    server = online()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    info: dict[str, Any] = {}
+    for first, killed_at, last in ((1, 4, 6), (5, 8, 8), (9, 12, 12)):
+        tracker = start(tmp_path, info=info, lines=[line(s) for s in range(1, first)])
+        info = {"wandb": tracker.identity}
+        for step in range(first, last + 1):
+            tracker.log(line(step))
+        tracker.finish("running")
+        if killed_at < last:
+            file = max(tmp_path.glob("wandb/*/*.wandb"))
+            ends = {parse_record(data).history.step.num: end for data, end in log_records(file.read_bytes())}
+            os.truncate(file, ends[killed_at] + 3)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        sync(tmp_path)
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    [run] = server.runs.values()
+    assert [row["_step"] for row in run.rows] == list(range(1, 13))
+    assert sync_command(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_what_waited_offline_is_sent_by_a_resume_that_is_online(
+    online: Callable[..., Endpoint], tmp_path: Path
+) -> None:
+    tracker = start(tmp_path)
+    info = {"wandb": tracker.identity}
+    for step in range(1, 5):
+        tracker.log(line(step))
+    tracker.finish("stopped")
+    server = online()
+    tracker = start(tmp_path, "online", info, [line(step) for step in range(1, 5)])
+    tracker.log(line(5))
+    tracker.finish("finished")
+    [run] = server.runs.values()
+    assert [row["_step"] for row in run.rows] == [1, 2, 3, 4, 5]
+    assert sync_command(tmp_path) is None
+
+
+def sync(directory: Path) -> None:
+    """Run the command that a user is given."""
+    command = sync_command(directory)
+    assert command
+    command = command.replace("wandb", f"{sys.executable} -m wandb", 1)
+    subprocess.run(command, shell=True, check=True, timeout=60, cwd=directory)
+
+
+@pytest.mark.slow
 def test_a_server_that_refuses_the_key_is_the_users_error(
     online: Callable[..., Endpoint], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     online(status=401)
     with pytest.raises(UserError, match=r"track\.wandb is online, but W&B cannot be used: .*401"):
-        open_tracker(config_of(tmp_path, "online"), {})
-    tracker = open_tracker(config_of(tmp_path, "auto"), {})
-    assert tracker
+        start(tmp_path, "online")
+    tracker = start(tmp_path, "auto")
     assert tracker.run.offline
     assert "401" in capfd.readouterr().err
 
@@ -570,7 +580,7 @@ def test_no_server_is_an_error_within_bounds(
     monkeypatch.setattr("minimind_ray.track.wandb.CONNECT_SECONDS", 1)
     online().close()
     with pytest.raises(UserError, match="connection refused"):
-        open_tracker(config_of(tmp_path, "online"), {})
+        start(tmp_path, "online")
 
 
 @pytest.mark.slow

@@ -1,0 +1,86 @@
+"""The folders that W&B keeps in a run directory, one for each time the run was started.
+
+    wandb/offline-run-DATE-ID/run-ID.wandb   waits for `wandb sync`
+    wandb/run-DATE-ID/run-ID.wandb           was sent while the run went on
+
+`wandb sync` leaves `run-ID.wandb.synced` beside a file that it has sent whole, and never sends such a file again. If a
+file lacks its end, because the run was killed, `wandb sync` sends what is there and leaves only
+`run-ID.wandb.syncstate`; a second `wandb sync` would send the same steps again, under other numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+FOLDER = "wandb"
+WRITE_SECONDS = 10
+STILL_SECONDS = 0.05
+"""A file that has not grown for so long is taken for written."""
+
+
+def parts(directory: Path, run_id: str) -> list[Path]:
+    """Return the files of one W&B run in a run directory, oldest first."""
+    files = (directory / FOLDER).glob(f"*run-*/run-{run_id}.wandb")
+    return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+
+
+def was_sent(file: Path) -> bool:
+    """Whether W&B has steps of this file, all of them or some."""
+    return not file.parent.name.startswith("offline-") or any(file.parent.glob(f"{file.name}.sync*"))
+
+
+def last_step(file: Path) -> int:
+    """Return the last step in a file, 0 if it has none. W&B's own program reads the file, which takes a second.
+
+    Raises:
+        CalledProcessError: W&B's program cannot read the file.
+    """
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    last = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            record = json.loads(line)
+            if record["type"] == "history":
+                last = max(last, int(record["history"]["step"]["num"]))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return last
+
+
+def retire(files: Iterable[Path]) -> None:
+    """Keep `wandb sync` from sending any of these files: delete those never sent, and mark the others as synced."""
+    for file in files:
+        if was_sent(file):
+            file.with_suffix(".wandb.synced").touch()
+        else:
+            shutil.rmtree(file.parent)
+
+
+def wait_until_written(file: Path) -> None:
+    """Wait until W&B's own process has written the file: it still writes after `finish`.
+
+    Ray kills that process together with this one, which may end at once after a run.
+    """
+    deadline, size = time.monotonic() + WRITE_SECONDS, -1
+    while size != (size := file.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(STILL_SECONDS)
+
+
+def sync_command(directory: str | Path) -> str | None:
+    """Return the command that sends what was logged offline in a run or in a sweep's runs; None if nothing waits."""
+    files = Path(directory).glob(f"**/{FOLDER}/offline-run-*/run-*.wandb")
+    folders = {file.parents[1] for file in files if not file.with_suffix(".wandb.synced").exists()}
+    if len(folders) <= 1:
+        return f"wandb sync {shlex.quote(str(folders.pop()))}" if folders else None
+    top = Path(os.path.commonpath(folders))
+    patterns = {"/".join("*" * len(folder.relative_to(top).parent.parts)) for folder in folders}
+    return " ".join(["wandb sync", *(f"{shlex.quote(str(top))}/{p}/{FOLDER}" for p in sorted(patterns))])
