@@ -6,12 +6,15 @@ BIN := .venv/bin
 # Without a notice that the new environment's pip is not the newest.
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test bench lint
+.PHONY: demo test test-all bench lint
 
 demo: .venv/.installed
 	$(BIN)/minimind-ray demo
 
 test: .venv/.installed-dev
+	$(BIN)/python -m pytest -m 'not long'
+
+test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
 # Options and parts: make bench ARGS="--help". MINIMIND_REPO: a checkout of MiniMind; MINIMIND_CORPUS: a corpus folder.

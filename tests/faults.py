@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,7 @@ class LocalCluster:
         """Ids of the nodes' processes (default: of all) whose title begins so."""
         nodes = [self.cluster.head_node, *self.nodes] if nodes is None else nodes
         raylets = {node.all_processes["raylet"][0].process.pid for node in nodes}
-        found: list[int] = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if parent in raylets and (entry / "cmdline").read_text().startswith(title):
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # It has just ended.
-        return sorted(found)
+        return sorted(process for process, own in children(raylets).items() if own.startswith(title))
 
     def kill(self, title: str) -> int:
         """SIGKILL to the first process of that title; how many were there."""
@@ -100,6 +92,23 @@ class LocalCluster:
     def shutdown(self) -> None:
         """End all nodes."""
         self.cluster.shutdown()
+
+
+def children(parents: Collection[int]) -> dict[int, str]:
+    """The processes that these started, by their ids: command lines, or the titles that Ray gives them."""
+    found: dict[int, str] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) in parents:
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # It has just ended.
+    return found
+
+
+def session_processes(title: str) -> list[int]:
+    """Ids of the processes of the tests' shared Ray whose title begins so."""
+    return [process for process, own in children(children([os.getpid()])).items() if own.startswith(title)]
 
 
 @contextmanager

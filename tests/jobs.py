@@ -71,7 +71,7 @@ def make_config(directory: Path, stage: str = "pretrain", rows: int = 400, **ove
         "data.cache_dir": str(directory / "cache"), "data.max_seq_len": 64, "data.pack_tokens": 256,
         "data.direct_steps": 4,
         "batch.tokens": 1024, "optim.lr": 3e-3, "train.precision": "float32",
-        "eval.samples": 1, "eval.sample_tokens": 8, "out": str(directory / f"run-{stage}"),
+        "eval.samples": 0, "eval.sample_tokens": 8, "out": str(directory / f"run-{stage}"),
     }  # fmt: skip
     if "init_from" not in overrides:
         settings["model.preset"] = "tiny"

@@ -112,6 +112,7 @@ def test_bad_options_are_named(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_of_every_stage(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     report = bench(f"{SMALLEST_TRAINING} --sides ours")
@@ -125,6 +126,7 @@ def test_training_of_every_stage(bench: Bench, capsys: pytest.CaptureFixture[str
         assert all_positive(cell)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_beside_the_others(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "minimind" / "trainer" / "train_pretrain.py"
@@ -142,6 +144,7 @@ def test_training_beside_the_others(bench: Bench, tmp_path: Path, capsys: pytest
     assert float(row[3].replace(",", "")) > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_fused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     words = "fused --presets tiny --tokens 256 --together 2 --trial-steps 2 --separate 1 --places 1"
@@ -152,6 +155,7 @@ def test_fused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(re.search(rf"^ +{way} +[\d,]+ ", output, re.MULTILINE) for way in hourly)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_checkpoint(bench: Bench) -> None:
     found = bench("checkpoint --checkpoint-preset tiny --checkpoints 1")["checkpoint"]["seconds"]
@@ -160,6 +164,7 @@ def test_checkpoint(bench: Bench) -> None:
     assert math.isfinite(found["pause"]) and math.isfinite(found["until it is there"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_growth(bench: Bench, tmp_path: Path) -> None:
     points = "--workers 2 --worker-steps 1 --lengths 128,256 --packs 512,1024 --point-seconds 0"
@@ -172,6 +177,7 @@ def test_growth(bench: Bench, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["growth-measured.png", "growth-modelled.png"]
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_data(bench: Bench, ray_address: None, capsys: pytest.CaptureFixture[str]) -> None:
     found = bench("data --megabytes 1")["data"]["1 MB"]
@@ -183,6 +189,7 @@ def test_data(bench: Bench, ray_address: None, capsys: pytest.CaptureFixture[str
     assert [row[1] for row in rows if row[0] == "1"] == ["tokenizers", "process", "ray"]
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_ray_beside_a_plain_process(bench: Bench, ray_address: None) -> None:
     medians = bench("ray --preset tiny --steps 3 --rounds 1")["ray"]["1 threads"]
@@ -190,6 +197,7 @@ def test_ray_beside_a_plain_process(bench: Bench, ray_address: None) -> None:
     assert all_positive(medians)
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_sweep(bench: Bench, ray_address: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.bench.sweep.stop_ray", lambda: None)  # It is the session's.
@@ -198,6 +206,7 @@ def test_sweep(bench: Bench, ray_address: None, monkeypatch: pytest.MonkeyPatch)
     assert all_positive(found)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_soak(capsys: pytest.CaptureFixture[str]) -> None:
     soak.main(["--rows=200", "--steps=20", "--kills=1", "--quiet-seeds=2", "--between", "1", "2"])

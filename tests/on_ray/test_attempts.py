@@ -1,16 +1,18 @@
-"""Which ends of an attempt begin another one, and the last word when there are too many. No attempt runs here."""
+"""Which ends of an attempt begin another one, and the last word when there are too many.
+
+Rooms are found and taken in the tests' Ray; in place of each attempt's Ray Train run stands an end of it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import ray
 from ray.train.v2.api.exceptions import WorkerGroupError
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import remove_placement_group
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
@@ -21,7 +23,7 @@ from minimind_ray.train.run import RunDirectory
 from tests.faults import wait_for
 from tests.jobs import make_job, start
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.ray
 
 LOST = WorkerGroupError("lost", {1: ray.exceptions.ActorDiedError()})
 
@@ -32,31 +34,24 @@ class Attempts:
     def __init__(self, run: RunDirectory, *ends: object) -> None:
         self.run, self.ends, self.workers = run, list(ends), []
 
-    def __call__(self, job: Job, workers: int, start: int, reservation: object) -> list[str]:
+    def __call__(self, job: Job, workers: int, start: int, reservation: Reservation) -> list[str]:
         self.workers.append(workers)
         end = self.ends.pop(0)
         if isinstance(end, Exception):
             raise end
         if callable(end):
-            end()
+            end(reservation)
         noticed = end if isinstance(end, list) else []
         self.run.update(state="stopped" if noticed else "finished")
         return noticed
 
 
 @pytest.fixture
-def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attempts]:
-    def with_ends(*ends: object, room: int = 8, **settings: object) -> Attempts:
+def play(tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attempts]:
+    def with_ends(*ends: object, **settings: object) -> Attempts:
         job = make_job(tmp_path, rows=60, **settings)
         attempts = Attempts(RunDirectory(start(job)), *ends)
-        for name in ("require_resources", "request_resources", "free_left_groups"):
-            monkeypatch.setattr(trainer, name, lambda *a, **k: None)
-        monkeypatch.setattr(trainer, "room", lambda *a, **k: room)
-        monkeypatch.setattr("ray.is_initialized", lambda: True)
-        monkeypatch.setattr(trainer, "_reserve", lambda *a: nullcontext(Reservation(PlacementGroup.empty(), 1)))
-        monkeypatch.setattr(Reservation, "broken", lambda self: False)
         monkeypatch.setattr(trainer, "_attempt", attempts)
-        monkeypatch.setattr(trainer, "_steps_done", lambda run: run.info().get("steps", 0))
         try:
             trainer.train_on_ray(job)
         finally:
@@ -76,9 +71,9 @@ def test_losses_in_a_row_are_counted_and_the_last_word_says_so(play: Callable[..
 def test_a_checkpoint_between_losses_begins_the_count_anew(play: Callable[..., Attempts], tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run-pretrain")
 
-    def lost_after(steps: int) -> Callable[[], None]:
-        def attempt() -> None:
-            run.update(steps=steps)
+    def lost_after(step: int) -> Callable[[Reservation], None]:
+        def attempt(reservation: Reservation) -> None:
+            run.save_checkpoint(f"step-{step:08d}", lambda path: (path / "weights").write_text("1") and None)
             raise LOST
 
         return attempt
@@ -115,7 +110,8 @@ def test_only_a_run_that_can_do_with_less_gives_up_waiting(tmp_path: Path, monke
 def test_nothing_is_tried_again_once_ray_is_left(
     play: Callable[..., Attempts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def left() -> None:
+    def left(reservation: Reservation) -> None:
+        remove_placement_group(reservation.group)  # As Ray does then.
         monkeypatch.setattr("ray.is_initialized", lambda: False)
         raise LOST
 
@@ -125,7 +121,7 @@ def test_nothing_is_tried_again_once_ray_is_left(
 
 
 def test_a_stop_while_workers_are_lost_is_a_stop(play: Callable[..., Attempts], tmp_path: Path) -> None:
-    def stop_and_lose() -> None:
+    def stop_and_lose(reservation: Reservation) -> None:
         (tmp_path / "run-pretrain" / trainer.STOP_FILE).touch()
         raise LOST
 
@@ -163,7 +159,7 @@ def test_an_attempt_that_had_to_leave_is_no_failure(
 ) -> None:
     monkeypatch.setattr(trainer, "LEAVE_SECONDS", 0.1)
 
-    def lose_a_node_without_workers() -> None:
+    def lose_a_node_without_workers(reservation: Reservation) -> None:
         monkeypatch.setattr(trainer, "room", lambda *a, **k: 1)
         wait_for((tmp_path / "run-pretrain" / trainer.LEAVE_FILE).exists, 10)
         monkeypatch.setattr(trainer, "room", lambda *a, **k: 2)

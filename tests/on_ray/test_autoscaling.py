@@ -13,7 +13,7 @@ import pytest
 
 from tests.jobs import make_tokenizer, rows_of, write_jsonl
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 SCRIPT = Path(__file__).with_name("autoscaling.py")
 APART = ["unshare", "--pid", "--mount", "--net", "--ipc", "--fork", "--kill-child", "bash", "-ec"]

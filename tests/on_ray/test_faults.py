@@ -21,7 +21,7 @@ from tests.faults import COORDINATOR, WORKER, LocalCluster, fill, logged, small_
 from tests.jobs import make_config
 from tests.track.reading import history
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 40, 4, 3
 

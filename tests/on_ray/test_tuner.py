@@ -77,11 +77,11 @@ def metrics(trial: Trial) -> list[dict[str, Any]]:
 
 
 def test_any_order_and_concurrency_give_the_same_metrics_as_a_plain_process(tmp_path: Path, ray_session: None) -> None:
-    axes = {"optim.lr": "3e-3,1e-2", "optim.weight_decay": "0,0.1"}
+    axes = {"optim.lr": "3e-3,1e-2"}
     settings = {"model__dropout": 0.1}
     plan = planned(tmp_path, axes, search={"seeds": 2, "concurrent": 1}, **settings)
     first = run(plan)
-    assert {t.state for t in first.values()} == {"finished"} and len(first) == 8
+    assert {t.state for t in first.values()} == {"finished"} and len(first) == 4
     other = planned(tmp_path, axes, out="other", search={"seeds": 2, "concurrent": 3}, **settings)
     jobs = jobs_of(other)
     create_sweep(other, jobs, {})
@@ -93,13 +93,11 @@ def test_any_order_and_concurrency_give_the_same_metrics_as_a_plain_process(tmp_
             and (trial.path / "validation.parquet").read_bytes()
             == (second[id].path / "validation.parquet").read_bytes()
         )
-    # As many processes as trials at once, not as many as trials.
-    plain = make_job(tmp_path, rows=200, optim__lr=1e-2, optim__weight_decay=0.1, train__seed=1, eval__samples=0,
-                     out=str(tmp_path / "plain"), **settings)  # fmt: skip
+    plain = make_job(tmp_path, rows=200, optim__lr=1e-2, train__seed=1, out=str(tmp_path / "plain"), **settings)
     start(plain)
     run_here(plain)
     lines = [{k: v for k, v in line.items() if k != "timing"} for line in read_jsonl(tmp_path / "plain/metrics.jsonl")]
-    assert lines == metrics(first["lr=0.01,weight_decay=0.1,seed=1"])
+    assert lines == metrics(first["lr=0.01,seed=1"])
 
 
 def trained(line: dict[str, Any]) -> dict[str, Any]:
@@ -480,7 +478,8 @@ def lines_of(path: Path) -> int:
 
 
 def test_a_signal_and_a_crash_lose_nothing(tmp_path: Path) -> None:
-    config = make_config(tmp_path, rows=200, eval__samples=0, train__epochs=5, model__dropout=0.1)
+    settings: dict[str, Any] = {"train__epochs": 5, "model__dropout": 0.1}
+    config = make_config(tmp_path, rows=200, **settings)
     from minimind_ray.config.load import to_yaml
 
     file = tmp_path / "config.yaml"
@@ -516,11 +515,12 @@ def test_a_signal_and_a_crash_lose_nothing(tmp_path: Path) -> None:
     assert "winner: lr=" in text and "minimind-ray generate" in text and str(out / "report.html") in text
     assert (out / "report.html").exists()
 
-    whole = command(*arguments, str(tmp_path / "whole"))
-    text, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, text
-    expected, got = (read_sweep(path).trials for path in (tmp_path / "whole", out))
-    for ours, theirs in zip(got, expected, strict=True):
-        assert metrics(ours)[-1] == metrics(theirs)[-1]
+    for trial in read_sweep(out).trials:
+        lr = trial.point["optim.lr"]
+        whole = make_job(tmp_path, rows=200, out=str(tmp_path / f"alone-{lr}"), optim__lr=lr, **settings)
+        run = RunDirectory(start(whole))
+        run_here(whole)
+        expected = [{k: v for k, v in line.items() if k != "timing"} for line in run.metrics()]
+        assert metrics(trial)[-1] == expected[-1]
         # Where it was stopped there is a validation more.
-        assert [trained(line) for line in ours.metrics] == [trained(line) for line in theirs.metrics]
+        assert [trained(line) for line in trial.metrics] == [trained(line) for line in expected]

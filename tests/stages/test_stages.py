@@ -49,7 +49,7 @@ def train(job) -> list[dict]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
-    train(make_job(directory, rows=200))
+    train(make_job(directory, rows=200, eval__samples=1))
     return directory
 
 

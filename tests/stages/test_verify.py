@@ -141,10 +141,10 @@ def test_the_first_tensor_that_differs_is_named(trained: Path, copy: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pretrain", "lora"])
-def test_a_killed_run_ends_as_its_twin(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stage", "kills"), [("pretrain", 1), pytest.param("lora", 2, marks=pytest.mark.long)])
+def test_a_killed_run_ends_as_its_twin(stage: str, kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the other tests' is 1
     few = ["eval.max_tokens=10000"]
-    proof = prove_resume(stage, tmp_path, kills=2, steps=16, settings=few)  # type: ignore[arg-type]
+    proof = prove_resume(stage, tmp_path, kills=kills, steps=16, settings=few)  # type: ignore[arg-type]
     assert proof.differences == []
-    assert len(proof.kills) == 2 and all(step < 16 for step in proof.kills)
+    assert len(proof.kills) == kills and all(step < 16 for step in proof.kills)

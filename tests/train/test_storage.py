@@ -64,7 +64,7 @@ def store(server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     storage._mirror.cache_clear()
 
 
-SETTINGS: dict[str, Any] = {"train__max_steps": 12, "eval__every": 2, "track__wandb": "off"}
+SETTINGS: dict[str, Any] = {"train__max_steps": 12, "eval__every": 2, "eval__samples": 1, "track__wandb": "off"}
 
 
 @pytest.fixture(scope="module")

@@ -72,19 +72,16 @@ def test_this_machine_is_looked_at_without_ray(tmp_path: Path) -> None:
     assert node.cpus > 0 and 0 < node.disk_free < node.disk_size and node.versions["ray"].startswith("2.")
 
 
-@pytest.mark.cluster
-def test_clocks_are_compared_with_the_one_here(three_nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.ray
+def test_clocks_are_compared_with_the_one_here(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    ray.init(address=three_nodes, log_to_driver=False)
-    try:
-        actor = ray.remote(num_cpus=0)(doctor._Examiner).remote()
-        assert abs(doctor._ahead(actor)) < 0.5
-        real = time.time
-        monkeypatch.setattr(doctor.time, "time", lambda: real() - 100)
-        assert doctor._ahead(actor) == pytest.approx(100, abs=0.5)
-    finally:
-        ray.shutdown()
+    actor = ray.remote(num_cpus=0)(doctor._Examiner).remote()
+    assert abs(doctor._ahead(actor)) < 0.5
+    real = time.time
+    monkeypatch.setattr(doctor.time, "time", lambda: real() - 100)
+    assert doctor._ahead(actor) == pytest.approx(100, abs=0.5)
+    ray.kill(actor)
 
 
 @pytest.mark.unit
