@@ -44,19 +44,6 @@ def ray_session() -> Iterator[None]:
     stop_ray()
 
 
-@pytest.fixture
-def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head as in the cluster files, without CPUs, and two workers; its address, in RAY_ADDRESS too."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "labels": {"minimind/role": "head"}})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, labels={"minimind/role": "cpu"})
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster.address
-    cluster.shutdown()
-
-
 @pytest.fixture(scope="session")
 def corpus() -> Path:
     """The directory that MINIMIND_CORPUS names; tests that need real text skip without it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,27 +24,40 @@ def test_the_command_here(command: Command, tmp_path: Path, monkeypatch: pytest.
     assert "cannot use" in outcome.out
 
 
+@pytest.fixture
+def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head as in the cluster files, without CPUs, and two workers; its address, in RAY_ADDRESS too."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "labels": {"minimind/role": "head"}})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, labels={"minimind/role": "cpu"})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster.address
+    cluster.shutdown()
+
+
+def doctor(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: the tests' shared Ray may run in this one, and Ray reads its token once."""
+    return subprocess.run(
+        [sys.executable, "-m", "minimind_ray", "doctor", *map(str, arguments)],
+        env=os.environ | {"COLUMNS": "200"} | environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
 @pytest.mark.cluster
-def test_the_command_on_a_cluster(
-    three_nodes: str,
-    command: Command,
-    tmp_path: Path,
-) -> None:
+def test_the_command_on_a_cluster(three_nodes: str, tmp_path: Path) -> None:
     """Every node answers, its storage is the one that is seen here, and the two workers train together."""
-    outcome = command("doctor", "--storage", tmp_path)
-    assert "written and read on 3 of 3 node(s)" in outcome.out
-    assert outcome.out.count(" head ") == 1
-    assert outcome.out.count(" cpu ") == 2
-    assert "does not answer" not in outcome.out
-    assert "cannot train together" not in outcome.out
+    said = doctor("--storage", tmp_path).stdout
+    assert "written and read on 3 of 3 node(s)" in said
+    assert said.count(" head ") == 1
+    assert said.count(" cpu ") == 2
+    assert "does not answer" not in said
+    assert "cannot train together" not in said
     assert not list(tmp_path.iterdir())
 
-    # Another token is refused in one sentence. A process of its own: Ray reads the token once.
-    other = subprocess.run(
-        [sys.executable, "-m", "minimind_ray", "doctor"],
-        env=os.environ | {"RAY_ADDRESS": three_nodes, "RAY_AUTH_TOKEN": "t" * 64},
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    # Another token is refused in one sentence.
+    other = doctor(RAY_AUTH_TOKEN="t" * 64)
     assert (other.returncode, other.stdout) == (1, "")
     assert other.stderr.startswith(f"error: RAY_ADDRESS={three_nodes}: the cluster does not take this machine's token")
     assert other.stderr.count("\n") == 1

@@ -351,7 +351,7 @@ def test_a_sweep_that_waits_for_room_can_be_stopped(tmp_path: Path, ray_session:
     create_sweep(plan, jobs, {})
     holder = ray.remote(threading.Event).options(num_cpus=8).remote()
     ray.get(holder.is_set.remote())
-    threading.Timer(3.0, (plan.path / ".stop").touch).start()
+    threading.Timer(1.0, (plan.path / ".stop").touch).start()
     began = time.monotonic()
     assert run_trials(jobs, plan.base.scale, plan.path, Search("val/loss", "min"), {}, fuse=fuse) == "by itself"
     assert time.monotonic() - began < 60
