@@ -129,9 +129,9 @@ def test_mistral_is_llama_where_its_window_covers_all_positions(tmp_path: Path) 
 
 
 def test_tied_matrix_stored_twice(saved: Path) -> None:
-    tensors = load_file(saved / "model.safetensors")
+    before, tensors = load_model(saved), load_file(saved / "model.safetensors")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, saved / "model.safetensors")
-    load_model(saved)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), load_model(saved).parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,14 @@ def test_a_shard_that_links_out_of_the_directory(saved: Path, tmp_path_factory: 
 
 
 def test_a_snapshot_in_the_cache_of_hugging_face(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = tmp_path_factory.mktemp("models--someone--model")
+    before, root = load_model(saved), tmp_path_factory.mktemp("models--someone--model")
     snapshot, blobs = root / "snapshots" / "0123", root / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for file in ("config.json", "model.safetensors"):
         (saved / file).rename(blobs / file)
         (snapshot / file).symlink_to(Path("..") / ".." / "blobs" / file)
-    load_model(snapshot)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), load_model(snapshot).parameters(), strict=True))
 
 
 def test_config_has_what_readers_of_all_ages_look_for() -> None:

@@ -373,9 +373,12 @@ def test_an_adapter_belongs_to_its_base(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("begun", [True, False, "gaussian", "eva", "orthogonal", None])
 def test_how_an_adapter_began_matters_only_to_its_base(begun: Any, base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter")
+    before, after = load_model(base), load_model(base)
+    load_adapter(before, adapter, model_fingerprint(base))
     content = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**content, "init_lora_weights": begun}))
-    load_adapter(load_model(base), adapter, model_fingerprint(base))
+    load_adapter(after, adapter, model_fingerprint(base))
+    assert torch.equal(logits(after), logits(before)) and not torch.equal(logits(after), logits(load_model(base)))
 
 
 def test_values_go_into_the_adapters_a_model_has(base: Path, tmp_path: Path) -> None:
@@ -400,8 +403,12 @@ def test_a_scale_that_is_written_as_an_alpha_is_the_same_scale(tmp_path: Path) -
     model, base = make_model(EXPERTS), tmp_path / "base"
     save_model(model, None, base)
     add_lora(model, config, seed=0)
+    train_a_little(model)
     save_adapter(model, tmp_path / "adapter", base, model_fingerprint(base))
-    load_adapter(model, tmp_path / "adapter", model_fingerprint(base))
+    fresh = load_model(base)
+    for other in (model, fresh):  # one that has the adapter, and one that gets it
+        load_adapter(other, tmp_path / "adapter", model_fingerprint(base))
+    assert torch.equal(logits(fresh), logits(model))
 
 
 def test_what_does_not_fit_is_named(base: Path, tmp_path: Path) -> None:
