@@ -107,11 +107,11 @@ def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> boo
 def _make_tokenizer(step: TokenizerStep, where: str, data_dir: str, console: Console) -> None:
     from minimind_ray.cli import tokenizer
     from minimind_ray.data.records import discover
-    from minimind_ray.data.shipped import keep_shipped
+    from minimind_ray.data.shipped import copy_to_storage
     from minimind_ray.data.storage import copy_of, mirror_of
 
     paths = [step.train] if isinstance(step.train, str) else step.train
-    files = [path if "://" in path else keep_shipped(f"{data_dir}/{path}") for path in paths]
+    files = [path if "://" in path else copy_to_storage(f"{data_dir}/{path}") for path in paths]
     sources = [[source.path, source.size, source.version] for source in discover(files)]
     made_from = {"sources": sources, "vocab_size": step.vocab_size, "max_bytes": step.max_bytes}
     mirror, directory = mirror_of(where), copy_of(where)

@@ -1,15 +1,17 @@
-"""One writer at a time for a run or a sweep, on a local disk and in an object store.
+"""Make sure that only one process at a time writes to a run or a sweep, on a local disk and in an object store.
 
-`writer.json` in the directory names the process that writes there, for as long as it does; a trial's is that of its
-sweep. On a local disk the process holds a lock of the operating system on the file, which ends with the process,
-however it ends. Object stores have no locks: there, and on file systems without locks, the file is a lease. The process
-renews it every RENEW_S, and it ends LEASE_S after the last time, or at once where this machine knows that the process
-is gone. A process that was killed leaves the file behind, and Ray's workers may write for a second longer: whoever
-comes next waits LINGER_S.
+`writer.json` in the directory names the writing process, while it writes. The trials of a sweep share the sweep's file.
 
-A lease has limits. The clocks of the machines must agree to within a minute. Two processes that claim a directory
-within the same second may both get it if one of them then needs more than SETTLE_S to write; the loser finds out when
-it renews, and ends.
+On a local disk the process holds a lock of the operating system on the file. The lock ends with the process. Object
+stores and some file systems have no locks: there the file is a lease. The process renews the lease every RENEW_S. The
+lease expires LEASE_S after the last renewal, or at once if the process ran on this machine and is gone.
+
+A killed process leaves the file behind, and its Ray workers may write for another second. The next process therefore
+waits LINGER_S before it writes.
+
+Leases have limits. The clocks of the machines must agree to within a minute. If two processes claim a directory within
+the same second, and one of them needs more than SETTLE_S to write the file, both may start. The one whose lease was
+overwritten notices this at its next renewal and exits.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.files import atomic_output, join, locate
-from minimind_ray.data.storage import WRITER, Mirror, copy_of, mirror_of, patiently, url_of
+from minimind_ray.data.storage import WRITER, Mirror, copy_of, mirror_of, retry, url_of
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 LEASE_S, RENEW_S, SETTLE_S = 120.0, 30.0, 1.0
 LINGER_S = 3.0
 LOCK_SECONDS = 1.0
-"""How long a lock is tried for: whoever looks at a run holds it for a moment."""
+"""How long to try for a lock: a process that only looks at a run holds the lock for a moment."""
 ENDED = -1
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -48,7 +50,11 @@ _held = set[str]()
 
 
 class Writer(BaseModel):
-    """writer.json. `started` is in the kernel's ticks, `machine` a boot of a machine and a namespace of processes."""
+    """The content of writer.json.
+
+    `started` is the process's start time in kernel ticks; `machine` names one boot of one machine and its process
+    namespace.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -58,7 +64,7 @@ class Writer(BaseModel):
     machine: str | None = None
     since: str = "an unknown time"
     token: str = Field(default_factory=lambda: uuid4().hex)
-    until: float | None = None  # When a lease ends, in seconds since 1970; None: a lock.
+    until: float | None = None  # When the lease expires, in seconds since 1970; None for a lock.
 
     @classmethod
     def here(cls) -> Writer:
@@ -69,10 +75,10 @@ class Writer(BaseModel):
         )  # fmt: skip
 
     def is_gone(self) -> bool:
-        """Whether this machine knows that the process has ended.
+        """Whether the process ran on this machine and has ended. False if that cannot be known.
 
-        /proc shows whether a later process has its id. Mounted with hidepid, it shows no other users' processes; then
-        whatever has the id counts as the writer.
+        A newer process may have the same id: the start time in /proc shows this. If /proc hides the processes of other
+        users (hidepid), any process with this id counts as the writer.
         """
         if self.machine is None or self.machine != _machine():
             return False
@@ -80,32 +86,35 @@ class Writer(BaseModel):
             os.kill(self.process, 0)
         except (ProcessLookupError, OverflowError):
             return True
-        except PermissionError:  # It lives, and is another user's.
+        except PermissionError:  # The process lives and belongs to another user.
             pass
         started = _started(self.process)
         return started == ENDED or None not in (started, self.started) and started != self.started
 
     def has_lease(self) -> bool:
-        """Whether it holds a lease that has not ended."""
+        """Whether the process has a lease that has not expired."""
         return self.until is not None and time.time() < self.until and not self.is_gone()
 
 
 def live_writer(directory: Path) -> Writer | None:
-    """The process that writes to a run or a sweep, from its directory or a local copy of it; None: no process does."""
+    """The process that writes to a run or sweep, by the writer.json in this directory; None if no process does.
+
+    For a run in an object store, `directory` is its local copy, which may be out of date: see `find_writer`.
+    """
     path = (directory.parent.parent if _is_trial(directory) else directory) / WRITER
     try:
         with path.open("rb") as file:
             writer = _parse(file.read())
             if writer and writer.until is not None:
                 return writer if writer.has_lease() else None
-            # Free for a moment: it looks the same to this process whether it holds the lock itself.
+            # Takes the lock for a moment if it is free. It is not free either if this process itself is the writer.
             return None if _try_lock(file, fcntl.LOCK_SH, 0) else writer or Writer()
     except OSError:
         return None
 
 
 def find_writer(where: str | Path) -> Writer | None:
-    """As `live_writer`, of a directory or a URL as it is now. Raises StoreError."""
+    """As `live_writer`, for a directory or a URL, after downloading the newest writer.json. Raises StoreError."""
     for place in _places(where):
         if mirror := mirror_of(place):
             for name in (WRITER, SWEEP):
@@ -114,19 +123,19 @@ def find_writer(where: str | Path) -> Writer | None:
 
 
 def require_free(where: str | Path) -> None:
-    """Raises UserError where another process writes to the run or sweep in a directory or at a URL."""
+    """Raise UserError if another process writes to the run or sweep in this directory or at this URL."""
     if _held.isdisjoint(_places(where)) and (writer := find_writer(where)):
         raise _in_use(_place(where), writer)
 
 
 @contextmanager
 def claimed(where: str | Path) -> Generator[None]:
-    """While inside, this process alone writes to the run or sweep in a directory or at a URL.
+    """While inside, only this process writes to the run or sweep in a directory or at a URL.
 
-    The directory is made if it is missing, and removed if it stays empty.
+    Creates a missing directory, and removes the directory at the end if it is empty. Nested use is allowed.
 
     Raises:
-        UserError: another process does.
+        UserError: another process writes there.
     """
     require_free(where)
     place = _place(where)
@@ -150,7 +159,7 @@ def _locked(directory: Path, file: IO[bytes]) -> Generator[None]:
             yield
         finally:
             (directory / WRITER).unlink(missing_ok=True)
-            with suppress(OSError):  # Something is in it.
+            with suppress(OSError):  # The directory is not empty.
                 directory.rmdir()
 
 
@@ -158,14 +167,14 @@ SWEEP = "sweep.json"
 
 
 def _places(where: str | Path) -> list[str]:
-    """The directory itself, and the sweep whose trial it may be."""
+    """The directory itself and, if its path looks like a trial's, the sweep's directory."""
     own = url_of(where).rstrip("/")
     parts = own.split("/")
     return [own, "/".join(parts[:-2])] if parts[-2:-1] == ["trials"] and len(parts) > 2 else [own]
 
 
 def _place(where: str | Path) -> str:
-    """The directory or URL whose writer.json counts, as far as the local copy of a URL is up to date."""
+    """The directory or URL whose writer.json counts: the sweep's for a trial. Trusts the local copy of a URL."""
     own, *sweep = _places(where)
     return sweep[0] if _is_trial(copy_of(own)) else own
 
@@ -175,7 +184,11 @@ def _is_trial(directory: Path) -> bool:
 
 
 def _lock(directory: Path) -> IO[bytes] | None:
-    """writer.json, locked until it is closed; None where the file system has no locks."""
+    """Open and lock writer.json until the file is closed; None if the file system has no locks.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     file = (directory / WRITER).open("a+b", buffering=0)
     try:
@@ -190,7 +203,7 @@ def _lock(directory: Path) -> IO[bytes] | None:
     if not locked:
         file.close()
         raise _in_use(str(directory), _parse(content) or Writer())
-    if os.fstat(file.fileno()).st_nlink == 0:  # The process before has just removed it.
+    if os.fstat(file.fileno()).st_nlink == 0:  # The previous writer has just deleted this file: open a new one.
         file.close()
         return _lock(directory)
     if content:
@@ -229,18 +242,18 @@ def _leased(where: str, mirror: Mirror | None) -> Generator[None]:
 
     def renew() -> None:
         while not ended.wait(RENEW_S):
-            with suppress(OSError):  # What fails now is tried again in RENEW_S.
+            with suppress(OSError):  # Try again in RENEW_S.
                 if (there := read()) is None or there.token != own.token:
-                    _end(where, there)
+                    _exit(where, there)
                 write()
 
-    if (there := patiently(read, where)) and there.has_lease():
+    if (there := retry(read, where)) and there.has_lease():
         raise _in_use(where, there)
     if there:
         time.sleep(LINGER_S)
-    patiently(write, where)
+    retry(write, where)
     time.sleep(SETTLE_S)
-    if (there := patiently(read, where)) is None or there.token != own.token:
+    if (there := retry(read, where)) is None or there.token != own.token:
         raise _in_use(where, there or Writer())
     ended = threading.Event()
     thread = threading.Thread(target=renew, name="lease", daemon=True)
@@ -250,7 +263,7 @@ def _leased(where: str, mirror: Mirror | None) -> Generator[None]:
     finally:
         ended.set()
         thread.join()
-        with suppress(OSError):  # What is left of it ends by itself.
+        with suppress(OSError):  # A lease that stays behind expires.
             filesystem.delete_file(path)
 
 
@@ -262,24 +275,24 @@ def _read(filesystem: fs.FileSystem, path: str) -> bytes:
 def _write(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     from pyarrow import fs
 
-    # Object stores replace a whole object at once.
+    # Object stores replace a whole object at once; a local file needs `atomic_output`.
     local = isinstance(filesystem, fs.LocalFileSystem)
     with atomic_output(filesystem, path) if local else filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(content)
 
 
-def _end(where: str, there: Writer | None) -> None:
-    """End this process, which may write no longer; what it has not written by now would disturb the other's run."""
+def _exit(where: str, there: Writer | None) -> None:
+    """Exit at once: another process has claimed the directory, and further writes would damage its run."""
     other = f"{_name(there)} has claimed it" if there else f"{join(where, WRITER)} was deleted"
-    print(f"error: {where}: this process ends, because {other}", file=sys.stderr, flush=True)
+    print(f"error: {where}: this process exits, because {other}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def _in_use(where: str, writer: Writer) -> UserError:
-    text = f"{where} is in use by {_name(writer)}: wait for its end, stop it, or choose another --out"
+    text = f"{where} is in use by {_name(writer)}: wait until it ends, stop it, or choose another --out"
     if writer.until is not None:
         text += (
-            f". If that process is gone, its claim ends by itself at {_time(writer.until)}, and at once if you delete "
+            f". If that process is gone, its claim expires at {_time(writer.until)}; to free {where} now, delete "
             f"{join(where, WRITER)}"
         )
     return UserError(text)
@@ -301,7 +314,7 @@ def _parse(content: bytes) -> Writer | None:
 
 
 def _machine() -> str | None:
-    """Names this boot of this machine, and the namespace in which its process ids hold; None where Linux is not."""
+    """A name for this boot of this machine and its process namespace; None on systems other than Linux."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
@@ -309,7 +322,7 @@ def _machine() -> str | None:
 
 
 def _started(process: int) -> int | None:
-    """When a process was started; ENDED of one that only its parent still knows, None where /proc does not show it."""
+    """A process's start time in kernel ticks; ENDED for a zombie process, None if /proc does not show the process."""
     try:
         state, *values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,7 +1,8 @@
-"""Checked access to the fields of a row or a turn. Fields that were not read can be listed afterwards.
+"""Checked access to the fields of a row or a turn, for `formats.py` and `turns.py`.
 
-A field counts as absent when its value is null, NaN, an empty text, an empty list or an empty object: files made from
-tables give every row every column.
+`Fields` records which fields were read, so that the unread ones can be listed afterwards. The functions `as_…` check a
+value's type. A field counts as absent if its value is null, NaN, an empty text, an empty list or an empty object: files
+made from tables give every row every column.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ HARMLESS = re.compile(
     r"|tokens|num_tokens|token_count|num_turns|length|parallel_tool_calls|(score|rating|num|n|len|length)_.*",
     re.IGNORECASE,
 )
-"""Names of fields that say where a row comes from or how good somebody found it, which no training needs. All other
-fields that nothing reads are counted and named."""
+"""Names of fields that training does not need, such as a row's source or rating. They are ignored without a word; all
+other unread fields are counted and named in the summary."""
 
 
 class BadRowError(ValueError):
-    """Why a row cannot be used."""
+    """A row cannot be used. The message is the reason shown to the user."""
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value says as much as a missing field."""
+    """Whether a value counts as a missing field (see the module's docstring)."""
     return value in NOTHING or (isinstance(value, float) and math.isnan(value))
 
 
@@ -40,10 +41,10 @@ def is_harmless(name: str) -> bool:
 
 
 def renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """The fields with the user's own names (the values of `names`) replaced by ours (its keys).
+    """The fields under standard names: `names` maps each standard name to the user's name for that field.
 
     Raises:
-        BadRowError: a field has our name already, and the user's own, too.
+        BadRowError: the row has a field under the standard name and another one under the user's name.
     """
     theirs = {own: name for name, own in names.items() if own in values}
     if not theirs:
@@ -51,7 +52,7 @@ def renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     for own, name in theirs.items():
         if not is_absent(values.get(name)) and name not in theirs:
             raise BadRowError(
-                f"{name} is there, and so is {own}, which data.fields reads as {name}; list {name} in data.ignore"
+                f"the row has both {name} and {own}, which data.fields reads as {name}; list {name} in data.ignore"
             )
     kept = {name: value for name, value in values.items() if name not in theirs}
     return {**kept, **{name: values[own] for own, name in theirs.items()}}
@@ -69,9 +70,9 @@ class Fields:
         return not is_absent(self._values.get(name))
 
     def take(self, *names: str) -> tuple[str, Any]:
-        """The first of these fields that is present, as (its full name, its value), and mark it as read.
+        """The first of these fields that is present, as (full name, value). Marks the present fields as read.
 
-        (The first name, None) where all are absent. Two present ones must agree.
+        Returns (full name of the first, None) if all are absent.
 
         Raises:
             BadRowError: two of the fields are present and differ.
@@ -86,21 +87,21 @@ class Fields:
         return self.where + found[0], self._values[found[0]]
 
     def string(self, *names: str) -> str | None:
-        """The text of the first present field of these, or None.
+        """The text of the first present field of these, or None if all are absent.
 
         Raises:
-            BadRowError: the value is no text; or two fields differ.
+            BadRowError: the value is not a text, or two of the fields are present and differ.
         """
         where, value = self.take(*names)
         return None if value is None else as_string(value, where)
 
     def raw(self, name: str) -> Any:
-        """The value of a field as it stands, an empty one included, and mark it as read; None where it is missing."""
+        """The value of a field, even an empty one; None if the field is missing. Marks the field as read."""
         self._read.add(name)
         return self._values.get(name)
 
     def has_key(self, name: str) -> bool:
-        """Whether there is a field of this name, be it empty."""
+        """Whether there is a field of this name, even an empty one."""
         return name in self._values
 
     def was_read(self, name: str) -> bool:
@@ -113,7 +114,7 @@ class Fields:
 
 
 def as_string(value: Any, where: str) -> str:
-    """The value, which has to be a text.
+    """Check that the value is a text, and return it.
 
     Raises:
         BadRowError: the value is something else.
@@ -124,7 +125,7 @@ def as_string(value: Any, where: str) -> str:
 
 
 def as_text(value: Any, where: str) -> str:
-    """The value, which has to be a text that is more than white space.
+    """Check that the value is a text with more than white space, and return it.
 
     Raises:
         BadRowError: the value is something else.
@@ -136,7 +137,7 @@ def as_text(value: Any, where: str) -> str:
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:
-    """The value, which has to be an object.
+    """Check that the value is an object, and return it.
 
     Raises:
         BadRowError: the value is something else.
@@ -147,7 +148,7 @@ def as_object(value: Any, where: str) -> dict[str, Any]:
 
 
 def as_list(value: Any, where: str) -> list[Any]:
-    """The value, which has to be a list, or the JSON text of a list (as tables and MiniMind's data have them).
+    """Check that the value is a list, or the JSON text of a list (as in tables and MiniMind's data); return the list.
 
     Raises:
         BadRowError: the value is something else.
@@ -159,7 +160,7 @@ def as_list(value: Any, where: str) -> list[Any]:
 
 
 def as_objects(value: Any, where: str) -> list[dict[str, Any]]:
-    """The value, which has to be a list of objects, or the JSON text of such a list.
+    """Check that the value is a list of objects, or the JSON text of such a list; return the list.
 
     Raises:
         BadRowError: the value is something else, or holds NaN or Infinity, which JSON does not have.
@@ -176,10 +177,10 @@ PRINTED_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]\s
 
 
 def turns_in_text(value: str, where: str) -> Any:
-    """The turn or the list of turns that a text spells in JSON; None where it is some other text.
+    """Parse a text that holds a turn or a list of turns as JSON; None for any other text.
 
     Raises:
-        BadRowError: the text looks like turns, but is no JSON, as Python prints lists.
+        BadRowError: the text looks like turns but is not JSON, such as a list printed by Python.
     """
     if not PRINTED_TURNS.match(value):
         return None
@@ -187,14 +188,14 @@ def turns_in_text(value: str, where: str) -> Any:
         parsed = json.loads(value)
     except ValueError:
         raise BadRowError(
-            f"{where} looks like turns but is no JSON (Python prints lists so); save it as JSON or Parquet"
+            f"{where} looks like turns but is not JSON (perhaps printed by Python); save it as JSON or Parquet"
         ) from None
     first = parsed[0] if isinstance(parsed, list) and parsed else parsed
     return parsed if isinstance(first, dict) and ("role" in first or "from" in first) else None
 
 
 def as_object_or_json(value: Any, where: str) -> dict[str, Any]:
-    """The value, which has to be an object, or the JSON text of an object.
+    """Check that the value is an object, or the JSON text of an object; return the object.
 
     Raises:
         BadRowError: the value is something else.

@@ -1,4 +1,7 @@
-"""Local folders and object stores behind one interface, pyarrow's: a URL becomes a file system and a path in it."""
+"""Open local files and objects in stores alike: `locate` turns a path or URL into a pyarrow file system and a path.
+
+`storage.py` builds on this module to mirror whole directories of a store.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ GS_RETRY_S = 10
 
 
 def locate(url: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URL (`s3://`, `gs://`, `hf://`, or what fsspec knows), and the path inside it.
+    """The file system of a path or URL (`s3://`, `gs://`, `hf://`, or another scheme of fsspec), and the path in it.
 
-    Credentials and endpoints are those of the environment (AWS_ENDPOINT_URL, HF_TOKEN, …).
+    Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, HF_TOKEN, …).
 
     Raises:
-        UserError: another kind of URL, one that names nothing (see `check_location`), or an object store that cannot be
+        UserError: the URL is malformed (see `check_location`), its scheme cannot be used, or its object store cannot be
             reached.
     """
     import pyarrow as pa
@@ -40,21 +43,21 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
 
         return _filesystem(HfFileSystem()), rest
     if scheme in ("s3", "gs"):
-        # Google's client would try each request for 15 minutes, in which no signal is heard.
+        # Google's client retries each request for 15 minutes by default and reacts to no signal meanwhile.
         options = f"?retry_limit_seconds={GS_RETRY_S}" if scheme == "gs" else ""
-        try:  # From the bucket alone: a path may hold what an URI may not, such as the wildcards of a glob.
+        try:  # Pass only the bucket: the path may contain characters that a URI cannot, such as a glob's wildcards.
             return fs.FileSystem.from_uri(f"{scheme}://{rest.split('/')[0]}{options}")[0], rest
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{url}: the object store cannot be used: {one_line(error)}") from None
     import fsspec
     from fsspec.registry import known_implementations
 
-    # Of its own implementations only stores: others need more than a URL (ftp://), or forget what they hold (memory://).
-    why = "it is the scheme of no object store"
+    # Of fsspec's own schemes use only object stores: others need more than a URL (ftp://) or store nothing (memory://).
+    why = "it is not the scheme of an object store"
     if scheme in STORES or scheme not in known_implementations:
         try:
             return _filesystem(fsspec.filesystem(scheme)), rest
-        except Exception as error:  # each package has its own
+        except Exception as error:  # Each package raises its own exceptions.
             why = one_line(error)
     raise UserError(
         f"{url}: {scheme}:// cannot be used ({why}); use a local path, s3://, gs:// or hf://, or the scheme of another "
@@ -69,8 +72,10 @@ def _filesystem(filesystem: Any) -> fs.FileSystem:
 
 
 class _WithOSErrors:
-    """fsspec's file system, or a file of it, whose errors are OSErrors, as pyarrow's own are: packages for fsspec let
-    through what their clients raise (RuntimeError, azure's, httpx's), which nobody else would catch."""
+    """Wraps an fsspec file system, or one of its files, so that every error is an OSError, as in pyarrow.
+
+    fsspec packages let through the exceptions of their clients (RuntimeError, azure's, httpx's).
+    """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -94,7 +99,7 @@ class _WithOSErrors:
 
         return call
 
-    # fsspec's own take errors for a no, and then what a store does not give for a while would count as deleted.
+    # fsspec's own versions answer False on any error, so a file would count as deleted while the store fails.
 
     def isfile(self, path: str) -> bool:
         return self._type(path) == "file"
@@ -113,7 +118,7 @@ class _WithOSErrors:
 
 
 def absolute(url: str) -> str:
-    """The path made absolute, since workers run in other directories; a URL as it is."""
+    """The path made absolute, because workers run in other directories; a URL is returned unchanged."""
     return url if "://" in url else str(expanded(url).absolute())
 
 
@@ -124,7 +129,7 @@ def join(base: str, *parts: str) -> str:
 
 @contextmanager
 def atomic_output(filesystem: fs.FileSystem, path: str) -> Generator[pa.NativeFile]:
-    """A stream to write `path` with, which gets its name only when the block ends without an exception."""
+    """A stream that writes `path`. The file appears only when the block ends without an exception."""
     from pyarrow import fs
 
     temporary = f"{path}.{uuid4().hex}{TEMPORARY}"
@@ -144,7 +149,7 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def writing_to(path: Path) -> Generator[None]:
-    """While inside, an OSError names the file: Python's own error of a full disk does not."""
+    """While inside, add the file's name to an OSError: Python's error for a full disk lacks it."""
     try:
         yield
     except OSError as error:
@@ -153,12 +158,12 @@ def writing_to(path: Path) -> Generator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says of an error, short enough to stand in a sentence of ours."""
+    """An exception's message on one line, cut to 300 characters, without credentials."""
     return masked(" ".join(str(error).split()))[:300]
 
 
 def exists(url: str) -> bool:
-    """Whether there is a file or folder at a path or URL."""
+    """Whether a path or URL names an existing file or folder."""
     from pyarrow import fs
 
     filesystem, path = locate(url)
@@ -166,10 +171,10 @@ def exists(url: str) -> bool:
 
 
 def require_bucket(url: str) -> None:
-    """Whether the bucket of a URL in S3 or Google's store exists, as far as the credentials allow to look at it.
+    """Check that the bucket of a URL in S3 or Google's store exists. Passes if the credentials do not allow to look.
 
     Raises:
-        UserError: it does not.
+        UserError: the bucket does not exist.
     """
     from pyarrow import fs
 
@@ -177,13 +182,13 @@ def require_bucket(url: str) -> None:
     if filesystem.type_name not in ("s3", "gcs"):
         return
     bucket = path.partition("/")[0]
-    with suppress(OSError):  # Such credentials may be good for the files in it.
+    with suppress(OSError):  # The credentials may still allow access to the files in the bucket.
         if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
             raise UserError(f"{url}: the bucket {bucket} does not exist")
 
 
 def remove(url: str) -> None:
-    """Delete a folder and what is in it, as far as that is possible."""
+    """Delete a folder and its content. Ignores errors."""
     filesystem, path = locate(url)
     with suppress(OSError):
         filesystem.delete_dir(path)

@@ -1,7 +1,7 @@
-"""The values of a JSON file, cut out of a stream of bytes: the items of an array, or one value after another.
+"""Split a stream of JSON bytes into its values: the items of an array, or values one after another.
 
-Values are not parsed here: only strings and brackets are followed, so the time is linear in the bytes, and memory holds
-one chunk and one value.
+`records.py` uses it for .json files that are too large to load at once. Values are not parsed here: the scanner follows
+only strings and brackets. It takes time linear in the bytes, and memory for one chunk and one value.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MISSING_COMMA = "not valid JSON: a comma is missing in the array before this row
 
 
 class DamagedError(Exception):
-    """A file is damaged, and nothing beyond can be read; the message says why."""
+    """A file is damaged, and nothing after this place can be read. The message says why."""
 
 
 class JsonValues:
-    """Iterates over the bytes of the values; None stands for a value of more than `limit` bytes.
+    """Iterates over the values, each as bytes, or None for a value of more than `limit` bytes.
 
     Raises:
-        DamagedError: the array breaks off, lacks a comma, or is followed by something else. `place` says where.
+        DamagedError: the array is truncated, lacks a comma, or is followed by more text. `place` says where.
     """
 
     def __init__(self, chunks: Iterable[bytes], limit: int) -> None:
@@ -38,7 +38,7 @@ class JsonValues:
 
     @property
     def place(self) -> int:
-        """The line that the current value begins on; its number where the second value begins on the first line."""
+        """The line, from 1, on which the current value begins; the value's number if line 1 holds several values."""
         return self._number if self._number > 1 and self._second_line == 1 else self._line
 
     def __iter__(self) -> Iterator[bytes | None]:
@@ -59,10 +59,10 @@ class JsonValues:
                     raise DamagedError(TRUNCATED if separator == END else MISSING_COMMA)
                 yield _value(next(tokens, END))
         if next(tokens, END) != END:
-            raise DamagedError("not valid JSON: the file goes on after the end of its array")
+            raise DamagedError("not valid JSON: there is more text after the end of the array")
 
     def _tokens(self) -> Iterator[bytes | None]:
-        """Whole values, and the punctuation between them; a `[` that the text begins with is punctuation, too."""
+        """Whole values and the punctuation between them. A `[` at the beginning of the text counts as punctuation."""
         line, rest = 1, b""
         value: _Value | None = None
         opening = True
@@ -86,7 +86,7 @@ class JsonValues:
                 if value.ended:
                     yield value.content
                     value = None
-                elif at < len(chunk):  # a backslash, of which the next chunk has the other half
+                elif at < len(chunk):  # The chunk ends with a backslash; the escaped character is in the next chunk.
                     rest = chunk[at:]
                     break
         if value is None:
@@ -111,7 +111,7 @@ def _value(token: bytes | None) -> bytes | None:
 
 
 class _Value:
-    """A value being read, chunk after chunk; of a value that is too long nothing is held."""
+    """A value while it is read, chunk after chunk. Drops the bytes of a value that is too long."""
 
     def __init__(self, mark: bytes, limit: int) -> None:
         self.scalar = mark not in (b"{", b"[", b'"')
@@ -127,7 +127,7 @@ class _Value:
         return b"".join(self._pieces) if self._size <= self._limit else None
 
     def read(self, chunk: bytes, start: int) -> int:
-        """Take the bytes from `start` on up to the value's end, or as many as there are; where they stop."""
+        """Read the value's bytes from `start` on, up to its end or the chunk's. Returns where reading stopped."""
         stop = self._find_end(chunk, start)
         self._size += stop - start
         if self._size <= self._limit:
@@ -159,6 +159,6 @@ class _Value:
 
 
 def _end(pattern: re.Pattern[bytes], text: bytes, start: int) -> int:
-    """Where the match of a pattern that always matches ends."""
+    """The end of the pattern's match at `start`; the patterns here always match."""
     found = pattern.match(text, start)
     return found.end() if found else start

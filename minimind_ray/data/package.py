@@ -1,8 +1,12 @@
-"""The part of the working directory that a job on a cluster is sent, as a zip file.
+"""Choose the files of the working directory that go to a cluster with a job, and write them as a zip file.
 
-Left out is what .gitignore and .rayignore name, what a cluster has no use for, and what looks like a secret: by its
-name, or because a small file holds a private key, an access key, or a token of this machine. Symbolic links are sent as
-what they lead to, unless that lies outside of the directory.
+These files are left out:
+- files that .gitignore or .rayignore names
+- files that a cluster does not need (UNUSED)
+- secrets: files with a suspicious name, and small files that hold a private key, an access key or a token of this
+  machine
+
+A symbolic link is replaced by its target, or left out if the target lies outside of the directory.
 """
 
 from __future__ import annotations
@@ -30,13 +34,13 @@ SECRETS = (
     "pip.conf", ".env~", "*.pem.*", "*[-_]key.txt", "token", "token.*", "*.token", "*[-_]token", "*[-_]token.txt",
     "*_api_key*", "*.tfstate", "!*.py",
 )  # fmt: skip
-"""Patterns of names as in .gitignore, compared in lower case."""
+"""Patterns of secret files, as in .gitignore, compared in lower case."""
 SHAPES = re.compile(
     rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA(?:KIA|SIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z]{34}\b|\bgh[pousr]_[A-Za-z0-9]{36}"
     rb"|\bgithub_pat_[A-Za-z0-9_]{60}|\bxox[abpr]-[0-9A-Za-z-]{20}|\bsk-[A-Za-z0-9_-]{20}"
     rb"|(?i:API_?KEY|TOKEN|SECRET|PASSWORD)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}\b"
 )
-SCANNED = 1 << 20  # bytes of the largest file that is read for secrets
+SCANNED = 1 << 20  # Files of more bytes are not searched for secrets.
 TOKEN_FILES = ("~/.ray/auth_token", "~/.cache/huggingface/token")
 TOKEN_VARIABLES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
 SHORTEST_TOKEN = 16
@@ -44,7 +48,10 @@ SHORTEST_TOKEN = 16
 
 @dataclass
 class Package:
-    """Files to send, by their path from the working directory on. Secrets stay, and links that lead out of it."""
+    """The files to send, by their path relative to the working directory.
+
+    `secrets` and `links` list the paths that stay here: secrets, and links to targets outside of the directory.
+    """
 
     files: dict[str, Path] = field(default_factory=dict)
     secrets: list[str] = field(default_factory=list)
@@ -52,7 +59,7 @@ class Package:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The total size of all files, in bytes."""
         return sum(path.stat().st_size for path in self.files.values())
 
     def write(self, target: Path) -> None:
@@ -68,15 +75,15 @@ class Package:
                 except UnicodeEncodeError:
                     raise UserError(
                         f"{name.encode(errors='replace').decode()} cannot be sent: its name is not UTF-8; rename the "
-                        "file, or name it in .rayignore"
+                        "file, or list it in .rayignore"
                     ) from None
                 except OSError as error:
-                    raise UserError(f"{name} cannot be read to be sent ({error}): name it in .rayignore") from None
+                    raise UserError(f"{name} cannot be sent ({error}): list it in .rayignore") from None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A line of .gitignore: paths below `base` that match are left out, or kept after all."""
+    """A line of .gitignore: matching paths below `base` are ignored, or (`keeps`, for a line with !) not ignored."""
 
     base: str
     pattern: re.Pattern[str]
@@ -85,10 +92,10 @@ class Rule:
 
 
 def package(root: Path, ship: Sequence[str] = ()) -> Package:
-    """What a job is sent of the directory `root`, and of `ship`, files and folders in it, everything.
+    """Choose the files of the directory `root` to send. `ship` names files and folders that are sent with no exception.
 
     Raises:
-        UserError: a path of `ship` does not exist, or lies outside of `root`.
+        UserError: a path of `ship` does not exist, lies outside of `root`, or is `root` itself.
     """
     root = root.absolute()
     found = Package()
@@ -96,10 +103,10 @@ def package(root: Path, ship: Sequence[str] = ()) -> Package:
     for name in ship:
         path = Path(os.path.normpath(root / name))
         if not path.is_relative_to(root):
-            raise UserError(f"--ship {name} does not lie in the working directory, which is all that the cluster gets")
+            raise UserError(f"--ship {name} is outside of the working directory; only files in it can be sent")
         if path == root:
             raise UserError(
-                f"--ship {name} is the whole directory, with all secrets in it: name files or folders in it"
+                f"--ship {name} is the whole directory, with all its secrets: name single files or folders in it"
             )
         if not path.exists():
             raise UserError(f"--ship {name}: there is no such file or folder here")
@@ -121,7 +128,7 @@ def _collect(
     parents: tuple[Path, ...],
 ) -> None:
     real = folder.resolve()
-    if real in parents:  # a link to a folder that it lies in
+    if real in parents:  # a link to a folder that contains it
         return
     git, ray = (
         [*before, *_rules_in(folder / name)] for before, name in zip(ignored, (".gitignore", ".rayignore"), strict=True)
@@ -130,11 +137,11 @@ def _collect(
     unused = rules(UNUSED, str(folder)) if not at else []
     for entry in sorted(folder.iterdir()):
         name, is_folder, where = at + entry.name, entry.is_dir(), str(entry)
-        if any(left_out(each, where, is_folder) for each in (git, ray, unused)):
+        if any(is_ignored(each, where, is_folder) for each in (git, ray, unused)):
             continue
         target = Path(os.path.realpath(entry)) if entry.is_symlink() else real / entry.name
         outside = not target.is_relative_to(top)
-        # A link has a second name, by which it may be a secret.
+        # A link has a second name, its target's, which may be the name of a secret.
         names = [name] if outside else [name, target.relative_to(top).as_posix()]
         if any(_is_secret(secret, each, is_folder) for each in names):
             found.secrets.append(name + "/" * is_folder)
@@ -150,9 +157,9 @@ def _collect(
 
 
 def _is_secret(secret: list[Rule], name: str, is_folder: bool) -> bool:
-    """Whether a path, from the working directory on, or a folder that it lies in is a secret by its name."""
+    """Whether a path (relative to the working directory), or a folder in it, has the name of a secret."""
     folders = [f"/{folder.as_posix()}" for folder in PurePosixPath(name.lower()).parents][:-1]
-    return left_out(secret, f"/{name.lower()}", is_folder) or any(left_out(secret, each, True) for each in folders)
+    return is_ignored(secret, f"/{name.lower()}", is_folder) or any(is_ignored(secret, each, True) for each in folders)
 
 
 def _holds_secret(file: Path, tokens: Sequence[bytes]) -> bool:
@@ -160,13 +167,13 @@ def _holds_secret(file: Path, tokens: Sequence[bytes]) -> bool:
         if file.stat().st_size > SCANNED:
             return False
         content = file.read_bytes()
-    except OSError:  # said when it is sent
+    except OSError:  # `Package.write` reports this error.
         return False
     return bool(SHAPES.search(content)) or any(token in content for token in tokens)
 
 
 def _tokens() -> list[bytes]:
-    """This machine's tokens, keys and passwords: in the environment, and where Ray and Hugging Face keep theirs."""
+    """This machine's tokens, keys and passwords, from the environment and the token files of Ray and Hugging Face."""
     values = [value for name, value in os.environ.items() if TOKEN_VARIABLES.search(name)]
     for file in map(Path, TOKEN_FILES):
         try:
@@ -177,7 +184,7 @@ def _tokens() -> list[bytes]:
 
 
 def rules(lines: Iterable[str], base: str) -> list[Rule]:
-    """The rules that lines of a .gitignore in the directory `base` make."""
+    """Parse the lines of a .gitignore that lies in the directory `base`."""
     return list(_rules(lines, base))
 
 
@@ -194,12 +201,12 @@ def _rules(lines: Iterable[str], base: str) -> Iterator[Rule]:
         start = "" if anchored else "(?:.*/)?"
         try:
             yield Rule(base, re.compile(start + _regex(text.removeprefix("/"))), only_folders, keeps)
-        except re.error:  # no pattern, as for git
+        except re.error:  # Git ignores an invalid pattern, too.
             continue
 
 
 def _regex(pattern: str) -> str:
-    """A pattern of .gitignore as a regular expression of whole paths."""
+    """Translate a pattern of .gitignore to a regular expression for whole paths."""
     made, rest = "", pattern
     while rest:
         if found := re.match(r"\*\*/", rest) if not made or made.endswith("/") else None:
@@ -213,7 +220,7 @@ def _regex(pattern: str) -> str:
         elif found := re.match(r"\[([!^]?)(\]?[^\]]*)\]", rest):
             made += f"(?!/)[{'^' if found[1] else ''}{found[2].replace('[', chr(92) + '[')}]"
         elif rest.startswith("["):
-            raise re.error("a class without its end")
+            raise re.error("a character class without its end")
         elif found := re.match(r"\\?(.)", rest, re.DOTALL):
             made += re.escape(found[1])
         assert found
@@ -221,8 +228,8 @@ def _regex(pattern: str) -> str:
     return made
 
 
-def left_out(rules: Iterable[Rule], path: str, is_folder: bool) -> bool:
-    """Whether the last rule that an absolute path matches leaves it out."""
+def is_ignored(rules: Iterable[Rule], path: str, is_folder: bool) -> bool:
+    """Whether an absolute path is ignored. The last matching rule decides."""
     last = False
     for rule in rules:
         if (is_folder or not rule.only_folders) and rule.pattern.fullmatch(path, len(rule.base.rstrip("/")) + 1):
@@ -238,7 +245,7 @@ def _rules_in(file: Path, base: Path | None = None) -> list[Rule]:
 
 
 def _rules_above(root: Path) -> list[list[Rule]]:
-    """Git's rules for `root` from outside of it: the user's, and those of the repository that it is a folder of."""
+    """Git's rules for `root` from outside of it: the user's own, and those of the repository that contains it."""
     top = next((folder for folder in (root, *root.parents) if (folder / ".git").exists()), None)
     if not top:
         return [[], []]

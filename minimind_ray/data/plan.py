@@ -1,8 +1,9 @@
-"""Which packs each optimizer step reads, on which worker.
+"""Decide which packs each worker reads in each optimizer step.
 
-A pure function of the prepared data, the seed and the config, so the position in the data is one number, the step:
-a resumed run, a run with another number of workers and a run on another host read the same packs in the same steps,
-each pack of an epoch exactly once. A `StepSource` gives a worker its packs of each step, for a `Plan` of steps.
+A `Plan` says how many steps there are; a `StepSource` gives a worker its packs of each step. `StepPlan` is a pure
+function of the prepared data, the seed and the config. The step number alone is therefore the position in the data: a
+resumed run, a run with more workers and a run on another host read the same packs in the same step, and an epoch reads
+each pack exactly once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from minimind_ray.data.store import PackStore, epoch_order
 
 
 class Plan(Protocol):
-    """How many steps and packs there are, and which epoch (from 0) a step belongs to, where that is known."""
+    """How many steps and packs a run has, and which epoch a step belongs to."""
 
     @property
     def packs_per_step(self) -> int:
@@ -33,11 +34,11 @@ class Plan(Protocol):
 
     @property
     def packs_per_epoch(self) -> int | None:
-        """Packs in one pass over the data."""
+        """Packs in one pass over the data; None if unknown."""
         ...
 
     def epoch(self, step: int) -> int | None:
-        """The epoch of `step`."""
+        """The epoch that `step` belongs to, from 0; None if unknown."""
         ...
 
 
@@ -46,7 +47,7 @@ class StepSource(Protocol):
 
     @property
     def prefetch(self) -> bool:
-        """Whether a step's packs can be made while the step before is trained; not where they depend on the weights."""
+        """Whether a step's packs can be made during the previous step. False if they depend on the weights."""
         ...
 
     def steps(self, start: int, /) -> Iterator[list[Pack]]:
@@ -56,7 +57,7 @@ class StepSource(Protocol):
 
 @dataclass(frozen=True)
 class PackSource:
-    """A step source whose packs do not depend on the weights. `steps` is as in `StepSource`."""
+    """A step source whose packs do not depend on the weights. See `StepSource` for `steps`."""
 
     steps: Callable[[int], Iterator[list[Pack]]]
     prefetch: bool = True
@@ -64,7 +65,7 @@ class PackSource:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a host hands a stage: the plan, where this worker's packs come from, and the validation packs."""
+    """The data that a host gives to a stage: the plan, this worker's source of packs, and the validation packs."""
 
     plan: Plan
     source: StepSource
@@ -73,7 +74,10 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Steps over the packs of `row_groups`, `packs_per_step` at a time; an epoch's last step takes what is left."""
+    """Steps of `packs_per_step` packs each; the last step of an epoch may have fewer.
+
+    `row_groups` are the numbers of packs in each row group of the prepared data.
+    """
 
     row_groups: tuple[int, ...]
     packs_per_step: int
@@ -93,7 +97,7 @@ class StepPlan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run. With max_steps alone deciding, epochs go on as long as it takes."""
+        """Optimizer steps of the run. If `max_steps` is given, it decides, and `epochs` has no effect."""
         return self.steps_per_epoch * self.epochs if self.max_steps is None else self.max_steps
 
     def epoch(self, step: int) -> int:
@@ -101,7 +105,10 @@ class StepPlan:
         return step // self.steps_per_epoch
 
     def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Packs that `rank` of `world_size` workers trains on in `step`; may be empty in an epoch's last step."""
+        """The ids of the packs that worker `rank` of `world_size` trains on in `step`, int64 [packs].
+
+        May be empty in an epoch's last step.
+        """
         epoch, at = divmod(step, self.steps_per_epoch)
         order = _order(self.row_groups, self.seed, epoch)
         return order[at * self.packs_per_step : (at + 1) * self.packs_per_step][rank::world_size]
@@ -115,6 +122,6 @@ def _order(row_groups: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
 def read_steps(
     store: PackStore, plan: StepPlan, start: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[Pack]]:
-    """This rank's packs of each step from `start` on, read straight from the prepared data."""
+    """This rank's packs of each step from `start` on, read from the prepared data without Ray Data."""
     for step in range(start, plan.steps):
         yield store.read(plan.ids(step, rank, world_size).tolist())

@@ -1,16 +1,17 @@
-"""Rows out of source files, one bad row at a time: what cannot be read becomes a Reject, never an exception.
+"""Find source files and read their rows. A bad row becomes a `Reject` with a reason, and the rows after it are read.
 
-Sources are on a local disk or an object store. They are streamed: memory holds a few MB and one row, which has 16 MiB
-at most. All kinds but Parquet may be compressed (.gz, .zst).
+This is the first step of data preparation; `formats.py` then says what a row means. Sources are on a local disk or in
+an object store. They are streamed: memory holds a few MB and one row of at most 16 MiB. All formats but Parquet may be
+compressed (.gz, .zst).
 
-    .jsonl      an object a line; blank lines are no rows
-    .json       an array of objects; or objects one after another, a line each or pretty-printed
-    .csv, .tsv  a header with the fields' names, then a row of strings each; a field whose cell is empty is left out
-    .txt        {"text": …} of each line that is not blank, or of the whole file (`data.text_files`)
-    .parquet    columns are fields; nulls and NaN are left out
+    .jsonl      one object on each line; blank lines are skipped
+    .json       an array of objects; or objects one after another, each on one line or pretty-printed
+    .csv, .tsv  a header with the fields' names, then rows of strings; empty cells are left out
+    .txt        {"text": …} for each line that is not blank, or for the whole file (`data.text_files`)
+    .parquet    one field for each column; nulls and NaN are left out
 
-A row's `line` is the line of the file, counted from 1, that it begins on. Where a file's lines do not tell the rows
-apart it is the row's number, counted from 1: in Parquet, and in a .json file whose second row begins on the first line.
+A row's `line` is the line of the file on which the row begins, from 1. It is the row's number, from 1, in Parquet files
+and in .json files whose second row begins on the first line.
 """
 
 from __future__ import annotations
@@ -48,19 +49,21 @@ NO_ROWS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "readme*.txt", "license*.txt", "notice*.txt", "requirements*.txt",
 )  # fmt: skip
-"""Names, in lower case, of files that lie beside data and hold no rows."""
+"""Patterns, in lower case, of files that often lie beside data and hold no rows."""
 LINE_LIMIT = 16 << 20
-FIRST_BYTES = 64 << 10  # in which a file shows how its rows are written
+FIRST_BYTES = 64 << 10  # how much of a file is looked at to find out how its rows are written
 TOO_LONG = f"the row is longer than {LINE_LIMIT >> 20} MiB"
 DEPTH_LIMIT = 64
 TOO_DEEP = f"JSON nested deeper than {DEPTH_LIMIT} levels"
 CHUNK = 4 << 20
 BOM = b"\xef\xbb\xbf"
-AN_ARRAY = "a JSON array, not JSON lines (an object a line); if the file is one array, name it .json instead of .jsonl"
+AN_ARRAY = (
+    "a JSON array, not JSON lines (one object on each line); if the file is one array, name it .json instead of .jsonl"
+)
 
 
 class Row(NamedTuple):
-    """A JSON object and where it stands. (A tuple is made in a third of a dataclass's time, and there are many.)"""
+    """A JSON object and its place. (There are many rows, and a tuple is three times as fast to make as a dataclass.)"""
 
     file: str
     line: int
@@ -69,7 +72,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that cannot be used, and why, in words for the user."""
+    """A rejected row: its place, and the reason shown to the user."""
 
     file: str
     line: int
@@ -77,13 +80,13 @@ class Reject:
 
 
 class Damage(Reject):
-    """Where a file is damaged: nothing beyond can be read."""
+    """The place from which on a damaged file cannot be read, and the reason shown to the user."""
 
     __slots__ = ()
 
 
 class RawRow(NamedTuple):
-    """A row before it is parsed: `content` is JSON, or should be. `line` as in the module's docstring."""
+    """A row before it is parsed: `content` should be JSON. See the module's docstring for `line`."""
 
     line: int
     content: bytes
@@ -91,8 +94,11 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file to read: absolute path or URL, size in bytes, a mark that changes when the file does, and when it last
-    did (seconds since 1970; 0 where that is not known); and how a .txt file is read, as `data.text_files`."""
+    """One file to read.
+
+    `path` is an absolute path or a URL, `size` is in bytes. `version` changes when the file's content changes;
+    `modified` is the time of its last change (seconds since 1970; 0 if unknown). `text_files` is as in the config.
+    """
 
     path: str
     size: int
@@ -112,25 +118,27 @@ class Source:
 
     @property
     def compressed(self) -> bool:
-        """The file is compressed as a whole; Parquet compresses its columns."""
+        """Whether the whole file is compressed. False for Parquet, which compresses its columns."""
         return self.suffix.endswith(COMPRESSED)
 
     @property
     def whole(self) -> bool:
-        """The file is one document."""
+        """Whether the file is a single document."""
         return self.kind == ".txt" and self.text_files == "whole"
 
     @property
     def by_lines(self) -> bool:
-        """The file can be cut at any line's end, and its parts read by themselves."""
+        """Whether the file can be cut at any line's end into parts that can be read separately."""
         return self.suffix in (".jsonl", ".txt") and not self.whole
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a source, from `start` up to `stop`: bytes of a source that is `by_lines` (from one line's start to
-    another's), row groups of .parquet. Others have only one part, all of it (`stop` None). `first_line` is the number
-    of its first line."""
+    """A piece of a source, from `start` up to `stop` (None: the end). `first_line` is the number of its first line.
+
+    `start` and `stop` are bytes at the beginnings of lines for a source that is `by_lines`, and row groups for Parquet.
+    Other sources have a single part.
+    """
 
     start: int = 0
     stop: int | None = None
@@ -138,13 +146,13 @@ class Part:
 
 
 def discover(sources: str | list[str], text_files: TextFiles = "lines") -> list[Source]:
-    """The files that paths, globs (`*`, `**`, `?`, `[…]`), folders (read recursively) and URLs of these stand for.
+    """Find the source files named by paths, globs (`*`, `**`, `?`, `[…]`), folders (searched recursively) and URLs.
 
-    Sorted by path, each once. In folders and globs hidden files, other formats, and files beside the data such as
-    README.txt, config.json and dataset_info.json (NO_ROWS) are passed over. `text_files` as `data.text_files`.
+    Returns each file once, sorted by path. In folders and globs, skips hidden files, files of other formats, and files
+    without rows such as README.txt, config.json and dataset_info.json (NO_ROWS). `text_files` is as in the config.
 
     Raises:
-        UserError: a path that matches nothing, a file of another format, an object store that cannot be read.
+        UserError: a path matches nothing, a file has another format, or an object store cannot be read.
     """
     found: dict[str, Source] = {}
     for path in [sources] if isinstance(sources, str) else sources:
@@ -157,7 +165,7 @@ def discover(sources: str | list[str], text_files: TextFiles = "lines") -> list[
 
 
 def require_files(data: DataConfig) -> None:
-    """Check that the training and validation files are there. Raises as `discover`."""
+    """Check that the training and validation files exist. Raises as `discover`."""
     for files in (data.train, data.val):
         if files is not None:
             discover(files, data.text_files)
@@ -168,7 +176,7 @@ def _expand(path: str, text_files: TextFiles) -> list[Source]:
     info = filesystem.get_file_info(inner)
     if info.type == fs.FileType.File:
         if not path.endswith(SUFFIXES):
-            raise UserError(f"{path}: not a format that can be read; the formats are {FORMATS}")
+            raise UserError(f"{path}: this format cannot be read; the formats are {FORMATS}")
         infos = [info]
     elif info.type == fs.FileType.Directory:
         infos = filesystem.get_file_info(fs.FileSelector(inner, recursive=True))
@@ -196,35 +204,37 @@ def _beside_data(name: str) -> bool:
 
 
 def _hidden(path: str, root: str) -> bool:
-    """A part of the path starts with a dot that the user did not spell out."""
+    """Whether a part of the path starts with a dot and is not in the path that the user gave."""
     return any(part.startswith(".") and part not in root.split("/") for part in path.split("/"))
 
 
 def _version(filesystem: fs.FileSystem, info: fs.FileInfo) -> str:
-    if isinstance(filesystem, fs.PyFileSystem):  # The Hub has content hashes, and times only at a cost.
+    if isinstance(filesystem, fs.PyFileSystem):  # The Hub lists content hashes; times need further requests.
         return filesystem.handler.fs.ukey(info.path)
     return f"{info.size}:{info.mtime_ns}"
 
 
 def current_version(source: Source) -> str:
-    """What `source.version` would be now; another value means that the file has changed."""
+    """The file's version now. The file has changed if it differs from `source.version`."""
     filesystem, path = locate(source.path)
     return _version(filesystem, filesystem.get_file_info(path))
 
 
 def read_rows(source: Source, part: Part = Part()) -> Iterator[Row | Reject]:
-    """Every row of a source, or of a part of it: parsed, or why not.
+    """Read and parse every row of a source or a part of it. A row that cannot be used is a Reject.
 
     Raises:
-        UserError: the file cannot be opened or read at all, or is not what its name says.
+        UserError: the file cannot be opened or read at all, or its name says another format.
     """
     for raw in read_raw(source, part):
         yield raw if isinstance(raw, Reject) else parse_row(source.path, raw)
 
 
 def read_raw(source: Source, part: Part = Part()) -> Iterator[RawRow | Reject]:
-    """As `read_rows`, with rows as they lie in the file, or as JSON where they are not. Rejects are rows too long and
-    such as JSON cannot hold, and a Damage at the end."""
+    """As `read_rows`, without parsing: each row is JSON as it stands in the file, or made into JSON from other formats.
+
+    Rejects are rows that are too long or that JSON cannot hold. The last item of a damaged file is a Damage.
+    """
     filesystem, path = locate(source.path)
     try:
         with filesystem.open_input_file(path) as file:
@@ -272,11 +282,15 @@ class _Decompressor(Protocol):
 
 
 def _decompressed(file: pa.NativeFile, new: Callable[[], _Decompressor]) -> Iterator[bytes]:
-    """The content of one compressed member or several, up to where it is damaged."""
+    """The uncompressed content of all members of a compressed file.
+
+    Raises:
+        DamagedError: the file is damaged or truncated. The content before the damage was yielded.
+    """
     member = new()
     try:
         while chunk := file.read(CHUNK):
-            # In small pieces, because zstd expands up to 32,768 times, and because a damaged piece is lost as a whole.
+            # Use small pieces: zstd expands up to 32,768 times, and all of a damaged piece is lost.
             for start in range(0, len(chunk), 1024):
                 piece = chunk[start : start + 1024]
                 while piece := piece.lstrip(b"\0") if member.eof else piece:
@@ -291,7 +305,7 @@ def _decompressed(file: pa.NativeFile, new: Callable[[], _Decompressor]) -> Iter
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
-    """Lines without their newlines; None for a line that is too long, of which no more than the limit is ever held."""
+    """Lines without their newlines; None for a line over LINE_LIMIT. Holds at most LINE_LIMIT bytes of a line."""
     pending: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -308,7 +322,7 @@ def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
 
 
 def _lines(path: str, chunks: Iterable[bytes], part: Part) -> Iterator[RawRow | Reject]:
-    """The lines that are not blank, without a byte order mark, which files that were joined have in the middle."""
+    """The lines that are not blank, without byte order marks. Joined files have such marks in the middle."""
     line = part.first_line
     try:
         for content in _split_lines(chunks):
@@ -328,21 +342,23 @@ def _json_lines(path: str, chunks: Iterator[bytes], part: Part) -> Iterator[RawR
             raise UserError(f"{path}: {AN_ARRAY}")
         if _unfinished(first) and second and not second.startswith(b"{"):
             raise UserError(
-                f"{path}: its objects go over several lines, but in JSON lines each stands on one; name the file .json "
-                "instead of .jsonl"
+                f"{path}: an object spans several lines, but JSON lines has each object on one line; name the file "
+                ".json instead of .jsonl"
             )
     for raw in _lines(path, chunks, part):
         yield raw if isinstance(raw, Reject) else RawRow(raw.line, raw.content.strip())
 
 
 def _unfinished(line: bytes) -> bool:
-    """The line opens an object that goes on below."""
+    """Whether the line begins an object that continues on the next line."""
     return line.startswith(b"{") and line.endswith((b"{", b"[", b","))
 
 
 def _first_lines(chunks: Iterator[bytes]) -> tuple[tuple[bytes, bytes], Iterator[bytes]]:
-    """The text's first two lines (blank lines before them left out), as far as FIRST_BYTES have them; and the whole
-    text without its byte order mark."""
+    """The text's first two lines, and the whole text without its byte order mark.
+
+    Skips blank lines before the first line. Looks only at the first FIRST_BYTES: a line may be cut or empty.
+    """
     head = text = b""
     try:
         while len(head) < FIRST_BYTES and text.count(b"\n") < 2:
@@ -351,7 +367,7 @@ def _first_lines(chunks: Iterator[bytes]) -> tuple[tuple[bytes, bytes], Iterator
     except StopIteration:
         pass
     except DamagedError as damage:
-        chunks = _raising(damage)  # after the head has been read
+        chunks = _raising(damage)  # Raise again, but only after the caller has read the undamaged head.
     first, second = [line.strip() for line in [*text.split(b"\n", 2), b""][:2]]
     return (first, second), chain([head.removeprefix(BOM)], chunks)
 
@@ -385,7 +401,7 @@ def _whole_text(path: str, chunks: Iterator[bytes]) -> Iterator[RawRow | Reject]
         for chunk in chunks:
             content += chunk
             if len(content) > LINE_LIMIT:
-                yield Reject(path, 1, f"the text is longer than {LINE_LIMIT >> 20} MiB; set data.text_files to lines")
+                yield Reject(path, 1, f"the file is longer than {LINE_LIMIT >> 20} MiB; set data.text_files to lines")
                 return
     except DamagedError as damage:
         yield Damage(path, 1, str(damage))
@@ -407,9 +423,10 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 class _TableLines:
-    """A table's lines as csv.reader takes them; bytes that are not UTF-8 become halves of surrogate pairs.
+    """A table's lines for csv.reader. Bytes that are not UTF-8 become surrogates, which `_table_row` rejects later.
 
-    `size`: bytes since it was last set to 0; more than LINE_LIMIT raise DamagedError. `ended`: there are no more lines.
+    The caller sets `size` to 0 before each row; more than LINE_LIMIT bytes in one row raise DamagedError. `ended` is
+    True after the last line.
     """
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
@@ -427,14 +444,14 @@ class _TableLines:
             self.ended = True
             raise
         if line is None or self.size + len(line) > LINE_LIMIT:
-            raise DamagedError(f"{TOO_LONG}, or a quote in it is never closed: no row after it can be found")
+            raise DamagedError(f"{TOO_LONG}, or a quote in it is never closed: the rows after it cannot be found")
         self.size += len(line) + 1
         return line.decode(errors="surrogateescape") + "\n"
 
 
 def _table_rows(path: str, chunks: Iterator[bytes], delimiter: str) -> Iterator[RawRow | Reject]:
     csv.field_size_limit(LINE_LIMIT)
-    lines = _TableLines(_first_lines(chunks)[1])  # without a byte order mark
+    lines = _TableLines(_first_lines(chunks)[1])  # removes the byte order mark
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     line = 1
@@ -476,7 +493,7 @@ def _table_header(where: str, cells: list[str]) -> list[str]:
 
 def _table_row(path: str, line: int, header: list[str], cells: list[str]) -> RawRow | Reject:
     if len(cells) != len(header):
-        return Reject(path, line, f"the row has {len(cells)} cells, and the header {len(header)}")
+        return Reject(path, line, f"the row has {len(cells)} cells, but the header has {len(header)}")
     try:
         return RawRow(line, _json_bytes({name: cell for name, cell in zip(header, cells) if cell}))
     except UnicodeEncodeError:
@@ -497,7 +514,7 @@ def _parquet_rows(path: str, file: pa.NativeFile, part: Part) -> Iterator[RawRow
                 yield _parquet_row(path, line, row)
                 line += 1
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and is_url(path):  # What an object store does not give may come later.
+        if isinstance(error, OSError) and is_url(path):  # A failing object store is not a damaged file.
             raise
         yield Damage(path, line, f"the Parquet file is damaged from here on: {one_line(error)}")
 
@@ -505,13 +522,13 @@ def _parquet_rows(path: str, file: pa.NativeFile, part: Part) -> Iterator[RawRow
 def _parquet_row(path: str, line: int, row: pa.StructScalar) -> RawRow | Reject:
     try:
         content = _json_bytes(_without_nulls(row.as_py()))
-    except (TypeError, ValueError, OverflowError) as error:  # OverflowError: a date that Python has no year for
-        return Reject(path, line, f"not a row that JSON can hold: {one_line(error)}")
+    except (TypeError, ValueError, OverflowError) as error:  # OverflowError: a date outside of Python's years
+        return Reject(path, line, f"JSON cannot hold this row: {one_line(error)}")
     return RawRow(line, content) if len(content) <= LINE_LIMIT else Reject(path, line, TOO_LONG)
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet gives each struct all fields of its kind, null or NaN where a row has none; JSON leaves those out."""
+    """Remove nulls and NaN: Parquet gives a struct every field of its type, and null or NaN for the missing ones."""
     if isinstance(value, dict):
         return {
             key: _without_nulls(item)
@@ -526,17 +543,17 @@ def _without_nulls(value: Any) -> Any:
 def _json_value(value: Any) -> str:
     if isinstance(value, bytes):
         raise TypeError("a column of bytes; make it a string column")
-    return str(value)  # Dates, decimals: fields that no stage reads.
+    return str(value)  # Dates and decimals; no stage reads such fields.
 
 
 def parse_row(path: str, raw: RawRow) -> Row | Reject:
-    """A row's JSON object, or what is wrong with it. Numbers in it may be NaN or infinite."""
+    """Parse a row's JSON object; a Reject with the reason if that fails. Numbers in it may be NaN or infinite."""
     try:
         value = _decode(raw.content.decode())
         if isinstance(value, list) and path.endswith(JSON_LINES):
             reason = AN_ARRAY
         elif not isinstance(value, dict):
-            reason = f"not a JSON object, but {type(value).__name__}"
+            reason = f"not a JSON object, but of type {type(value).__name__}"
         elif raw.content.count(b"[") + raw.content.count(b"{") > DEPTH_LIMIT and deeper(value, DEPTH_LIMIT):
             reason = TOO_DEEP
         else:
@@ -546,7 +563,7 @@ def parse_row(path: str, raw: RawRow) -> Row | Reject:
     except UnicodeDecodeError as error:
         reason = _not_utf8(error)
     except UnicodeEncodeError:
-        reason = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        reason = "half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
     except RecursionError:
         reason = TOO_DEEP
     except json.JSONDecodeError as error:
@@ -560,7 +577,7 @@ def _not_json(path: str, error: json.JSONDecodeError, content: bytes) -> str:
     if content.startswith(b"[") and path.endswith(JSON_LINES):
         return AN_ARRAY
     if _unfinished(content):
-        return "not valid JSON: the object goes on after this line, but in JSON lines each stands on one"
+        return "not valid JSON: the object continues on the next line, but JSON lines has each object on one line"
     line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
     return f"not valid JSON: {error.msg.removesuffix(' at')} at {line}column {error.colno}"
 

@@ -1,8 +1,8 @@
-"""What a job on a cluster was sent with its working directory, kept in the storage.
+"""Copy data that came with a job's working directory into the cluster's storage.
 
-That directory is another one in every job, and every node unpacks a copy of its own, with times of its own. Under
-`shipped/HASH` in the storage a file's place follows from its content: all nodes see it, a second job with the same
-files has the same data, and the run's config says where it is long after the job.
+Each job has its own working directory, and each node unpacks its own copy with its own file times. In the storage the
+files lie under `shipped/HASH`, where HASH depends on their content. So all nodes see the same files, a second job with
+the same files uses the same prepared data, and the path in the run's config stays valid after the job.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from minimind_ray.config.schema import Config
 from minimind_ray.data.files import atomic_output, join, locate
 
 UNPACKED = "working_dir_files"
-"""Ray's name for the folder that it unpacks working directories in."""
+"""The folder in which Ray unpacks working directories."""
 
 
-def keep_shipped(path: str) -> str:
-    """An absolute path, glob or URL; what it names in a job's working directory is copied, and the copy's path given.
+def copy_to_storage(path: str) -> str:
+    """Copy the files named by an absolute path or glob into the storage, and return the path of the copy.
+
+    Returns `path` unchanged if it is a URL, outside of the working directory, or if this is not such a job.
 
     Raises:
         UserError: the storage is a URL that cannot be used.
     """
     root, storage = Path.cwd(), os.environ.get(STORAGE)
-    # A job that was sent without a working directory may be anywhere, and data beside it large and shared.
+    # A job without a working directory of its own may run in any folder; the data there may be large and shared.
     sent = in_job() and UNPACKED in root.parts
     if not (storage and sent and Path(path).is_relative_to(root)) or ".." in Path(path).parts:
         return path
@@ -38,7 +40,7 @@ def keep_shipped(path: str) -> str:
     target = join(storage, "shipped", hashlib.sha256(repr(sums).encode()).hexdigest()[:16])
     filesystem, folder = locate(target)
     for file in sums:
-        # Those that are there keep their time, by which prepared data knows them.
+        # Do not copy a file again: prepared data recognises its source by the file's time.
         if filesystem.get_file_info(join(folder, file)).size != (root / file).stat().st_size:
             with (root / file).open("rb") as source, atomic_output(filesystem, join(folder, file)) as copy:
                 shutil.copyfileobj(source, copy)
@@ -46,12 +48,12 @@ def keep_shipped(path: str) -> str:
 
 
 def resolve_paths(config: Config) -> Config:
-    """The same config with absolute paths, since workers run in other directories."""
+    """The same config with absolute paths, because workers run in other directories."""
 
     def inputs(paths: str | list[str] | None) -> str | list[str] | None:
         if isinstance(paths, list):
-            return [keep_shipped(input_path(path)) for path in paths]
-        return None if paths is None else keep_shipped(input_path(paths))
+            return [copy_to_storage(input_path(path)) for path in paths]
+        return None if paths is None else copy_to_storage(input_path(paths))
 
     data = config.data.model_copy(
         update={

@@ -1,10 +1,14 @@
-"""Directories in object stores, by local copies, so that all else works with files as on a local disk.
+"""Run and sweep directories in object stores. Each has a local copy, so all other code works with ordinary files.
 
-    <cache>/work/s3/bucket/runs/x    the copy of the one process that writes there, which a thread sends up
-    <cache>/read/s3/bucket/runs/x    what other processes have read of it
+    <cache>/work/s3/bucket/runs/x    the writing process's copy; a thread uploads its changes
+    <cache>/read/s3/bucket/runs/x    the files that other processes have downloaded
 
-<cache> is MINIMIND_CACHE, or .cache/minimind-ray in the home directory. Objects cannot be renamed, so what must be
-there whole or not at all is a folder with a MARK: a file that is sent after all others and deleted before them.
+<cache> is MINIMIND_CACHE, or .cache/minimind-ray in the home directory.
+
+Object stores cannot rename a folder, so a checkpoint cannot appear all at once. A checkpoint folder therefore has a
+MARK file, which is uploaded after all other files and deleted before them. A checkpoint without it is incomplete.
+
+`files.py` opens single files by path or URL; this module mirrors whole directories on top of it.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 MARK = "resume/sums.json"
 WRITER = "writer.json"
 DIRECT = ("config.yaml", "run.json", "trial.json", WRITER)
-"""Written by several processes: always straight to the store, and never by a mirror's thread."""
+"""Files that several processes write. They go straight to the store; a mirror's thread never uploads them."""
 TICK_S = 10.0
 LOOK_S = 3.0
 SMALL = 1 << 20
@@ -50,36 +54,36 @@ REFUSALS = {
     ),
     r"ACCESS_DENIED|status 403\)|PERMISSION_DENIED|Forbidden": "the credentials do not allow it",
     r"REQUEST_TIME_TOO_SKEWED": "the clock of this machine is wrong",
-    # As a package for fsspec answers: hf://gpt2 is no name of a repository.
+    # An fsspec package raises these errors for a bad name: hf://gpt2 is not a repository.
     r"^(ValueError|NotImplementedError): ": "the store's package refuses it",
 }
-"""What stores say of requests that waiting does not help, and what it means."""
+"""Store errors that a retry cannot solve: a pattern of the error text, and the reason shown to the user."""
 
 T = TypeVar("T")
 Signature = tuple[int, int]
 
 
 class StoreError(UserError):
-    """An object store did not do what it was asked to."""
+    """A request to an object store failed."""
 
 
 def is_url(where: str | Path) -> bool:
-    """Whether this names something in an object store."""
+    """Whether this is a URL and not a local path."""
     return "://" in str(where)
 
 
 def copy_of(where: str | Path, kind: Literal["read", "work"] = "read") -> Path:
-    """The local copy of a URL; a local path is its own."""
+    """The directory of a URL's local copy; a local path is returned unchanged."""
     scheme, separator, rest = str(where).partition("://")
     if not separator:
         return Path(where)
     if ".." in PurePosixPath(rest).parts:
-        raise UserError(f"{where}: a URL with .. in it names no directory; write it without")
+        raise UserError(f"{where}: a URL cannot contain ..; write the URL without it")
     return _cache() / kind / scheme / rest.strip("/")
 
 
 def url_of(path: str | Path) -> str:
-    """What a path is a copy of; any other path or URL as it is."""
+    """The URL that a local copy belongs to; any other path or URL is returned unchanged."""
     for kind in ("read", "work"):
         root = _cache() / kind
         if not is_url(path) and Path(path).is_relative_to(root) and Path(path) != root:
@@ -93,16 +97,17 @@ def _cache() -> Path:
 
 
 def patience() -> float:
-    """Seconds for which a store that fails is asked again: MINIMIND_STORE_PATIENCE, by default five minutes."""
+    """Seconds during which failing store requests are retried: MINIMIND_STORE_PATIENCE, by default five minutes."""
     return float(os.environ.get("MINIMIND_STORE_PATIENCE", 300))
 
 
-def patiently(work: Callable[[], T], what: str, note: str = "") -> T:
-    """Do `work`, again and again with growing pauses while the store fails.
+def retry(work: Callable[[], T], what: str, note: str = "") -> T:
+    """Call `work` and return its result. Repeat the call, with growing pauses, while it raises OSError.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        StoreError: it went on failing, or says that it always will; the sentence ends with `note`.
+        FileNotFoundError: the file does not exist.
+        StoreError: the store still fails after `patience()` seconds, or refuses the request for good. The message
+            begins with `what` and ends with `note`.
     """
     deadline, pause = time.monotonic() + patience(), 0.5
     while True:
@@ -124,7 +129,7 @@ def patiently(work: Callable[[], T], what: str, note: str = "") -> T:
 
 
 def _refusal(error: OSError) -> str | None:
-    """Why a store will refuse a request however often it is made; None where it may work later."""
+    """The reason if the store refuses the request for good; None if a retry may succeed."""
     if isinstance(error, PermissionError):
         return "the credentials do not allow it"
     return next((why for pattern, why in REFUSALS.items() if re.search(pattern, str(error))), None)
@@ -132,7 +137,7 @@ def _refusal(error: OSError) -> str | None:
 
 @contextmanager
 def _notice(what: str) -> Generator[None]:
-    """Say what is waited for, if it takes long."""
+    """Print which request is waited for, if it takes longer than NOTICE_S."""
     timer = threading.Timer(NOTICE_S, _say, ("waiting", f"waiting for {what}"))
     timer.daemon = True
     timer.start()
@@ -146,7 +151,7 @@ _said: dict[str, float] = {}
 
 
 def _say(kind: str, text: str) -> None:
-    """A line on stderr, one of its kind a minute at most: many threads wait for the same store."""
+    """Print a line on stderr, at most one line of each kind a minute: many threads wait for the same store."""
     now = time.monotonic()
     if now >= _said.get(kind, -NOTICE_EVERY_S) + NOTICE_EVERY_S:
         _said[kind] = now
@@ -154,12 +159,13 @@ def _say(kind: str, text: str) -> None:
 
 
 def require_writable(*places: str, probe: bool = True) -> None:
-    """Check that files can be written to directories and URLs, in stores by writing a small one.
+    """Check that files can be written to these directories and URLs.
 
-    Without `probe` nothing is written to a store: it is only asked what is there.
+    With `probe`, a small file is written to each store and deleted. Without it, stores are only read.
 
     Raises:
-        UserError: they cannot; StoreError.
+        UserError: a directory or bucket does not exist or cannot be written.
+        StoreError: a store request failed.
     """
     for where in dict.fromkeys(places):
         if not is_url(where) or where.startswith("file://"):
@@ -168,7 +174,7 @@ def require_writable(*places: str, probe: bool = True) -> None:
             _require_writable_store(where)
         else:
             filesystem, root = locate(where)
-            patiently(lambda filesystem=filesystem, root=root: filesystem.get_file_info(root), where)
+            retry(lambda filesystem=filesystem, root=root: filesystem.get_file_info(root), where)
             require_bucket(where)
 
 
@@ -176,10 +182,10 @@ def _require_writable_folder(folder: Path) -> None:
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if not there.is_dir():
-            raise UserError(f"{folder} cannot be a directory, because {there} is a file: name another place")
+            raise UserError(f"{folder} cannot be a directory, because {there} is a file: choose another directory")
         TemporaryFile(dir=there).close()
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}: name another place") from None
+        raise UserError(f"{folder} cannot be written: {error.strerror}: choose another directory") from None
 
 
 def _require_writable_store(url: str) -> None:
@@ -195,21 +201,21 @@ def _require_writable_store(url: str) -> None:
             return stream.read()
 
     try:
-        patiently(write, url)
-        if patiently(read, url) != content:
-            raise StoreError(f"{url}: the object store returns other bytes than were written")
-        patiently(lambda: filesystem.delete_file(path), url)
+        retry(write, url)
+        if retry(read, url) != content:
+            raise StoreError(f"{url}: the object store returns different bytes than were written")
+        retry(lambda: filesystem.delete_file(path), url)
     except FileNotFoundError as error:
         raise StoreError(f"{url} cannot be used: {one_line(error)}") from None
 
 
 def read_from(where: str, work: Callable[[], T]) -> T:
-    """Do `work`, which reads from a directory or URL: `patiently` from an object store, once from a local disk."""
-    return patiently(work, where) if is_url(where) else work()
+    """Call `work`, which reads from `where`: with `retry` for an object store, once for a local disk."""
+    return retry(work, where) if is_url(where) else work()
 
 
 class Mirror:
-    """A directory in a store, `url`, and its local copy, `path`."""
+    """The directory `url` in an object store and its local copy `path`. Transfers files between the two."""
 
     def __init__(self, url: str, path: Path) -> None:
         self.url, self.path = url, path
@@ -218,47 +224,50 @@ class Mirror:
         self._sent: dict[str, Signature] = {}
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._whole = self._ended = False
-        self._news: str | None = None
+        self._warning: str | None = None
 
     def files(self, under: str = "") -> dict[str, fs.FileInfo]:
-        """The store's files in the directory, or in its folder `under`, by their names from the directory on.
+        """The store's files in the directory, or in its folder `under`, by their paths relative to the directory.
 
         Raises:
-            UserError: there is no such bucket.
-            StoreError: see `patiently`; or a name leads out of the directory.
+            UserError: the bucket does not exist.
+            StoreError: see `retry`; or a file's name leads out of the directory.
         """
         from pyarrow import fs
 
         selector = fs.FileSelector(join(self.root, under).rstrip("/"), recursive=True, allow_not_found=True)
         found: dict[str, fs.FileInfo] = {}
-        for info in patiently(lambda: self.filesystem.get_file_info(selector), self.url):
+        for info in retry(lambda: self.filesystem.get_file_info(selector), self.url):
             name = info.path.removeprefix(f"{self.root}/")
             if info.type != fs.FileType.File:
                 continue
             if not {"", ".", ".."}.isdisjoint(name.split("/")):
-                raise StoreError(f"{self.url}: the object {info.path} leads out of it, and nothing of it is read")
+                raise StoreError(f"{self.url}: the name of object {info.path} leads out of it; nothing was read")
             found[name] = info
         if not found:
             require_bucket(self.url)
         return found
 
     def pull(self, under: str = "", wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Make the copy like the store, in the folder `under`, as far as files are `wanted` by their names."""
+        """Download the `wanted` files of folder `under`, and delete local files that the store lacks.
+
+        `wanted` takes a file's name. Raises as `files`.
+        """
         there = {name: info for name, info in self.files(under).items() if wanted(name)}
         for name in _files(self.path / under, self.path):
-            # Hidden ones may be what another process of this machine pulls just now.
+            # Another process of this machine may be downloading to a hidden file right now.
             if name not in there and wanted(name) and not _hidden(name):
                 (self.path / name).unlink(missing_ok=True)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(self._pull, there, there.values()))
 
     def pull_file(self, name: str) -> Path:
-        """Make one file of the copy like the store's, which may have none; its path in the copy."""
+        """Download one file, or delete the local file if the store has none. Returns the local path."""
         self._pull(name, None)
         return self.path / name
 
     def tail(self, name: str, size: int) -> bytes:
-        """The last `size` bytes of one of the store's files. Asks once, and raises OSError where the store fails."""
+        """The last `size` bytes of a file in the store. Does not retry: raises OSError if the request fails."""
         with self.filesystem.open_input_file(join(self.root, name)) as file:
             file.seek(max(0, file.size() - size))
             return file.read()
@@ -279,7 +288,7 @@ class Mirror:
                 shutil.copyfileobj(source, f, 1 << 22)
 
         try:
-            patiently(download, join(self.url, name))
+            retry(download, join(self.url, name))
             if modified:
                 os.utime(temporary, ns=(modified, modified))
             temporary.replace(target)
@@ -289,9 +298,9 @@ class Mirror:
             temporary.unlink(missing_ok=True)
 
     def put(self, *names: str) -> None:
-        """Send files of the copy, now and one after another. Raises StoreError."""
+        """Upload these files now, one after another. Raises StoreError."""
         for name in names:
-            patiently(lambda name=name: self._upload(name), join(self.url, name))
+            retry(lambda name=name: self._upload(name), join(self.url, name))
 
     def _upload(self, name: str) -> None:
         from pyarrow import fs
@@ -305,40 +314,40 @@ class Mirror:
                 shutil.copyfileobj(f, target, 1 << 22)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete files in the store, marks first."""
+        """Delete these files in the store, marks first. Raises StoreError."""
         for name in sorted(names, key=lambda name: not name.endswith(MARK)):
             with suppress(FileNotFoundError):
-                patiently(lambda name=name: self.filesystem.delete_file(join(self.root, name)), self.url)
+                retry(lambda name=name: self.filesystem.delete_file(join(self.root, name)), self.url)
 
     def move(self, url: str) -> None:
-        """Give the directory another URL in the same store."""
+        """Move the directory to another URL in the same store. Raises StoreError."""
         target = locate(url)[1]
         names = sorted(self.files(), key=lambda name: name.endswith(MARK))
         for name in names:
             source, copy = join(self.root, name), join(target, name)
-            patiently(lambda source=source, copy=copy: self.filesystem.copy_file(source, copy), url)
+            retry(lambda source=source, copy=copy: self.filesystem.copy_file(source, copy), url)
         self.delete(names)
 
     def open(self) -> None:
-        """Begin to write: make the copy like the store."""
+        """Prepare to write: download all files, so that the copy equals the store."""
         with self._lock:
             self.pull(wanted=lambda name: not _hidden(name))
             self._sent = self._signatures()
 
     def push(self, *, whole: bool = True) -> None:
-        """Make the store like the copy; without `whole`, files that have grown by little wait for another time.
+        """Upload changed files and delete removed ones, so that the store equals the copy. Raises OSError.
 
-        Raises OSError.
+        Without `whole`, skip files that have grown by less than 1/16 since their last upload.
         """
         with self._lock:
             while not self._push(whole):
                 pass
 
     def _push(self, whole: bool) -> bool:
-        """False where a file went away meanwhile, as those of old checkpoints do: there is more to do."""
+        """Upload once. Returns False if a file was deleted meanwhile, as old checkpoints are: call it again."""
         here = self._signatures()
         changed = {name for name, signature in here.items() if self._sent.get(name) != signature}
-        if not whole:  # Else a log of a long run would be sent again and again.
+        if not whole:  # Otherwise the growing log of a long run would be uploaded again and again.
             changed -= {n for n in changed if n in self._sent and here[n][0] < self._sent[n][0] * 17 / 16}
         gone = self._sent.keys() - here.keys()
         marks = {mark for name in changed if (mark := _mark(name)) in self._sent}
@@ -347,15 +356,15 @@ class Mirror:
                 self.filesystem.delete_file(join(self.root, name))
             self._sent.pop(name, None)
         for folder in {name.rpartition(f"/{MARK}")[0] for name in gone if name.endswith(MARK)}:
-            with suppress(FileNotFoundError):  # S3 leaves an empty object for a folder without files.
+            with suppress(FileNotFoundError):  # S3 represents a folder without files by an empty object.
                 self.filesystem.delete_dir(join(self.root, folder))
         changed |= marks & here.keys()
-        # A checkpoint after the lines of its steps, its mark at its end.
+        # Upload a checkpoint after the logs of its steps, and its mark last.
         for name in sorted(changed, key=lambda name: (name.startswith("checkpoints/"), name.endswith(MARK), name)):
             try:
                 self._upload(name)
                 self._sent[name] = here[name]
-                if _mark(name):  # Never changed again; with the store's time it is known as the same when pulled.
+                if _mark(name):  # Checkpoint files never change. With the store's time, `pull` finds them up to date.
                     modified = self.filesystem.get_file_info(join(self.root, name)).mtime_ns
                     if modified:
                         os.utime(self.path / name, ns=(modified, modified))
@@ -376,14 +385,16 @@ class Mirror:
         return found
 
     @contextmanager
-    def kept_up(self) -> Generator[None]:
-        """While inside, a thread sends what changes; a store that fails for a while delays it. All is sent at the end.
+    def syncing(self) -> Generator[None]:
+        """While inside, a thread uploads changed files. The final upload of all files happens on leaving.
+
+        A store that fails for a while delays the thread. The local copy is deleted at the end.
 
         Raises:
-            StoreError: the store did not take all of it in the end, which is kept in the copy.
+            StoreError: the final upload failed. The local copy stays.
         """
         self.open()
-        self._ended, self._news = False, None
+        self._ended, self._warning = False, None
         self._wake.clear()
         thread = threading.Thread(target=self._keep_up, name="mirror", daemon=True)
         thread.start()
@@ -394,7 +405,7 @@ class Mirror:
                 self.push()
             raise
         else:
-            self.push_patiently()
+            self.push_with_retry()
         finally:
             self._ended = True
             self._wake.set()
@@ -411,38 +422,38 @@ class Mirror:
                 return
             try:
                 self.push(whole=whole)
-            except Exception as error:  # Whatever it is, the thread goes on.
+            except Exception as error:  # No error may end the thread.
                 self._whole = whole or self._whole
                 if not failing:
-                    self._news = f"{self.url}: the object store fails and is tried again: {one_line(error)}"
+                    self._warning = f"{self.url}: the object store fails and is tried again: {one_line(error)}"
                 failing, pause = True, min(2 * pause, 60)
             else:
                 if failing:
-                    self._news = f"{self.url}: the object store works again, and has all there is"
+                    self._warning = f"{self.url}: the object store works again and has all files"
                 failing, pause = False, TICK_S
 
     def resend(self) -> None:
-        """Make the store like the copy, whatever was sent before. Raises StoreError."""
+        """Upload all files, whether or not they were uploaded before. Raises StoreError."""
         self._sent = {name: (0, 0) for name in self.files() if not _hidden(name) and name not in DIRECT}
-        self.push_patiently()
+        self.push_with_retry()
 
     def changed(self) -> None:
-        """There is something that should be sent soon, and whole: a checkpoint."""
+        """Wake the thread: a checkpoint was written and should be uploaded completely now."""
         self._whole = True
         self._wake.set()
 
-    def news(self) -> str | None:
-        """What there is to tell since the last call."""
-        news, self._news = self._news, None
-        return news
+    def pop_warning(self) -> str | None:
+        """The thread's newest message about the store, once; None if there is none since the last call."""
+        warning, self._warning = self._warning, None
+        return warning
 
-    def push_patiently(self) -> None:
-        """Send all there is, now. Raises StoreError."""
+    def push_with_retry(self) -> None:
+        """Upload all files now. Raises StoreError."""
         note = (
-            f". What it lacks is kept in {self.path} on {socket.gethostname()}; when it works again, the same command "
-            "with --resume there sends it and goes on"
+            f". The missing files are in {self.path} on {socket.gethostname()}; when the store works again, run the "
+            "same command with --resume there to upload them and continue"
         )
-        patiently(self.push, self.url, note)
+        retry(self.push, self.url, note)
 
 
 @lru_cache(maxsize=1024)
@@ -451,7 +462,10 @@ def _mirror(url: str, path: Path) -> Mirror:
 
 
 def mirror_of(where: str | Path, kind: Literal["read", "work"] = "read") -> Mirror | None:
-    """The mirror of a URL, or of what is the copy of one, the same in all of a process; None for a local path."""
+    """The mirror of a URL, or of the URL whose local copy this path is; None for any other local path.
+
+    All calls in a process return the same object for the same URL.
+    """
     url = url_of(where).rstrip("/")
     return _mirror(url, copy_of(url, kind)) if is_url(url) else None
 
@@ -465,56 +479,59 @@ def _hidden(name: str) -> bool:
 
 
 def _mark(name: str) -> str | None:
-    """The mark of the checkpoint that a file belongs to."""
+    """The name of the mark of the checkpoint that a file belongs to; None for a file outside of checkpoints."""
     parts = name.split("/")
     return join(parts[0], parts[1], MARK) if parts[0] == "checkpoints" and len(parts) > 2 else None
 
 
 class Flag(Protocol):
-    """A small file by which one process tells another of something, as far as `Path` has the methods for it."""
+    """A small file that is a signal between processes, such as "stop". A local flag is a `Path`."""
 
     def touch(self) -> None:
-        """Put it up."""
+        """Set the flag."""
         ...
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Take it down."""
+        """Clear the flag."""
         ...
 
     def exists(self) -> bool:
-        """Whether it is up."""
+        """Whether the flag is set."""
         ...
 
 
 class StoreFlag:
-    """A flag in an object store. All methods wait for the store, and raise StoreError where it fails."""
+    """A flag in an object store. All methods wait for the store and raise StoreError if its requests fail."""
 
     def __init__(self, mirror: Mirror, name: str) -> None:
         self.mirror, self.name = mirror, name
 
     def touch(self) -> None:
-        """Put it up."""
+        """Set the flag."""
         self.mirror.path.mkdir(parents=True, exist_ok=True)
         (self.mirror.path / self.name).touch()
         self.mirror.put(self.name)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Take it down, if it is up."""
+        """Clear the flag, if it is set."""
         self.mirror.delete([self.name])
 
     def exists(self) -> bool:
-        """Whether it is up."""
+        """Whether the flag is set."""
         return self.mirror.pull_file(self.name).exists()
 
 
 def flag(where: str | Path, name: str) -> Flag:
-    """The flag of that name in a directory or at a URL."""
+    """The flag of this name in a directory or at a URL."""
     mirror = mirror_of(where)
     return StoreFlag(mirror, name) if mirror else Path(where) / name
 
 
-def watched(flag: Flag) -> Callable[[], bool]:
-    """Whether the flag is up, for those who ask in every step: of one in a store, as a thread saw it last."""
+def watch_flag(flag: Flag) -> Callable[[], bool]:
+    """Return a cheap check whether the flag is set, to be called in every step.
+
+    For a flag in a store, a thread looks every LOOK_S seconds, and the check returns its last answer.
+    """
     if not isinstance(flag, StoreFlag):
         return flag.exists
     up = threading.Event()

@@ -1,8 +1,8 @@
-"""The files of a tokenizer directory, read as transformers' AutoTokenizer reads them (tried with version 5.24).
+"""Read the files of a tokenizer directory as transformers' AutoTokenizer does (tried with version 5.24).
 
-transformers does not always use tokenizer.json as it is. For some values of `tokenizer_class` it builds normalizer,
-pre-tokenizer and decoder anew, and tokenizer_config.json may change and add tokens. `read_tokenizer` gives a
-tokenizer.json and settings that say all of that themselves, or refuses a class that it does not know how to follow.
+transformers does not always use tokenizer.json unchanged. For some values of `tokenizer_class` it builds a new
+normalizer, pre-tokenizer and decoder. tokenizer_config.json may also change and add tokens. `read_tokenizer` applies
+these changes, so that `tokenizer.py` needs only the resulting tokenizer.json. It refuses classes that it does not know.
 """
 
 from __future__ import annotations
@@ -18,27 +18,29 @@ from tokenizers import AddedToken
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import parse_json, read_json, read_text, require_own
 
-NO_TOKENIZER = "; it is no tokenizer directory, name one that holds tokenizer.json and tokenizer_config.json"
-MORE_TEMPLATES = "additional_chat_templates"  # the folder of those that are not the default
+NO_TOKENIZER = "; this is not a tokenizer directory: give one with tokenizer.json and tokenizer_config.json"
+MORE_TEMPLATES = "additional_chat_templates"  # the folder of all chat templates but the default
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-AS_IS = "PreTrainedTokenizerFast"  # the class for which tokenizer.json is used as it is
+AS_IS = "PreTrainedTokenizerFast"  # the class for which transformers uses tokenizer.json unchanged
 
 Json = dict[str, Any]
 
 
 class Rebuilt(NamedTuple):
-    """What transformers puts in the place of tokenizer.json's parts for a class, and names of tokens it assumes."""
+    """For a tokenizer class: the parts with which transformers replaces those of tokenizer.json, and default tokens."""
 
     parts: Callable[[Json], Json]
     names: dict[str, str]
 
 
 def read_tokenizer(folder: Path) -> tuple[str, Json]:
-    """The text of tokenizer.json and the content of tokenizer_config.json, with the chat templates in it.
+    """The text of tokenizer.json, and the content of tokenizer_config.json with the chat templates added.
+
+    Both already contain the changes that transformers would make.
 
     Raises:
-        UserError: a file is missing or broken, or transformers would read them in a way that is not known here.
+        UserError: a file is missing or broken, or uses a feature that is not supported here.
     """
     definition = read_own(folder / "tokenizer.json")
     settings = {**read_json(folder / "tokenizer_config.json", NO_TOKENIZER)}
@@ -55,31 +57,31 @@ def read_tokenizer(folder: Path) -> tuple[str, Json]:
         return _resolve(definition, layout, settings, _class_of(folder, layout, settings), str(folder))
     except UserError:
         raise
-    except Exception as error:  # the library raises bare exceptions
+    except Exception as error:  # The tokenizers library raises bare exceptions.
         raise UserError(f"{folder}: tokenizer.json is broken ({error}); give another tokenizer directory") from error
 
 
 def read_own(file: Path) -> str:
-    """The text of one of the directory's files.
+    """The text of a file of the directory.
 
     Raises:
-        UserError: it is missing, elsewhere or no text.
+        UserError: the file is missing, is a link to another place, or is not text.
     """
     require_own(file)
     return read_text(file, hint=NO_TOKENIZER)
 
 
 def token_name(settings: Json, key: str, where: str) -> str | None:
-    """The token that tokenizer_config.json names so.
+    """The content of a token setting such as `eos_token` in tokenizer_config.json; None if it is missing.
 
     Raises:
-        UserError: it is no string.
+        UserError: the token is not a string.
     """
     token = settings.get(key)
     if isinstance(token, dict):
         token = cast(Json, token).get("content")
     if token is not None and not isinstance(token, str):
-        raise UserError(f"{where}: {key} in tokenizer_config.json is no string; mend it")
+        raise UserError(f"{where}: {key} in tokenizer_config.json is not a string; make it a string")
     return token
 
 
@@ -91,16 +93,16 @@ def _template_files(folder: Path) -> dict[str, str]:
 
 
 def _resolve(definition: str, layout: Json, settings: Json, cls: str, where: str) -> tuple[str, Json]:
-    """tokenizer.json with all that the class and the settings change in it, and settings that change nothing more."""
+    """Apply to tokenizer.json all changes that the class and the settings make. Returns it and the settings left."""
     rebuilt = REBUILT.get(cls)
     if cls.removesuffix("Tokenizer") in UNKNOWN:
         raise UserError(
-            f"{where}: tokenizer_class is {cls}, for which transformers does not use tokenizer.json as it is; "
-            f"set it to {AS_IS} to use it so"
+            f"{where}: tokenizer_class {cls} is not supported, because transformers changes tokenizer.json for it; "
+            f"set it to {AS_IS} to use tokenizer.json unchanged"
         )
     if rebuilt and layout["model"].get("type") != "BPE":
-        raise UserError(f"{where}: tokenizer_class is {cls}, but tokenizer.json holds no BPE; set it to {AS_IS}")
-    # What the file says to begin, end or fill a document must be there already.
+        raise UserError(f"{where}: tokenizer_class is {cls}, but tokenizer.json is not BPE; set it to {AS_IS}")
+    # Do not add these tokens: a document's begin, end and padding tokens must already be in the vocabulary.
     required = {token_name(settings, key, where) for key in ("bos_token", "eos_token", "pad_token")}
     settings = {**(rebuilt.names if rebuilt else {}), **settings}
     names = {key: token_name(settings, key, where) for key in NAMED_TOKENS if key in settings}
@@ -119,7 +121,7 @@ def _resolve(definition: str, layout: Json, settings: Json, cls: str, where: str
 
 
 def _new_tokens(layout: Json, settings: Json, named: list[str]) -> list[AddedToken]:
-    """The tokens that tokenizer_config.json lists or names, as far as tokenizer.json does not say the same of them."""
+    """The tokens of tokenizer_config.json that tokenizer.json lacks or describes differently."""
     there = {token["content"]: token for token in layout.get("added_tokens") or []}
     listed: list[Json] = [
         {**token, "id": int(id)}
@@ -135,7 +137,7 @@ def _new_tokens(layout: Json, settings: Json, named: list[str]) -> list[AddedTok
 
 
 def _named_tokens(settings: Json, names: Mapping[str, str | None]) -> list[str]:
-    """The special tokens that tokenizer_config.json names."""
+    """The content of every special token that tokenizer_config.json names."""
     extra: Any = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     more: list[Any] = list(cast(Json, extra).values() if isinstance(extra, dict) else extra)
     more += [value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)]
@@ -143,11 +145,11 @@ def _named_tokens(settings: Json, names: Mapping[str, str | None]) -> list[str]:
     return [content for content in dict.fromkeys(contents) if content]
 
 
-# Which class transformers uses
+# The class that transformers uses
 
 
 def _class_of(folder: Path, layout: Json, settings: Json) -> str:
-    """The name of the class, without "Fast"; `AS_IS` for those that use tokenizer.json as it is."""
+    """The name of the tokenizer class without "Fast"; `AS_IS` if it uses tokenizer.json unchanged."""
     config = read_json(folder / "config.json", NO_TOKENIZER) if (folder / "config.json").exists() else {}
     model_type = str(config.get("model_type"))
     given = settings.get("tokenizer_class") or config.get("tokenizer_class")
@@ -172,7 +174,7 @@ USE_AS_IS = {
     "mistral", "mistral3", "mixtral", "nemotron", "olmo2", "olmo3", "phi3", "phimoe", "smolvlm", "stablelm",
 }  # fmt: skip
 
-# How it builds them
+# The parts that transformers builds for each class
 
 ENDOFTEXT = "<|endoftext|>"
 SPLIT_QWEN = (
@@ -267,7 +269,7 @@ REBUILT = {
     "Qwen3_5Tokenizer": Rebuilt(_qwen3_5, QWEN_NAMES),
 }  # fmt: skip
 
-# Classes, without "Tokenizer", of which transformers does not use tokenizer.json as it is.
+# Classes, without "Tokenizer", for which transformers changes tokenizer.json in ways that are not known here.
 UNKNOWN = {
     "Albert", "Bart", "Barthez", "Bartpho", "Bert", "BertJapanese", "Bertweet", "BigBird", "BioGpt", "Blenderbot",
     "BlenderbotSmall", "ByT5", "CLIP", "CTRL", "Camembert", "Canine", "Clvp", "CodeGen", "CodeLlama", "Cpm", "CpmAnt",

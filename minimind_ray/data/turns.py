@@ -1,10 +1,12 @@
-"""The turns of a conversation, as several projects write them, in the form that chat templates take.
+"""Read the turns of a conversation, as several projects write them, into the messages that chat templates take.
+
+`formats.py` reads whole rows with it.
 
     OpenAI, MiniMind    {"role": "user", "content": "…"}; content may be a list of text parts
     ShareGPT            {"from": "human", "value": "…"}
 
-A message has `role` (system, user, assistant or tool), `content`, on assistant turns `reasoning_content` and
-`tool_calls`, and whatever else the chat template writes by name.
+A message has a `role` (system, user, assistant or tool) and `content`. An assistant's message may have
+`reasoning_content` and `tool_calls`. A message keeps any other field that the chat template writes.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ ALIASES = {
     "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool", "tool_response": "tool",
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
-"""Roles by other names. The content of a `function_call` or `tool_call` turn is the call itself, as JSON."""
+"""The standard role for each known name. The content of a `function_call` or `tool_call` turn is a call in JSON."""
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts", "think")
 LOSS_FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_scale", "loss_weight")
-"""Names of the flag that says whether a turn carries loss, by project: OpenAI, Axolotl, ms-swift and others."""
+"""Names of the field that says whether loss counts on a turn, in OpenAI's, Axolotl's, ms-swift's and other formats."""
 
 REFUSED = {
     "from": "the turn has role, too", "value": "the turn has content, too",
@@ -54,16 +56,16 @@ REFUSED = {
     "loss_mask": "its meaning differs between projects; use weight 0 or 1",
     "refusal": "it is the answer itself in OpenAI's rows; move it to content",
 }  # fmt: skip
-"""Fields of a turn that mean something that cannot be done, and why."""
+"""Fields of a turn that are not supported, and the reason shown to the user."""
 
 NOT_TEXT = re.compile(r"(image|video|audio)s?(_.*)?")
-"""Names of fields that hold something else than text."""
+"""Names of fields that hold images, video or audio."""
 
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 class Turn(NamedTuple):
-    """A message, and whether loss counts on it (only ever on an assistant's)."""
+    """A message, and whether loss counts on it. Loss counts only on an assistant's messages."""
 
     message: Message
     learned: bool
@@ -71,9 +73,11 @@ class Turn(NamedTuple):
 
 @dataclass
 class TurnReader:
-    """Reads turns. `writes(field, role)` says whether the chat template writes a further field of a message; `names`
-    are the user's own names for `role` and `content`; fields in `left_out` are passed over. `ignored` collects the
-    fields that nothing reads."""
+    """Reads turns.
+
+    `writes(field, role)` says whether the chat template writes another field of a message. `names` maps `role` and
+    `content` to the user's names for them. `left_out` are fields to skip. `ignored` collects the unread fields.
+    """
 
     writes: Callable[[str, str], bool]
     names: dict[str, str] = field(default_factory=dict[str, str])
@@ -81,10 +85,12 @@ class TurnReader:
     ignored: set[str] = field(default_factory=set[str])
 
     def turns(self, value: Any, where: str) -> tuple[list[Turn], list[Any] | None]:
-        """The turns of a list, of its JSON text or of one turn alone; and the tools of its system turn.
+        """Read a list of turns, the JSON text of such a list, or a single turn. Returns the turns and the tools.
+
+        The tools are those on the system turn, or None.
 
         Raises:
-            BadRowError: a turn cannot be used; which field, and why.
+            BadRowError: a turn cannot be used. The message names the field and the reason.
         """
         if isinstance(value, str):
             value = turns_in_text(value, where) or value
@@ -96,7 +102,7 @@ class TurnReader:
         for i, item in enumerate(items):
             turn, own_tools = self._turn(as_object(item, f"{where}[{i}]"), where, i)
             if own_tools and (turn.message["role"] != "system" or tools):
-                raise BadRowError(f"{where}[{i}].tools are not alone or not on a system turn")
+                raise BadRowError(f"{where}[{i}].tools: only one system turn can have tools")
             turns.append(turn)
             tools = tools or own_tools
         return turns, tools
@@ -133,7 +139,7 @@ class TurnReader:
         return Turn(message, learned), tools
 
     def _join_parts(self, parts: list[Any], where: str, key: str) -> tuple[str, str | None]:
-        """The text of a list of content parts, and the thought in it."""
+        """The text of a list of content parts, and the thought in it or None."""
         texts: list[str] = []
         thoughts: list[str] = []
         for i, item in enumerate(parts):
@@ -167,7 +173,7 @@ class TurnReader:
 
 
 def _is_plain(values: dict[str, Any]) -> bool:
-    """Whether a turn is a message as it stands, as nearly all are. There are many, and the full checks take longer."""
+    """Whether a turn is already a plain message. Nearly all turns are; this quick check saves them the full checks."""
     if len(values) != 2 or values.get("role") not in ROLES:
         return False
     content = values.get("content")
@@ -175,10 +181,10 @@ def _is_plain(values: dict[str, Any]) -> bool:
 
 
 def take_tools(fields: Fields) -> list[Any] | None:
-    """`tools`, or OpenAI's older `functions` in the form of tools; None where there are none.
+    """The field `tools`, or OpenAI's older `functions` in the form of tools; None if the row has neither.
 
     Raises:
-        BadRowError: the value is no list of objects; or both are given.
+        BadRowError: the value is not a list of objects, or both fields are given.
     """
     where, tools = fields.take("tools")
     older, functions = fields.take("functions")
@@ -192,12 +198,12 @@ def take_tools(fields: Fields) -> list[Any] | None:
 def _role(fields: Fields) -> str:
     where, role = fields.take("role", "from")
     if not isinstance(role, str) or role.lower() not in ALIASES:
-        raise BadRowError(f"{where} is {json.dumps(role)}; known are {', '.join(ROLES)}, human, gpt and the like")
+        raise BadRowError(f"{where} is {json.dumps(role)}; known roles are {', '.join(ROLES)}, human, gpt and the like")
     return role.lower()
 
 
 def _content(fields: Fields) -> str | list[Any] | None:
-    """The content as it stands; None where it is missing or null. An empty text is content: a call may have it."""
+    """The content, a text or a list of parts; None if missing or null. An empty text counts: a call may have it."""
     name = "value" if "value" in fields and "content" not in fields else "content"
     value = fields.raw(name)
     return (
@@ -206,7 +212,7 @@ def _content(fields: Fields) -> str | list[Any] | None:
 
 
 def _calls(fields: Fields) -> list[dict[str, Any]] | None:
-    """`tool_calls`, or OpenAI's older `function_call` in the form of tool calls."""
+    """The field `tool_calls`, or OpenAI's older `function_call` in the form of tool calls; None without either."""
     where, calls = fields.take("tool_calls")
     older, call = fields.take("function_call")
     if calls is not None and call is not None:
@@ -222,7 +228,7 @@ def _calls(fields: Fields) -> list[dict[str, Any]] | None:
 
 
 def _spoken_calls(content: Any, where: str) -> list[dict[str, Any]]:
-    """The calls of a turn whose content is a call, or a list of calls, in JSON."""
+    """Parse the content of a turn that is itself a call, or a list of calls, in JSON."""
     try:
         value = json.loads(as_string(content, where))
     except ValueError as error:
@@ -245,7 +251,11 @@ def _check_call(function: dict[str, Any], where: str) -> None:
 
 
 def _learned(fields: Fields, role: str) -> bool:
-    """Whether the turn's flags let it carry loss, which only an assistant's turn does."""
+    """Whether loss counts on the turn, by its role and its loss flag.
+
+    Raises:
+        BadRowError: the flag is neither 0 nor 1, or asks for loss on a turn that is not an assistant's.
+    """
     where, flag = fields.take(*LOSS_FLAGS)
     if flag is None:
         return role == "assistant"
@@ -257,7 +267,7 @@ def _learned(fields: Fields, role: str) -> bool:
 
 
 def _require_content(message: Message, where: str) -> None:
-    """An answer or a question has to say something; a system turn, a tool's result and a call may be empty."""
+    """Check that a question or an answer has content. A system turn, a tool's result and a call may be empty."""
     if "content" not in message:
         raise BadRowError(f"{where}content is missing")
     may_be_empty = message["role"] in ("system", "tool") or "tool_calls" in message or "reasoning_content" in message

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.data.storage import flag, watched
+from minimind_ray.data.storage import flag, watch_flag
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.columns import granted_device
 from minimind_ray.on_ray.trainer import STOP_FILE
@@ -80,7 +80,7 @@ class Group:
     """Up to `size` runs on one base."""
 
     def __init__(self, size: int, sweep: str, threads: int) -> None:
-        self.size, self.stopped, self.threads = size, watched(flag(sweep, STOP_FILE)), threads
+        self.size, self.stopped, self.threads = size, watch_flag(flag(sweep, STOP_FILE)), threads
         self.arrivals: SimpleQueue[Job] = SimpleQueue()
         self.contexts: dict[str, GroupContext] = {}
         self.taken: set[str] = set()

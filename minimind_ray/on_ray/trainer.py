@@ -40,7 +40,7 @@ from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import PackSource, TrainingData
-from minimind_ray.data.storage import Flag, flag, watched
+from minimind_ray.data.storage import Flag, flag, watch_flag
 from minimind_ray.data.stream import Stream
 from minimind_ray.on_ray.columns import compute_on_ray, dtype_on_ray
 from minimind_ray.on_ray.controller import Reserved, Trainer, notices_may_come
@@ -78,7 +78,7 @@ class RayTrainContext:
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
         # Rank 0 looks for the driver's files, and the step tells the other workers.
         names = (STOP_FILE, AGAIN_FILE) if self.rank == 0 else ()
-        self.flags = [watched(flag(run_dir, name)) for name in names]
+        self.flags = [watch_flag(flag(run_dir, name)) for name in names]
         if self.rank == 0:
             threading.Thread(target=_leave_when_told, args=(run_dir,), daemon=True).start()
         self.steps, self.look_after, self.looked = 0, 1 if notices else math.inf, time.monotonic()
@@ -108,7 +108,7 @@ class RayTrainContext:
 
 
 def _leave_when_told(run_dir: str) -> None:
-    up = watched(flag(run_dir, LEAVE_FILE))
+    up = watch_flag(flag(run_dir, LEAVE_FILE))
     while not up():
         time.sleep(1)
     os._exit(1)

@@ -47,7 +47,7 @@ from minimind_ray.config.load import load_config, to_yaml
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, PBT_EVERY, SchedulerName
 from minimind_ray.data.files import join, remove
-from minimind_ray.data.storage import copy_of, flag, url_of, watched
+from minimind_ray.data.storage import copy_of, flag, url_of, watch_flag
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.on_ray.columns import granted_device
 from minimind_ray.on_ray.fused import run_fused, start_groups
@@ -192,7 +192,7 @@ class _Trial(tune.Trainable):
     ) -> None:
         """Tune's: the first trial of this process."""
         assert search and sweep and bases is not None
-        self.search, self.stopped, self.bases = search, watched(flag(sweep, STOP_FILE)), bases
+        self.search, self.stopped, self.bases = search, watch_flag(flag(sweep, STOP_FILE)), bases
         self.groups = groups
         self._begin(config)
 

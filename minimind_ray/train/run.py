@@ -127,8 +127,8 @@ class RunDirectory:
             self.mirror.put(name)
 
     def writing(self) -> AbstractContextManager[None]:
-        """While inside, what rank 0 writes comes into the store, and all of it in the end; see `Mirror.kept_up`."""
-        return self.mirror.kept_up() if self.mirror else nullcontext()
+        """While inside, what rank 0 writes comes into the store, and all of it in the end; see `Mirror.syncing`."""
+        return self.mirror.syncing() if self.mirror else nullcontext()
 
     def open(self) -> None:
         """Have all files here, to change them."""
@@ -138,7 +138,7 @@ class RunDirectory:
     def send(self) -> None:
         """Bring all that was written into the store, now."""
         if self.mirror and self.writes:
-            self.mirror.push_patiently()
+            self.mirror.push_with_retry()
 
     def changed(self) -> None:
         """Bring all that was written into the store, soon."""
@@ -147,7 +147,7 @@ class RunDirectory:
 
     def news(self) -> str | None:
         """What there is to tell of the store since the last call."""
-        return self.mirror and self.mirror.news()
+        return self.mirror and self.mirror.pop_warning()
 
     @property
     def poll_seconds(self) -> float:

@@ -221,7 +221,7 @@ def test_templates_in_files_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tokenizer_class": "T5TokenizerFast"}, "tokenizer_class is T5Tokenizer, for which transformers does not use"),
+        ({"tokenizer_class": "T5TokenizerFast"}, "tokenizer_class T5Tokenizer is not supported, because"),
         ({"split_special_tokens": True}, "split_special_tokens in tokenizer_config.json is not supported; remove it"),
     ],
 )

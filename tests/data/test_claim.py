@@ -114,7 +114,7 @@ def test_a_lease_is_renewed_and_given_back(bucket: str) -> None:
 def test_a_lease_is_refused_until_it_ends_or_its_process_is_known_to_be_gone(bucket: str) -> None:
     where = f"{bucket}/run"
     write(bucket, until=time.time() + 60)
-    match = f"process 7 on other, since noon: .* ends by itself at 20.* if you delete {where}/writer.json"
+    match = f"process 7 on other, since noon: .* expires at 20.* delete {where}/writer.json"
     with pytest.raises(UserError, match=match), claimed(where):
         pass
     write(bucket, until=time.time() - 1)
@@ -159,7 +159,7 @@ def test_whoever_loses_a_lease_ends(
         while not codes and time.monotonic() < deadline:
             time.sleep(0.02)
     assert codes[0] == 1
-    assert "this process ends, because process 7 on other" in capsys.readouterr().err
+    assert "this process exits, because process 7 on other" in capsys.readouterr().err
 
 
 def test_a_file_system_without_locks_has_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

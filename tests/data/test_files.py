@@ -98,12 +98,12 @@ def test_a_mirror_goes_on_when_the_store_works_again() -> None:
 
     def news() -> str:
         for _ in range(500):
-            if told := mirror.news():
+            if told := mirror.pop_warning():
                 return told
             time.sleep(0.01)
         raise AssertionError("no news")
 
-    with mirror.kept_up():
+    with mirror.syncing():
         mirror.path.mkdir(parents=True, exist_ok=True)
         Flaky.down = FAILURE
         (mirror.path / "metrics.jsonl").write_text("1\n")
@@ -117,7 +117,7 @@ def test_a_local_url_is_made_as_it_is_written(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/new/run"
     mirror = storage.mirror_of(url, "work")
     assert mirror
-    with mirror.kept_up():
+    with mirror.syncing():
         (mirror.path / "checkpoints").mkdir(parents=True)
         (mirror.path / "checkpoints" / "a").write_text("a")
     assert (tmp_path / "new" / "run" / "checkpoints" / "a").read_text() == "a"

@@ -263,7 +263,7 @@ def test_a_pair_that_cannot_be_used_says_why(tokenizer: Tokenizer, value: dict[s
 
 def test_answers_printed_by_python_are_refused_and_json_answers_are_text(tokenizer: Tokenizer) -> None:
     printed = {"prompt": "q", "chosen": "[{'role': 'user', 'content': 'q'}]", "rejected": "b"}
-    assert reason(tokenizer, "dpo", printed).startswith("chosen looks like turns but is no JSON (Python prints lists")
+    assert reason(tokenizer, "dpo", printed).startswith("chosen looks like turns but is not JSON (")
     listed = {"prompt": "Names?", "completion": '[{"name": "Ann"}]'}
     same(tokenizer, "sft", listed, {"messages": [user("Names?"), assistant('[{"name": "Ann"}]')]})
     turn = json.dumps({"from": "gpt", "value": "It is 2."})
@@ -297,7 +297,7 @@ def test_a_spoken_prompt_takes_the_space_before_its_answer(tokenizer: Tokenizer)
          "messages[1].content[0].train is false; only a whole turn can be kept out of the loss"),
         ({"completion": "q"}, "conversations is missing (the row has completion)"),
         ({"instruction": "a", "output": "", "text": "b"}, "output is missing"),
-        ({"prompt": "terse", "question": "q", "answer": "a"}, "prompt is there, and so is question, which data.fields"),
+        ({"prompt": "terse", "question": "q", "answer": "a"}, "the row has both prompt and question, which"),
     ],
 )  # fmt: skip
 def test_more_that_is_refused_by_name(tokenizer: Tokenizer, value: dict[str, Any], expected: str) -> None:

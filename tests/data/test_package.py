@@ -78,7 +78,7 @@ def test_what_is_named_is_sent_after_all(here: Path) -> None:
     assert set(found.files) == {
         ".env", ".aws/credentials", ".aws/config", "runs/a/run.json", "ignored/a", ".gitignore"
     }  # fmt: skip
-    with pytest.raises(UserError, match="does not lie in the working directory"):
+    with pytest.raises(UserError, match="is outside of the working directory"):
         package(here, ["../other"])
     with pytest.raises(UserError, match="--ship none: there is no such file"):
         package(here, ["none"])

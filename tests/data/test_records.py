@@ -66,13 +66,13 @@ def test_rows_and_their_lines(tmp_path: Path, suffix: str, newline: bytes, bom: 
         (b'{"text": "a"} x', "not valid JSON: Extra data at column 15"),
         (b'{"text": "a\x01"}', "not valid JSON: Invalid control character at column 12"),
         (b'["text"]', "a JSON array, not JSON lines"),
-        (b'"text"', "not a JSON object, but str"),
-        (b"null", "not a JSON object, but NoneType"),
+        (b'"text"', "not a JSON object, but of type str"),
+        (b"null", "not a JSON object, but of type NoneType"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 11 of the row"),
         (b'\xff\xfe{\x00"\x00', "invalid UTF-8 at byte 1 of the row"),
         (b'["text"', "a JSON array, not JSON lines"),
-        (b"{", "the object goes on after this line"),
-        (b'{"text": "a",', "the object goes on after this line"),
+        (b"{", "the object continues on the next line"),
+        (b'{"text": "a",', "the object continues on the next line"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "not valid JSON: key 'c' appears twice"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"\\uDFFF": 1}', "half of a surrogate pair"),
@@ -204,7 +204,7 @@ def test_parquet_rows_that_json_cannot_hold_are_rejected(tmp_path: Path) -> None
     pq.write_table(pa.table({"when": when}), path)
     reject, row = read(path)
     assert isinstance(reject, Reject) and isinstance(row, Row)
-    assert reject.reason.startswith("not a row that JSON can hold: ")
+    assert reject.reason.startswith("JSON cannot hold this row: ")
     # NaN is what pandas writes where there is nothing.
     pq.write_table(pa.table({"text": ["a", "b"], "score": [1.5, float("nan")]}), path)
     assert [row.value for row in read(path) if isinstance(row, Row)] == [{"text": "a", "score": 1.5}, {"text": "b"}]
@@ -257,7 +257,7 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
         ("none.jsonl", "none.jsonl: no such file or folder"),
         ("*.jsonl", r"\*.jsonl: the pattern matches no files of the formats .jsonl"),
         ("empty", "empty: the folder has no files of the formats .jsonl"),
-        ("notes.md", "notes.md: not a format that can be read; the formats are .jsonl, .json, .csv, "),
+        ("notes.md", "notes.md: this format cannot be read; the formats are .jsonl, .json, .csv, "),
     ],
 )
 def test_what_matches_nothing_is_named(tmp_path: Path, path: str, message: str) -> None:
@@ -265,7 +265,7 @@ def test_what_matches_nothing_is_named(tmp_path: Path, path: str, message: str) 
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UserError, match=message):
         discover([str(tmp_path / path)])
-    with pytest.raises(UserError, match="no file system for ftp://"):
+    with pytest.raises(UserError, match="ftp://host/x.jsonl is the address of a server"):
         discover("ftp://host/x.jsonl")
 
 
@@ -416,7 +416,7 @@ def test_a_text_file_can_be_one_document(tmp_path: Path, monkeypatch: pytest.Mon
         (b'[{"a": 1},\n\n{"a": 2}\n{"a": 3}]', [1, 3, 4], "a comma is missing in the array before this row"),
         (b'[{"a": 1},\n{"a": 2},\n]', [1, 2, 3], "] where a row should begin"),
         (b'[{"a": 1}, {"a": 2}}]', [1, 2, 2], "a comma is missing"),
-        (b'[{"a": 1},\n{"a": 2}]\n[]', [1, 2, 3], "the file goes on after the end of its array"),
+        (b'[{"a": 1},\n{"a": 2}]\n[]', [1, 2, 3], "there is more text after the end of the array"),
         (b'{\n"a": 1}\n{\n"a": 2}\n,', [1, 3, 5], ", where a row should begin"),
         (b"[", [1], "truncated"),
     ],
@@ -446,7 +446,7 @@ def test_a_bad_item_of_an_array_is_rejected_alone(tmp_path: Path) -> None:
     assert isinstance(first, Row) and isinstance(last, Row)
     assert [reject.line for reject in rejects] == [2, 3, 4, 5, 6, 8, 9]
     reasons = " ".join(reject.reason for reject in rejects if isinstance(reject, Reject))
-    for reason in ("but str", "but int", "but list", "at line 2 of the row, column 1", "invalid UTF-8", "twice"):
+    for reason in ("type str", "type int", "type list", "at line 2 of the row, column 1", "invalid UTF-8", "twice"):
         assert reason in reasons
 
 
@@ -496,8 +496,8 @@ def test_a_bad_row_of_a_table_is_rejected_alone(tmp_path: Path, monkeypatch: pyt
     ]  # fmt: skip
     reasons = [row.reason for row in rows if isinstance(row, Reject)]
     assert reasons[:3] == [
-        "the row has 1 cells, and the header 2",
-        "the row has 3 cells, and the header 2",
+        "the row has 1 cells, but the header has 2",
+        "the row has 3 cells, but the header has 2",
         "invalid UTF-8 in the row",
     ]
     (row, damage) = read_bytes(tmp_path, b'text\na\n"b\nc\n', ".csv")

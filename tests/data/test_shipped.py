@@ -9,7 +9,7 @@ import pytest
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.data.records import discover
-from minimind_ray.data.shipped import keep_shipped, resolve_paths
+from minimind_ray.data.shipped import copy_to_storage, resolve_paths
 
 pytestmark = pytest.mark.unit
 
@@ -39,7 +39,7 @@ def test_the_same_files_are_the_same_data_in_another_job(
 ) -> None:
     places = []
     for number, text in enumerate(("one\n", "one\n", "other\n")):
-        kept = keep_shipped(str(job(number, text, monkeypatch, tmp_path) / name))
+        kept = copy_to_storage(str(job(number, text, monkeypatch, tmp_path) / name))
         assert Path(kept).is_relative_to(storage / "shipped")
         places.append(discover(kept))
     assert places[0] == places[1]  # In path, size and time.
@@ -61,14 +61,14 @@ def test_a_second_job_goes_on_with_the_same_config(tmp_path: Path, monkeypatch: 
 
 def test_elsewhere_files_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = str(job(1, "one\n", monkeypatch, tmp_path) / "data")
-    assert keep_shipped("s3://bucket/data/*.jsonl") == "s3://bucket/data/*.jsonl"
-    assert keep_shipped("/mnt/data") == "/mnt/data"
+    assert copy_to_storage("s3://bucket/data/*.jsonl") == "s3://bucket/data/*.jsonl"
+    assert copy_to_storage("/mnt/data") == "/mnt/data"
     monkeypatch.chdir(tmp_path)  # A job without a working directory of its own.
-    assert keep_shipped(here) == here
+    assert copy_to_storage(here) == here
     monkeypatch.chdir(Path(here).parent)
-    assert keep_shipped(here) != here
+    assert copy_to_storage(here) != here
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    assert keep_shipped(here) == here
+    assert copy_to_storage(here) == here
 
 
 @pytest.mark.parametrize("key", ["data.train", "data.val", "data.tokenizer", "init_from", "out"])

@@ -247,8 +247,8 @@ def test_padding_and_truncation_in_the_file_are_not_applied(tokenizer: Tokenizer
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", None, "tokenizer.json: cannot be read: No such file or directory; it is no tokenizer"),
-        ("tokenizer_config.json", None, "tokenizer_config.json: cannot be read: No such file or directory; it is no"),
+        ("tokenizer.json", None, "tokenizer.json: cannot be read: No such file or directory; this is not a tokenizer"),
+        ("tokenizer_config.json", None, "tokenizer_config.json: cannot be read: No such file or directory; this is"),
         ("tokenizer.json", b'{"version": "1.0"}', "tokenizer.json is broken"),
         ("tokenizer.json", b"[1", "tokenizer.json: not valid JSON"),
         ("tokenizer.json", b"\xff\xfe", "not UTF-8 text, at byte 1"),
@@ -256,7 +256,7 @@ def test_padding_and_truncation_in_the_file_are_not_applied(tokenizer: Tokenizer
         ("tokenizer_config.json", b"[]", "not a JSON object"),
         ("tokenizer_config.json", b"{}", "names no eos_token"),
         ("tokenizer_config.json", b'{"eos_token": "<eos>"}', "eos_token is '<eos>'"),
-        ("tokenizer_config.json", b'{"eos_token": {"content": 3}}', "eos_token in tokenizer_config.json is no string"),
+        ("tokenizer_config.json", b'{"eos_token": {"content": 3}}', "eos_token in tokenizer_config.json is not a"),
     ],
 )
 def test_a_broken_directory_is_one_sentence(

@@ -298,7 +298,7 @@ def test_a_run_that_is_done_anew_is_set_aside(store: Store) -> None:
 def test_flags_are_seen_from_elsewhere(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "LOOK_S", 0.05)
     sign = storage.flag(URL, ".stop")
-    up = storage.watched(storage.flag(URL, ".stop"))
+    up = storage.watch_flag(storage.flag(URL, ".stop"))
     assert not sign.exists() and not up()
     sign.touch()
     assert sign.exists() and storage.flag(URL, ".stop").exists()
