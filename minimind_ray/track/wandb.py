@@ -132,7 +132,8 @@ class WandbTracker:
             self.run.define_metric("tokens")
             self.run.define_metric("*", step_metric="tokens")
             self.run.summary["state"] = "running"
-            if self.artifacts:
+            # Offline, W&B has no way to name a run's inputs; its config has them by content.
+            if self.artifacts and mode == "online":
                 self._use_inputs(run)
 
     def _settings(self) -> Settings:
@@ -215,8 +216,8 @@ class WandbTracker:
         data = [url for key, url in run.info["inputs"].items() if key.startswith("data.") and url]
         with _staging_in(self.directory / FOLDER):
             for artifact in [*map(data_artifact, data), *([model_artifact(run.base)] if run.base else [])]:
-                # `use_artifact` refuses to work offline, and online waits without limit; this is what it does first.
-                self.run._log_artifact(artifact, use_after_commit=True)  # pyright: ignore[reportPrivateUsage]
+                # `use_artifact` alone would wait without limit until W&B's server has the artifact.
+                self.run.use_artifact(self.run.log_artifact(artifact).wait(CONNECT_SECONDS))
 
 
 def within_limit(name: str) -> str:

@@ -99,6 +99,20 @@ class Endpoint(ThreadingHTTPServer):
                 return {"createArtifactFiles": {"files": {"edges": [{"node": file} for file in files]}}}
             case "CommitArtifact":
                 return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": ""}}}
+            case "ArtifactByID":
+                entity = {"id": "1", "name": self.entity}
+                project = {"id": "2", "internalId": "2", "name": "minimind-ray", "entity": entity}
+                name, kind = next((a["artifactCollectionName"], a["artifactTypeName"]) for a in self.artifacts
+                                  if a["artifactCollectionName"] == given["id"])  # fmt: skip
+                sequence = {"__typename": "ArtifactSequence", "id": name, "name": name, "project": project}
+                artifact = {
+                    "__typename": "Artifact", "id": name, "artifactSequence": sequence, "versionIndex": 0,
+                    "artifactType": {"name": kind}, "description": None, "metadata": "{}", "ttlDurationSeconds": -2,
+                    "ttlIsInherited": True, "tags": [], "historyStep": None, "state": "COMMITTED", "size": 0,
+                    "digest": "", "commitHash": None, "fileCount": 1, "createdAt": "2026-01-01T00:00:00Z",
+                    "updatedAt": None, "aliases": [],
+                }  # fmt: skip
+                return {"artifact": artifact}
             case "UseArtifact":
                 self.used.append(given["input"]["artifactID"] if "input" in given else given["artifactID"])
                 return {"useArtifact": {"artifact": {"id": "4"}}}

@@ -222,8 +222,10 @@ def test_an_exception_while_it_opens_marks_the_run_failed(tmp_path: Path) -> Non
     assert summary(tmp_path)["state"] == "failed"
 
 
-@pytest.mark.unit
-def test_lineage_is_logged_by_reference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_lineage_is_logged_by_reference(mode: str, online: Callable[..., Endpoint], tmp_path: Path) -> None:
+    """Online the data and the base are inputs of the run; offline only the config names them."""
+    server = online()
     data, model = tmp_path / ("a" * 40), tmp_path / "base" / "checkpoints" / "step-00000002"
     for folder in (data, model / "resume"):
         folder.mkdir(parents=True)
@@ -234,22 +236,28 @@ def test_lineage_is_logged_by_reference(tmp_path: Path) -> None:
     out.mkdir()
     info = {"inputs": {"data.train": str(data), "data.val": None, "init_from": "fingerprint"}}
     tracker = WandbTracker()
-    assert tracker.open(TrackedRun(config_of(out, artifacts=True), info, base=model))
+    assert tracker.open(TrackedRun(config_of(out, mode, artifacts=True), info, base=model))
     result = out / "checkpoints" / "step-00000001"
     (result / "resume").mkdir(parents=True)
     (result / "model.safetensors").write_bytes(b"other weights")
     (out / "run.json").write_text(json.dumps({"wandb": tracker.identity}))
     tracker.finish("finished", result)
 
-    artifacts = {r.artifact.name: r.artifact for r in records(out) if r.HasField("artifact")}
-    own = f"model-{tracker.identity['id']}"
-    assert {name: a.use_after_commit for name, a in artifacts.items()} == {
-        "data-aaaaaaaaaaaaaaaa": True, "model-theirs": True, own: False,
-    }  # fmt: skip
-    contents = {name: [c.ref for c in a.manifest.contents] for name, a in artifacts.items()}
-    assert contents[own] == [(result / "model.safetensors").as_uri()]
-    assert contents["model-theirs"] == [(model / "model.safetensors").as_uri()]
-    assert contents["data-aaaaaaaaaaaaaaaa"] == [(data / "manifest.json").as_uri()]
+    inputs = {"data-aaaaaaaaaaaaaaaa": data / "manifest.json", "model-theirs": model / "model.safetensors"}
+    files = {f"model-{tracker.identity['id']}": result / "model.safetensors"}
+    if mode == "online":
+        config = server.runs[str(tracker.identity["id"])].config
+        assert server.used == list(inputs)
+        files |= inputs
+        contents = {name: json.loads(server.uploads[f"{name}/manifest"])["contents"] for name in files}
+        refs = {name: [entry["ref"] for entry in entries.values()] for name, entries in contents.items()}
+        assert {a["artifactCollectionName"] for a in server.artifacts} == files.keys()
+    else:
+        [config] = [values(r.run.config.update) for r in records(out) if r.HasField("run")]
+        artifacts = {r.artifact.name: r.artifact for r in records(out) if r.HasField("artifact")}
+        refs = {name: [content.ref for content in a.manifest.contents] for name, a in artifacts.items()}
+    assert refs == {name: [file.as_uri()] for name, file in files.items()}
+    assert (config["inputs_data_train"], config["inputs_init_from"]) == (str(data), "fingerprint")
 
 
 @pytest.mark.unit
