@@ -11,7 +11,8 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.stages.run import Job
-from minimind_ray.stages.start import WholeModel, load_tokenizer
+from minimind_ray.stages.start import load_tokenizer
+from minimind_ray.stages.weights import WholeModel
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.loop import Report, TrainingRun
 from minimind_ray.train.optim import build_adamw
