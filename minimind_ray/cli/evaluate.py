@@ -135,6 +135,7 @@ def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
     import numpy as np
 
     from minimind_ray.data.store import PackStore
+    from minimind_ray.stages.base import base_at
     from minimind_ray.stages.columns import FrozenColumn, compute_here, dtype_here, ensure_column
     from minimind_ray.stages.stage import stage_of
     from minimind_ray.stages.start import whole_model
@@ -149,8 +150,8 @@ def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
     if not columns:
         settings = " and ".join(f"{key} {attrgetter(key)(config)}" for key in stage_of(config).column_keys)
         raise UserError(f"{settings} has no reference model: leave --reference out")
-    base = whole_model(reference, "--reference")
-    files = [FrozenColumn(scored, path, str(base), dtype_here(config.train.precision)) for scored in columns]
+    base = base_at(whole_model(reference, "--reference"))
+    files = [FrozenColumn(scored, path, base, dtype_here(config.train.precision)) for scored in columns]
     for frozen in files:
         ensure_column(frozen, compute_here)
     return PackStore(path, {frozen.scored.column: frozen.path for frozen in files})

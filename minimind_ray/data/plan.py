@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -65,11 +66,15 @@ class PackSource:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The data that a host gives to a stage: the plan, this worker's source of packs, and the validation packs."""
+    """The data that a host gives to a stage: the plan, this worker's source of packs, and the validation packs.
+
+    `base` is the directory of the model that the run starts from.
+    """
 
     plan: Plan
     source: StepSource
     val: PackStore | None
+    base: Path | None = None
 
 
 @dataclass(frozen=True)

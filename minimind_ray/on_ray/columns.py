@@ -12,7 +12,6 @@ import torch
 from ray.util.annotations import RayDeprecationWarning
 
 from minimind_ray.data.store import PackStore
-from minimind_ray.model.checkpoint import load_shape
 from minimind_ray.on_ray.session import alone, machines, require_cpus
 from minimind_ray.on_ray.waiting import lacking, rows_of, telling
 from minimind_ray.stages.columns import FrozenColumn, FrozenModel, compute_here, dtype_here
@@ -56,7 +55,7 @@ def compute_on_ray(frozen: FrozenColumn) -> Iterator[np.ndarray]:
     that the run did not ask for.
     """
     store, needs = PackStore(frozen.store), {"CPU": 1, "GPU": frozen.gpus}
-    flops = store.n_tokens * training_flops_per_token(load_shape(frozen.base), 0) / 3
+    flops = store.n_tokens * training_flops_per_token(frozen.base.shape, 0) / 3
     if alone() and not frozen.gpus and (flops < SMALL_FLOPS or default_device().type == "cuda"):
         yield from compute_here(frozen)
         torch.cuda.empty_cache()  # For the workers, which come after.

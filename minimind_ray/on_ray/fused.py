@@ -34,7 +34,7 @@ from minimind_ray.train.context import (
     settle_compile,
 )
 from minimind_ray.train.fused import Lockstep, Member
-from minimind_ray.train.run import RunDirectory, resolve_model
+from minimind_ray.train.run import RunDirectory
 
 VERDICT_SECONDS = 600
 """After so long without a word a trial's process is taken for dead, and the others go on without it."""
@@ -118,7 +118,8 @@ class Group:
             self.contexts[out].verdicts.put(None)
 
     def _load(self, job: Job, bases: Mapping[str, ray.ObjectRef]) -> Mapping[str, Tensor]:
-        base = resolve_model(str(job.config.init_from))
+        assert job.base
+        base = job.base.local()
         if str(base) not in bases:
             return {name: tensor.to(self.device) for name, tensor in read_weights(base).items()}
         arrays: Mapping[str, np.ndarray] = ray.get(bases[str(base)])

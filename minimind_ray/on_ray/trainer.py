@@ -39,7 +39,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
-from minimind_ray.data.plan import PackSource, TrainingData
+from minimind_ray.data.plan import PackSource
 from minimind_ray.data.storage import Flag, flag, watch_flag
 from minimind_ray.data.stream import Stream
 from minimind_ray.on_ray.columns import compute_on_ray, dtype_on_ray
@@ -346,7 +346,7 @@ def _worker(job: Job, first: int, notices: bool) -> list[str]:
             if shares:
                 yield from read_shares(shares.result(), job, first, context.rank)
 
-        job.run(context, TrainingData(job.plan, PackSource(steps), job.val_store()))
+        job.run(context, job.data_from(PackSource(steps)))
     return context.noticed
 
 

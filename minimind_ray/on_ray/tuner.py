@@ -66,7 +66,7 @@ from minimind_ray.on_ray.waiting import lacking, starved, telling, trial_needs
 from minimind_ray.stages.run import Job
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.checkpoint import read_state
-from minimind_ray.train.run import VALIDATION, RunDirectory, last_sound_checkpoint, read_jsonl, resolve_model
+from minimind_ray.train.run import VALIDATION, RunDirectory, last_sound_checkpoint, read_jsonl
 
 # Ray refuses a process without resources, and a CPU, or a part of one, may not be left beside the workers.
 NESTED_DRIVER = {"memory": 2.0**20}
@@ -369,7 +369,7 @@ def nested_driver() -> dict[str, float]:
 
 def put_bases(jobs: Sequence[Job]) -> dict[str, ray.ObjectRef]:
     """The weights that trials start from, each put into the object store once."""
-    directories = {str(resolve_model(job.config.init_from)) for job in jobs if job.config.init_from}
+    directories = {str(job.base.local()) for job in jobs if job.base}
     return {
         directory: ray.put({name: tensor.numpy() for name, tensor in read_weights(directory).items()})
         for directory in sorted(directories)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from minimind_ray.data.batch import batch_from_packs, target_places
 from minimind_ray.data.files import exists, join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.store import PackStore, write_column
-from minimind_ray.model.checkpoint import load_model, model_fingerprint
+from minimind_ray.model.checkpoint import load_model
+from minimind_ray.stages.base import Base
 from minimind_ray.stages.stage import Scored
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.step import autocast
@@ -26,11 +26,11 @@ from minimind_ray.train.step import autocast
 
 @dataclass(frozen=True)
 class FrozenColumn:
-    """A column of the packs of `store` under the model in `base`, with matrix products in `dtype`."""
+    """A column of the packs of `store` under the model `base`, with matrix products in `dtype`."""
 
     scored: Scored
     store: str
-    base: str
+    base: Base
     dtype: torch.dtype
     gpus: float = 0.0
 
@@ -38,7 +38,7 @@ class FrozenColumn:
     def path(self) -> str:
         """The path or URL of the column's file."""
         dtype = str(self.dtype).removeprefix("torch.")
-        name = f"{self.scored.column.name}-{model_fingerprint(self.base)[:40]}-{dtype}.parquet"
+        name = f"{self.scored.column.name}-{self.base.fingerprint[:40]}-{dtype}.parquet"
         return join(self.store, name)
 
 
@@ -59,7 +59,7 @@ class FrozenModel:
     def __init__(self, frozen: FrozenColumn, device: torch.device | None = None) -> None:
         self.device = device or default_device()
         self.scored, self.dtype = frozen.scored, frozen.dtype
-        self.model = load_model(Path(frozen.base), self.device).eval()
+        self.model = load_model(frozen.base.local(), self.device).eval()
 
     @torch.no_grad()
     def __call__(self, pack: Pack) -> np.ndarray:

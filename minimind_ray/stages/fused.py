@@ -62,10 +62,11 @@ def member(job: Job, context: FusedContext) -> Member:
     Raises:
         UserError: as the stage alone.
     """
-    config = job.config
-    tokenizer = load_tokenizer(config)
-    model = initial_model(config, tokenizer, context)
-    weights = Adapter(model, config)
+    config, base = job.config, job.base
+    assert base
+    tokenizer = load_tokenizer(config, base.local())
+    model = initial_model(config, tokenizer, context, base.local())
+    weights = Adapter(model, config, base)
     objective = stage_of(config).objective(config, model.shape)
     assert isinstance(objective, DocumentObjective)
     optimizer = build_adamw(model, config.optim)

@@ -15,13 +15,13 @@ from minimind_ray.data.claim import claimed
 from minimind_ray.data.columns import Column
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
-from minimind_ray.data.plan import PackSource, StepPlan, TrainingData, read_steps
+from minimind_ray.data.plan import PackSource, StepPlan, StepSource, TrainingData, read_steps
 from minimind_ray.data.prepare import RunUnits, Split, encoding_of, plan_units, prepare, run_units_here
 from minimind_ray.data.storage import StoreError
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.stream import Stream, StreamPlan, stream_steps
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import model_fingerprint
+from minimind_ray.stages.base import Base, resolve_base
 from minimind_ray.stages.columns import (
     ComputeColumn,
     FrozenColumn,
@@ -31,11 +31,11 @@ from minimind_ray.stages.columns import (
     ensure_column,
 )
 from minimind_ray.stages.stage import Policy, stage_of
-from minimind_ray.stages.start import check_stage, initial_model, load_tokenizer, require_base, require_used
+from minimind_ray.stages.start import check_stage, initial_model, load_tokenizer, require_used
 from minimind_ray.stages.weights import Adapter, WholeModel
 from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import fit
-from minimind_ray.train.run import RunDirectory, resolve_model
+from minimind_ray.train.run import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,21 @@ class Job:
     val: str | None
     train_columns: Mapping[Column, str] = field(default_factory=dict[Column, str])
     val_columns: Mapping[Column, str] = field(default_factory=dict[Column, str])
-    base_fingerprint: str | None = None
+    base: Base | None = None
 
     @property
     def inputs(self) -> dict[str, str | None]:
         """What the run depends on beside its config, by content: prepared sets lie in folders named by their hash."""
         train = self.train.key if isinstance(self.train, Stream) else self.train
-        return {"data.train": train, "data.val": self.val, "init_from": self.base_fingerprint}
+        return {"data.train": train, "data.val": self.val, "init_from": self.base and self.base.fingerprint}
 
     def data(self, context: Context) -> TrainingData:
         """Packs read, or made, in this process, for hosts without Ray Data."""
-        source = PackSource(partial(self.steps, context.rank, context.world_size))
-        return TrainingData(self.plan, source, self.val_store())
+        return self.data_from(PackSource(partial(self.steps, context.rank, context.world_size)))
+
+    def data_from(self, source: StepSource) -> TrainingData:
+        """What the loop is given, with the training packs from `source`."""
+        return TrainingData(self.plan, source, self.val_store(), self.base and self.base.local())
 
     def steps(self, rank: int, world_size: int, start: int) -> Iterator[list[Pack]]:
         """One worker's packs of each step from `start` on."""
@@ -84,11 +87,11 @@ class Job:
     def run(self, context: Context, data: TrainingData) -> None:
         """Train the stage, from the run directory's last checkpoint on."""
         config, stage = self.config, stage_of(self.config)
-        if config.record.needs_base:
-            require_base(config)
-        tokenizer = load_tokenizer(config)
-        model = initial_model(config, tokenizer, context)
-        weights = Adapter(model, config) if config.trains_adapter else WholeModel(model, tokenizer)
+        base = self.base and self.base.local()
+        tokenizer = load_tokenizer(config, base)
+        model = initial_model(config, tokenizer, context, base)
+        adapts = self.base if config.trains_adapter else None
+        weights = Adapter(model, config, adapts) if adapts else WholeModel(model, tokenizer)
         objective = stage.objective(config, model.shape)
         source = stage.source(data.source, Policy(model, tokenizer, config, context))
         fit(model, objective, weights, config, context, replace(data, source=source), tokenizer)
@@ -96,11 +99,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Host:
-    """How the work before training is done: units encoded, columns of a frozen model computed, and in which dtype."""
+    """How to do the work before training: encode units, compute a frozen model's columns, find dtype and base."""
 
     run_units: RunUnits = run_units_here
     compute_column: ComputeColumn = compute_here
     dtype: ResolveDtype = dtype_here
+    base: Callable[[Config], Base | None] = resolve_base
 
 
 def prepare_job(
@@ -123,8 +127,9 @@ def prepare_job(
     config.packs_per_step()
     if validation is None:
         require_used(config)
-    tokenizer = load_tokenizer(config)
-    check_stage(config, tokenizer)
+    base = host.base(config)
+    tokenizer = load_tokenizer(config, base and base.local())
+    check_stage(config, tokenizer, base and base.local())
     splits: tuple[Split, ...] = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
     stores: dict[str, str] = {}
     stream: Stream | None = None
@@ -143,17 +148,16 @@ def prepare_job(
             raise UserError(f"data.train: no row of {config.data.train} is left to train on; see {prepared.rejects}")
         else:
             say("  no validation, since no row is left for it: give data.val, or raise data.val_fraction")
-    base = str(resolve_model(config.init_from)) if config.init_from else None
     columns = {split: _columns(config, base, store, split, host, say) for split, store in stores.items()}
     train = stream or stores["train"]
     return Job(
         config, step_plan(config, train), train, stores.get("val"), columns.get("train", {}), columns.get("val", {}),
-        model_fingerprint(base) if base else None,
+        base,
     )  # fmt: skip
 
 
 def _columns(
-    config: Config, base: str | None, store: str, split: str, host: Host, say: Callable[[str], None]
+    config: Config, base: Base | None, store: str, split: str, host: Host, say: Callable[[str], None]
 ) -> dict[Column, str]:
     """The files of the columns that the run's objective reads, computed where they are not there yet."""
     files: dict[Column, str] = {}

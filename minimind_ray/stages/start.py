@@ -23,8 +23,8 @@ from minimind_ray.train.context import Context
 from minimind_ray.train.run import resolve_model
 
 
-def load_tokenizer(config: Config) -> Tokenizer:
-    """`data.tokenizer`, or the one that lies with `init_from`.
+def load_tokenizer(config: Config, base: Path | None = None) -> Tokenizer:
+    """`data.tokenizer`, or the one that lies with `init_from`. `base` is the directory of `init_from`, where known.
 
     Raises:
         UserError: neither is given, or it cannot be read; no base where the stage needs one.
@@ -32,28 +32,28 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if config.data.tokenizer:
         return Tokenizer.load(config.data.tokenizer)
     if config.init_from or config.record.needs_base:
-        return Tokenizer.load(require_base(config))
+        return Tokenizer.load(base or require_base(config))
     raise UserError(
         "data.tokenizer is not set: give a directory with tokenizer.json, or make one with minimind-ray tokenizer train"
     )
 
 
-def model_shape(config: Config, tokenizer: Tokenizer) -> ModelShape:
-    """The shape the stage trains: that of `init_from`, else what section model says.
+def model_shape(config: Config, tokenizer: Tokenizer, base: Path | None = None) -> ModelShape:
+    """The shape the stage trains: that of `init_from`, else what section model says. `base` as in `load_tokenizer`.
 
     Raises:
         UserError: section model or data.tokenizer asks for something else than `init_from` is.
     """
     if not config.init_from:
         return config.model.shape(tokenizer.vocab_size)
-    base = require_base(config)
+    base = base or Path(require_base(config))
     shape = load_shape(base)
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"init_from {config.init_from} has {shape.vocab_size} tokens, fewer than the tokenizer's "
             f"{tokenizer.vocab_size}; leave data.tokenizer out to take the one it was trained with"
         )
-    if config.data.tokenizer and (Path(base) / "tokenizer.json").exists():
+    if config.data.tokenizer and (base / "tokenizer.json").exists():
         own = Tokenizer.load(base)
         if not tokenizer.extends(own):
             raise UserError(
@@ -88,15 +88,15 @@ def _require_agreement(config: Config, shape: ModelShape) -> None:
             )
 
 
-def check_stage(config: Config, tokenizer: Tokenizer) -> None:
-    """Whether the stage can begin, before anything is prepared for it.
+def check_stage(config: Config, tokenizer: Tokenizer, base: Path | None = None) -> None:
+    """Whether the stage can begin, before anything is prepared for it. `base`: as in `load_tokenizer`, and checked.
 
     Raises:
         UserError: no base where one is needed, a shape, adapter or loss that does not fit.
     """
-    if config.init_from or config.record.needs_base:
+    if not base and (config.init_from or config.record.needs_base):
         check_model(require_base(config))
-    shape = model_shape(config, tokenizer)
+    shape = model_shape(config, tokenizer, base)
     if config.trains_adapter:
         with torch.device("meta"):
             model = Transformer(shape)
@@ -184,11 +184,10 @@ def require_used(config: Config) -> None:
             raise UserError(f"{key} is {shown}, but {rule.otherwise(config)}")
 
 
-def initial_model(config: Config, tokenizer: Tokenizer, context: Context) -> Transformer:
-    """The model before the first step, on the context's device; the same on every worker."""
-    if config.init_from:
-        model_shape(config, tokenizer)
-        base = Path(require_base(config))
+def initial_model(config: Config, tokenizer: Tokenizer, context: Context, base: Path | None = None) -> Transformer:
+    """The model before the first step, on the context's device; the same on every worker. `base`: where it starts."""
+    if base:
+        model_shape(config, tokenizer, base)
         return load_model(base, context.device, context.base_weights(base))
     torch.manual_seed(config.train.seed)
     return Transformer(model_shape(config, tokenizer)).to(context.device)

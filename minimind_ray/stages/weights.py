@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from minimind_ray.config.schema import Config
-from minimind_ray.data.storage import url_of
 from minimind_ray.data.tokenizer import Tokenizer
-from minimind_ray.model.checkpoint import load_weights, model_fingerprint, save_model
+from minimind_ray.model.checkpoint import load_weights, save_model
 from minimind_ray.model.lora import adapter_weights, add_lora, load_adapter, save_adapter
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.stages.start import require_base
+from minimind_ray.stages.base import Base
 from minimind_ray.train.writer import HostCopy, Write
 
 
@@ -33,16 +32,16 @@ class WholeModel:
 class Adapter:
     """Checkpoints of the adapters alone, as a PEFT directory that names its base by path and hash."""
 
-    def __init__(self, model: Transformer, config: Config) -> None:
-        self.model, self.base = model, require_base(config)
-        self.fingerprint, self.copy = model_fingerprint(self.base), HostCopy()
+    def __init__(self, model: Transformer, config: Config, base: Base) -> None:
+        self.model, self.base, self.copy = model, base, HostCopy()
         add_lora(model, config.lora, seed=config.train.seed)
 
     def snapshot(self) -> Write:
         """The adapters."""
         weights = self.copy(adapter_weights(self.model))
-        return lambda directory: save_adapter(self.model, directory, url_of(self.base), self.fingerprint, weights)
+        base = self.base
+        return lambda directory: save_adapter(self.model, directory, base.where, base.fingerprint, weights)
 
     def load(self, directory: Path) -> None:
         """The adapters of a checkpoint on the same base."""
-        load_adapter(self.model, directory, self.fingerprint)
+        load_adapter(self.model, directory, self.base.fingerprint)

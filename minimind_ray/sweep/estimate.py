@@ -79,7 +79,8 @@ def _flops_per_token(job: Job) -> float:
     """Of forward and backward, with the mean context of the data's first packs."""
     store = train_store(job)
     lengths = np.concatenate([pack.lengths for pack in store.read(range(min(8, store.n_packs)))]).astype(float)
-    shape = model_shape(job.config, load_tokenizer(job.config))
+    base = job.base and job.base.local()
+    shape = model_shape(job.config, load_tokenizer(job.config, base), base)
     return training_flops_per_token(shape, float((lengths**2).sum() / lengths.sum() / 2), job.config.trains_adapter)
 
 

@@ -27,6 +27,7 @@ from minimind_ray.data.prepare import Encoding, Unit
 from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.storage import copy_of, url_of
 from minimind_ray.data.store import PackStore, UnitStats
+from minimind_ray.stages.base import Base
 from minimind_ray.stages.columns import FrozenColumn
 from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
 from minimind_ray.stages.stage import stage_of
@@ -174,10 +175,11 @@ class Preparation:
         self.validation = base.data
         self.jobs: dict[Hashable, Job] = {}
         self.checked: set[Hashable] = set()
+        self.bases: dict[str | None, Base | None] = {}
         self.units = self.columns = 0
         # Asked once: later, trials hold what a worker would need to be asked.
         dtype = functools.cache(host.dtype)
-        self.host, self.own, self.say = Host(self._run_units, self._compute_column, dtype), host, say
+        self.host, self.own, self.say = Host(self._run_units, self._compute_column, dtype, self._base), host, say
 
     def work_here(self) -> None:
         """From now on, do what is left in this process."""
@@ -189,7 +191,8 @@ class Preparation:
             (config.stage, config.init_from, config.data.tokenizer, config.model, config.lora, config.own_section)
         )
         if stage not in self.checked:  # More of it than the data that trials share depends on.
-            check_stage(config, load_tokenizer(config))
+            base = self.host.base(config)
+            check_stage(config, load_tokenizer(config, base and base.local()), base and base.local())
             self.checked.add(stage)
         key = (
             config.stage, config.data, config.init_from, config.model, config.train.precision,
@@ -222,6 +225,11 @@ class Preparation:
             ),
             REFERENCES: self.columns,
         }
+
+    def _base(self, config: Config) -> Base | None:
+        if not config.init_from or config.init_from not in self.bases:
+            self.bases[config.init_from] = self.own.base(config)
+        return self.bases[config.init_from]
 
     def _run_units(self, units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
         for stats in self.own.run_units(units, encoding):

@@ -21,7 +21,7 @@ from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.train.checkpoint import optimizer_tensors, save_resume
 from minimind_ray.train.evaluate import Evaluation, drop_stale
 from minimind_ray.train.progress import Progress
-from minimind_ray.train.run import VALIDATION, RunDirectory, resolve_model
+from minimind_ray.train.run import VALIDATION, RunDirectory
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Weights, Write
 
 
@@ -43,16 +43,16 @@ class Recorder:
         self.optimizer_copy = HostCopy()
         self.trackers: Trackers | None = None
 
-    def begin(self, *, cpu: str | None, pass_tokens: int | None) -> None:
+    def begin(self, *, cpu: str | None, pass_tokens: int | None, base: Path | None) -> None:
         """Note in run.json how the run computes, and open the trackers.
 
-        `cpu` names the CPU's arithmetic, None where a GPU computes; see `arithmetic`.
+        `cpu` names the CPU's arithmetic, None where a GPU computes; see `arithmetic`. `base` is the directory of the
+        model that the run starts from, for the trackers.
         """
         config, directory = self.config, self.directory
         if self.progress.step:
             _warn_of_other_arithmetic(directory.info().get("cpu"), cpu)
         directory.update(compiled=compiled(), pass_tokens=pass_tokens, cpu=cpu)
-        base = resolve_model(config.init_from) if config.init_from else None
         here = config.model_copy(update={"out": str(directory.path)})
         self.trackers = Trackers(TrackedRun(here, directory.info(), self._earlier_lines, base))
         if self.trackers.identities:

@@ -27,7 +27,9 @@ from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.model.sampling import Sampling
 from minimind_ray.objectives.preference import REFERENCE
+from minimind_ray.stages import base as stages_base
 from minimind_ray.stages import run as stages_run
+from minimind_ray.stages import start as stages_start
 from minimind_ray.stages.run import begun, run_here
 from minimind_ray.stages.use import complete, open_trained
 from minimind_ray.train import validation
@@ -157,6 +159,21 @@ def test_reference_is_computed_once_per_data_and_base(base: Path, tmp_path: Path
     (turned / "config.json").write_text(json.dumps({**content, "rope_theta": 10.0}))
     make_job(tmp_path, "dpo", 40, init_from=str(turned))
     assert len(calls) == 6
+
+
+def test_a_base_is_found_and_hashed_once_for_a_job(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: [calls.append(name), function(*args, **kwargs)][1])
+
+    counted(stages_base, "model_fingerprint")
+    for module in (stages_base, stages_start):
+        counted(module, "resolve_model")
+    origin = str(base / "run-pretrain")
+    train(make_job(tmp_path, "dpo", 40, init_from=origin, dpo__lora=True, data__tokenizer=None, train__max_steps=2))
+    assert sorted(calls) == ["model_fingerprint", "resolve_model"]
 
 
 def test_a_reference_is_named_by_the_precision_that_auto_comes_to(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""The model that a run starts from: found, checked and hashed once, when its job is prepared. The job carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.data.storage import is_url, url_of
+from minimind_ray.model.checkpoint import check_model, load_shape, model_fingerprint
+from minimind_ray.stages.start import require_base
+from minimind_ray.train.run import resolve_model
+
+_HERE: dict[str, Path] = {}
+"""The local copies of bases in an object store that this process has already asked for, by URL."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A whole model. `where` is the path or URL of its directory; `fingerprint` is the hash of its weights."""
+
+    where: str
+    shape: ModelShape
+    fingerprint: str
+
+    def local(self) -> Path:
+        """The directory on this machine. A process asks an object store for the files once."""
+        if not is_url(self.where):
+            return Path(self.where)
+        if self.where not in _HERE:
+            _HERE[self.where] = resolve_model(self.where)
+        return _HERE[self.where]
+
+
+def resolve_base(config: Config) -> Base | None:
+    """The base that `init_from` names; None for a run that starts from new weights.
+
+    Raises:
+        UserError: `init_from` is not set though the stage needs it, or it is no whole model or a broken one.
+    """
+    if not config.init_from and not config.record.needs_base:
+        return None
+    return base_at(Path(require_base(config)))
+
+
+def base_at(path: Path) -> Base:
+    """The whole model in a directory. Raises UserError where it is broken."""
+    check_model(path)
+    where = url_of(path)
+    if is_url(where):
+        _HERE[where] = path
+    return Base(where, load_shape(path), model_fingerprint(path))
