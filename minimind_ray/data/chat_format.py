@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, cast
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.data.chat_template import ANSWER_END, ANSWER_START, ChatTemplate, Message
+from minimind_ray.data.chat_template import ChatTemplate, Message
+from minimind_ray.data.template_process import Arguments
+from minimind_ray.data.template_sandbox import ANSWER_END, ANSWER_START
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ANSWER_HEADER = f"{TURN_START}assistant\n"
@@ -58,6 +61,11 @@ class ChatFormat:
         self._eos = special_tokens.get("eos_token")
         self._probe_tools = [TOOL] if with_tools else None
         self._written: dict[Any, str | None] = {}  # shape of a conversation: the first part that is not written
+
+    def expect(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
+        """Announce a conversation that `render` will be called with. This saves time."""
+        with suppress(UserError):  # `render` raises it.
+            self._template.expect(self._renderings(messages, tools))
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None) -> Rendering:
         """The conversation, with its answers' places.
@@ -156,6 +164,14 @@ class ChatFormat:
         if any(one[1] > other[0] for one, other in zip(spans, spans[1:])):
             raise UserError("the chat template writes answers into one another")
         return tuple(spans)
+
+    def _renderings(self, messages: Sequence[Message], tools: list[Any] | None) -> Iterator[Arguments]:
+        """What `render` asks of the template, unless the first of `_other_answers` is not enough."""
+        yield list(messages), tools, False
+        for i, message in enumerate(messages) if self._kind == "compared" else ():
+            if message["role"] == "assistant":
+                yield [*messages[: i - 1], _other_turn(messages[i - 1])] if i else [], tools, True
+                yield [*messages[:i], _other_turn(message), *messages[i + 1 :]], tools, False
 
     def _locate(self, messages: Sequence[Message], tools: list[Any] | None, text: str, i: int) -> tuple[int, int]:
         prompt = self._prompt_end(messages[:i], tools)
@@ -300,9 +316,13 @@ def _answer(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
+def _other_turn(message: Message) -> Message:
+    return {"role": message["role"], "content": SENTINEL}
+
+
 def _other_answers(message: Message) -> Iterator[Message]:
     """The turn with a sentinel for its text: alone, beside its tool calls, and as their name."""
-    yield {"role": message["role"], "content": SENTINEL}
+    yield _other_turn(message)
     if len(message) > 2:
         yield {**message, "content": SENTINEL}
     if calls := message.get("tool_calls"):

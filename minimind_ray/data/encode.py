@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.data.turns import Turn
 
 ROWS_AT_ONCE = 512  # tokenized in one call, which spreads over the cores
+RENDERED_AT_ONCE = 32  # rows that a chat template in another process writes in one exchange with it
 LENGTH_STEP = 64  # tokens; lengths of rows that are too long are counted in bins of this width
 MOST_NAMED = 10  # ignored fields that a summary names
 LEAST_QUESTION = 16  # tokens of a question that cutting its beginning leaves
@@ -71,6 +73,17 @@ class _Draft(NamedTuple):
     row: Row
     item: str | Conversation | Pair
     conversations: tuple[Rendering, ...] = ()
+
+
+StartedRenderings = tuple[Callable[[], Rendering], ...]
+
+
+class _Started(NamedTuple):
+    """A row that was read. Each function in `conversations` returns a conversation as the chat template writes it."""
+
+    row: Row
+    item: str | Conversation | Pair
+    conversations: StartedRenderings
 
 
 class Whole(NamedTuple):
@@ -117,7 +130,8 @@ class RowEncoder:
         """The first half of `encode`: each row with its documents, of whatever length."""
         remaining = iter(rows)
         while chunk := list(islice(remaining, ROWS_AT_ONCE)):
-            drafts = [row if isinstance(row, Reject) else self._draft(row) for row in chunk]
+            batches = (chunk[start : start + RENDERED_AT_ONCE] for start in range(0, len(chunk), RENDERED_AT_ONCE))
+            drafts = [draft for batch in batches for draft in self._drafts(batch)]
             encoded = iter(self._documents([draft for draft in drafts if not isinstance(draft, Reject)]))
             for draft in drafts:
                 yield draft if isinstance(draft, Reject) else next(encoded)
@@ -209,36 +223,28 @@ class RowEncoder:
 
     def _again(self, row: Row, item: Conversation | Pair) -> Whole:
         """A part of a row that was encoded before, encoded."""
-        (outcome,) = self._documents([_Draft(row, item, self._render(item))])
+        (outcome,) = self._documents([_Draft(row, item, _renderings(self._start_rendering(item)))])
         if isinstance(outcome, Reject):
             raise BadRowError(outcome.reason)
         return outcome
 
-    def _draft(self, row: Row) -> _Draft | Reject:
+    def _drafts(self, rows: Sequence[Row | Reject]) -> list[_Draft | Reject]:
+        started = [row if isinstance(row, Reject) else self._start(row) for row in rows]
+        return [one if isinstance(one, Reject) else _finish(one) for one in started]
+
+    def _start(self, row: Row) -> _Started | Reject:
         try:
             item = _usable(self.reader.read(row))
-            conversations = self._render(item)
-            for text in [item] if isinstance(item, str) else [rendering.text for rendering in conversations]:
-                if not text.isascii():
-                    text.encode()
-        except UnicodeEncodeError:
-            return Reject(row.file, row.line, "the text holds half a surrogate pair, which is no character")
-        except RecursionError:
-            return Reject(row.file, row.line, "objects are nested too deeply")
-        except BadRowError as error:
-            return Reject(row.file, row.line, str(error))
-        if isinstance(item, Pair) and conversations[0].text == conversations[1].text:
-            return Reject(row.file, row.line, "chosen and rejected are the same")
-        return _Draft(row, item, conversations)
+            return _Started(row, item, self._start_rendering(item))
+        except (BadRowError, RecursionError, UnicodeEncodeError) as error:
+            return _rejected(row, error)
 
-    def _render(self, item: str | Conversation | Pair) -> tuple[Rendering, ...]:
+    def _start_rendering(self, item: str | Conversation | Pair) -> StartedRenderings:
         if isinstance(item, str):
             return ()
         sides = [item] if isinstance(item, Conversation) else [item.chosen, item.rejected]
-        try:
-            return tuple(self.tokenizer.render(side.messages, side.tools) for side in sides)
-        except UserError as error:
-            raise BadRowError(str(error)) from error
+        with _template_errors():
+            return tuple(self.tokenizer.start_rendering(side.messages, side.tools) for side in sides)
 
     def _documents(self, drafts: list[_Draft]) -> Iterator[Whole | Reject]:
         return self._text_documents(drafts) if self.kind == "text" else self._chat_documents(drafts)
@@ -270,6 +276,45 @@ class RowEncoder:
                 else:
                     documents.append(_chat_document(*one, learned))
             yield Reject(row.file, row.line, reasons[0]) if reasons else Whole(row, item, tuple(documents))
+
+
+def _finish(started: _Started) -> _Draft | Reject:
+    row, item, _ = started
+    try:
+        conversations = _renderings(started.conversations)
+        for text in [item] if isinstance(item, str) else [rendering.text for rendering in conversations]:
+            if not text.isascii():
+                text.encode()
+    except (BadRowError, RecursionError, UnicodeEncodeError) as error:
+        return _rejected(row, error)
+    if isinstance(item, Pair) and conversations[0].text == conversations[1].text:
+        return Reject(row.file, row.line, "chosen and rejected are the same")
+    return _Draft(row, item, conversations)
+
+
+def _rejected(row: Row, error: Exception) -> Reject:
+    match error:
+        case UnicodeEncodeError():
+            reason = "the text holds half a surrogate pair, which is no character"
+        case RecursionError():
+            reason = "objects are nested too deeply"
+        case _:
+            reason = str(error)
+    return Reject(row.file, row.line, reason)
+
+
+def _renderings(started: StartedRenderings) -> tuple[Rendering, ...]:
+    with _template_errors():
+        return tuple(finish() for finish in started)
+
+
+@contextmanager
+def _template_errors() -> Generator[None]:
+    """Turn a UserError of the chat template into a BadRowError: only this row is refused."""
+    try:
+        yield
+    except UserError as error:
+        raise BadRowError(str(error)) from error
 
 
 def _chat_document(ids: list[int], spans: list[tuple[int, int]], learned: list[bool]) -> Document:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
@@ -198,7 +198,18 @@ class Tokenizer:
             UserError: there is no chat template, it fails on these messages or does not write all of them, or it is
                 not certain where an answer stands.
         """
-        return self._format(tools).render(self._escape_messages(messages), self._escape(tools, self._any_token))
+        return self.start_rendering(messages, tools)()
+
+    def start_rendering(self, messages: list[Message], tools: list[Any] | None = None) -> Callable[[], Rendering]:
+        """The first part of `render`; call the result for the rest. To start several conversations first saves time.
+
+        Raises:
+            UserError: there is no chat template. The result raises the other errors of `render`.
+        """
+        format = self._format(tools)
+        escaped = self._escape_messages(messages), self._escape(tools, self._any_token)
+        format.expect(*escaped)
+        return lambda: format.render(*escaped)
 
     def encode_conversations(
         self, renderings: Sequence[Rendering]

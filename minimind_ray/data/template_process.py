@@ -1,0 +1,163 @@
+"""A chat template in a process of its own, with bounds on the time and the memory that it takes.
+
+Jinja's sandbox keeps a template from reaching Python, but not from looping for ever or filling the memory. Here the
+operating system does: the process has limited memory, and it is ended when one rendering takes too much processor time.
+The next rendering starts another process. The process gets no environment variables but those that Python needs, and no
+signals from the terminal. It ends when this process ends, because its standard input ends then.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+from minimind_ray.data import template_sandbox
+from minimind_ray.data.template_sandbox import HEADER, MARKS_ANSWERS, OUT_OF_MEMORY, TemplateError
+
+# The arguments of `render`: messages, tools, whether to add the generation prompt.
+Arguments = tuple[list[dict[str, Any]], list[Any] | None, bool]
+
+MOST_SECONDS = 10.0  # processor time of one rendering; a conversation takes less than a millisecond
+MOST_MEMORY = 1 << 30  # bytes of address space; the process starts with some 30 MB. macOS does not enforce the bound.
+MOST_EXPECTED = 512  # renderings that are asked for in one request
+VARIABLES = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
+
+
+class LimitedTemplate:
+    """As `template_sandbox.Template`, in a process of its own.
+
+    Raises:
+        TemplateError: the template does not compile, or takes too much time or memory.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        self._definition = pickle.dumps((source, special_tokens))
+        self._lock = threading.Lock()
+        self._expected: dict[bytes, None] = {}
+        self._rendered: dict[bytes, str] = {}
+        self._process = _Process()
+        self.marks_answers = self._process.ask(self._definition) == MARKS_ANSWERS
+
+    def expect(self, renderings: Iterable[Arguments]) -> None:
+        """Announce renderings. When one of them is asked for, all are made in one exchange with the process.
+
+        Only the last MOST_EXPECTED are remembered.
+        """
+        requests = [pickle.dumps(arguments) for arguments in islice(renderings, MOST_EXPECTED)]
+        with self._lock:  # Not while iterating: `renderings` may call `render`.
+            self._expected = dict.fromkeys([*self._expected, *requests][-MOST_EXPECTED:])
+
+    def render(self, *arguments: Any) -> str:
+        """The conversation as text, as `Template.render` gives it for these arguments.
+
+        Raises:
+            TemplateError: the template fails on these messages, refuses them, or takes too much time or memory.
+        """
+        request = pickle.dumps(arguments)
+        with self._lock:
+            if request in self._expected:
+                self._render_expected()
+            if request in self._rendered:
+                return self._rendered.pop(request)
+            try:
+                return self._usable_process().ask(request)
+            except _EndedError:  # Something else ended the process, perhaps long ago. Another process may succeed.
+                return self._usable_process().ask(request)
+
+    def _render_expected(self) -> None:
+        """Render what is expected. Renderings that fail are left out: asked for alone, each has an error of its own."""
+        requests = list(self._expected)
+        self._expected.clear()
+        answers = self._usable_process().answers(requests)
+        self._rendered = {request: text for request, (succeeded, text) in zip(requests, answers) if succeeded}
+
+    def _usable_process(self) -> _Process:
+        if not self._process.is_usable:
+            self._process = _Process()
+            self._process.ask(self._definition)
+        return self._process
+
+
+class _EndedError(TemplateError):
+    """The process ended, and not because of a bound."""
+
+
+class _Process:
+    """A process that runs template_sandbox.py."""
+
+    def __init__(self) -> None:
+        python_path = os.pathsep.join(filter(None, sys.path))  # The process uses the same Jinja as this one.
+        self._popen = subprocess.Popen(
+            [sys.executable, "-S", "-P", template_sandbox.__file__, str(MOST_SECONDS), str(MOST_MEMORY)],
+            env={name: os.environ[name] for name in VARIABLES if name in os.environ} | {"PYTHONPATH": python_path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # After Ctrl-C, this process may still have conversations to render.
+        )
+        self._owner = os.getpid()
+        self._end = weakref.finalize(self, _end, self._popen)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether nothing went wrong with the process, and this process started it (and is no fork of the starter)."""
+        return self._end.alive and self._owner == os.getpid()
+
+    def ask(self, request: bytes) -> str:
+        """The answer to a request.
+
+        Raises:
+            TemplateError: the template fails or takes too much; _EndedError: the process ended for another reason.
+        """
+        for succeeded, text in self.answers([request]):
+            if succeeded:
+                return text
+            raise TemplateError(text)
+        code = self._popen.returncode
+        if code == -signal.SIGPROF:
+            raise TemplateError(f"it takes more than {MOST_SECONDS:g} s of processor time")
+        if code == OUT_OF_MEMORY:
+            raise TemplateError(f"it needs more than {MOST_MEMORY >> 20:,} MiB of memory")
+        raise _EndedError(f"its process ended with exit code {code}")
+
+    def answers(self, requests: list[bytes]) -> list[tuple[bool, str]]:
+        """Whether each request succeeded, and its text. There are fewer answers if the process ends meanwhile."""
+        assert self._popen.stdin
+        answers: list[tuple[bool, str]] = []
+        try:
+            self._popen.stdin.write(pickle.dumps(requests))
+            self._popen.stdin.flush()
+            for _ in requests:
+                succeeded, size = HEADER.unpack(self._read(HEADER.size))
+                answers.append((succeeded, self._read(size).decode("utf-8", "surrogatepass")))
+        except (BrokenPipeError, EOFError):
+            self._popen.wait()
+        finally:
+            if len(answers) < len(requests):  # After Ctrl-C, too: the next request must not get this one's answer.
+                self._end()
+        return answers
+
+    def _read(self, size: int) -> bytes:
+        assert self._popen.stdout
+        data = self._popen.stdout.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin and process.stdout
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with suppress(BrokenPipeError):  # Closing writes what is left of a request.
+        process.stdin.close()
