@@ -161,9 +161,8 @@ def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, 
     import numpy as np
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    from minimind_ray.data.inspect import histogram, runs
+    from minimind_ray.data.inspect import histogram
 
     console = Console(highlight=False, soft_wrap=True)
     tally, lengths = inspection.tally, inspection.lengths
@@ -208,6 +207,15 @@ def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, 
         f"{inspection.fill(config.pack_tokens):.1%} full; {inspection.tokens:,} tokens, of which "
         f"{inspection.counted:,} ({inspection.counted / inspection.tokens:.1%}) carry loss"
     )
+    _print_samples(inspection, tokenizer, console)
+
+
+def _print_samples(inspection: Inspection, tokenizer: Tokenizer, console: Console) -> None:
+    """Some documents, with the tokens that carry loss in green."""
+    from rich.text import Text
+
+    from minimind_ray.data.inspect import runs
+
     for group in inspection.samples:
         for document in group:
             console.rule(style="dim")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from minimind_ray.on_ray.cluster.doctor import Node
 
 
 def doctor(
@@ -21,7 +28,6 @@ def doctor(
 
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from minimind_ray.config.paths import STORAGE, masked
     from minimind_ray.on_ray.cluster.check import Finding
@@ -42,29 +48,7 @@ def doctor(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 240
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in (
-        "node",
-        "role",
-        "Python",
-        "Ray",
-        "torch",
-        "CPUs",
-        "GPUs",
-        "NCCL",
-        "disk free",
-        "object store",
-        "clock",
-    ):
-        table.add_column(column, overflow="fold")
-    for node in nodes:
-        gpus = f"{len(node.gpus)} x {node.gpus[0]}" if node.gpus else "-"
-        table.add_row(
-            node.name, node.role, node.python, node.versions["ray"], node.versions["torch"], str(node.cpus), gpus,
-            node.nccl or "-", f"{node.disk_free / 1e9:.0f} GB",
-            f"{node.object_store / 1e9:.1f} GB" if node.object_store else "-", f"{node.clock:+.2f} s",
-        )  # fmt: skip
-    console.print(table)
+    console.print(_table(nodes))
     for url in storage:
         able = sum(url not in node.storage for node in nodes)
         console.print(f"storage {escape(masked(url))}: written and read on {able} of {len(nodes)} node(s)")
@@ -78,3 +62,20 @@ def doctor(
     console.print(f"[red]{errors} error(s)[/]" if errors else "[green]ok[/]")
     if errors:
         raise typer.Exit(1)
+
+
+def _table(nodes: Sequence[Node]) -> Table:
+    from rich.table import Table
+
+    columns = ("node", "role", "Python", "Ray", "torch", "CPUs", "GPUs", "NCCL", "disk free", "object store", "clock")
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for node in nodes:
+        gpus = f"{len(node.gpus)} x {node.gpus[0]}" if node.gpus else "-"
+        table.add_row(
+            node.name, node.role, node.python, node.versions["ray"], node.versions["torch"], str(node.cpus), gpus,
+            node.nccl or "-", f"{node.disk_free / 1e9:.0f} GB",
+            f"{node.object_store / 1e9:.1f} GB" if node.object_store else "-", f"{node.clock:+.2f} s",
+        )  # fmt: skip
+    return table

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from minimind_ray.config.flag import Flag
-    from minimind_ray.config.schema import ScaleConfig
+    from minimind_ray.sweep.forecast import Forecast
     from minimind_ray.sweep.plan import SweepPlan
 
 TuneCommand = with_options(
@@ -185,29 +185,23 @@ def winner_is_cut(path: Path) -> bool:
 
 
 def print_plan(plan: SweepPlan) -> None:
-    """What the sweep would do and cost, from prepared data and a few steps in this process."""
-    from minimind_ray.cli.plan import missing_gpus
+    """Print what the sweep would do and cost, from prepared data and a few steps in this process."""
     from minimind_ray.data.storage import url_of
-    from minimind_ray.stages.run import Host
-    from minimind_ray.sweep.estimate import calibrate, estimate
-    from minimind_ray.sweep.fuse import together
-    from minimind_ray.sweep.plan import Preparation, train_tokens, within_budget
-    from minimind_ray.sweep.text import count_text, duration_text, value_text
+    from minimind_ray.sweep.forecast import forecast
+
+    found = forecast(plan, print)
+    _print_trials(plan, found)
+    _print_cost(plan, found)
+    print(f"sweep      {url_of(plan.path)}")
+
+
+def _print_trials(plan: SweepPlan, found: Forecast) -> None:
+    """What the sweep varies, and where and how its trials run."""
+    from minimind_ray.cli.plan import missing_gpus
+    from minimind_ray.sweep.text import value_text
 
     search, scale = plan.search, plan.base.scale
-    preparation = Preparation(plan.base, Host(), print)
-    jobs = [preparation.job(trial.config) for trial in plan.trials]
-    jobs = jobs or [preparation.job(plan.base)] * plan.count
-    if search.budget_tokens:
-        jobs = within_budget(jobs, search.budget_tokens)
-    fuse, why = together(plan)
-    places, does_not_fit = _places_here(scale)
-    # Trials that are trained together share a place's time; what they save is not counted.
-    at_once = min(places, search.concurrent or plan.count, plan.count)
-    pace = calibrate(jobs[0])
-    found = estimate(jobs, pace, search, at_once)
     metric, mode = search.judged_by(plan.base.stage)
-    steps, tokens = jobs[0].plan.steps, train_tokens(jobs[0])
     for axis in plan.axes:
         spec = axis.to_json()
         text = spec if isinstance(spec, str) else ", ".join(map(value_text, spec))
@@ -217,44 +211,37 @@ def print_plan(plan: SweepPlan) -> None:
         print(f"validated  all alike, with data.max_seq_len {data.max_seq_len} and data.pack_tokens {data.pack_tokens}")
     each = f"{scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs"
     print(f"each on    {f'{scale.most} workers of ' if scale.most > 1 else ''}{each}{missing_gpus(scale)}")
-    if does_not_fit:
-        print(f"not here   {does_not_fit}")
+    if found.does_not_fit:
+        print(f"not here   {found.does_not_fit}")
     print(f"trials     {plan.count} ({search.seeds} seed(s)), judged by {metric} ({mode}), {search.searcher}")
     if plan.remark:
         print(f"           {plan.remark}")
-    print(f"a trial    {steps:,} steps, {count_text(tokens)} tokens, {found.flops / len(jobs):.2g} FLOPs on average")
-    print(f"in all     {found.steps:,} steps, {count_text(found.tokens)} tokens, {found.flops:.2g} FLOPs")
+
+
+def _print_cost(plan: SweepPlan, found: Forecast) -> None:
+    """Steps, tokens, FLOPs, time and price."""
+    from minimind_ray.sweep.plan import train_tokens
+    from minimind_ray.sweep.text import count_text, duration_text
+
+    search, cost, pace, first = plan.search, found.cost, found.pace, found.jobs[0]
+    flops = cost.flops / len(found.jobs)
+    print(
+        f"a trial    {first.plan.steps:,} steps, {count_text(train_tokens(first))} tokens, {flops:.2g} FLOPs on average"
+    )
+    print(f"in all     {cost.steps:,} steps, {count_text(cost.tokens)} tokens, {cost.flops:.2g} FLOPs")
     if search.scheduler == "asha":
-        print(f"asha       saves about {1 - found.kept:.0%} of that (if early validations tell the order)")
+        print(f"asha       saves about {1 - cost.kept:.0%} of that (if early validations tell the order)")
     elif search.scheduler != "none":
         print(f"{search.scheduler:<10} its savings cannot be foreseen; not counted")
-    print(f"together   {fuse} in one process: {why}" if fuse > 1 else f"together   no: {why}")
-    shared = ", ".join(f"{count} {what}" for what, count in preparation.counts.items() if count)
-    print(f"shared     {shared}, made once")
+    print(f"together   {f'{found.fused} in one process' if found.fused > 1 else 'no'}: {found.why_fused}")
+    print(f"shared     {', '.join(f'{count} {what}' for what, count in found.shared.items() if count)}, made once")
     print(
-        f"time       about {duration_text(found.hours(at_once) * 3600)} with {at_once} at once (measured here, one "
-        f"worker on {scale.cpus_per_worker:g} CPUs: {pace.step:.2f} s a step, {pace.validation:.1f} s a validation, "
-        f"{pace.start:.1f} s to begin)"
+        f"time       about {duration_text(found.hours * 3600)} with {found.at_once} at once (measured here, one "
+        f"worker on {plan.base.scale.cpus_per_worker:g} CPUs: {pace.step:.2f} s a step, {pace.validation:.1f} s a "
+        f"validation, {pace.start:.1f} s to begin)"
     )
-    if search.budget_hours and found.hours(at_once) > search.budget_hours:
+    if search.budget_hours and found.hours > search.budget_hours:
         print(f"budget     {search.budget_hours:g} hours end it before; then go on with --resume")
     if search.price_per_hour is not None:
-        price = found.price(search.price_per_hour)
+        price = cost.price(search.price_per_hour)
         print(f"price      about {price:.2f}, at {search.price_per_hour:g} a trial and hour")
-    print(f"sweep      {url_of(plan.path)}")
-
-
-def _places_here(scale: ScaleConfig) -> tuple[int, str | None]:
-    """How many trials a Ray on this machine would have room for; 1, and a sentence, where it has none."""
-    import os
-
-    import torch
-
-    from minimind_ray.on_ray.layout import trials_that_fit
-    from minimind_ray.on_ray.session import Machines, local_cpus
-
-    cpus = local_cpus(scale) if scale.most > 1 else os.cpu_count() or 1
-    try:
-        return trials_that_fit(Machines([{"CPU": cpus, "GPU": torch.cuda.device_count()}], 1), scale), None
-    except UserError as error:
-        return 1, str(error)

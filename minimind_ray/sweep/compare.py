@@ -389,10 +389,7 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
             others.append(row)
             continue
         p = len(measured)
-        low, high = float(found.low_P[p]), float(found.high_P[p])
-        if metric == "val/accuracy":  # a part of the pairs
-            low, high = max(low, 0.0), min(high, 1.0)
-        value = Interval(float(found.mean_P[p]), *((low, high) if judged else ()))
+        value = _value(found, p, metric) if judged else Interval(float(found.mean_P[p]))
         measured[p] = row = replace(row, compared=tuple(compared), metric=value, verdict="best")
         if p != best:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
@@ -409,6 +406,14 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
         metric, mode, keys, rows, examples, notes,
         found.difference_PP[pick], found.low_PP[pick], found.high_PP[pick],
     )  # fmt: skip
+
+
+def _value(found: Statistics, p: int, metric: str) -> Interval:
+    """Point p's mean with its bounds; an accuracy's are those of a part of the pairs."""
+    low, high = float(found.low_P[p]), float(found.high_P[p])
+    if metric == "val/accuracy":
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Interval(float(found.mean_P[p]), low, high)
 
 
 def _common_metric(sweeps: Sequence[Sweep]) -> tuple[str, Literal["min", "max"]]:

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from minimind_ray.cli.evaluate import wilson_interval
 from minimind_ray.config.schema import DataConfig
 from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.records import discover, read_rows
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model
+from minimind_ray.stages.evaluate import wilson_interval
 from tests.cli.conftest import Command, Models
 
 pytestmark = pytest.mark.slow
