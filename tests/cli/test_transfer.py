@@ -94,7 +94,7 @@ def test_merged_weights_compute_what_base_and_adapter_do(command: Command, model
 BAD = [
     (["import", "/nowhere.pth", "{new}"], "/nowhere.pth: no such file"),
     (["import", "{file}", "{new}"], "give a model's with --tokenizer"),
-    (["import", "{file}", "{new}", "--tokenizer", "/nowhere"], "it is no tokenizer directory"),
+    (["import", "{file}", "{new}", "--tokenizer", "/nowhere"], "this is not a tokenizer directory"),
     (["import", "{file}", "{new}", "--tokenizer", "{tokenizer}"], "model.layers.0.self_attn.q_proj.weight is missing"),
     (["import", "{file}", "{base}"], "is there already"),
     (["import", "{adapter}", "{new}"], "is an adapter, which is used as it is"),
