@@ -161,7 +161,7 @@ BAD = [
     (["--train", "/nowhere"], "/nowhere: no such file"),
     (["--batch-tokens", "1000"], "batch.tokens 1000 is not a multiple"),
     (["--set", "lr=1"], "no such setting; did you mean optim.lr?"),
-    (["--tokenizer", "/nowhere"], "it is no tokenizer directory"),
+    (["--tokenizer", "/nowhere"], "this is not a tokenizer directory"),
     (["--set", "model.num_attention_heads=3"], "model.num_attention_heads"),
     (["--set", "model.num_key_value_heads=3"], "model.num_key_value_heads 3"),
     (["--set", "data.cache=false"], "train.max_steps is not set"),
