@@ -513,22 +513,10 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
         size = shard.tell()
         if current_version(unit.source) != unit.source.version:
             raise UserError(f"{unit.source.path}: it has changed while it was read; run again when it is complete")
-    tally, first_line = encoder.tally, unit.part.first_line
-    row_format, line = next(iter(encoder.reader.formats.values()), (None, first_line))
     stats = UnitStats(
         key=unit.key,
         **asdict(seen),
-        kept=tally.kept,
-        rejected=tally.rejected,
-        left_out=tally.left_out,
-        split=tally.split,
-        cut=tally.cut,
-        cut_tokens=tally.cut_tokens,
-        shortened=tally.shortened,
-        too_long=dict(tally.too_long),
-        ignored=dict(encoder.reader.ignored),
-        row_format=row_format,
-        format_line=line - first_line,
+        **_row_counts(encoder, unit.part.first_line),
         documents=documents,
         tokens=tokens,
         counted_tokens=counted,
@@ -538,6 +526,25 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
     with _cache_errors(encoding.config), cache.output(unit.key, "json") as stream:
         stream.write(stats.model_dump_json().encode())
     return stats
+
+
+def _row_counts(encoder: RowEncoder, first_line: int) -> dict[str, Any]:
+    """What became of a unit's rows, and their format: fields of UnitStats. The unit begins at `first_line`."""
+    tally = encoder.tally
+    row_format, line = next(iter(encoder.reader.formats.values()), (None, first_line))
+    return {
+        "kept": tally.kept,
+        "rejected": tally.rejected,
+        "left_out": tally.left_out,
+        "split": tally.split,
+        "cut": tally.cut,
+        "cut_tokens": tally.cut_tokens,
+        "shortened": tally.shortened,
+        "too_long": dict(tally.too_long),
+        "ignored": dict(encoder.reader.ignored),
+        "row_format": row_format,
+        "format_line": line - first_line,
+    }
 
 
 # The cache
