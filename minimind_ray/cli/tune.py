@@ -66,9 +66,9 @@ def tune(
     plan = plan_of(asked)
     check_free(plan.path)
     if dry_run:
-        from minimind_ray.sweep.run import check_places
+        from minimind_ray.sweep.run import check_files
 
-        check_places(plan, probe=False)
+        check_files(plan, probe=False)
         print_plan(plan)
     else:
         run_plan(plan, resume=False)

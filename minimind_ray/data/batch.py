@@ -1,4 +1,4 @@
-"""The one batch shape of every stage: ragged.
+"""Make batches from packs. All stages use the same ragged batch shape.
 
 N tokens of D documents, one after another, no padding:
 
@@ -6,7 +6,7 @@ N tokens of D documents, one after another, no padding:
     targets_N  int64    the next token of the same document
     weights_N  float32  1 where the loss counts, 0 elsewhere
     bounds_D1  int32    where each document starts, and N
-    counted_M  int64    the positions with weight > 0; a GPU need not be asked how many there are
+    counted_M  int64    the positions with weight > 0, listed so that counting them needs no GPU synchronization
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Batch:
         return self._each(lambda x: x.to(device, non_blocking=True), but="bounds_D1")
 
     def pinned(self) -> Batch:
-        """The same batch in memory that a GPU copies from while the host goes on."""
+        """The same batch in pinned memory, from which a GPU can copy asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, function: Callable[[Tensor], Tensor], but: str = "") -> Batch:
@@ -48,7 +48,7 @@ class Batch:
 
 
 def passes(packs: Iterable[Pack], tokens: int) -> Iterator[list[Pack]]:
-    """Consecutive packs, as many for one forward pass as hold at most `tokens` together, but one at least."""
+    """Group consecutive packs for forward passes: at most `tokens` tokens, but at least one pack, in each group."""
     together: list[Pack] = []
     for pack in packs:
         if together and sum(len(p.tokens) for p in together) + len(pack.tokens) > tokens:
@@ -60,7 +60,7 @@ def passes(packs: Iterable[Pack], tokens: int) -> Iterator[list[Pack]]:
 
 
 def batch_from_packs(packs: Sequence[Pack]) -> Batch:
-    """Concatenate packs. A document of L tokens gives L - 1 positions: its last token is only a target."""
+    """Concatenate packs to a batch. A document of L tokens gives L - 1 positions: its last token is only a target."""
     tokens, weights, lengths = (
         np.concatenate([getattr(p, name) for p in packs]) for name in ("tokens", "weights", "lengths")
     )

@@ -29,11 +29,11 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 JsonRow = dict[str, Any]
 
 ROUNDS = 9
-"""How often each statement of each fact stands in a mixed passage."""
+"""How many mixed passages contain each statement of each fact."""
 PORTRAITS = 14
-"""Passages about each thing of which several facts are known."""
+"""Passages about each thing for which there are several facts."""
 VALIDATION_ROWS = 300
-"""At most so many conversations, and half as many pairs: a validation must not take longer than it is worth."""
+"""The most conversations for validation; half as many pairs. More would make validation too slow."""
 
 OPENERS: dict[Language, tuple[str, ...]] = {
     "en": ("Hello! ", "Please tell me: ", "I would like to know: ", "A question: "),
@@ -119,16 +119,21 @@ IDENTITY: dict[Language, tuple[tuple[str, tuple[str, ...]], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question to put to a trained model, the answers of which a right reply contains one, and `others`, which are
-    answers to other questions of its kind."""
+    """A question for a trained model. A right reply contains one of its answers.
+
+    `others` are answers to other questions of the same kind. A right reply contains none of them.
+    """
 
     question: str
     answers: tuple[str, ...]
     others: tuple[str, ...] = ()
 
     def is_right(self, reply: str) -> bool:
-        """Whether `reply` contains an accepted answer, and none to another question of the kind ("The day after Tuesday
-        is Wednesday" is not what comes after Monday). Words and numbers must stand alone: 112 is not 12."""
+        """Whether `reply` contains an accepted answer and no answer to another question of the same kind.
+
+        "The day after Tuesday is Wednesday" does not answer what comes after Monday. Answers match only as whole words
+        and numbers: 112 is not 12.
+        """
 
         def says(text: str) -> bool:
             return re.search(rf"(?<![0-9a-z]){re.escape(text)}(?![0-9a-z])", reply, re.IGNORECASE) is not None
@@ -148,7 +153,7 @@ class DemoFiles:
 
     @property
     def questions(self) -> Path:
-        """The ten questions, one `Question` a line."""
+        """The file of the ten questions, with one `Question` on each line."""
         return self.directory / "questions.jsonl"
 
 
@@ -164,25 +169,25 @@ class Fact:
 
     @property
     def phrasing(self) -> Phrasing:
-        """How this fact's language puts it."""
+        """The ways to state this fact in its language, and to ask for it."""
         return self.relation.en if self.language == "en" else self.relation.zh
 
     @property
     def thing(self) -> str:
-        """What the table's line is about."""
+        """The thing that the fact is about."""
         return next(iter(self.columns.values()))
 
     @property
     def value(self) -> str:
-        """What is asked for."""
+        """The answer to the fact's question."""
         return self.columns[self.relation.object]
 
     def statements(self, split: Split) -> list[str]:
-        """The fact in every way that belongs to `split`."""
+        """Every statement of the fact that belongs to `split`."""
         return self._fill(self.phrasing.statements, self.held_statement, split)
 
     def questions(self, split: Split) -> list[str]:
-        """The question in every way that belongs to `split`."""
+        """Every wording of the question that belongs to `split`."""
         return self._fill(self.phrasing.questions, self.held_question, split)
 
     def answer(self, value: str | None = None) -> str:
@@ -200,7 +205,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What one of the ten questions is about: a relation in a language, some columns, and what a right answer says."""
+    """The subject of one of the ten questions: a relation in a language, some columns, and the right answers."""
 
     language: Language
     relation: str
@@ -225,7 +230,7 @@ ASKED = (
     Asked("en", "day after", {"day": "Monday"}, ("Tuesday",)),
     Asked("zh", "translation", {"word": "水"}, ("water",)),
 )
-"""The ten questions. They are put in the relation's first wording, which their facts therefore hold out."""
+"""The ten questions. Each uses the relation's first wording, which is therefore held out for its fact."""
 
 
 def write_demo(directory: str | Path, seed: int = 0) -> DemoFiles:
@@ -249,7 +254,7 @@ def read_questions(files: DemoFiles) -> list[Question]:
 
 
 def all_facts(seed: int) -> list[Fact]:
-    """Every fact in both languages; the seed draws what each holds out."""
+    """Every fact in both languages. The seed decides which phrasings each fact holds out."""
     rng = Random(f"{seed} held out")
     facts: list[Fact] = []
     for relation in RELATIONS:
@@ -266,7 +271,7 @@ def all_facts(seed: int) -> list[Fact]:
 
 
 def pretrain_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
-    """`{"text"}`: passages that mix facts, and for training portraits of one thing."""
+    """`{"text"}`: passages that mix facts. Training rows also have portraits, which say all about one thing."""
     passages: list[str] = []
     for language in LANGUAGES:
         mine = [fact for fact in facts if fact.language == language]
@@ -303,7 +308,7 @@ def sft_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
 
 
 def identity_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
-    """`{"conversations"}`: who the model is, and as many questions about facts, so that an adapter forgets none."""
+    """`{"conversations"}`: who the model is, and as many questions about facts, so that an adapter forgets no facts."""
     pairs: list[tuple[str, str]] = []
     for language in LANGUAGES:
         openers = ("", *OPENERS[language]) if split == "train" else ("",)
@@ -359,7 +364,7 @@ def _by_thing(facts: Iterable[Fact]) -> list[list[Fact]]:
 
 
 def _follower(fact: Fact, facts: Sequence[Fact], split: Split, rng: Random) -> tuple[Fact, str]:
-    """A fact to ask about next, and the question: by a pronoun where it is about the same subject."""
+    """A fact to ask about next, and the question. The question uses a pronoun if the subject stays the same."""
     same_subject = [
         other
         for other in facts
@@ -377,7 +382,7 @@ def _follower(fact: Fact, facts: Sequence[Fact], split: Split, rng: Random) -> t
 
 
 def _reply(fact: Fact, brief: bool, rng: Random) -> dict[str, str]:
-    """An answer: bare when it has to be brief, else three in four times a sentence, and rambling the fourth."""
+    """An answer: bare if it must be brief; else a sentence (in three cases of four) or a rambling answer."""
     if brief:
         return _turn("assistant", fact.bare_answer())
     return _turn("assistant", fact.answer() if rng.random() < 0.75 else _ramble(fact, rng))
@@ -408,6 +413,6 @@ def _turn(role: str, content: str) -> dict[str, str]:
 def _write(path: Path, rows: Iterable[JsonRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # A file that is there as it should be keeps its time, by which what was made from it is known to be still right.
+    # Do not rewrite a correct file: data prepared from it stays valid only while the file's time stays the same.
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The demo's small world: simple true facts in English and Chinese, and the ways to put them, from demo_world.yaml.
+"""The demo's small world: simple true facts in English and Chinese and their phrasings, read from demo_world.yaml.
 
-A relation asks for one column of a table given another ("capital" given "country") and says how each language states
-the fact and asks for it. `demo.py` turns the relations into training files.
+A relation links two columns of a table, such as "country" and "capital". It lists, for each language, sentences that
+state the fact and questions that ask for it. `demo.py` turns the relations into training files.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Row = dict[Language, dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Phrasing:
-    """One language's ways to state a relation and to ask for it. The first statement is the one answers use."""
+    """The statements and questions of a relation in one language. Answers use the first statement."""
 
     statements: tuple[str, ...]
     questions: tuple[str, ...]
     follow_up: str | None = None
-    """The question once the subject has been named."""
+    """The question after the subject was named, with a pronoun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Facts "`subject` has this `object`": two columns of one table."""
+    """Facts of the kind "`subject` has this `object`", where both are columns of the table `rows`."""
 
     name: str
     rows: tuple[Row, ...]
@@ -57,7 +57,7 @@ def _cells(kind: str, text: str) -> Iterable[Sequence[str]]:
 
 
 def _rows(columns: str, lines: Iterable[Sequence[str]]) -> tuple[Row, ...]:
-    """One thing a line; a cell of `-` does not apply."""
+    """One row for each line. A cell `-` means that the column does not apply."""
     names = columns.split()
     rows: list[Row] = []
     for cells in lines:

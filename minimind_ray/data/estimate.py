@@ -1,4 +1,4 @@
-"""How much data there is, from a sample of its rows: nothing is prepared and nothing is written."""
+"""Estimate the amount of data from a sample of its rows, for `minimind-ray plan`. Prepares and writes nothing."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ SAMPLE_SOURCES, SAMPLE_BYTES = 16, 2 << 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """The training split as the sample has it, scaled up: `rows` are all of the sources', the others are trained on.
+    """The size of the training split, scaled up from the sample.
 
-    `mean_context` is the mean number of tokens a token attends to; `rejected` counts the sample's `sampled` rows.
+    `rows` counts all rows of the sources; `documents` to `packs` count only the training split. `mean_context` is the
+    mean number of tokens that a token attends to. `rejected` of the `sampled` rows cannot be used.
     """
 
     rows: int
@@ -45,10 +46,10 @@ class Estimate:
 
 
 def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer) -> Estimate:
-    """Encode the first rows of some source files spread over all, and take the rest to be like them.
+    """Encode the first rows of some source files, picked evenly from all, and scale the counts up to all bytes.
 
     Raises:
-        UserError: sources that match nothing or cannot be read.
+        UserError: the sources match nothing or cannot be read.
     """
     encoding, sources = encoding_of(stage, config, "train", tokenizer)
     sizes: dict[str, int] = defaultdict(int)
@@ -91,7 +92,7 @@ def _first_rows(source: Source, size: int) -> Iterator[RawRow | Reject]:
 
 
 def _stored_size(source: Source, rows: list[RawRow | Reject]) -> float:
-    """Bytes that these rows take in their file."""
+    """The bytes that these rows take in their file."""
     if source.suffix == ".parquet":
         filesystem, path = locate(source.path)
         return (
@@ -106,13 +107,13 @@ def _stored_size(source: Source, rows: list[RawRow | Reject]) -> float:
 
 
 def _written(source: Source, row: RawRow) -> bytes:
-    """The row as its file has it, almost."""
+    """The row about as its file has it, for its size."""
     if source.kind in (".jsonl", ".json"):
         return row.content
     return "\t".join(json.loads(row.content).values()).encode()
 
 
 def _mean_context(lengths: np.ndarray, longest: int) -> float:
-    """Half the length of the document that a token is in, on average; longer ones are split, or their ends cut off."""
+    """Half the mean length of a token's document, when documents longer than `longest` are split or cut."""
     kept = np.minimum(lengths, longest).astype(float)
     return float((kept**2).sum() / max(1.0, kept.sum()) / 2)

@@ -1,8 +1,9 @@
-"""Row formats: what people bring, as a text, a conversation, a pair, a prompt or a rated answer.
+"""Read a row of any common format as a text, a conversation, a pair, a prompt or a rated answer.
 
-One function per format (see FORMATS). A row's format is recognised from its fields, or named by `data.format`; a file
-holds one format. No field that a common format gives a meaning to is dropped: a field is used, or the row is refused
-with the field's name, or (where nothing common is known of it) the field is counted and named in the summary.
+`encode.py` tokenizes the results. There is one function for each format (see FORMATS). The format is recognised from
+the row's fields, or given by `data.format`. All rows of a file have the same format. No field with a meaning in a
+common format is dropped in silence: the field is used, or the row is refused with the field's name. Unknown fields are
+counted and named in the summary.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from minimind_ray.data.turns import ALIASES, NOT_TEXT, Turn, TurnReader, take_to
 
 Kind = RowKind | Literal["rated"]
 
-MOST_IGNORED = 100  # names of ignored fields that are remembered; a file could have another in every row
+MOST_IGNORED = 100  # names of ignored fields to count separately; every row of a file could have another name
 
 
 class Conversation(NamedTuple):
@@ -60,14 +61,14 @@ class Pair(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A conversation up to where an answer is wanted, and the right answer where the row has one."""
+    """A conversation without its last answer, and the right answer if the row has one."""
 
     conversation: Conversation
     answer: Any = None
 
 
 class Rated(NamedTuple):
-    """A conversation whose last answer somebody called good or bad."""
+    """A conversation whose last answer is rated good or bad."""
 
     conversation: Conversation
     good: bool
@@ -77,7 +78,7 @@ Item = str | Conversation | Pair | Prompt | Rated
 
 
 class Format(NamedTuple):
-    """How rows of a format are known and read. A row fits if it has one field of each group in `needs`."""
+    """How to recognise and read rows of a format. A row fits if it has at least one field of each group in `needs`."""
 
     kind: Kind
     needs: tuple[tuple[str, ...], ...]
@@ -107,7 +108,7 @@ class RowReader:
         self._writes = writes
 
     def read(self, row: Row) -> Item:
-        """What the row is.
+        """Read a row.
 
         Raises:
             BadRowError: the row cannot be used.
@@ -124,14 +125,14 @@ class RowReader:
         return item
 
     def note(self, row: Row | Reject) -> None:
-        """Remember the format of a file's first row, which stands in another piece than the rows to come."""
+        """Remember the format of a file's first row, when the rows to be read are in a later piece of the file."""
         if isinstance(row, Row):
             with suppress(BadRowError):
                 name = self._named or self._recognised(self._fields(row))
                 self.formats.setdefault(row.file, (name, row.line))
 
     def _fields(self, row: Row) -> dict[str, Any]:
-        """The row's fields by our names, without those to be left out."""
+        """The row's fields under standard names, without the fields of `data.ignore`."""
         value = row.value
         if self._left_out:
             value = {name: field for name, field in value.items() if name not in self._left_out}
@@ -146,7 +147,7 @@ class RowReader:
         return name
 
     def _account(self, name: FormatName, fields: Fields, turns: TurnReader) -> None:
-        """Refuse what was not read although it means something; count the rest."""
+        """Check the unread fields: refuse the row if one has a meaning, else count them."""
         unread = fields.unread()
         if FORMATS[name].kind != "text":
             _refuse_meaningful(name, unread)
@@ -162,12 +163,12 @@ def _refuse_meaningful(name: FormatName, unread: dict[str, Any]) -> None:
 
 
 def count_ignored(total: Counter[str], field: str, rows: int) -> None:
-    """Count rows with an ignored field, by the field's name up to a number of names, the others together."""
+    """Add rows to the count of an ignored field. After MOST_IGNORED names, all others are counted together."""
     total[field if field in total or len(total) < MOST_IGNORED else "others"] += rows
 
 
 def mixed(file: str, first: tuple[FormatName, int], other: tuple[FormatName, int]) -> str:
-    """The sentence for a file that holds two formats."""
+    """The error message for a file with two formats."""
     return (
         f"{file}:{other[1]}: a row of format {other[0]}, but line {first[1]} has format {first[0]}: a file holds one "
         "format; split the file, or name the format to keep by data.format (rows of the other are then rejected)"
@@ -175,9 +176,9 @@ def mixed(file: str, first: tuple[FormatName, int], other: tuple[FormatName, int
 
 
 def recognise(value: dict[str, Any], kind: Kind | None = None) -> FormatName | None:
-    """The first format that a row's fields fit, formats of `kind` before others; None where none fits.
+    """The first format that a row's fields fit; None if no format fits. Tries the formats of `kind` first.
 
-    Fields that are present decide; where they fit nothing, so do fields that are there but empty.
+    Fields with a value decide. If no format fits them, fields with an empty value count, too.
     """
     own, others = _in_order(kind)
     for has, names in ((_has, own), (_has_value, own), (_has, others), (_has_value, others)):
@@ -213,13 +214,13 @@ EXAMPLES: dict[Kind, str] = {
     "(turns)",
     "pair": "data.fields.prompt=NAME, data.fields.chosen=NAME and data.fields.rejected=NAME",
 }
-"""How a user says which of a row's fields is which."""
+"""Settings that name a row's fields, as examples in error messages."""
 
 
 def _unknown(value: dict[str, Any], kind: Kind) -> str:
     present = [name for name in value if _has(value, name)]
     has = f"the row has {', '.join(present[:8])}" if present else "the row has no field with a value"
-    hint = f"; if fields have other names, say so by {EXAMPLES[kind]}" if kind in EXAMPLES else ""
+    hint = f"; if fields have other names, give {EXAMPLES[kind]}" if kind in EXAMPLES else ""
     return f"{FIRST_FIELD.get(kind, 'prompt')} is missing ({has}){hint}"
 
 
@@ -243,10 +244,10 @@ def _learners(name: FormatName) -> str:
 
 
 def question_of(value: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
-    """The messages of a row up to the last that is no answer, and its tools, for a model to answer.
+    """The messages of a row without the answers at its end, and its tools, for a model to answer.
 
     Raises:
-        BadRowError: the row cannot be read, or has nothing to answer.
+        BadRowError: the row cannot be read, or has no turn to answer.
     """
     for key in ("messages", "conversations"):
         turns = value.get(key)
@@ -267,7 +268,7 @@ def question_of(value: dict[str, Any]) -> tuple[list[Message], list[Any] | None]
 
 
 def _until_question(turns: list[Any], where: str) -> list[Any]:
-    """The turns without the answers at the end, also empty ones, which only mark the place for an answer."""
+    """The turns without the assistant's turns at the end. An empty assistant's turn marks the place for an answer."""
     end = len(turns)
     while end and isinstance(turns[end - 1], dict) and _speaker(turns[end - 1]) == "assistant":
         end -= 1
@@ -282,7 +283,7 @@ def _speaker(turn: dict[str, Any]) -> str | None:
 
 
 def texts_of(value: dict[str, Any]) -> list[str]:
-    """All that was written in a row of any format (of a pair, the chosen side), for training a tokenizer.
+    """All texts of a row of any format, for training a tokenizer. Of a pair, the texts of the chosen side.
 
     Raises:
         BadRowError: the row cannot be read.
@@ -327,7 +328,7 @@ def _read_completion(row: Fields, turns: TurnReader) -> Conversation:
     prompt, tools = _prompt_turns(row, turns)
     where, completion = row.take("completion", "response", "answer")
     answer, _ = _answer_turns(completion, where, turns, _is_spoken(row))
-    # The prompt's own answers are context, as in trl: loss is on the completion alone.
+    # As in trl, answers inside the prompt are only context: loss counts on the completion alone.
     silent = [turn._replace(learned=False) for turn in prompt]
     return _with_row(row, _joined(silent, answer, where), tools)
 
@@ -386,7 +387,7 @@ def _read_prompt(row: Fields, turns: TurnReader) -> Prompt:
 
 
 def _turns_speak(value: dict[str, Any]) -> bool:
-    """The turns have `from` and `value`, as ShareGPT's."""
+    """Whether the turns have `from` and `value`, as in ShareGPT."""
     turns = value.get("conversations") or value.get("messages")
     if isinstance(turns, str):
         return PRINTED_TURNS.match(turns) is not None and '"from"' in turns and '"role"' not in turns
@@ -395,7 +396,7 @@ def _turns_speak(value: dict[str, Any]) -> bool:
 
 
 def _is_flag(value: dict[str, Any]) -> bool:
-    """The row has `kto_tag`, or a `label` that can only mean good or bad."""
+    """Whether the row has `kto_tag`, or a `label` that can only mean good or bad."""
     return _has(value, "kto_tag") or _says_good_or_bad(value.get("label"))
 
 
@@ -419,7 +420,7 @@ FORMATS: dict[FormatName, Format] = {
     "text": Format("text", (("text",),), _read_text),
     "prompt": Format("prompt", (("prompt",),), _read_prompt),
 }
-"""In the order in which they are tried."""
+"""All formats, in the order in which they are tried."""
 
 TURN_FIELDS = ("role", "content")
 
@@ -453,11 +454,11 @@ MEANINGFUL: dict[str, _Meaning] = {
     **dict.fromkeys(("input_ids", "labels", "attention_mask"), _TOKENS),
     "label": _Meaning(_RATED, _says_good_or_bad),
     "kto_tag": _Meaning(_RATED),
-    "documents": _Meaning("chat templates get no documents here; write them into a turn"),
+    "documents": _Meaning("documents are not supported; write them into a turn"),
     "chat_template": _Meaning("the tokenizer's chat template is used; remove the field"),
-    "chat_template_kwargs": _Meaning("chat templates get no further settings here; remove the field"),
+    "chat_template_kwargs": _Meaning("settings for chat templates are not supported; remove the field"),
 }  # fmt: skip
-"""Fields with a meaning in a common format. Where a row's own format does not read one, the row is refused."""
+"""Fields with a meaning in a common format. A row is refused if it has such a field and its own format ignores it."""
 
 
 # Parts of formats
@@ -472,7 +473,7 @@ def _assistant(text: str) -> Turn:
 
 
 def _conversation(row: Fields, turns: TurnReader, value: Any, where: str) -> Conversation:
-    """The turns of a list, with the system text and the tools that stand beside it."""
+    """The turns of a list, with the row's own system text and tools."""
     read, tools = turns.turns(value, where)
     return _with_row(row, read, tools)
 
@@ -494,7 +495,7 @@ def _with_row(row: Fields, turns: list[Turn], tools: list[Any] | None) -> Conver
 
 
 def _alpaca_prompt(row: Fields) -> list[Turn]:
-    """Earlier questions and answers, then the instruction, with its input on a line of its own."""
+    """The turns before the answer: earlier questions and answers, then the instruction with its input on a new line."""
     instruction, more = row.string("instruction"), row.string("input", "context")
     question = "\n".join(part for part in (instruction, more) if part)
     turns: list[Turn] = []
@@ -519,8 +520,10 @@ def _prompt_turns(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[Any]
 
 
 def _optional_prompt(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[Any] | None]:
-    """What stands before both answers of a pair: `prompt`, `conversations` or `instruction`; nothing where the answers
-    bring it themselves."""
+    """The turns before both answers of a pair, from `prompt`, `conversations` or `instruction`.
+
+    Empty if each answer contains these turns itself.
+    """
     if "prompt" in row:
         return _prompt_turns(row, turns)
     if "instruction" in row:
@@ -532,7 +535,7 @@ def _optional_prompt(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[A
 
 
 def _is_spoken(row: Fields) -> bool:
-    """The row's prompt is a dialogue in one text, whose answers begin with a space that belongs to `Assistant:`."""
+    """Whether the row's prompt is a dialogue in one text. Its answers then begin with the space after `Assistant:`."""
     prompt = row.raw("prompt")
     return isinstance(prompt, str) and _is_dialogue(prompt)
 
@@ -551,36 +554,40 @@ def _answer_turns(value: Any, where: str, turns: TurnReader, spoken: bool) -> tu
 
 
 def _joined(prompt: list[Turn], answer: list[Turn], where: str) -> list[Turn]:
-    """The prompt and the answer, whose turns may begin with the prompt's once more, or with its question.
+    """The prompt's turns and then the answer's. The answer may repeat the prompt's turns, or its last question.
 
     Raises:
-        BadRowError: the answer begins with turns of its own that are not the prompt.
+        BadRowError: the answer begins with turns that differ from the prompt.
     """
     if not prompt:
         return answer
     system, prompt = _system_apart(prompt)
     own_system, answer = _system_apart(answer)
     if system and own_system and system[0].message != own_system[0].message:
-        raise BadRowError(f"{where} has another system turn than prompt; leave one of them out")
+        raise BadRowError(f"{where} has a different system turn than prompt; leave one of them out")
     ours, theirs = [t.message for t in prompt], [t.message for t in answer]
     if theirs[: len(ours)] == ours:
         answer = answer[len(ours) :]
-    # As a text, a prompt is often the last question of the turns that stand before the answer.
+    # A prompt that is a text is often only the last question of the turns before the answer.
     elif len(ours) == 1 and ours[0] in theirs:
         prompt = []
     elif not theirs or theirs[0]["role"] != "assistant":
-        raise BadRowError(f"{where} begins with other turns than prompt has; leave prompt out, or the turns")
+        raise BadRowError(f"{where} begins with different turns than prompt; leave prompt out, or these turns")
     return [*(system or own_system), *prompt, *answer]
 
 
 def _system_apart(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
-    """The system turn at the beginning, if there is one, and the other turns."""
+    """Split the turns into the system turn at the beginning (or nothing) and the other turns."""
     first = int(turns[0].message["role"] == "system")
     return turns[:first], turns[first:]
 
 
 def _require_repeated(row: Fields, turns: TurnReader, conversation: Conversation) -> None:
-    """Whether `prompt` and `messages`, where they stand beside the turns that were read, say the same again."""
+    """Check that `prompt` and `messages`, if the row has them too, repeat the turns that were read.
+
+    Raises:
+        BadRowError: they differ from the turns.
+    """
     messages = conversation.messages
     for name in ("prompt", "messages"):
         if name not in row or row.was_read(name):
@@ -588,23 +595,23 @@ def _require_repeated(row: Fields, turns: TurnReader, conversation: Conversation
         where, value = row.take(name)
         if name == "prompt" and isinstance(value, str):
             if not any(m["role"] == "user" and m["content"] == value for m in messages):
-                raise BadRowError(f"{where} stands beside turns that do not say it; leave one of them out")
+                raise BadRowError(f"{where} is not in the row's turns; leave {where} or the turns out")
             continue
         said = [turn.message for turn in turns.turns(value, where)[0]]
         if not any(messages[i : i + len(said)] == said for i in range(2)):
-            raise BadRowError(f"{where} stands beside turns that differ from it; leave one of them out")
+            raise BadRowError(f"{where} differs from the row's turns; leave {where} or the turns out")
 
 
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \n]?")
 
 
 def _is_dialogue(text: str) -> bool:
-    """A dialogue in one text, as HH-RLHF has them: `\\n\\nHuman: …\\n\\nAssistant: …`."""
+    """Whether a text is a dialogue as in HH-RLHF: `\\n\\nHuman: …\\n\\nAssistant: …`."""
     return SPEAKER.match(text) is not None and "\n\nAssistant:" in text
 
 
 def _dialogue(text: str, where: str) -> list[Turn]:
-    """The turns of such a text. A last `Assistant:` with nothing after it ends a prompt, and is no turn."""
+    """The turns of a dialogue in one text. A last `Assistant:` without text ends a prompt; it is not a turn."""
     parts = SPEAKER.split(text)[1:]
     said = list(zip(parts[::2], parts[1::2], strict=True))
     if said[-1][0] == "Assistant" and not said[-1][1].strip():

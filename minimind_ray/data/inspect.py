@@ -1,4 +1,4 @@
-"""What `minimind-ray data inspect` tells: how long the documents are, what is cut or rejected, how full packs get."""
+"""The numbers of `minimind-ray data inspect`: lengths of documents, cut and rejected rows, and how full packs are."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from minimind_ray.data.pack import Document, Group, pack_groups
 from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
 
-LOOK_AHEAD = 1000  # rows in which one must tell the stage
-DECODED = 1000  # documents whose text is set against their tokens
+LOOK_AHEAD = 1000  # rows in which `guess_stage` looks for a known format
+DECODED = 1000  # documents that are decoded to measure characters per token
 
 
 @dataclass(frozen=True, slots=True)
 class RejectReason:
-    """Rejects alike but for numbers: how many, and the first."""
+    """Rejects with the same reason, apart from numbers in it: how many there are, and the first."""
 
     count: int
     first: Reject
@@ -35,10 +35,11 @@ class RejectReason:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """`lengths` int32 [documents]: tokens of each before anything is split or cut; the rest is as it will be trained.
+    """Numbers about the data of a stage.
 
-    `counted` are the tokens that carry loss; `samples` some groups drawn from all; `per_token` the chars and bytes of
-    text that the first documents have for each of their tokens.
+    `lengths` int32 [documents] are in tokens, before documents are split or cut. All other fields describe the data as
+    it is trained on. `counted` is the number of tokens that carry loss. `samples` are a few groups drawn from all.
+    `per_token` are the characters and bytes of text for each token, measured on the first documents.
     """
 
     tally: Tally
@@ -59,15 +60,15 @@ class Inspection:
         return self.tally.kept + self.tally.rejected + self.tally.left_out
 
     def fill(self, pack_tokens: int) -> float:
-        """Part of the packs' room that is taken."""
+        """How full the packs are: tokens over capacity, 0 to 1."""
         return self.tokens / (self.packs * pack_tokens) if self.packs else 0.0
 
 
 def guess_stage(rows: Iterable[Row | Reject], data: DataConfig) -> tuple[StageName, Iterator[Row | Reject]]:
-    """The stage that learns from `data.format`, or from the first row of a known format, and the rows once more.
+    """The stage that learns from `data.format`, or else from the first row with a known format; and all rows again.
 
     Raises:
-        UserError: no row among the first has a format that a stage learns from.
+        UserError: no stage learns from any of the first LOOK_AHEAD rows.
     """
     remaining = iter(rows)
     seen: list[Row | Reject] = []
@@ -100,7 +101,7 @@ def _recognised(row: Row | Reject, fields: dict[str, str]) -> FormatName | None:
 def inspect_rows(
     stage: StageName, rows: Iterable[Row | Reject], tokenizer: Tokenizer, config: DataConfig, samples: int = 3
 ) -> Inspection:
-    """Encode and pack all rows as training does, and keep the numbers.
+    """Encode and pack all rows as training does, and return the numbers.
 
     Raises:
         UserError: see `RowEncoder.encode`.
@@ -165,7 +166,7 @@ def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]
 
 
 def runs(document: Document, tokenizer: Tokenizer) -> Sequence[tuple[str, bool]]:
-    """The document's text in pieces, with whether loss counts there."""
+    """The document's text in pieces. Each piece says whether loss counts on it."""
     ids, weights = document.tokens.tolist(), document.weights.tolist()
     borders = [i for i in range(1, len(ids)) if weights[i] != weights[i - 1]]
     return [

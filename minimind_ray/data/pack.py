@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Document(NamedTuple):
-    """`tokens` int32 [L]; `weights` uint8 [L], 1 where predicting that token counts. The first is never predicted."""
+    """`tokens` int32 [L]; `weights` uint8 [L], 1 where loss counts on predicting this token (never the first token)."""
 
     tokens: np.ndarray
     weights: np.ndarray
@@ -54,16 +54,19 @@ class Pack:
 def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -> Iterator[list[Group]]:
     """Best-fit bin packing over a sliding window of groups.
 
-    Takes `window` groups at a time: those over an eighth of a pack longest first, the others in their order, each
-    into the open pack it fills best, or a new one. (All by length would fill packs no better, and put groups of one
-    length, so often of one kind, into one step.) A pack is given out when it is full; after each window so are those
-    too full for the window's shortest group, and the fullest ones beyond `window / 8`. The others stay open for the
-    next window, so memory does not grow with the data. The order depends on the input alone.
+    Takes `window` groups at a time. Places first the groups longer than an eighth of a pack, longest first, then the
+    others in their order. Each group goes into the open pack that it fills best, or into a new pack. (Sorting all
+    groups by length would not fill packs better, and would put groups of one length, often of one kind, into the same
+    step.)
+
+    Yields a pack when it is full. After each window, also yields the packs that are too full for the window's shortest
+    group, and the fullest packs beyond `window / 8`. The others stay open for the next window, so memory does not grow
+    with the data. The order depends only on the input.
 
     Raises:
         ValueError: a group is longer than a pack.
     """
-    open_by_room: dict[int, list[list[Group]]] = {}  # free tokens -> the packs that have just so many
+    open_by_room: dict[int, list[list[Group]]] = {}  # free tokens -> the open packs with exactly this many
     rooms: list[int] = []  # its keys, sorted
     remaining = iter(groups)
     while batch := [(sum([len(d.tokens) for d in group]), group) for group in islice(remaining, window)]:
@@ -111,7 +114,7 @@ def pack_schema(vocab_size: int) -> pa.Schema:
 
 
 def packs_table(packs: Sequence[Sequence[Group]], vocab_size: int) -> pa.Table:
-    """Packs, as `pack_groups` gives them, to a table with one row each."""
+    """A table with one row for each pack, from the packs of `pack_groups`."""
     import pyarrow as pa
 
     documents = [[d for group in pack for d in group] for pack in packs]

@@ -1,10 +1,10 @@
-"""Source files to a prepared dataset, and every piece of work done once.
+"""Prepare a dataset: encode source files into packs, and do each piece of work only once.
 
-A source is cut into units: .jsonl and .txt at line ends after every 8 MB, Parquet at row groups, other files not at
-all.
-A unit's result is kept in the cache under a hash of all that decides it: its bytes, the tokenizer, the settings and
-ENCODING_VERSION. So a second run finds everything, a changed file redoes the units that changed, a killed run
-goes on where it was, and two runs at once can only write the same.
+Each source is cut into units: .jsonl and .txt files at a line end after every 8 MB, Parquet files at row groups. Other
+files are a single unit.
+The cache holds each unit's result under a key: a hash of the unit's bytes, the tokenizer, the settings and
+ENCODING_VERSION. So a second run finds everything in the cache, a changed file needs only its changed units encoded
+again, a killed run continues where it was, and two runs at the same time can only write the same files.
 
     <cache>/units/<key>.parquet, .rejects.jsonl, .json    packs, rejected rows and counts of a unit; .json is last
     <cache>/sources/<key>.json                            how a file was cut, so that it is not hashed again
@@ -58,16 +58,17 @@ UNIT_BYTES = 8 << 20
 STALE_SECONDS = 24 * 3600
 FRESH_SECONDS = 2
 ENCODING_VERSION = 1
-"""Part of every key of the cache. Raise it when the same files, tokenizer and settings give other packs or counts than
-before; tests/data/test_encoding_version.py fails until that is done. A new version prepares all data again, and runs
-that began with an older one cannot be resumed. Reworded comments, errors and reasons of rejects need no new version."""
+"""Part of every key of the cache. Raise it when the same files, tokenizer and settings give different packs or counts
+than before; tests/data/test_encoding_version.py fails until you do. A new version prepares all data again, and runs
+that
+began with an older version cannot be resumed. Reworded comments, errors and reject reasons need no new version."""
 
 Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A piece of work: a part of a source, the key of its result, and its size in bytes."""
+    """A part of a source to encode, with the key of its result and its size in bytes."""
 
     source: Source
     part: Part
@@ -77,7 +78,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Encoding:
-    """All that is the same for every unit of a dataset. `split` None: every row belongs to it."""
+    """The settings of all units of a dataset. `split` None: the dataset contains every row."""
 
     stage: StageName
     config: DataConfig
@@ -85,7 +86,7 @@ class Encoding:
     split: Split | None
 
     def key(self, *content: object) -> str:
-        """What the result of a unit with this content is kept under."""
+        """The cache key of the result of a unit with this content."""
         config = self.config
         options = (
             config.max_seq_len, config.pack_tokens, config.long_documents, config.long_conversations,
@@ -95,7 +96,7 @@ class Encoding:
         return _hash([ENCODING_VERSION, self.stage, self.tokenizer.fingerprint, options, split, content])
 
     def holds_out(self, content: bytes) -> bool:
-        """The row with this content is on the other side of the validation split, as all its duplicates are."""
+        """Whether the row with this content belongs to the other split. Its duplicates belong to the same split."""
         if self.split is None:
             return False
         place = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
@@ -104,7 +105,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far preparing is: rows read, and bytes of source, of all that has to be read."""
+    """The progress of preparing: rows and source bytes read so far, and all bytes to read."""
 
     rows: int
     done: int
@@ -116,7 +117,7 @@ RunUnits = Callable[[Sequence[Unit], Encoding], Iterable[UnitStats]]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prepared dataset, and what it took: units made now, and units that were there. `path` is for a PackStore."""
+    """A prepared dataset at `path` (for a PackStore), with the numbers of units encoded now and found in the cache."""
 
     path: str
     manifest: Manifest
@@ -132,11 +133,11 @@ class Prepared:
 
     @property
     def fullness(self) -> float:
-        """The part of the packs' room that is taken."""
+        """How full the packs are: tokens over capacity, 0 to 1."""
         return self.manifest.total("tokens") / max(1, self.manifest.n_packs * self.manifest.pack_tokens)
 
     def summary(self) -> str:
-        """All of it in a few lines."""
+        """A summary in a few lines."""
         total = self.manifest.total
         formats = f" ({', '.join(self.manifest.formats)})" if self.manifest.formats else ""
         cut = f", {total('cut'):,} cut by {total('cut_tokens'):,} tokens" if total("cut") else ""
@@ -154,7 +155,7 @@ class Prepared:
         )
 
     def remarks(self) -> list[str]:
-        """What the user should know of rows that were left out or shortened, and of fields that nothing read."""
+        """Sentences for the user about rows that were left out or shortened, and about ignored fields."""
         total, units = self.manifest.total, self.manifest.units
         too_long = sum((Counter(unit.too_long) for unit in units), Counter[int]())
         ignored = Counter[str]()
@@ -171,7 +172,10 @@ def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitSt
 
 
 def worth_spreading(units: Sequence[Unit]) -> bool:
-    """Whether other processes would save time, which take seconds to start. Compressed, text is a fifth as long."""
+    """Whether encoding in other processes would save time: they take seconds to start.
+
+    Assumes that compressed text is a fifth as long as the text.
+    """
     text = sum(5 * unit.size if unit.source.compressed else unit.size for unit in units)
     return len(units) > 1 and text > UNIT_BYTES
 
@@ -184,14 +188,14 @@ def prepare(
     run_units: RunUnits = run_units_here,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Prepared:
-    """Make the packs of one split of the data, as far as the cache does not have them.
+    """Make the packs of one split of the data that are not in the cache yet.
 
-    With `data.val`, each split has its own files. Without, rows of `data.train` are held out for validation by a hash
-    of their content, `data.val_fraction` of them. `run_units` encodes the units that are missing, in any order.
+    With `data.val`, each split has its own files. Without it, `data.val_fraction` of the rows of `data.train` are held
+    out for validation, chosen by a hash of their content. `run_units` encodes the missing units, in any order.
 
     Raises:
-        UserError: sources that match nothing or hold no rows, more bad rows than `data.max_reject_fraction`, a damaged
-            file unless that is 1, a source that changes meanwhile, a cache that cannot be written.
+        UserError: the sources match nothing or hold no rows; more rows are bad than `data.max_reject_fraction` allows;
+            a file is damaged and that setting is below 1; a source changes meanwhile; the cache cannot be written.
     """
     started = time.perf_counter()
     config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
@@ -212,8 +216,8 @@ def prepare(
             found = cache.find(by_key)
             if len(found) < len(by_key):
                 raise UserError(
-                    f"data.cache_dir {config.cache_dir}: what other processes wrote there cannot be seen from here; "
-                    "name a directory that all nodes share, or an object store"
+                    f"data.cache_dir {config.cache_dir}: files that other processes wrote there are missing here; "
+                    "give a directory that all nodes share, or an object store"
                 )
         _require_one_format(units, found)
         manifest = _manifest(encoding, split, sources, units, found)
@@ -225,10 +229,10 @@ def prepare(
 
 
 def find_prepared(stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer) -> Manifest | None:
-    """What `prepare` would give, if there is nothing left for it to do; reads no source and writes nothing.
+    """The manifest of the dataset if it is completely in the cache, else None. Reads no source and writes nothing.
 
     Raises:
-        UserError: sources that match nothing, a cache that cannot be read.
+        UserError: the sources match nothing, or the cache cannot be read.
     """
     config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
     with _cache_errors(config):
@@ -245,7 +249,7 @@ def find_prepared(stage: StageName, config: DataConfig, split: Split, tokenizer:
 
 
 def _require_one_format(units: Sequence[Unit], found: dict[str, UnitStats]) -> None:
-    """Whether each file holds rows of one format: within a unit, encoding has looked already.
+    """Check that all rows of a file have one format, across units. Encoding has checked this within each unit.
 
     Raises:
         UserError: two units of a file have different formats.
@@ -277,10 +281,10 @@ def _manifest(
 def encoding_of(
     stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer
 ) -> tuple[Encoding, list[Source]]:
-    """How a split's rows are encoded, and the source files they come from.
+    """The encoding of a split's rows, and the source files of the split.
 
     Raises:
-        UserError: `data.train` is not set, matches nothing, or has a file that `data.val` has.
+        UserError: `data.train` is not set, matches nothing, or shares a file with `data.val`.
     """
     files = config.train if config.val is None or split == "train" else config.val
     if files is None:
@@ -290,25 +294,25 @@ def encoding_of(
         val = {source.path for source in discover(config.val)}
         if both := next((source.path for source in sources if source.path in val), None):
             raise UserError(
-                f"{both} is in data.train and in data.val: what is trained on validates nothing; name the training "
-                "files without it"
+                f"{both} is in data.train and in data.val: training rows cannot validate; name the training files "
+                "without it"
             )
     held_out = config.val is None and (split == "val" or config.val_fraction > 0)
     return Encoding(stage, config, tokenizer, split if held_out else None), sources
 
 
 def require_undamaged(damaged: Sequence[str], split: str, rejects: str, config: DataConfig) -> None:
-    """Check that no file breaks off: what is lost beyond the break is no row, and no fraction of rows counts it.
+    """Check that no file is damaged. The rows after the damage cannot be counted, so no fraction of rows applies.
 
     Raises:
-        UserError: one does, and `data.max_reject_fraction` is not 1.
+        UserError: a file is damaged, and `data.max_reject_fraction` is not 1.
     """
     if damaged and config.max_reject_fraction < 1:
         files = list(dict.fromkeys(damaged))
         more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
         raise UserError(
-            f"data.{split}: what lies beyond the damage is lost in {', '.join(files[:3])}{more} ({rejects} has where "
-            "and why); mend or remove what is damaged, or set data.max_reject_fraction to 1 to use what can be read"
+            f"data.{split}: damaged: {', '.join(files[:3])}{more}; the rows after the damage are lost ({rejects} says "
+            "where and why); repair or remove these files, or set data.max_reject_fraction to 1 to use the other rows"
         )
 
 
@@ -325,12 +329,12 @@ def _check(prepared: Prepared, config: DataConfig, damaged: Sequence[str]) -> No
         raise UserError(
             f"{split}: {rejected:,} of {rows:,} rows cannot be used, more than data.max_reject_fraction "
             f"{config.max_reject_fraction:g} allows; {count:,} times: {why} (as in {example}); "
-            f"mend the rows that {prepared.rejects} lists, or raise the limit"
+            f"correct the rows that {prepared.rejects} lists, or raise the limit"
         )
 
 
 def _commonest(path: str) -> tuple[str, str, int]:
-    """The commonest reason, an example's file:line, and how often; reasons that differ in numbers only are one."""
+    """The commonest reason, the place (file:line) of an example, and the count. Ignores numbers in reasons."""
     counts: Counter[str] = Counter()
     examples: dict[str, dict[str, Any]] = {}
     filesystem, inner = locate(path)
@@ -356,17 +360,17 @@ class _Cut(Section):
 
 
 class _Scan(Section):
-    """How a file of this version was cut."""
+    """The units that a file of this version was cut into."""
 
     version: str
     cuts: tuple[_Cut, ...]
 
 
 def plan_units(sources: Sequence[Source], encoding: Encoding) -> list[Unit]:
-    """Cut sources into units. Reads each file once, unless the cache knows it by its size and time.
+    """Cut sources into units. Reads each file once, unless the cache has its units for the same size and time.
 
     Raises:
-        UserError: a file cannot be read, or is no Parquet file in spite of its name.
+        UserError: a file cannot be read, or is not Parquet although its name ends with .parquet.
     """
     cache = _Cache(encoding.config.cache_dir)
     with ThreadPoolExecutor(8) as threads:
@@ -379,7 +383,7 @@ def _units(sources: Sequence[Source], scans: Sequence[_Scan], encoding: Encoding
         Unit(
             source,
             Part(cut.start, cut.stop, cut.first_line),
-            # At a file's start an array in .jsonl is an error, so the same bytes may mean other rows elsewhere.
+            # The place matters: an array at the beginning of a .jsonl file is an error, but elsewhere one bad row.
             encoding.key(source.suffix, source.whole, cut.content, cut.start == 0),
             cut.size,
         )
@@ -400,12 +404,12 @@ def _scan(source: Source) -> _Scan:
                 digest = _digest(file)
                 cuts = (_Cut(start=0, stop=None, first_line=1, size=source.size, content=digest),) * (source.size > 0)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{source.path}: cannot be read: {one_line(error)}; mend or remove it") from None
+        raise UserError(f"{source.path}: cannot be read: {one_line(error)}; repair or remove it") from None
     return _Scan(version=source.version, cuts=cuts)
 
 
 def _cut_lines(file: pa.NativeFile) -> Iterator[_Cut]:
-    """Pieces that end with the first line end after UNIT_BYTES, so what is appended leaves the pieces before alone."""
+    """Cut after the first line end beyond each UNIT_BYTES. Appending to the file changes only the last piece."""
     start, line = 0, 1
     length, lines, digest = 0, 0, _blake2b()
     while chunk := file.read(CHUNK):
@@ -447,8 +451,7 @@ def _digest(file: pa.NativeFile) -> str:
 
 @dataclass(slots=True)
 class Seen:
-    """Rows of a unit that were read, those of them that belong to the other side of the validation split, and whether
-    the file breaks off in it."""
+    """Counts of a unit: rows read, rows held out for the other split, and 1 if the file is damaged."""
 
     rows: int = 0
     held_out: int = 0
@@ -456,7 +459,7 @@ class Seen:
 
 
 def unit_groups(unit: Unit, encoding: Encoding, seen: Seen) -> tuple[Iterator[Group | Reject], RowEncoder]:
-    """A unit's rows as documents or rejects, and the encoder that counts them; `seen` is counted up."""
+    """A unit's rows as documents or rejects, and the encoder that counts them. Adds to the counts in `seen`."""
 
     def read() -> Iterator[Row | Reject]:
         for raw in read_raw(unit.source, unit.part):
@@ -474,10 +477,10 @@ def unit_groups(unit: Unit, encoding: Encoding, seen: Seen) -> tuple[Iterator[Gr
 
 
 def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
-    """Rows to packs, into the cache; memory does not grow with the unit.
+    """Encode a unit into packs in the cache. The memory needed does not depend on the unit's size.
 
     Raises:
-        UserError: the source cannot be read, or is not what it was when it was cut; the cache cannot be written.
+        UserError: the source cannot be read or has changed since it was cut; the cache cannot be written.
     """
     cache = _Cache(encoding.config.cache_dir)
     seen = Seen()
@@ -490,7 +493,7 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
         nonlocal documents
         for item in outcomes:
             if isinstance(item, Reject):
-                # Without the file's name, and lines from the unit's first: other files may have the same unit.
+                # Leave out the file's name and count lines from the unit's first: another file may have an equal unit.
                 line = item.line - unit.part.first_line
                 rejects.write(_json_line({"line": line, "reason": item.reason}))
             else:
@@ -551,10 +554,10 @@ def _row_counts(encoder: RowEncoder, first_line: int) -> dict[str, Any]:
 
 
 class _Cache:
-    """Units and datasets, each under the hash of what it was made from.
+    """The files of units and datasets, each named by the hash of its inputs.
 
-    Several processes may make the same ones at the same time, without a lock: every file is written under a name of its
-    own and then renamed, and whoever comes second replaces it by the same content.
+    Several processes may make the same file at the same time, without a lock: each writes a file of a random name and
+    renames it at the end. The second process replaces the file by the same content.
     """
 
     def __init__(self, url: str) -> None:
@@ -562,17 +565,17 @@ class _Cache:
         self._filesystem, self._root = locate(url)
 
     def output(self, key: str, suffix: str) -> Any:
-        """An atomic output for a file of this unit."""
+        """An atomic output for a file of the unit with this key."""
         return atomic_output(self._filesystem, join(self._root, "units", f"{key}.{suffix}"))
 
     def find(self, keys: Iterable[str]) -> dict[str, UnitStats]:
-        """The units that are there, whole. Files that a killed process left unnamed are removed after a day."""
+        """The complete units in the cache, by key. Also removes temporary files of killed processes after a day."""
         folder = join(self._root, "units")
         listing = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         for info in listing:
-            # Some stores do not tell the time.
+            # Some stores give no file times.
             if info.base_name.endswith(TEMPORARY) and 0 < (info.mtime_ns or 0) < (time.time() - STALE_SECONDS) * 1e9:
-                with suppress(FileNotFoundError):  # Another process does the same.
+                with suppress(FileNotFoundError):  # Another process may have deleted it.
                     self._filesystem.delete_file(info.path)
         sizes = {info.base_name: info.size for info in listing}
         candidates = [key for key in keys if f"{key}.json" in sizes and f"{key}.rejects.jsonl" in sizes]
@@ -581,11 +584,11 @@ class _Cache:
         return {unit.key: unit for unit in stats if unit and sizes.get(f"{unit.key}.parquet") == unit.bytes}
 
     def scan(self, source: Source) -> _Scan:
-        """How to cut a source: as before, if it has not changed."""
+        """The cuts of a source, from the cache if the source has not changed."""
         scan = self.known_scan(source)
         if scan is None:
             scan = _scan(source)
-            # A file written this moment could change again within the same tick of its clock.
+            # Do not cache the cuts of a new file: it could change again within the same tick of the clock.
             if time.time() - source.modified > FRESH_SECONDS:
                 path = join(self._root, "sources", f"{self._scan_key(source)}.json")
                 with atomic_output(self._filesystem, path) as stream:
@@ -593,7 +596,7 @@ class _Cache:
         return scan
 
     def known_scan(self, source: Source) -> _Scan | None:
-        """How a source was cut before, if it has not changed since."""
+        """The cuts of a source from the cache; None if there are none or the source has changed."""
         scan = self._load(_Scan, "sources", self._scan_key(source))
         return scan if scan and scan.version == source.version else None
 
@@ -601,7 +604,7 @@ class _Cache:
         return _hash([ENCODING_VERSION, UNIT_BYTES, source.path, source.by_lines])
 
     def publish(self, manifest: Manifest, units: Sequence[Unit]) -> str:
-        """Write the manifest and the rejects of a dataset, if they are not there; its path."""
+        """Write the manifest and the rejects of a dataset, if they do not exist. Returns the dataset's path."""
         content = manifest.model_dump_json().encode()
         name = _hash(content.decode())
         path = join(self.url, "datasets", name)
@@ -634,7 +637,7 @@ class _Cache:
 
 @contextmanager
 def _cache_errors(config: DataConfig) -> Generator[None]:
-    """Errors of files become the user's; those of sources have become so before."""
+    """While inside, turn file errors into a UserError about the cache. Errors of sources are UserErrors already."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:

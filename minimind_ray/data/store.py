@@ -40,10 +40,9 @@ Key = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
 class UnitStats(Section):
-    """What one unit became. `row_groups` counts the packs in each row group of its shard.
+    """The counts of one encoded unit. `row_groups` counts the packs in each row group of its shard.
 
-    Every row that was read is kept, rejected, left out for its length, or held out for the other side of the validation
-    split.
+    Each row is kept, rejected, left out because it is too long, or held out because it belongs to the other split.
     """
 
     key: Key
@@ -51,7 +50,7 @@ class UnitStats(Section):
     kept: Count
     rejected: Count
     held_out: Count
-    damaged: Count = Field(description="1 where the file breaks off in it")
+    damaged: Count = Field(description="1 if the file is damaged in this unit")
     documents: Count
     tokens: Count
     counted_tokens: Count = Field(description="tokens that carry loss")
@@ -80,7 +79,7 @@ class Manifest(Section):
     units: tuple[UnitStats, ...]
 
     def total(self, count: str) -> int:
-        """The sum of one of the counts over all units."""
+        """The sum of a count over all units."""
         return sum(getattr(unit, count) for unit in self.units)
 
     @property
@@ -95,14 +94,14 @@ class Manifest(Section):
 
 
 class PackStore:
-    """Random access to the packs of a prepared dataset, fast when they are asked for in `epoch_order`.
+    """Random access to the packs of a prepared dataset. Reading in `epoch_order` is fast.
 
-    Holds the last row groups that were read, so a pass in epoch order reads each once. `row_groups` counts the packs
-    in each. Hand `path` to other processes, not the store. An object store that fails is asked again for a while.
+    Caches the row groups read last, so a pass in epoch order reads each row group once. `row_groups` counts the packs
+    in each row group. Pass `path` to other processes, not the store. Requests to a failing object store are retried.
 
     Raises:
-        UserError: the manifest is missing or broken, or, when it is first read, a shard; the sentence names the file
-            and what to do.
+        UserError: the manifest or (at its first read) a shard is missing or broken. The message names the file and says
+            how to repair it.
     """
 
     def __init__(self, path: str, columns: Mapping[Column, str] | None = None) -> None:
@@ -110,7 +109,7 @@ class PackStore:
         self.columns = dict(columns or {})
         self.manifest = read_manifest(path)
         self._filesystem, root = locate(path)
-        # What an object store does not give may come later; what a disk does not give is damaged.
+        # An OSError means damage only on a disk: an object store may work again later.
         self._damage = (pa.ArrowException,) if is_url(path) else (OSError, pa.ArrowException)
         cache = root.rstrip("/").rsplit("/", 2)[0]
         units = self._units = self.manifest.units
@@ -217,9 +216,9 @@ def read_manifest(path: str) -> Manifest:
 
 
 def write_column(store: PackStore, column: Column, url: str, values: Iterable[np.ndarray]) -> None:
-    """Write a column of all packs to a file for a `PackStore`: `values` is each pack's array, in the packs' order.
+    """Write a column of all packs of a store to one Parquet file, with the same row groups as the store.
 
-    One Parquet file with the row groups of the whole store.
+    `values` has one array for each pack, in the packs' order.
     """
     filesystem, path = locate(url)
     schema, packs = column_schema(column), iter(values)
@@ -231,10 +230,10 @@ def write_column(store: PackStore, column: Column, url: str, values: Iterable[np
 
 
 def epoch_order(row_groups: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """The ids of all packs, int64, in the order in which this epoch reads them: a permutation, set by its arguments.
+    """The ids of all packs, int64, in the order of this epoch: a permutation that depends only on the arguments.
 
-    Row groups are shuffled, then the packs of each 16 consecutive ones among themselves. So reading stays local, and
-    up to 16 row groups (1024 packs) the shuffle is complete.
+    First the row groups are shuffled, then the packs within each 16 consecutive row groups. So reading stays local.
+    With up to 16 row groups (1024 packs), the shuffle is complete.
     """
     random = np.random.Generator(np.random.PCG64([seed, epoch]))
     starts = [0, *accumulate(row_groups)]
@@ -260,7 +259,10 @@ def _row_groups(file: pq.ParquetFile) -> tuple[int, ...]:
 def _read_lists(
     file: pq.ParquetFile, path: str, group: int, schemas: tuple[pa.Schema, ...], damage: tuple[type[Exception], ...]
 ) -> pa.Table:
-    """A row group that has one of these schemas, and no nulls. `damage`: the errors of a file that is not whole."""
+    """Read a row group and check that it has one of these schemas and no nulls.
+
+    `damage` are the exceptions that mean a damaged file.
+    """
     try:
         table = file.read_row_group(group, use_threads=False).combine_chunks()
         table.validate(full=True)
@@ -274,4 +276,4 @@ def _read_lists(
 
 
 def _broken(path: str, why: str) -> UserError:
-    return UserError(f"{path}: not a shard as it was written ({why}); delete this file and prepare again")
+    return UserError(f"{path}: this prepared file was changed or is damaged ({why}); delete it and prepare again")

@@ -1,4 +1,4 @@
-"""What a sweep varies: axes from text, points from axes, and one trial for each point and seed.
+"""Parse the axes of a sweep, and plan its trials: one trial for each point on the axes and each seed.
 
 0.05,0.1,0.3      a grid: every value, in every combination with the other grids
 log(1e-6,1e-4)    drawn, uniform in the logarithm
@@ -43,18 +43,18 @@ RESERVED = {
     "track": "it changes nothing that is learned",
     "data.cache": "trials share prepared data",
 }
-"""Keys, and whole sections, that no axis can have."""
+"""Keys and whole sections that cannot be an axis, and the reason shown to the user."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Each of some values."""
+    """An axis that tries each of its values."""
 
     key: str
     values: tuple[Any, ...]
 
     def to_json(self) -> list[Any]:
-        """As sweep.json has it."""
+        """The axis as written in sweep.json."""
         return list(self.values)
 
     def draw(self, rng: np.random.Generator) -> Any:
@@ -77,7 +77,7 @@ class Drawn:
     high: float
 
     def to_json(self) -> str:
-        """As sweep.json has it, which `parse_axis` reads back."""
+        """The axis as written in sweep.json. `parse_axis` reads it back."""
         return f"{self.kind}({number_text(self.low)},{number_text(self.high)})"
 
     def draw(self, rng: np.random.Generator) -> float | int:
@@ -90,11 +90,11 @@ class Drawn:
 
     @property
     def choices(self) -> Sequence[int] | None:
-        """All values; None where there is no end of them."""
+        """All values; None if there are infinitely many."""
         return range(int(self.low), int(self.high) + 1) if self.kind == "int" else None
 
     def nearest(self, value: float) -> float | int:
-        """What stands for `value` on the axis; of 4 significant digits, so that what is shown is what was used."""
+        """`value` moved into the bounds and rounded to 4 digits, so that tables show the exact value."""
         inside = min(max(float(f"{value:.4g}"), self.low), self.high)
         return round(inside) if self.kind == "int" else inside
 
@@ -104,7 +104,7 @@ Axis = Grid | Drawn
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One run to make: the point on the axes, the seed, and the whole config that they give."""
+    """A run to start: the point on the axes, the seed, and the resulting config."""
 
     id: str
     point: dict[str, Any]
@@ -113,10 +113,10 @@ class PlannedTrial:
 
 
 def parse_axis(key: str, spec: Any) -> Axis:
-    """The axis of a dotted config key from its text (a flag's, --axis', or a YAML file's), list or single value.
+    """Parse the axis of a dotted config key. `spec` is a text (see the module's docstring), a list or a single value.
 
     Raises:
-        UserError: a text of none of the forms above, or bounds that hold nothing.
+        UserError: the text has no known form, the bounds are wrong, or the key cannot be an axis.
     """
     if why := RESERVED.get(key) or RESERVED.get(key.split(".")[0]):
         raise UserError(f"{key} cannot be an axis: {why}")
@@ -125,7 +125,7 @@ def parse_axis(key: str, spec: Any) -> Axis:
     if match := re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", spec):
         return _drawn(key, spec, match[1], match[2].split(","))
     try:
-        # As a YAML list, so that a value may itself be a list: [q_proj, v_proj],all-linear
+        # Parse as a YAML list, because a value may itself be a list: [q_proj, v_proj],all-linear
         values = parse_yaml(f"[{spec}]")
     except yaml.YAMLError:
         raise UserError(f"{key}={spec}: not an axis; expected {FORMS}") from None
@@ -133,7 +133,7 @@ def parse_axis(key: str, spec: Any) -> Axis:
 
 
 def parse_assignment(text: str) -> Axis:
-    """The axis of `--axis optim.weight_decay=0,0.1`."""
+    """Parse the text of an `--axis` flag, such as optim.weight_decay=0,0.1. Raises UserError."""
     key, separator, spec = text.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--axis {text}: expected key=values, such as --axis optim.weight_decay=0,0.1")
@@ -167,24 +167,24 @@ def _drawn(key: str, spec: str, kind: str, bounds: list[str]) -> Drawn:
 def plan_trials(
     base: Config, axes: Sequence[Axis], *, draws: int | None = None, seeds: int = 1, sweep_seed: int = 0
 ) -> list[PlannedTrial]:
-    """Every trial of a sweep, checked, in a fixed order: all points with the first seed, then with the next.
+    """Plan and check every trial of a sweep, in a fixed order: all points with the first seed, then with the next.
 
-    Drawn axes are drawn from together `draws` times, and every combination of the grids meets every draw. Draws
-    depend on `sweep_seed` and the axis's key alone, so another axis or more draws leave the first ones as they are.
-    The seeds are `base.train.seed` and those that follow.
+    `draws` points are drawn on the drawn axes, and each is combined with every combination of grid values. A draw
+    depends only on `sweep_seed` and the axis's key, so another axis or more draws do not change earlier draws. The
+    seeds are `base.train.seed` and the numbers after it.
 
     Raises:
-        UserError: an unknown key or a value that the config refuses (its own sentence); the same key or value twice;
-            drawn axes without `draws`, or `draws` without them.
+        UserError: a key is unknown, the config refuses a value, a key or value is given twice, drawn axes come without
+            `draws`, or `draws` without drawn axes.
     """
     keys = [axis.key for axis in axes]
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1 seed is needed")
     drawn = [axis for axis in axes if isinstance(axis, Drawn)]
     if drawn and (draws is None or draws < 1):
-        raise UserError(f"{drawn[0].key}={drawn[0].to_json()} is drawn from: say how many times with --trials")
+        raise UserError(f"{drawn[0].key}={drawn[0].to_json()} is a drawn axis: give the number of draws by --trials")
     if draws is not None and not drawn:
-        raise UserError("--trials needs an axis to draw from, such as --lr 'log(1e-6,1e-4)'; a grid counts itself")
+        raise UserError("--trials needs a drawn axis, such as --lr 'log(1e-6,1e-4)'; a grid sets its own number")
     check_axes(base, axes)
     grids = [[(axis.key, value) for value in axis.values] for axis in axes if isinstance(axis, Grid)]
     rows = draw_points(drawn, draws or 0, sweep_seed) if drawn else [{}]
@@ -200,10 +200,10 @@ def plan_trials(
 
 
 def check_axes(base: Config, axes: Sequence[Axis]) -> None:
-    """Check that each value of a grid, and each bound of a drawn axis, makes a config, alone or with the other axes'.
+    """Check that each grid value and each bound of a drawn axis is valid with some values of the other axes.
 
     Raises:
-        UserError: a value that no config can have; the same key or value twice.
+        UserError: the config refuses a value, or a key or value is given twice.
     """
     keys = [axis.key for axis in axes]
     if twice := {key for key in keys if keys.count(key) > 1}:
@@ -217,7 +217,7 @@ def check_axes(base: Config, axes: Sequence[Axis]) -> None:
 
 
 def _possible_value(base: Config, axes: Sequence[Axis], key: str, value: Any, rng: np.random.Generator) -> Any:
-    """The value as the config has it. Raises UserError where ATTEMPTS points with this value are all impossible."""
+    """The value after parsing by the config. Raises UserError if the config refuses ATTEMPTS points with this value."""
     try:
         return setting(trial_config(base, {key: value}, base.train.seed), key)
     except UserError as error:
@@ -232,14 +232,14 @@ ATTEMPTS = 20
 
 
 def points_on(axes: Sequence[Axis]) -> float:
-    """How many points the axes hold; infinity where an axis has no end of values."""
+    """The number of points on the axes; infinity if an axis has infinitely many values."""
     return math.prod(math.inf if axis.choices is None else len(axis.choices) for axis in axes)
 
 
 def untried_point(
     axes: Sequence[Axis], tried: Callable[[dict[str, Any]], bool], rng: np.random.Generator
 ) -> dict[str, Any] | None:
-    """A point, drawn, that was not `tried`; None where there is none."""
+    """Draw a point that was not `tried`; None if every point was tried."""
     drawn = ({axis.key: axis.draw(rng) for axis in axes} for _ in range(DRAWS))
     countable = math.isfinite(points_on(axes))
     rest = itertools.product(*(axis.choices or () for axis in axes)) if countable else ()
@@ -251,17 +251,17 @@ DRAWS = 200
 
 
 def trial_at(base: Config, values: Mapping[str, Any], seed: int) -> PlannedTrial:
-    """The trial at a point; `values` in the order of the axes. Raises as `trial_config`."""
+    """The trial at a point. `values` are in the order of the axes. Raises as `trial_config`."""
     config = trial_config(base, values, seed)
     point = {key: setting(config, key) for key in values}
-    return PlannedTrial(trial_id(point, seed), point, seed, resolve_paths(config))  # Which trials run elsewhere.
+    return PlannedTrial(trial_id(point, seed), point, seed, resolve_paths(config))  # Trials run in other directories.
 
 
 def draw_points(axes: Sequence[Drawn], count: int, sweep_seed: int) -> list[dict[str, Any]]:
-    """`count` different points, each coordinate drawn for itself (random search, Bergstra & Bengio 2012).
+    """Draw `count` different points, each coordinate independently (random search, Bergstra & Bengio 2012).
 
     Raises:
-        UserError: the axes do not hold so many points.
+        UserError: the axes have fewer points.
     """
     streams = [_draws(axis, sweep_seed) for axis in axes]
     points: dict[tuple[Any, ...], None] = {}
@@ -280,7 +280,7 @@ def _draws(axis: Drawn, sweep_seed: int) -> Iterator[float | int]:
 
 
 def trial_config(base: Config, point: Mapping[str, Any], seed: int) -> Config:
-    """The whole config of a point, checked as every config is.
+    """The complete, checked config of a point.
 
     Raises:
         UserError: see `load_config` and `Config.packs_per_step`.
@@ -291,7 +291,7 @@ def trial_config(base: Config, point: Mapping[str, Any], seed: int) -> Config:
 
 
 def setting(config: Config, key: str) -> Any:
-    """The value of a dotted key, as JSON can hold it."""
+    """The value of a dotted key, in a form that JSON can hold."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -299,14 +299,14 @@ def setting(config: Config, key: str) -> Any:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """What to call each dotted key: its last part (its section for `schedule.name`), or all of it to stay distinct."""
+    """A short name for each dotted key: its last part (`schedule` for `schedule.name`), or the whole key if needed."""
     short = {key: key.split(".")[-2 if key.endswith(".name") else -1] for key in keys}
     names = list(short.values())
     return {key: name if names.count(name) == 1 and name != "seed" else key for key, name in short.items()}
 
 
 def trial_id(point: Mapping[str, Any], seed: int) -> str:
-    """A file name that reads as the point does: beta=0.05,lr=1e-5,seed=0."""
+    """A file name that shows the point and the seed: beta=0.05,lr=1e-5,seed=0."""
     labels = short_names(list(point))
     name = ",".join(f"{labels[key]}={_file_safe(value_text(value), 40)}" for key, value in point.items())
     return _file_safe(f"{name},seed={seed}".lstrip(","), 200, also=",=")
@@ -314,5 +314,5 @@ def trial_id(point: Mapping[str, Any], seed: int) -> str:
 
 def _file_safe(text: str, longest: int, also: str = "") -> str:
     safe = re.sub(f"[^A-Za-z0-9.+_{also}-]", "-", text)[:longest]
-    # Two texts must not become one name.
+    # Different texts must not become the same name.
     return safe if safe == text else f"{safe}-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"

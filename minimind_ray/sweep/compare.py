@@ -1,8 +1,8 @@
-"""Which points of a sweep are better, and what cannot be told apart.
+"""Compare the points of a sweep: which are better, and which differences are too uncertain to tell.
 
-Two things make a measured difference uncertain, and both count here: which examples the validation set happens to hold,
-and which seed a run happened to have. All trials answer the same examples, so the design is crossed, and differences
-are paired: the same examples, the same seeds.
+A measured difference is uncertain for two reasons: the validation set has only some examples, and each run has one
+seed. The intervals here account for both. All trials are validated on the same examples, so differences are paired: the
+same examples, the same seeds. `chart.py` and `report.py` present the results.
 
     P points, S seeds, T trials (a point with a seed), E validation examples, B bootstrap draws
 """
@@ -25,38 +25,38 @@ from minimind_ray.sweep.trials import Sweep, Trial, Validation
 Verdict = Literal["best", "better", "worse", "not distinguishable"]
 DRAWS = 4000
 OUTLIER = 16.0
-"""A point whose seeds vary this many times more (in variance) than is typical keeps its own spread."""
+"""A point keeps its own variance over seeds if that is this many times larger than the typical variance."""
 LEAST_EXAMPLES = 5
-"""With fewer the intervals are too narrow: those of 4 equal points, simulated, held all together in 92 % of cases with
-5 examples, in 80 % with 3, in 70 % with 2."""
+"""With fewer examples the intervals are too narrow. In simulations with 4 equal points, all intervals together held the
+truth in 92 % of cases with 5 examples, in 80 % with 3, and in 70 % with 2."""
 
 METHOD = (
-    "Intervals cover 95 % and allow for both the validation examples (bootstrap, the same examples for every trial) "
-    "and the seeds (Student's t). A point differs from the best when the 95 % interval of their paired difference "
-    "leaves out zero; these intervals hold for all pairs of points at once, because the best was picked from the same "
+    "Intervals cover 95 % and account for both the validation examples (bootstrap, the same examples for every trial) "
+    "and the seeds (Student's t). A point differs from the best if the 95 % interval of their paired difference does "
+    "not contain zero. These intervals hold for all pairs of points at once, because the best was chosen from the same "
     "data."
 )
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95 % interval; the bounds are None where nothing is known of the uncertainty."""
+    """A value and its 95 % interval. The bounds are None if the uncertainty is unknown."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
     def text(self, digits: int) -> str:
-        """The bounds: 2.31 to 2.38; empty where they are not known."""
+        """The bounds as text, such as "2.31 to 2.38"; empty if they are unknown."""
         return "" if self.low is None else f"{self.low:.{digits}f} to {self.high:.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One point over its seeds.
+    """A point with all its seeds.
 
-    `metric` is the mean over seeds; `difference` is to the best point, positive where the metric is higher. `trials`
-    are all, `compared` those whose validation counts. `cost` is None without a price.
+    `metric` is the mean over seeds. `difference` is this point minus the best point. `trials` are all trials of the
+    point; `compared` are the trials whose validation counts. `cost` is None without a price.
     """
 
     sweep: str
@@ -75,9 +75,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Points, best first. `difference_PP[i, j]` is row i less row j, for the first rows, those with a verdict.
+    """All points, best first. `difference_PP[i, j]` is row i minus row j, for the first rows, which have a verdict.
 
-    Where there are fewer than LEAST_EXAMPLES, no row has bounds, and those of `difference_PP` say nothing.
+    With fewer than LEAST_EXAMPLES examples, no row has bounds, and `low_PP` and `high_PP` have no meaning.
     """
 
     metric: str
@@ -92,7 +92,7 @@ class Comparison:
 
     @property
     def winner(self) -> Trial | None:
-        """The best point's trial with the best metric; None while nothing has been validated to its end."""
+        """The trial with the best metric of the best point; None while no trial can be compared."""
         if not self.rows or not self.rows[0].compared:
             return None
         sign = 1.0 if self.mode == "min" else -1.0
@@ -100,7 +100,7 @@ class Comparison:
 
     @property
     def digits(self) -> int:
-        """Decimals that show two digits of the narrowest interval."""
+        """The number of decimals that show two digits of the narrowest interval."""
         intervals = [i for row in self.rows for i in (row.metric, row.difference) if i]
         widths = [(i.high - i.low) / 2 for i in intervals if i.low is not None and i.high is not None]
         narrowest = min((w for w in widths if w > 0), default=1e-3)
@@ -109,7 +109,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Means with 95 % intervals, and all differences (row less column) with simultaneous 95 % intervals."""
+    """Means with 95 % intervals, and all differences (row minus column) with simultaneous 95 % intervals."""
 
     mean_P: np.ndarray
     low_P: np.ndarray
@@ -128,29 +128,31 @@ def statistics(
     draws: int = DRAWS,
     random_seed: int = 0,
 ) -> Statistics:
-    """Bootstrap of points measured with several seeds on the same examples.
+    """Compute means, differences and their intervals for points with several seeds on the same examples.
 
-    A trial's metric is the ratio of its sums over the examples; a point's is the mean over its seeds.
+    A trial's metric is the ratio of its sums over the examples; a point's metric is the mean over its seeds.
 
     *Examples* are resampled with replacement, one resample for all trials at once (the crossed bootstrap of Owen 2007,
-    "The pigeonhole bootstrap", which errs a little on the safe side). *Seeds* are two or three, too few to resample:
-    with two a bootstrap interval holds the truth in 60 % of cases. Their part of a draw comes from Student's t
-    instead, on the variances of `split_seeds`. With one seed everywhere that part is unknown and left out.
+    "The pigeonhole bootstrap", which errs a little on the safe side).
 
-    *Differences* are free of what a seed does to all points alike (paired seeds), as far as points have seeds in
-    common, and use the same resamples (paired examples). Their intervals are simultaneous over all pairs: each is
-    widened by the same factor, so that in 95 % of draws the largest deviation of any pair lies inside its own (single-
-    step max-T, Westfall & Young 1993; for independent means it is Tukey's range test). Without that, picking the best
-    of eight equal points and testing the others against it would find a difference in half of all sweeps; Holm's method
-    over the comparisons with the best would not allow for the picking.
+    *Seeds* are too few to resample: with two seeds, a bootstrap interval holds the truth in 60 % of cases. Their part
+    of a draw comes from Student's t instead, with the variances of `split_seeds`. If all points have one seed, this
+    part is unknown and left out.
+
+    *Differences* use the same resamples for both points (paired examples). For points with common seeds, the effect of
+    a seed on all points cancels (paired seeds). The intervals are simultaneous over all pairs: each is widened by the
+    same factor, so that in 95 % of draws the deviation of every pair lies inside its interval (single-step max-T,
+    Westfall & Young 1993; for independent means it is Tukey's range test). Separate intervals would find a difference
+    between the best of eight equal points and another point in half of all sweeps. Holm's method for the comparisons
+    with the best would ignore that the best was chosen from the same data.
 
     Args:
-        numerator_TE: what is summed, per trial and example; two examples or more.
-        denominator_TE: what it is divided by: tokens counted, or 1.
+        numerator_TE: the summed values per trial and example; at least two examples.
+        denominator_TE: the divisors: the number of counted tokens, or 1.
         point_T: each trial's point, 0 to P - 1.
         seed_T: each trial's seed, any whole numbers.
         draws: B.
-        random_seed: of the draws; the same input gives the same numbers.
+        random_seed: the seed of the draws; the same input gives the same numbers.
     """
     rng = np.random.default_rng(random_seed)
     points, (seeds, at_seed_T) = int(point_T.max()) + 1, np.unique(seed_T, return_inverse=True)
@@ -177,15 +179,15 @@ def statistics(
 def _resampled_examples(
     numerator_TE: np.ndarray, denominator_TE: np.ndarray, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Every trial's metric on each resample of the examples, less the metric itself, [B, T].
+    """Every trial's metric on each resample of the examples, minus the metric itself, [B, T].
 
-    Resamples of E examples have (E - 1) / E of the variance, and know it no better than E - 1 degrees of freedom allow.
-    Both are made good as in Student's t, for validation sets of a few examples.
+    Resamples of E examples have only (E - 1) / E of the variance, and estimate it with E - 1 degrees of freedom. Both
+    are corrected as in Student's t, which matters for validation sets with few examples.
     """
     examples = numerator_TE.shape[1]
     value_T = numerator_TE.sum(1) / denominator_TE.sum(1)
     blocks: list[np.ndarray] = []
-    step = max(1, 4_000_000 // examples)  # Weights of a block stay within 32 MB.
+    step = max(1, 4_000_000 // examples)  # so that a block of weights takes at most 32 MB
     for start in range(0, draws, step):
         rows = min(step, draws - start)
         drawn = rng.integers(examples, size=(rows, examples)) + examples * np.arange(rows)[:, None]
@@ -197,12 +199,12 @@ def _resampled_examples(
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """How much the seed moves a trial's metric: variances of a single seed, with their degrees of freedom.
+    """How much the seed changes a trial's metric: variances for a single seed, with their degrees of freedom.
 
-    `effect_S` is what each seed does to all points, `common` the variance of that. `group_S` numbers the seeds whose
-    effects are known beside each other, because points have them in common; -1: no two points have it, and its effect
-    is not known. `own_P` is the variance of what is left at each point, `pooled_P` where it is the one estimate that
-    points share. Zero degrees: not known.
+    `effect_S` is each seed's effect on all points, and `common` the variance of these effects. Only effects of seeds
+    that points share can be compared: `group_S` numbers the groups of such seeds; -1 means that only one point has the
+    seed, so its effect is unknown. `own_P` is the remaining variance of each point; `pooled_P` marks the points that
+    share one estimate of it. Zero degrees of freedom mean that a variance is unknown.
     """
 
     effect_S: np.ndarray
@@ -214,10 +216,10 @@ class SeedSpread:
     pooled_P: np.ndarray
 
     def unadjusted(self, weight_PS: np.ndarray) -> np.ndarray:
-        """The weights of the seeds' true effects in means of `weight_PS` from which `effect_S` was taken off.
+        """The weights that the seeds' true effects still have in means of `weight_PS` after `effect_S` was subtracted.
 
-        They are left whole where they are not known, and of a group the mean is left. Points with the same seeds have
-        the same here, which cancels in their difference.
+        An unknown effect keeps its full weight, and each group keeps its mean effect. Points with the same seeds have
+        the same weights here, which cancel in their difference.
         """
         left_PS = weight_PS.copy()
         for group in range(self.group_S.max() + 1):
@@ -227,24 +229,24 @@ class SeedSpread:
 
 
 def split_seeds(value_PS: np.ndarray) -> SeedSpread:
-    """Take what seeds do to all points, and to each, apart, as in a randomised block design with seeds as blocks.
+    """Separate seeds' common effects from effects on single points (randomised block design, seeds as blocks).
 
-    Two seeds alone say little (a t interval on 1 degree of freedom is 13 standard errors wide), so what is left after
-    the common effects is pooled over the points into one residual mean square (Montgomery, Design and Analysis of
-    Experiments, ch. 4). Points that vary far more than is typical (a learning rate at the edge of what is stable)
-    would spoil it for all: they keep their own variance and their own few degrees of freedom. Common effects are
-    medians over the points, so that one point gone astray does not look like a seed's doing.
+    Two seeds alone give little information: a t interval with 1 degree of freedom is 13 standard errors wide. So the
+    residuals after the common effects are pooled over the points into one mean square (Montgomery, Design and Analysis
+    of Experiments, ch. 4). Points that vary far more than is typical (such as a learning rate at the edge of stability)
+    would spoil the pooled estimate: they keep their own variance and their own few degrees of freedom. Common effects
+    are medians over the points, so that one diverging point does not look like an effect of a seed.
 
-    `value_PS` holds NaN where a point lacks a seed. A point with one seed borrows the pooled variance, and so does one
-    whose seeds no other point has (of a sweep that began with another), where others have theirs in common.
+    `value_PS` holds NaN where a point lacks a seed. A point with one seed uses the pooled variance. So does a point
+    that shares no seed with other points (from a sweep with another first seed), if other points share seeds.
     """
     points, there_PS = len(value_PS), np.isfinite(value_PS)
     several_PS = used_PS = there_PS & (there_PS.sum(1) > 1)[:, None]
-    # Seeds with two points and points with two such seeds: one alone says nothing of the other.
+    # Use seeds that at least two points have, and points with at least two such seeds.
     while (fewer_PS := used_PS & (used_PS.sum(0) > 1) & (used_PS.sum(1) > 1)[:, None]).sum() < used_PS.sum():
         used_PS = fewer_PS
     group_S = _groups(used_PS)
-    if not used_PS.any():  # No effect can be told from the points' own variance, which holds it then.
+    if not used_PS.any():  # Common effects cannot be separated; the points' own variances contain them.
         used_PS = several_PS
     free_P = np.maximum(used_PS.sum(1) - 1, 0)
     known_P = free_P > 0
@@ -257,7 +259,7 @@ def split_seeds(value_PS: np.ndarray) -> SeedSpread:
     for group in range(group_S.max() + 1):
         members_S = group_S == group
         of_P, fitted = known_P & used_PS[:, members_S].any(1), int(members_S.sum()) - 1
-        # Fitting the effects to the same numbers took a part of the variance, and their degrees of freedom.
+        # The fitted effects have taken a part of the variance and of the degrees of freedom: correct for both.
         sum_P[of_P] *= free_P[of_P].sum() / (free_P[of_P].sum() - fitted)
         common_free += fitted
     variance_P = sum_P / np.maximum(free_P, 1)
@@ -266,7 +268,7 @@ def split_seeds(value_PS: np.ndarray) -> SeedSpread:
     pooled_P = ~known_P | (variance_P <= OUTLIER * typical)
     pooled = sum_P[pooled_P].sum() / free_P[pooled_P].sum()
     pooled_free = max(1, free_P[pooled_P].sum() - common_free)
-    # The effects vary a little by chance alone, as the mean of the residuals of so many points does.
+    # The effects also vary by chance, as the mean of the residuals of so many points does.
     sharing = used_PS[known_P].sum() / max(1, (group_S >= 0).sum())
     common = max(0.0, (effect_S**2).sum() / common_free - pooled / sharing) if common_free else 0.0
     # A borrower that varies far more than what it would borrow explains.
@@ -287,7 +289,7 @@ def split_seeds(value_PS: np.ndarray) -> SeedSpread:
 
 
 def _groups(shared_PS: np.ndarray) -> np.ndarray:
-    """Numbers, from 0, of the groups of seeds that points tie together; -1 for seeds that are not shared."""
+    """The group number, from 0, of each seed; points with several seeds connect these to a group. -1: not shared."""
     group_S = np.full(shared_PS.shape[1], -1)
     for first in np.flatnonzero(shared_PS.any(0)):
         if group_S[first] >= 0:
@@ -300,9 +302,10 @@ def _groups(shared_PS: np.ndarray) -> np.ndarray:
 
 
 def _seed_effects(value_PS: np.ndarray, group_S: np.ndarray) -> np.ndarray:
-    """Medians over the points of what a seed moves them, with mean 0 in each group; 0 outside of groups.
+    """The median effect of each seed over the points, with mean 0 in each group; 0 outside of groups.
 
-    Points that lack a seed have their level from the others, whose effects those levels decide: a few rounds of both.
+    The level of a point that lacks a seed depends on the effects of its other seeds, and the effects depend on the
+    levels. So both are computed in turn, a few times.
     """
     effect_S = np.zeros(len(group_S))
     in_groups_S = group_S >= 0
@@ -318,7 +321,7 @@ def _seed_effects(value_PS: np.ndarray, group_S: np.ndarray) -> np.ndarray:
 
 
 def _squares(value_PS: np.ndarray, used_PS: np.ndarray) -> np.ndarray:
-    """Sums of squared deviations from each point's own mean; 0 for a point of which nothing is used."""
+    """Sums of squared deviations from each point's own mean; 0 for a point without used values."""
     mean_P = np.where(used_PS, value_PS, 0).sum(1) / np.maximum(used_PS.sum(1), 1)
     return (np.where(used_PS, value_PS - mean_P[:, None], 0) ** 2).sum(1)
 
@@ -326,7 +329,7 @@ def _squares(value_PS: np.ndarray, used_PS: np.ndarray) -> np.ndarray:
 def _drawn_t(
     variance_P: np.ndarray, free_P: np.ndarray, pooled_P: np.ndarray, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Student's t on `free_P` degrees of freedom times the standard deviation, [B, P]; zero where nothing is known."""
+    """Draws of Student's t with `free_P` degrees of freedom, times the standard deviation, [B, P]; 0 if unknown."""
     free_BP = np.broadcast_to(np.maximum(free_P, 1), (draws, len(free_P)))
     chi_BP = rng.chisquare(free_BP) / free_BP
     # Points that share an estimate of the variance share its error.
@@ -335,28 +338,28 @@ def _drawn_t(
 
 
 def _simultaneous_reach(draws_BP: np.ndarray) -> np.ndarray:
-    """Half-widths of intervals around all pairwise differences that hold together in 95 % of draws, [P, P]."""
+    """Half-widths of intervals around all pairwise differences, [P, P]. In 95 % of draws, all of them hold together."""
     points = draws_BP.shape[1]
     single_PP = np.zeros((points, points))
     largest_B = np.zeros(len(draws_BP))
     for i in range(points):
         deviation_BP = np.abs(draws_BP - draws_BP[:, i : i + 1])
         single_PP[i] = np.quantile(deviation_BP, 0.95, axis=0)
-        with np.errstate(invalid="ignore"):  # Two points that always agree deviate by 0 of 0.
+        with np.errstate(invalid="ignore"):  # For two points that always agree, this is 0 / 0.
             largest_B = np.fmax(largest_B, np.nan_to_num(deviation_BP / single_PP[i], nan=0.0).max(1))
     return single_PP * np.quantile(largest_B, 0.95)
 
 
 def compare(sweeps: Sequence[Sweep]) -> Comparison:
-    """One table of all points of all `sweeps`.
+    """Compare all points of all `sweeps` in one table.
 
-    A point's finished trials count; where it has none, those that were stopped early, as they stood. Points whose
-    trials have no per-example results show the last metric of their training and get no verdict. The best is the
-    best among the points with a finished trial, if there are any.
+    A point's finished trials count. If it has none, its stopped trials count with their last validation. Points without
+    per-example results show their best metric during training and get no verdict. If any point has a finished trial,
+    only such points can be the best.
 
     Raises:
-        UserError: sweeps of different metrics, trials validated on different examples, or a metric for which the
-            per-example results lack a column.
+        UserError: the sweeps have different metrics, trials were validated on different examples, or the per-example
+            results lack a column that the metric needs.
     """
     metric, mode = _common_metric(sweeps)
     sign = 1.0 if mode == "min" else -1.0
@@ -373,7 +376,7 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
     terms = [_terms(trial, metric) for trial in trials_T]
     examples = len(terms[0][0])
     judged = examples >= LEAST_EXAMPLES
-    # Of one example there is nothing to resample; it stands for two, since no bounds are told of so few.
+    # A single example cannot be resampled: repeat it. So few examples get no bounds anyway.
     found = statistics(
         np.stack([np.resize(numerator_E, max(examples, 2)) for numerator_E, _ in terms]),
         np.stack([np.resize(denominator_E, max(examples, 2)) for _, denominator_E in terms]),
@@ -399,7 +402,7 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
     rows = [measured[p] for p in order] + _by_metric(others, sign)
     notes = _notes(rows)
     if not judged:
-        notes.insert(0, f"{examples} validation example(s) are too few to tell points apart: give data.val, or raise "
+        notes.insert(0, f"{examples} validation example(s) are too few to compare points: give data.val, or raise "
                      "data.val_fraction.")  # fmt: skip
     pick = np.ix_(order, order)
     return Comparison(
@@ -435,7 +438,7 @@ def _by_point(sweep: Sweep) -> list[list[Trial]]:
 
 
 def _row(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], metric: str) -> Row:
-    """What is known of a point without the statistics."""
+    """A point's row without statistics."""
     point = {key: trials[0].point.get(key, _config_value(sweep, key)) for key in keys}
     names = short_names(keys)
     values = [v for t in trials if (v := t.best(metric)) is not None and math.isfinite(v)]
@@ -472,10 +475,10 @@ def _validation(trial: Trial) -> Validation:
 
 
 def check_same_examples(trials: Sequence[Trial]) -> None:
-    """Whether all trials answered the same validation examples.
+    """Check that all trials were validated on the same examples.
 
     Raises:
-        UserError: two that did not, and how they differ.
+        UserError: two trials had different examples. The message says how they differ.
     """
     first, a = trials[0], _validation(trials[0])
     for trial in trials[1:]:
@@ -497,7 +500,7 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
 
 
 def _terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Numerator and denominator of the metric per example: it is the ratio of their sums."""
+    """The metric's numerator and denominator for each example. The metric is the ratio of their sums."""
     validation = _validation(trial)
     name = metric.removeprefix("val/")
     numerator, denominator = ("loss", "bytes") if name == "bits_per_byte" else (name, "count")
@@ -511,13 +514,13 @@ def _terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trial_metric(trial: Trial, metric: str) -> float:
-    """The metric of one trial's last validation. Raises UserError where it cannot be had from its examples."""
+    """The metric of a trial's validation. Raises UserError if the per-example results lack a column for it."""
     numerator_E, denominator_E = _terms(trial, metric)
     return float(numerator_E.sum() / denominator_E.sum())
 
 
 def _verdict(low: float, high: float) -> Verdict:
-    """Of a difference in the direction of worse."""
+    """The verdict for the interval of a difference whose positive values are worse."""
     return "worse" if low > 0 else "better" if high < 0 else "not distinguishable"
 
 
@@ -538,7 +541,7 @@ def _status(trials: Sequence[Trial], seeds: int) -> str:
 
 
 def _moves(trials: Sequence[Trial]) -> str:
-    """Where pbt has moved them to."""
+    """The points to which pbt has moved the trials, as text."""
     ends = [trial.lineage[-1]["point"] for trial in trials if trial.lineage]
     names = short_names(list(ends[0]) if ends else [])
     return "".join(f", moved to {' '.join(f'{names[k]} {value_text(v)}' for k, v in end.items())}" for end in ends)
@@ -549,22 +552,22 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     compared = [row for row in rows if row.compared]
     if compared and all(len(row.compared) == 1 for row in compared):
         more = any(len(row.trials) > 1 for row in rows)
-        advice = "no point has a second one to its end" if more else "--seeds 2 or more covers the runs too"
-        notes.append(f"One seed: intervals cover the validation examples only; {advice}.")
+        advice = "no point has two finished seeds" if more else "--seeds 2 or more accounts for the runs, too"
+        notes.append(f"One seed: intervals account only for the validation examples; {advice}.")
     elif compared and all(len(row.compared) <= 2 for row in compared):
-        notes.append("Two seeds say little of what a seed does to all points alike: a third narrows the intervals.")
+        notes.append("Two seeds say little about a seed's effect on all points: a third narrows the intervals.")
     seeds = {frozenset(trial.seed for trial in row.compared) for row in compared}
     if any(a.isdisjoint(b) for a in seeds for b in seeds):
         notes.append(
-            "Points that have no seed in common differ by their seeds, too: as far as that is known, the intervals of "
-            "their differences allow for it."
+            "Points that have no seed in common differ by their seeds, too: as far as this effect is known, the "
+            "intervals of their differences account for it."
         )
     elif len(seeds) > 1:
-        notes.append("Points that lack a seed are compared without what that seed did to the others.")
+        notes.append("Points that lack a seed are compared without that seed's effect on the other points.")
     if any(t.lineage for row in rows for t in row.trials):
-        notes.append("pbt moved points while they were trained: they stand here as they began, and where they ended.")
+        notes.append("pbt moved points in training: the table shows where each began, and its status where it ended.")
     if any(t.state != "finished" for row in compared for t in row.compared):
-        notes.append("Points that were stopped are compared as they stood.")
+        notes.append("Stopped points are compared by their last validation.")
     unmeasured = [t.id for row in rows for t in row.trials if t.validation and not t.validation.finite]
     if unmeasured:
         notes.append(f"Not compared, because a value in their validation is not finite: {', '.join(unmeasured)}.")
@@ -572,7 +575,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything the table says, for machines."""
+    """The table in a form for JSON."""
     return {
         "metric": comparison.metric,
         "mode": comparison.mode,
@@ -602,7 +605,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:
-    """The table as flat records with the same columns in each, for CSV."""
+    """The table as flat records for CSV. All records have the same columns."""
 
     def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
         known = interval or Interval(math.nan)

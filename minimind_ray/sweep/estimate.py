@@ -1,4 +1,4 @@
-"""What a sweep will cost: tokens and FLOPs counted, seconds from a few steps of its first trial in this process."""
+"""Estimate the cost of a sweep. Tokens and FLOPs are counted; seconds are measured on the first trial's first steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIMULATIONS = 200
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that one trial takes here, by part, with the threads that a trial gets."""
+    """Measured seconds of one trial in this process, by part, with as many threads as a trial gets."""
 
     start: float
     step: float
@@ -36,7 +36,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All trials together. `seconds` are the trials' own, added up; `kept` is the part that early stopping leaves."""
+    """The cost of all trials. `seconds` is the sum over the trials; `kept` is the part left after early stopping."""
 
     steps: int
     tokens: int
@@ -45,16 +45,16 @@ class Estimate:
     kept: float
 
     def hours(self, at_once: int) -> float:
-        """How long it takes with so many trials at once."""
+        """The hours that the sweep takes with `at_once` trials at the same time."""
         return self.kept * self.seconds / at_once / 3600
 
     def price(self, per_hour: float) -> float:
-        """Of all trials, each of which costs so much an hour."""
+        """The price of all trials, where a trial costs `per_hour`."""
         return self.kept * self.seconds / 3600 * per_hour
 
 
 def estimate(jobs: Sequence[Job], pace: Pace, search: SearchConfig, at_once: int) -> Estimate:
-    """Add up all trials; one with more FLOPs than the first, which `pace` is of, takes longer by the same factor."""
+    """Add up all trials. `pace` is the first trial's; another trial's time is proportional to its FLOPs."""
     per_token_J = [_flops_per_token(job) for job in jobs]
     flops_J = [train_tokens(job) * per_token for job, per_token in zip(jobs, per_token_J)]
     seconds_per_flop = pace.step * jobs[0].plan.steps / flops_J[0]
@@ -76,7 +76,7 @@ def _validations(job: Job) -> int:
 
 
 def _flops_per_token(job: Job) -> float:
-    """Of forward and backward, with the mean context of the data's first packs."""
+    """FLOPs of forward and backward for a token, at the mean context length of the data's first packs."""
     store = train_store(job)
     lengths = np.concatenate([pack.lengths for pack in store.read(range(min(8, store.n_packs)))]).astype(float)
     base = job.base and job.base.local()
@@ -87,9 +87,9 @@ def _flops_per_token(job: Job) -> float:
 def asha_keeps(trials: int) -> float:
     """The part of all steps that ASHA is expected to train, if the order of the trials never changes.
 
-    By simulation: trials come in any order, each goes on from a rung if it is in the best third of those that were
-    there before it, as Tune's scheduler does. The first ones have nothing to be compared with, so few trials save less
-    than the rungs promise.
+    Simulates Tune's scheduler: trials come in random order, and each continues after a rung if it is in the best third
+    of the trials that reached the rung before it. The first trials have no others to compare with, so a sweep of few
+    trials saves less than the rungs promise.
     """
     rng = np.random.default_rng(0)
     rungs = [rung / 100 for rung in _rungs()]
@@ -109,7 +109,7 @@ def asha_keeps(trials: int) -> float:
 
 
 def _percentile(sorted_values: Sequence[float], part: float) -> float:
-    """As numpy's, which takes most of its time to begin."""
+    """As `numpy.percentile`, but faster: numpy's takes most of its time for its checks."""
     place = (len(sorted_values) - 1) * part
     low = sorted_values[int(place)]
     return low + (sorted_values[min(int(place) + 1, len(sorted_values) - 1)] - low) * (place % 1)
@@ -123,7 +123,7 @@ def _rungs() -> list[float]:
 
 
 class _Stopwatch(PlainContext):
-    """Lets a run go on for some seconds, to a validation at least; notes when steps began and what validations took."""
+    """Stops a run after some seconds and at least one validation. Records the times of steps and validations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,19 +131,19 @@ class _Stopwatch(PlainContext):
         self.validations: list[float] = []
 
     def should_stop(self) -> bool:
-        """After a validation, when it is time."""
+        """Whether the time is up and there was a validation."""
         self.steps.append(time.perf_counter())
         return bool(self.validations) and self.steps[-1] - self.steps[0] > CALIBRATION_SECONDS
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """After a validation, or the checkpoint of a stop."""
+        """Called after a validation, and after the checkpoint of a stop."""
         if any(name.startswith("val/") for name in metrics):
             self.validations.append(time.perf_counter() - self.steps[-1] - metrics["timing"]["seconds"])
         return True
 
 
 def calibrate(job: Job) -> Pace:
-    """Train a few steps of a trial in this process, validate after some and throw it away."""
+    """Measure a trial's pace: train a few steps in this process, validate, and delete the run."""
     watch = _Stopwatch()
     with tempfile.TemporaryDirectory() as out:
         steps = job.plan.steps
@@ -163,7 +163,7 @@ def calibrate(job: Job) -> Pace:
         seconds = [line["timing"]["seconds"] for line in read_jsonl(run.path / "metrics.jsonl")]
     return Pace(
         start=watch.steps[0] - started,
-        # The first step warms up.
+        # Leave out the first step, which is slower.
         step=statistics.median(seconds[1:] or seconds) / job.config.scale.most,
         validation=max(0.0, statistics.median(watch.validations)),
     )

@@ -14,7 +14,7 @@ from minimind_ray.on_ray.layout import trials_that_fit
 from minimind_ray.on_ray.session import Machines, local_cpus
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.sweep.estimate import Estimate, Pace, calibrate, estimate
-from minimind_ray.sweep.fuse import together
+from minimind_ray.sweep.fuse import fusing_decision
 from minimind_ray.sweep.plan import Preparation, SweepPlan, within_budget
 
 
@@ -49,7 +49,7 @@ def forecast(plan: SweepPlan, say: Callable[[str], None]) -> Forecast:
     jobs = jobs or [preparation.job(plan.base)] * plan.count
     if plan.search.budget_tokens:
         jobs = within_budget(jobs, plan.search.budget_tokens)
-    fused, why_fused = together(plan)
+    fused, why_fused = fusing_decision(plan)
     places, does_not_fit = _places_here(plan.base.scale)
     # Trials that are trained together share a place's time; what they save is not counted.
     at_once = min(places, plan.search.concurrent or plan.count, plan.count)

@@ -1,4 +1,4 @@
-"""Whether a sweep's trials are trained together on one base, and how many at once."""
+"""Decide whether a sweep trains several LoRA trials in one process on a shared base, and how many at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from minimind_ray.train.fused import PASS_TOKENS
 MOST = 8
 
 
-def together(plan: SweepPlan) -> tuple[int, str]:
-    """How many trials to train in one process, and why; 1: each has its own.
+def fusing_decision(plan: SweepPlan) -> tuple[int, str]:
+    """The number of trials to train in one process (1: each trial has its own process), and the reason.
 
     Raises:
-        UserError: a number was asked for, and these trials cannot be trained together.
+        UserError: `fuse` is a number, but these trials cannot be trained together.
     """
     asked = plan.search.fuse
     if asked == "off":
@@ -34,7 +34,7 @@ def together(plan: SweepPlan) -> tuple[int, str]:
 def _obstacle(plan: SweepPlan) -> str | None:
     if plan.search.scheduler == "pbt":
         return "pbt changes settings in the middle of a run"
-    # Those that a sweep goes on with are not all of its points.
+    # With optuna, `plan.trials` are not all trials: check the axes instead.
     found_later = plan.search.searcher == "optuna"
     decisive = (*SHARED, *UNKNOWN, plan.base.record.adapters, *stage_of(plan.base).column_keys)
     if found_later and (unknown := [axis.key for axis in plan.axes if axis.key in decisive]):
@@ -43,7 +43,7 @@ def _obstacle(plan: SweepPlan) -> str | None:
 
 
 def _configs(plan: SweepPlan) -> list[Config]:
-    """The trials', where they are known yet."""
+    """The configs of the known trials, or the base config if no trial is known yet."""
     return [trial.config for trial in plan.trials] or [plan.base]
 
 
@@ -55,7 +55,7 @@ def _chosen(plan: SweepPlan) -> tuple[int, str]:
     if not config.scale.gpus_per_worker:
         return (
             1,
-            "on a CPU it gains 18 % at most, less than the processes of more trials at once cost (docs/performance.md)",
+            "on a CPU fusing gains at most 18 %, less than running more trials at once (docs/performance.md)",
         )
     step = max(each.batch.tokens for each in _configs(plan))
     size = min(MOST, PASS_TOKENS["cuda"] // step, plan.count)

@@ -1,4 +1,7 @@
-"""A sweep before it runs: its trials, what they share, and the directory that holds it all (see trials.py)."""
+"""Plan a sweep before it runs: check its trials, prepare the data and columns that they share, and make its directory.
+
+`trials.py` describes the directory, `run.py` runs the plan.
+"""
 
 from __future__ import annotations
 
@@ -50,15 +53,15 @@ from minimind_ray.train.run import RunDirectory
 UNITS, REFERENCES = "pieces of them encoded for this sweep", "of these sets computed for this sweep"
 BASES = "base models' weights in Ray's object store"
 DONE = (UNITS, REFERENCES, BASES)
-"""Work, which adds up over the times a sweep is gone on with."""
+"""Counts of work in sweep.json that add up when a sweep is resumed."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep is to do. `trials` are all of them, or for optuna those that are known so far.
+    """A sweep to run. `trials` are all trials, or with optuna the trials known so far.
 
-    `path` is the sweep's directory, or the local copy of one in an object store. `refused` are points of optuna's that
-    could not be run, `equal` trials that are left out because they would be equal to others.
+    `path` is the sweep's directory, or its local copy for an object store. `refused` are points from optuna that could
+    not be run. `equal` are trials that were left out because they would repeat other trials.
     """
 
     path: Path
@@ -71,17 +74,17 @@ class SweepPlan:
 
     @property
     def count(self) -> int:
-        """Trials in all."""
+        """The number of trials in all."""
         return self.points * self.search.seeds if self.search.searcher == "optuna" else len(self.trials)
 
     @property
     def points(self) -> int:
-        """Points for optuna to try: as many as asked for, or as the axes hold."""
+        """The number of points for optuna to try: `--trials`, but at most the number of points on the axes."""
         return int(min(self.search.trials or 0, points_on(self.axes)))
 
     @property
     def remark(self) -> str | None:
-        """That there are fewer trials than the axes or --trials ask for, and why, in a sentence."""
+        """A sentence that says why there are fewer trials than the axes or --trials ask for, or None."""
         if self.equal:
             keys = sorted({key for trial in self.equal for key in trial.point if unused(trial.config, key)})
             return (
@@ -90,12 +93,10 @@ class SweepPlan:
             )
         if self.search.searcher != "optuna" or self.points == self.search.trials:
             return None
-        return (
-            f"the axes hold {self.points} points, fewer than the {self.search.trials} of --trials: each is tried once"
-        )
+        return f"the axes have {self.points} points, fewer than --trials {self.search.trials}: each point is tried once"
 
     def in_place(self, trial: PlannedTrial) -> PlannedTrial:
-        """The trial with its own directory in the sweep's, and in the sweep's W&B group."""
+        """The trial with its own directory inside the sweep's directory, and in the sweep's group for trackers."""
         track = trial.config.track.model_copy(update={"group": trial.config.track.group or self.path.name})
         out = join(url_of(self.path), "trials", trial.id)
         return replace(trial, config=trial.config.model_copy(update={"out": out, "track": track}))
@@ -105,7 +106,8 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
     """Check everything that can be checked before anything starts.
 
     Raises:
-        UserError: see `plan_trials`, `SearchConfig.judged_by`, `Explorer` and `import_optuna`; no validation data.
+        UserError: there is no validation data; also see `plan_trials`, `SearchConfig.judged_by`, `Explorer` and
+            `import_optuna`.
     """
     path = copy_of(output_path(url_of(path)))
     base = resolve_paths(base)
@@ -113,7 +115,9 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
     if not base.data.val and not base.data.val_fraction:
         raise UserError("a sweep compares trials on validation data: set data.val, or data.val_fraction above 0")
     if base.scale.fewest < base.scale.most:
-        raise UserError(f"a sweep compares trials on the same number of workers: --workers {base.scale.most}, say")
+        raise UserError(
+            f"all trials of a sweep need the same number of workers: give one, such as --workers {base.scale.most}"
+        )
     if not base.data.val and any(axis.key == "data.train" for axis in axes):
         raise UserError(
             "data.train is an axis, so data.val must be set: trials are compared on the same validation data"
@@ -122,7 +126,7 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
         _require_effect(axis.key, base, axes)
     if base.checkpoint.every not in (None, base.eval.every):
         raise UserError(
-            "a sweep judges a trial by its best checkpoint, so every validation has one: leave checkpoint.every out"
+            "a sweep judges a trial by its best checkpoint and saves one at each validation: leave checkpoint.every out"
         )
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
@@ -134,7 +138,7 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
             raise UserError("--searcher optuna needs --trials, the number of points to try")
         if not axes:
             raise UserError("--searcher optuna needs an axis to search, such as --lr 'log(1e-6,1e-4)'")
-        # The points come later.
+        # Optuna proposes the points while the sweep runs.
         check_axes(base, axes)
         return SweepPlan(path, base, tuple(axes), search, ())
     trials = plan_trials(base, axes, draws=search.trials, seeds=search.seeds, sweep_seed=base.train.seed)
@@ -148,7 +152,7 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
 
 
 def _require_effect(key: str, base: Config, axes: Sequence[Axis]) -> None:
-    """Raises UserError where neither the base nor any value of another axis makes a config that uses this key."""
+    """Raise UserError if this key has no effect, with the base config and with every value of the other axes."""
     rule = unused(base, key)
     others = [{axis.key: value} for axis in axes if isinstance(axis, Grid) and axis.key != key for value in axis.values]
     for point in others if rule else ():
@@ -166,9 +170,9 @@ def _check_pbt(base: Config, axes: Sequence[Axis]) -> None:
 
 
 class Preparation:
-    """Prepares what trials share once for each distinct piece of data and base, and counts.
+    """Prepares the jobs of trials. Does shared work (encoding data, computing columns) only once, and counts it.
 
-    All trials are validated on the data of the sweep's base, whatever of it an axis varies for training.
+    All trials are validated on the data of the sweep's base config, even if an axis varies the training data.
     """
 
     def __init__(self, base: Config, host: Host, say: Callable[[str], None] = lambda line: None) -> None:
@@ -177,12 +181,12 @@ class Preparation:
         self.checked: set[Hashable] = set()
         self.bases: dict[str | None, Base | None] = {}
         self.units = self.columns = 0
-        # Asked once: later, trials hold what a worker would need to be asked.
+        # Ask a worker now: later, trials occupy the resources that the worker needs.
         dtype = functools.cache(host.dtype)
         self.host, self.own, self.say = Host(self._run_units, self._compute_column, dtype, self._base), host, say
 
     def work_here(self) -> None:
-        """From now on, do what is left in this process."""
+        """From now on, do all further work in this process."""
         self.own = Host()
 
     def job(self, config: Config) -> Job:
@@ -190,7 +194,7 @@ class Preparation:
         stage = repr(
             (config.stage, config.init_from, config.data.tokenizer, config.model, config.lora, config.own_section)
         )
-        if stage not in self.checked:  # More of it than the data that trials share depends on.
+        if stage not in self.checked:  # This key has more settings than the key of the shared data.
             base = self.host.base(config)
             check_stage(config, load_tokenizer(config, base and base.local()), base and base.local())
             self.checked.add(stage)
@@ -208,14 +212,14 @@ class Preparation:
                 )
             if len({job.val for job in self.jobs.values()}) > 1:
                 raise UserError(
-                    "the trials' tokenizers differ, and with them what the trials are validated on: trials can be "
-                    "compared on the same tokens alone; start one sweep for each tokenizer"
+                    "the trials' tokenizers differ, so the trials would be validated on different tokens and cannot be "
+                    "compared; start one sweep for each tokenizer"
                 )
         return self.jobs[key].with_config(config)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often the work that trials share was done, for sweep.json."""
+        """How often each kind of shared work was done, for sweep.json."""
         jobs = self.jobs.values()
         return {
             "prepared datasets": len({store for job in jobs for store in (job.train, job.val) if store}),
@@ -242,23 +246,23 @@ class Preparation:
 
 
 def train_tokens(job: Job) -> int:
-    """Positions that a run trains on, in all its steps."""
+    """The number of token positions that a run trains on, over all its steps."""
     assert isinstance(job.plan, StepPlan)
     store = train_store(job)
     return round((store.n_tokens - store.n_documents) * job.plan.steps / job.plan.steps_per_epoch)
 
 
 def train_store(job: Job) -> PackStore:
-    """The training packs, which in a sweep are always prepared ones."""
+    """The store of the training packs. A sweep always has prepared packs."""
     assert isinstance(job.train, str)
     return PackStore(job.train, job.train_columns)
 
 
 def within_budget(jobs: Sequence[Job], tokens: int) -> list[Job]:
-    """Each job shortened by the same factor, so that all together stay within `tokens`.
+    """Shorten all jobs by the same factor, so that together they train on at most `tokens` tokens.
 
     Raises:
-        UserError: nothing would be left of a run but its warm-up.
+        UserError: a run would end within its warm-up.
     """
     factor = min(1.0, tokens / sum(map(train_tokens, jobs)))
     shorter: list[Job] = []
@@ -267,7 +271,7 @@ def within_budget(jobs: Sequence[Job], tokens: int) -> list[Job]:
         if steps <= job.config.schedule.warmup:
             raise UserError(
                 f"budget_tokens {tokens:,} leaves a trial {steps} of its {job.plan.steps} steps, of which "
-                f"{job.config.schedule.warmup} are warm-up; raise it, or try fewer points"
+                f"{job.config.schedule.warmup} are warm-up; raise budget_tokens, or try fewer points"
             )
         train = job.config.train.model_copy(update={"max_steps": steps})
         shorter.append(job.with_config(job.config.model_copy(update={"train": train})) if factor < 1 else job)
@@ -275,11 +279,11 @@ def within_budget(jobs: Sequence[Job], tokens: int) -> list[Job]:
 
 
 def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -> None:
-    """Make the directory with all trials that are known, waiting."""
+    """Make the sweep's directory, with a directory for each known trial in the state `waiting`."""
     open_sweep(plan.path)
     (plan.path / "trials").mkdir(parents=True, exist_ok=True)
     for path in (plan.path / "trials").iterdir():
-        # Of a sweep that never was whole, so that no trial of it has begun.
+        # An earlier process died while it made this directory, so none of its trials has begun.
         if (path / "trial.json").exists() and not any(RunDirectory(path).metrics()):
             shutil.rmtree(path)
             remove(url_of(path))
@@ -298,12 +302,12 @@ def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -
         price_per_hour=plan.search.price_per_hour,
     )
     content = {**info.model_dump(mode="json"), "search": plan.search.model_dump(mode="json")}
-    # Last, so that a sweep is there whole or not at all.
+    # Write sweep.json last: a directory without it is not a sweep.
     RunDirectory(plan.path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def record_resume(plan: SweepPlan, shared: dict[str, int]) -> None:
-    """Bring sweep.json up to date: what --resume was told, and what was done again for the sweep."""
+    """Update sweep.json when a sweep is resumed: the new search settings, and the shared work that was done again."""
     content = read_json(plan.path / "sweep.json")
     content["search"] = plan.search.model_dump(mode="json")
     before = content.get("shared", {})
@@ -314,15 +318,15 @@ def record_resume(plan: SweepPlan, shared: dict[str, int]) -> None:
 def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
     """Make the run directory of a trial, the sweep's `number`th."""
     facts = {**TrialInfo(id=trial.id, point=trial.point, seed=trial.seed).model_dump(mode="json"), "number": number}
-    # First: a directory with a config and without it would be no trial, and no sweep of it could be read.
+    # Write trial.json first: a directory with a config but no trial.json would make the sweep unreadable.
     RunDirectory(job.config.out).write("trial.json", json.dumps(facts, ensure_ascii=False) + "\n")
     begin(job, resume=False).update(state="waiting")
 
 
 def record_refused(plan: SweepPlan, point: dict[str, Any], error: str, number: int) -> list[Path]:
-    """Make the directories of a point's trials that cannot be run, with the reason, and no config; the directories.
+    """Make the directories of a point's trials that cannot be run. They hold the reason and no config.
 
-    The first one is the sweep's `number`th trial.
+    The first of them is the sweep's `number`th trial. Returns the directories.
     """
     paths: list[Path] = []
     for seed in range(plan.base.train.seed, plan.base.train.seed + plan.search.seeds):
@@ -336,23 +340,23 @@ def record_refused(plan: SweepPlan, point: dict[str, Any], error: str, number: i
 
 
 def check_free(path: Path) -> None:
-    """Raises UserError where there is a sweep already."""
+    """Raise UserError if the directory already holds a sweep."""
     if RunDirectory(path).file("sweep.json").exists():
         raise UserError(
-            f"{url_of(path)} already holds a sweep: go on with minimind-ray tune --resume {url_of(path)}, or choose "
+            f"{url_of(path)} already holds a sweep: continue it: minimind-ray tune --resume {url_of(path)}, or choose "
             "another --out"
         )
 
 
 def reopen_sweep(path: str | Path) -> SweepPlan:
-    """The plan of a sweep that was started; its trials as they stand, in their order.
+    """The plan of a sweep that was started before, with all trials that have a directory, in their order.
 
     Raises:
-        UserError: no sweep there, or a damaged file.
+        UserError: the directory holds no sweep, or a file is damaged.
     """
     path = open_sweep(output_path(url_of(path)))
     if not (path / "sweep.json").exists():
-        raise UserError(f"{url_of(path)} holds no sweep to go on with: leave --resume out to start one")
+        raise UserError(f"{url_of(path)} holds no sweep to resume: leave --resume out to start one")
     content = read_json(path / "sweep.json")
     try:
         info, search = SweepInfo.model_validate(content), SearchConfig.model_validate(content["search"])
@@ -369,8 +373,8 @@ def reopen_sweep(path: str | Path) -> SweepPlan:
         if not file.with_name("config.yaml").exists():
             if RunDirectory(file.parent).info().get("state") == "failed" and trial.point not in refused:
                 refused.append(trial.point)
-            continue  # Else it was about to be made, and will be again.
-        # What is trained, not what was planned: budgets and pbt change it. In the sweep's place, which may be another.
+            continue  # An earlier process died before it wrote the config. The trial will be made again.
+        # Use the trial's own config, because budgets and pbt change it. The sweep's directory may have moved.
         config = load_config(info.stage, [file.with_name("config.yaml")])
         found.append((number, PlannedTrial(trial.id, trial.point, trial.seed, config)))
     trials = tuple(trial for _, trial in sorted(found, key=lambda pair: pair[0]))
@@ -382,7 +386,7 @@ def reopen_sweep(path: str | Path) -> SweepPlan:
 
 
 def _require_on_axes(point: Mapping[str, Any], axes: Sequence[Axis], path: Path) -> None:
-    """Raises UserError where the point of a trial is not on the axes of sweep.json."""
+    """Raise UserError if the point of a trial is not on the axes of sweep.json."""
     for axis in axes:
         if axis.key not in point or isinstance(axis, Grid) and point[axis.key] not in axis.values:
             raise UserError(
@@ -392,14 +396,14 @@ def _require_on_axes(point: Mapping[str, Any], axes: Sequence[Axis], path: Path)
 
 
 def check_same_inputs(job: Job) -> None:
-    """Whether a trial that goes on has the data and base that it began with.
+    """Check that a resumed trial has the same data and base as when it began.
 
     Raises:
-        UserError: it has not.
+        UserError: the data or the base has changed.
     """
     run = RunDirectory(job.config.out)
     if changed := changed_inputs(job, run):
         raise UserError(
-            f"{run.where}: {' and '.join(changed)} has other content than when the sweep began, or another version of "
-            "minimind-ray prepares it otherwise; start a new sweep, or put back what was there"
+            f"{run.where}: {' and '.join(changed)} changed since the sweep began, or another version of minimind-ray "
+            "prepares it differently; restore the old content, or start a new sweep"
         )

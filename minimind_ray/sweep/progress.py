@@ -1,7 +1,8 @@
-"""How a running sweep stands: each trial's step, metric, speed and time left, the best so far, the expected end.
+"""Track the progress of a running sweep: each trial's step, metric, speed and time left, and the sweep's expected end.
 
-State without I/O: the tuner's events and the newest lines of the trials' metrics.jsonl go in, rows and sums come out.
-`now` is in seconds on a clock that never goes back (`time.monotonic`).
+This module does no I/O. The caller passes in the tuner's events and the newest lines of the trials' metrics.jsonl, and
+gets rows of text and totals back.
+`now` is in seconds by `time.monotonic`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from minimind_ray.sweep.axes import short_names
 from minimind_ray.sweep.text import count_text, duration_text, value_text
 
 READINGS = 60
-"""A trial's speed is measured over this many of its latest readings."""
+"""The number of latest readings over which a trial's speed is measured."""
 
 
 class Reading(NamedTuple):
-    """How far a trial was at a time."""
+    """The step of a trial at a time."""
 
     at: float
     step: int
@@ -30,7 +31,7 @@ class Reading(NamedTuple):
 
 @dataclass
 class TrialProgress:
-    """One trial. `state` is "running", "paused" (pbt lets another trial run) or the state in which the run ended.
+    """A trial. `state` is "running", "paused" (while pbt lets another trial run), or the state in which the run ended.
 
     `value` is the trial's value of the sweep's metric so far (see train/best.py), finite, or None.
     """
@@ -44,7 +45,7 @@ class TrialProgress:
     readings: deque[Reading] = field(default_factory=lambda: deque(maxlen=READINGS))
 
     def read(self, reading: Reading) -> None:
-        """Note how far the trial is. A lower step than before: the run began again from an earlier checkpoint."""
+        """Add a reading. A lower step than before means that the run restarted from an earlier checkpoint."""
         if self.readings and reading.step == self.step:
             return
         if not self.readings:
@@ -55,7 +56,7 @@ class TrialProgress:
 
     @property
     def step(self) -> int:
-        """Steps done, as far as is known."""
+        """Steps done by the latest reading."""
         return self.readings[-1].step if self.readings else 0
 
     @property
@@ -88,7 +89,7 @@ class TrialProgress:
 
 
 class Row(NamedTuple):
-    """A running trial as text. Cells are empty while nothing is known."""
+    """A running trial as text. Cells are empty while their value is unknown."""
 
     trial: str
     step: str
@@ -105,9 +106,9 @@ class Best(NamedTuple):
 
 
 class SweepProgress:
-    """All trials that have started, by id and in the order in which they started, of `count` in all.
+    """The started trials of a sweep by id, in the order in which they started. `count` is the number of all trials.
 
-    With one seed the trials' names leave the seed out. `ends_by` is when the sweep's time budget is used up.
+    With one seed, the trials' names leave out the seed. `ends_by` is the time at which the time budget is used up.
     """
 
     def __init__(
@@ -119,9 +120,9 @@ class SweepProgress:
         self.most_at_once = 1
 
     def started(self, id: str, steps: int, point: Mapping[str, Any], now: float) -> None:
-        """A trial of `steps` steps runs, for the first time or after a pause. `point` is where pbt has moved it to."""
+        """A trial of `steps` steps runs, for the first time or after a pause. `point` is its current point."""
         trial, before = TrialProgress(self._name(id, point), steps, now), self.trials.get(id)
-        if before and before.name == trial.name:  # With another point, pbt has also given it other weights.
+        if before and before.name == trial.name:  # If pbt moved the point, the trial also got other weights.
             trial.value = before.value
         self.trials[id] = trial
         self.most_at_once = max(self.most_at_once, len(self.running))
@@ -134,21 +135,21 @@ class SweepProgress:
         return f"{name} now {','.join(moved)}" if moved else name
 
     def paused(self, id: str) -> None:
-        """A trial waits while another one runs in its place."""
+        """A trial was paused so that another trial can run."""
         if id in self.trials:
             self.trials[id].state = "paused"
 
     def validated(self, id: str, metrics: Mapping[str, Any]) -> None:
-        """A trial has reported its best validation so far."""
+        """A trial reported its best validation so far."""
         if math.isfinite(metrics[self.metric]):
             self.trials[id].value = metrics[self.metric]
 
     def read(self, id: str, reading: Reading) -> None:
-        """Note how far a trial is, by the newest line of its metrics.jsonl."""
+        """Add a reading of a trial, from the newest line of its metrics.jsonl."""
         self.trials[id].read(reading)
 
     def ended(self, id: str, state: str) -> TrialProgress:
-        """A trial's run ended in this state, perhaps before it started: its process may have failed at once."""
+        """A trial's run ended in this state. A run whose process failed at once ends without having started."""
         trial = self.trials.setdefault(id, TrialProgress(self._name(id, {}), steps=1, began=0.0))
         trial.state = state
         return trial
@@ -160,7 +161,7 @@ class SweepProgress:
 
     @property
     def endings(self) -> Counter[str]:
-        """How many trials ended in each state."""
+        """The number of trials that ended in each state."""
         return Counter(trial.state for trial in self.trials.values() if trial.state not in ("running", "paused"))
 
     @property
@@ -174,7 +175,7 @@ class SweepProgress:
         return [_row(trial, now) for trial in self.running.values()]
 
     def counts(self) -> str:
-        """How many trials run, wait and have ended: "2 running, 3 waiting, 3 of 8 ended (1 failed)"."""
+        """The numbers of trials as text: "2 running, 3 waiting, 3 of 8 ended (1 failed)"."""
         if not self.trials:
             return f"{self.count} trials, none has started yet"
         running, ended = len(self.running), self.endings
@@ -187,10 +188,10 @@ class SweepProgress:
         )
 
     def seconds_left(self, now: float) -> float | None:
-        """Time to the sweep's end, or to the end of its time budget; None while no trial's speed is known.
+        """Seconds to the sweep's end, or to the end of its time budget; None while no trial's speed is known.
 
-        Waiting trials are expected to take the mean time of the trials before them, and running trials to go on to
-        their last step; a scheduler that stops some early brings the end forward.
+        Assumes that waiting trials take the mean time of the earlier trials, and that running trials run to their last
+        step. A scheduler that stops trials early makes the sweep end sooner.
         """
         totals = [t.seconds for t in self.trials.values() if t.seconds is not None and t.state != "failed"]
         if not totals:
@@ -217,9 +218,12 @@ def _row(trial: TrialProgress, now: float) -> Row:
     )
 
 
-def _last_end(running: Sequence[float], waiting: Sequence[float], places: int) -> float:
-    """When the last trial ends if each waiting trial takes the place that is free first. All in seconds from now."""
-    free = [*running, *[0.0] * (places - len(running))]
+def _last_end(running: Sequence[float], waiting: Sequence[float], concurrent: int) -> float:
+    """Seconds until the last trial ends, if `concurrent` trials run at once.
+
+    `running` and `waiting` are the seconds that each trial still needs.
+    """
+    free = [*running, *[0.0] * (concurrent - len(running))]
     heapq.heapify(free)
     for seconds in waiting:
         heapq.heappush(free, heapq.heappop(free) + seconds)

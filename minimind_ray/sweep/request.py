@@ -1,4 +1,4 @@
-"""A sweep as it is asked for: a YAML file, and settings, axes and limits beside it; and the plan that they make."""
+"""Combine a user's request for a sweep (a YAML file, settings, axes, search options) into a checked plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minimind_ray.sweep.plan import SweepPlan, plan_sweep
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What is asked for. What stands beside the file wins over the file, axes key by key.
+    """A request for a sweep. The other fields override `file`; an axis overrides the file's axis of the same key.
 
     `file`: a sweep's YAML file. `config`: YAML files of the stage. `trees`: settings as in such a file, by a name
     for errors. `settings`: values by dotted config key. `search`: fields of `SearchConfig`, whose
@@ -40,7 +40,7 @@ class SweepRequest:
         """The plan, checked.
 
         Raises:
-            UserError: no stage or two of them, a key given twice, and what `plan_sweep` raises.
+            UserError: the stage is missing or given twice, or a key is given twice; also as `plan_sweep`.
         """
         self._check_axes()
         file = read_sweep_file(self.file) if self.file else None
@@ -48,7 +48,7 @@ class SweepRequest:
             raise UserError(f"{self.file} is a sweep of {file.stage}, not of {self.stage}")
         stage = file.stage if file else self.stage
         if stage is None:
-            raise UserError("which stage? give pretrain, sft, lora or dpo, or a --sweep file that says it")
+            raise UserError("no stage given: give pretrain, sft, lora or dpo, or a --sweep file with a stage")
         trees = {**({str(self.file): file.settings} if file else {}), **self.trees}
         settings = dict(self.settings)
         base = load_config(stage, self.config, settings, trees)
@@ -70,15 +70,15 @@ class SweepRequest:
     def _axes_with(self, file: SweepFile | None, settings: Mapping[str, Any]) -> list[Axis]:
         axes = {key: parse_axis(key, spec) for key, spec in file.axes.items()} if file else {}
         axes |= {axis.key: axis for axis in self.axes}
-        # A single value takes the place of the file's axis.
+        # A single value replaces the file's axis.
         return [axis for key, axis in axes.items() if key not in settings]
 
 
 def settings_and_axes(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Axis]]:
-    """What was given to flags, by their names in Python: values by dotted config key, and axes.
+    """Split the values of flags (by their names in Python) into single values by dotted config key, and axes.
 
-    Flags that a sweep can vary take a list, or a text as `parse_axis` reads it; a single value is no axis. Other names
-    are passed over.
+    A flag that a sweep can vary takes a list, or a text for `parse_axis`; a single value makes no axis. Ignores names
+    that are not flags.
     """
     settings, axes = dict[str, Any](), list[Axis]()
     for name, found in config_flags().items():
@@ -101,10 +101,10 @@ def _search_of(file: SweepFile | None) -> dict[str, Any]:
 
 
 def trial_price(text: str, scale: ScaleConfig) -> float:
-    """USD an hour: a number, or what a trial of this scale occupies of the machines of a cluster file.
+    """The price of a trial in USD an hour. `text` is a number, or a cluster file with the prices of its machines.
 
     Raises:
-        UserError: neither, or no machine of the file has both room for a worker and a price.
+        UserError: `text` is neither, or no machine of the file has a price and is large enough for a worker.
     """
     try:
         return float(text)
@@ -114,7 +114,7 @@ def trial_price(text: str, scale: ScaleConfig) -> float:
         raise UserError(f"--price-per-hour {text}: neither a number nor a cluster file")
     if (found := read_cluster(text).trial_price(scale)) is None:
         raise UserError(
-            f"{text}: no node type that has a price has room for a worker of {scale.cpus_per_worker:g} CPUs and "
+            f"{text}: no node type with a price is large enough for a worker of {scale.cpus_per_worker:g} CPUs and "
             f"{scale.gpus_per_worker:g} GPUs; set metadata.price_per_hour"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""A sweep on Ray: what trials share is made first, then Tune runs them."""
+"""Run a planned sweep on Ray: prepare the data and columns that trials share, then let Tune run the trials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minimind_ray.on_ray.tuner import Search, Watch, is_done, places, put_bases,
 from minimind_ray.stages.run import Job
 from minimind_ray.stages.start import require_sources
 from minimind_ray.sweep.axes import PlannedTrial
-from minimind_ray.sweep.fuse import together
+from minimind_ray.sweep.fuse import fusing_decision
 from minimind_ray.sweep.plan import (
     BASES,
     Preparation,
@@ -37,45 +37,45 @@ from minimind_ray.train.run import GONE, RunDirectory
 
 
 class Board(Protocol):
-    """Shows a sweep while it runs; see `Watch` for what it is called with."""
+    """A display of a running sweep. See `Watch` for the arguments of `watch`."""
 
     def __enter__(self) -> Board:
-        """Begin to show it."""
+        """Begin to display."""
         ...
 
     def __exit__(self, *error: object) -> None:
-        """Stop showing it."""
+        """Stop displaying."""
         ...
 
     def watch(self, trial: Path, event: str, metrics: Mapping[str, Any]) -> None:
-        """Something happened to a trial."""
+        """Called at each event of a trial."""
         ...
 
 
-def check_places(plan: SweepPlan, *, probe: bool) -> None:
-    """Check that the sweep and its data can be written, and that the trials' files, tokenizers and bases are there.
+def check_files(plan: SweepPlan, *, probe: bool) -> None:
+    """Check that the sweep and its data can be written, and that the trials' files, tokenizers and bases exist.
 
-    With `probe` a store is tried by writing to it.
+    With `probe`, a small file is written to each object store and deleted.
 
     Raises:
-        UserError: one is not.
+        UserError: a file is missing or a directory cannot be written.
     """
     require_writable(url_of(plan.path), plan.base.data.cache_dir, probe=probe)
     require_sources([trial.config for trial in plan.trials] or [plan.base])
 
 
 def sweep_on_ray(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], board: Board) -> Ending:
-    """Check the sweep's places, start Ray for as long as the sweep runs, and run it; how it ended.
+    """Check the sweep's files, start Ray, run the sweep, and stop Ray. Returns how the sweep ended.
 
     Raises:
-        UserError: see `check_places` and `run_sweep`; another process writes to the sweep's directory.
+        UserError: another process writes to the sweep's directory; also as `check_files` and `run_sweep`.
     """
-    check_places(plan, probe=True)
+    check_files(plan, probe=True)
     require_free(url_of(plan.path))
     check_trackers(plan.base)
     if gone := [trial for trial in plan.trials if RunDirectory(trial.config.out).state() == GONE]:
-        say(f"{len(gone)} trial(s) were running when the sweep's process ended; they go on from their last checkpoints")
-    # Torch, which this file imports, has to be imported before Ray joins a cluster; see on_ray/host.py.
+        say(f"{len(gone)} trial(s) were running when the sweep's process ended; they resume from their checkpoints")
+    # This file's imports import torch, which must happen before Ray joins a cluster; see on_ray/host.py.
     session.start_ray(session.local_cpus(plan.base.scale) if plan.base.scale.most > 1 else None)
     try:
         with claimed(url_of(plan.path)), board:
@@ -85,16 +85,16 @@ def sweep_on_ray(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], b
 
 
 def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watch: Watch) -> Ending:
-    """Prepare, make the sweep's directory, or with `resume` take the one that is there, and run the trials.
+    """Prepare the jobs, make the sweep's directory (with `resume`, use the existing one), and run the trials.
 
     Raises:
-        UserError: data that cannot be prepared, a budget too small, or a cluster on which not one trial fits.
+        UserError: the data cannot be prepared, the budget is too small, or no trial fits on the cluster.
     """
     began = time.monotonic()
-    fuse, why = together(plan)
+    fuse, why = fusing_decision(plan)
     at_once = layout(places(plan.base.scale), plan.count, fuse=fuse, concurrent=plan.search.concurrent).at_once
     preparation = Preparation(plan.base, RAY_HOST, say)
-    # Points that are still to be found share the base's data.
+    # Points that optuna will propose share the base's data.
     jobs = [preparation.job(trial.config) for trial in plan.trials] or [preparation.job(plan.base)]
     bases = put_bases(jobs)
     shared = {**preparation.counts, BASES: len(bases)}
@@ -127,7 +127,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     if plan.search.searcher == "optuna":
         trials = _proposed(plan, preparation, jobs, mode == "max", watch)
     else:
-        # Those that are done come first, so that the scheduler knows of them when it judges the others.
+        # Put finished trials first, so that the scheduler has their results when it judges the others.
         trials = sorted(jobs, key=lambda job: not is_done(RunDirectory(job.config.out), search.scheduler))
         left = [job for job in trials if not is_done(RunDirectory(job.config.out), search.scheduler)]
         if not left:
@@ -137,7 +137,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     seconds = hours and hours * 3600 - (time.monotonic() - began)
     ending = run_trials(trials, plan.base.scale, plan.path, search, bases, fuse=fuse, seconds=seconds, watch=watch)
     if isinstance(trials, OptunaPoints) and ending == "by itself" and trials.asked < plan.points:
-        say(f"no other point was found on the axes: {trials.asked} of {plan.points} were tried")
+        say(f"no untried point was found on the axes: {trials.asked} of {plan.points} points were tried")
     return ending
 
 
@@ -145,7 +145,7 @@ def _proposed(
     plan: SweepPlan, preparation: Preparation, jobs: Sequence[Job], maximize: bool, watch: Watch
 ) -> OptunaPoints:
     known, numbers = {job.config.out: job for job in jobs}, count(len(jobs) + len(plan.refused) * plan.search.seeds)
-    # Proposals are made while trials hold the cluster's CPUs.
+    # New points are prepared in this process: running trials hold the cluster's CPUs.
     preparation.work_here()
 
     def make(trial: PlannedTrial) -> Job:

@@ -1,4 +1,4 @@
-"""Points that are found while a sweep runs: neighbours, for population based training, and Optuna's proposals."""
+"""Find points while a sweep runs: neighbours for population based training (pbt), and the proposals of Optuna."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ MOVABLE = (
 RESAMPLE, FACTORS = 0.25, (0.8, 1.2)
 STARTUP = 10
 REPEATS = 10
-"""Proposals in a row of points that were tried, after which an untried one is drawn."""
+"""After this many proposals in a row of points that were already tried, an untried point is drawn at random."""
 
 
 class Explorer:
-    """A neighbour of a point (Jaderberg et al. 2017, "explore").
+    """Moves a point to a neighbour (Jaderberg et al. 2017, "explore").
 
-    A drawn number is multiplied by 0.8 or 1.2, a value of a grid gives way to the next or the one before; in one case
-    of four the value is drawn anew.
+    On a drawn axis, multiplies the number by 0.8 or 1.2. On a grid, takes the next or the previous value. In one case
+    of four, draws a new value instead.
     """
 
     def __init__(self, axes: Sequence[Axis], seed: int) -> None:
         if fixed := [axis.key for axis in axes if axis.key not in MOVABLE]:
             raise UserError(
-                f"{fixed[0]} cannot change in the middle of a run, as pbt does with its axes; it can with: "
+                f"{fixed[0]} cannot be an axis with pbt, which changes its axes in the middle of a run; possible axes: "
                 f"{', '.join(MOVABLE)}"
             )
         if not axes:
@@ -59,15 +59,17 @@ class Explorer:
 
 
 class OptunaPoints:
-    """Points that Optuna proposes from what came out so far (tree-structured Parzen estimator, Bergstra et al. 2011).
+    """Points that Optuna proposes from the results so far (tree-structured Parzen estimator, Bergstra et al. 2011).
 
-    A point's value is the mean over its seeds. `make` gives a planned trial its run directory and job; `known` are
-    the points of a sweep that goes on, which come first. With several trials at once the proposals depend on which
-    ends first. When Optuna keeps proposing points that were tried, the next one is drawn from the others. A point that
-    differs from one that was tried only in settings without a use makes the same run, so it counts as tried.
+    A point's value is the mean over its seeds. `make` makes the run directory and job of a planned trial. `known` are
+    the points of a resumed sweep; they come first. With several trials at once, the proposals depend on which ends
+    first.
 
-    A point that cannot be run, because its config or its data are refused, is one of the `points`: `refuse` is called
-    with the reason, and the next point comes.
+    If Optuna repeatedly proposes points that were tried, the next point is drawn from the untried points. A point also
+    counts as tried if it differs from a tried point only in settings without effect, because its run would be the same.
+
+    A point that cannot be run, because its config or data are refused, counts towards `points`: `refuse` is called with
+    the reason, and the next point is proposed.
     """
 
     def __init__(
@@ -103,11 +105,11 @@ class OptunaPoints:
 
     @property
     def asked(self) -> int:
-        """Points that were proposed so far, with those that could not be run."""
+        """The number of points proposed so far, including points that could not be run."""
         return len(self.values)
 
     def ask(self) -> list[Job] | None:
-        """The trials of the next point; None after the last, or when the axes hold no other."""
+        """The trials of the next point; None after the last point, or if every point on the axes was tried."""
         while len(self.values) < self.points and (proposed := self._propose()):
             proposal, point = proposed
             self.values[proposal.number] = {}
@@ -115,7 +117,7 @@ class OptunaPoints:
             try:
                 jobs = [self.make(trial_at(self.base, point, seed)) for seed in seeds]
             except UserError as error:
-                # As bad as can be: Optuna learns to keep away, which it does not from a trial that failed.
+                # Report the worst value: Optuna learns to avoid it, but learns nothing from a failed trial.
                 self.study.tell(proposal, state=_state("PRUNED"))
                 self.refuse(point, str(error))
                 continue
@@ -124,7 +126,7 @@ class OptunaPoints:
         return None
 
     def _propose(self) -> tuple[Any, dict[str, Any]] | None:
-        """Optuna's next proposal and its point, one that was not tried; None where the axes hold no other."""
+        """Optuna's next proposal and its point, which was not tried; None if every point on the axes was tried."""
         for _ in range(REPEATS):
             proposal = self.study.ask(self.distributions)
             point = {key: _outer(axis, proposal.params[key]) for key, axis in self.axes.items()}
@@ -144,14 +146,14 @@ class OptunaPoints:
         return self._effect(point) in self.tried
 
     def _effect(self, point: dict[str, Any]) -> str:
-        """The same for points whose runs are equal; of a point that cannot be run it is all of the point."""
+        """A key that is equal for points with equal runs. For a point that cannot be run, it is the whole point."""
         try:
             return repr(effect(trial_config(self.base, point, self.base.train.seed), point))
         except UserError:
             return repr(point)
 
     def tell(self, trial: Path, value: float | None) -> None:
-        """A trial's metric; when all seeds of its point are in, Optuna learns the mean."""
+        """Report a trial's metric. Once all seeds of its point have reported, Optuna gets their mean."""
         proposal = self.proposals[trial]
         values = self.values[proposal.number]
         values[trial] = value
@@ -164,10 +166,10 @@ class OptunaPoints:
 
 
 def import_optuna() -> Any:
-    """Optuna.
+    """Import the package optuna and return it.
 
     Raises:
-        UserError: it is not installed.
+        UserError: optuna is not installed.
     """
     try:
         import optuna
@@ -190,7 +192,7 @@ def _distribution(axis: Axis) -> Any:
 
 
 def _outer(axis: Axis, value: Any) -> Any:
-    """A config's value from Optuna's; a grid's values go by their places."""
+    """The config's value for Optuna's value. For a grid, Optuna's value is the index."""
     return axis.values[value] if isinstance(axis, Grid) else axis.nearest(value)
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them, for ids, tables and pictures."""
+"""Format values, counts and times for people, in ids, tables and pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def number_text(x: float) -> str:
 
 
 def shorten(text: str, longest: int) -> str:
-    """Cut in the middle, since paths differ at their ends."""
+    """Shorten a text in the middle: paths differ at their ends."""
     half = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 

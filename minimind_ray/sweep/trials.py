@@ -1,11 +1,11 @@
-"""A sweep on disk, and what came out of its trials.
+"""The files of a sweep, and how to read them and the results of its trials.
 
-sweep.json          SweepInfo: what was varied, by which metric it is judged, what was shared
+sweep.json          SweepInfo: the axes, the metric, and counts of shared work
 trials/<id>/        a run directory (train/run.py) for each trial, and in it
     trial.json          TrialInfo: the point on the axes and the seed
-    lineage.jsonl       under pbt, what it took over from other trials
-    validation.parquet  what the validation of its result found, one row per example; the result of a run is the
-                        checkpoint with the lowest validation loss
+    lineage.jsonl       with pbt: the steps at which it took over weights from other trials
+    validation.parquet  the validation of its result, one row per example; the result of a run is the checkpoint with
+                        the lowest validation loss
 report.html, report.png
 """
 
@@ -28,13 +28,16 @@ from minimind_ray.train.best import best_validation
 from minimind_ray.train.run import VALIDATION, inside, read_jsonl
 
 Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str | None | list[str | int | float]
-"""What an axis may hold."""
+"""The types of an axis's values."""
 State = Literal["waiting", "running", "finished", "early-stopped", "stopped", "failed"]
-"""`early-stopped` by the sweep's scheduler, for good; `stopped` by hand or a budget, to be gone on with."""
+"""`early-stopped`: stopped for good by the scheduler. `stopped`: stopped by hand or a budget; can be resumed."""
 
 
 class SweepInfo(BaseModel):
-    """sweep.json. `axes` are lists, or the text of a drawn axis; `config` is the resolved config before the axes."""
+    """The content of sweep.json.
+
+    `axes` are lists, or texts for drawn axes. `config` is the resolved config without the axes' values.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -46,11 +49,11 @@ class SweepInfo(BaseModel):
     shared: dict[str, Any] = Field(default_factory=dict)
     created: str
     config: dict[str, Any]
-    price_per_hour: float | None = Field(None, ge=0, description="of what one trial occupies")
+    price_per_hour: float | None = Field(None, ge=0, description="price of one trial")
 
 
 class Timing(BaseModel):
-    """How long a step took, and what was validated and written as a sample after it."""
+    """The time of a step, and of the validation and the samples after it."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -59,7 +62,7 @@ class Timing(BaseModel):
 
 
 class MetricsLine(BaseModel):
-    """A line of metrics.jsonl. Keys that are not named here have numbers."""
+    """A line of metrics.jsonl. All keys that are not listed here have numbers."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -71,7 +74,7 @@ class MetricsLine(BaseModel):
 
 
 class LineageLine(BaseModel):
-    """A line of lineage.jsonl: from this step on, under pbt, the trial went on from another's weights, at `point`."""
+    """A line of lineage.jsonl: at this step, pbt gave the trial another trial's weights and moved it to `point`."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -99,7 +102,7 @@ class TrialInfo(BaseModel):
 
 
 class RunInfo(BaseModel):
-    """The part of run.json that is looked at here."""
+    """The part of run.json that is read here."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -115,8 +118,8 @@ class RunInfo(BaseModel):
 class Validation:
     """Per-example results, sorted by example (see `Evaluation` in train/evaluate.py).
 
-    `columns` are float64: `loss` (nats) and the objective's metrics, summed over the example's `count` of tokens or
-    pairs (1), and for tokens the `bytes` of text they stand for.
+    `columns` are float64: `loss` (nats) and the objective's metrics, each summed over the example's `count` tokens or
+    pairs (1); and for tokens `bytes`, the length of their text.
     """
 
     path: Path
@@ -125,13 +128,13 @@ class Validation:
 
     @property
     def finite(self) -> bool:
-        """Whether every number is one."""
+        """Whether every number is finite."""
         return all(bool(np.isfinite(values).all()) for values in self.columns.values())
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep, finished or not. `result` is its best checkpoint; `validated_on` names its validation set."""
+    """A run of a sweep, finished or not. `result` is its best checkpoint; `validated_on` names its validation set."""
 
     id: str
     path: Path
@@ -151,7 +154,7 @@ class Trial:
 
     @property
     def status(self) -> str:
-        """The state, with the reason where nobody stopped it."""
+        """The state, with the reason if the run stopped because of an error."""
         return f"{self.state} ({self.error})" if self.state == "stopped" and self.error else self.state
 
     def best(self, metric: str) -> float | None:
@@ -175,9 +178,9 @@ class Sweep:
 
 
 def open_sweep(path: str | Path) -> Path:
-    """A sweep's directory; of one in an object store a local copy, as it is now, of all but the checkpoints.
+    """The local directory of a sweep. For a sweep in an object store, downloads all files but the checkpoints.
 
-    A relative path that is not here is one in the storage (see config/paths.py).
+    A relative path that does not exist here is looked up in the storage (see config/paths.py).
     """
     path = input_path(path)
     if mirror := mirror_of(path):
@@ -190,7 +193,7 @@ def read_sweep(path: str | Path) -> Sweep:
     """Read a sweep that is finished, stopped or still running.
 
     Raises:
-        UserError: no sweep there, no trials yet, or a file that is damaged, by name.
+        UserError: the directory holds no sweep or no trials yet, or a file is damaged.
     """
     path = open_sweep(path)
     if not (path / "sweep.json").exists():
@@ -209,7 +212,7 @@ def read_sweep(path: str | Path) -> Sweep:
 
 
 def read_trial(path: Path) -> Trial:
-    """One trial; what it has not written yet is empty or None. Raises as `read_sweep`."""
+    """Read a trial. Fields that it has not written yet are empty or None. Raises as `read_sweep`."""
     trial = _read(path / "trial.json", TrialInfo)
     run = _read(path / "run.json", RunInfo) if (path / "run.json").exists() else RunInfo()
     gone = run.state == "running" and not live_writer(path)
@@ -226,7 +229,7 @@ def read_trial(path: Path) -> Trial:
         seed=trial.seed,
         state="stopped" if gone else run.state,
         error="its process is gone" if gone else run.error,
-        # A run that is still going has not summed up yet.
+        # A running trial has no totals yet.
         steps=last["step"] if run.steps is None else run.steps,
         tokens=last["tokens"] if run.tokens is None else run.tokens,
         seconds=sum(timed),
@@ -240,7 +243,7 @@ def read_trial(path: Path) -> Trial:
 
 
 def read_validation(path: Path) -> Validation | None:
-    """Per-example results; None where there are none. Raises as `read_sweep`."""
+    """Read the per-example results; None if the file does not exist. Raises as `read_sweep`."""
     if not path.exists():
         return None
     import pyarrow as pa
@@ -259,9 +262,9 @@ def read_validation(path: Path) -> Validation | None:
         example_E, _, _ = columns.pop("example"), columns["loss"], columns["count"]
     except (OSError, pa.ArrowException, KeyError) as error:
         detail = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read: {detail}; delete it and resume the sweep to have it again") from None
+        raise UserError(f"{path} cannot be read: {detail}; delete it and resume the sweep to write it again") from None
     if len(np.unique(example_E)) != len(example_E):
-        raise UserError(f"{path}: an example is there twice; delete it and resume the sweep to have it again")
+        raise UserError(f"{path}: an example appears twice; delete the file and resume the sweep to write it again")
     return Validation(path, example_E, columns)
 
 

@@ -100,7 +100,7 @@ def test_places_that_cannot_be_written_to_are_told_first(command: Command, tmp_p
     make_config(tmp_path, rows=100)
     rows, tokenizer = tmp_path / "pretrain.jsonl", tmp_path / "tokenizer"
     told = command("train", "pretrain", "--no-ray", "--train", rows, "--tokenizer", tokenizer, "--out", rows)
-    assert told.code == 1 and "is a file: name another place" in told.err
+    assert told.code == 1 and "is a file: choose another directory" in told.err
     before = (tokenizer / "tokenizer.json").read_bytes()
     told = command("tokenizer", "train", rows, "--out", tokenizer)
     assert told.code == 1 and "holds a tokenizer already" in told.err

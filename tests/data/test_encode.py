@@ -105,9 +105,7 @@ def test_order_is_kept_and_rejects_pass_through(tokenizer: Tokenizer) -> None:
 
 # Conversations
 
-NO_TEXT = (
-    "text is missing (the row has no field with a value); if fields have other names, say so by data.fields.text=NAME"
-)
+NO_TEXT = "text is missing (the row has no field with a value); if fields have other names, give data.fields.text=NAME"
 TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "It is 2.", "tools": '[{"name": "add", "parameters": {}}]'},
     USER,
@@ -299,8 +297,8 @@ def call(**function: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({}, "conversations is missing (the row has no field with a value); if fields have other names, say so by"),
-        ({"question": "a"}, "conversations is missing (the row has question); if fields have other names, say so by"),
+        ({}, "conversations is missing (the row has no field with a value); if fields have other names, give"),
+        ({"question": "a"}, "conversations is missing (the row has question); if fields have other names, give"),
         ({"text": "a"}, "conversations is missing, but text is there, which pretrain would read"),
         ({"chosen": [USER]}, "conversations is missing, but chosen is there, which dpo would read"),
         ({"messages": None}, "conversations is missing (the row has no field with a value)"),

@@ -294,7 +294,7 @@ def test_too_many_rejects_stop_with_the_commonest_reason(tmp_path: Path, tokeniz
         f"3 times: not valid JSON: Expecting property name enclosed in double quotes at column 2 (as in {path}:2)"
         in (str(error.value))
     )
-    rejects = str(error.value).split("mend the rows that ")[1].split(" lists")[0]
+    rejects = str(error.value).split("correct the rows that ")[1].split(" lists")[0]
     assert len(Path(rejects).read_text().splitlines()) == 4
     prepared = prepare("pretrain", config(tmp_path, path, max_reject_fraction=0.02), "train", tokenizer)
     assert (prepared.made, prepared.rejects) == (0, rejects)
@@ -321,7 +321,7 @@ def test_a_damaged_file_stops_whatever_is_lost(tmp_path: Path, tokenizer: Tokeni
         content = gzip.compress(jsonl(TEXTS))[:100]
     write(path, bytes(content))
     for fraction in (0.0, 0.5):  # It is one row of thousands that cannot be used; how many are lost is not known.
-        with pytest.raises(UserError, match=rf"lost in {path} .*data.max_reject_fraction to 1") as error:
+        with pytest.raises(UserError, match=rf"damaged: {path}; .*data.max_reject_fraction to 1") as error:
             prepare("pretrain", config(tmp_path, [whole, path], max_reject_fraction=fraction), "train", tokenizer)
         assert str(whole) not in str(error.value)
     prepared = prepare("pretrain", config(tmp_path, [whole, path], max_reject_fraction=1.0), "train", tokenizer)
@@ -452,7 +452,7 @@ def test_units_that_other_machines_keep_to_themselves_are_an_error(tmp_path: Pat
         there = settings_.model_copy(update={"cache_dir": str(tmp_path / "local to the node")})
         return run_units_here(units, Encoding(encoding.stage, there, encoding.tokenizer, encoding.split))
 
-    with pytest.raises(UserError, match="name a directory that all nodes share"):
+    with pytest.raises(UserError, match="give a directory that all nodes share"):
         prepare("pretrain", settings_, "train", tokenizer, elsewhere)
 
 

@@ -205,7 +205,7 @@ def test_shards_that_are_not_what_the_manifest_says_are_named(tmp_path: Path) ->
         PackStore(path).read([0])
 
     shard.write_bytes(b"\0" * len(written))
-    with pytest.raises(UserError, match=r"a{40}.parquet: .*delete this file and prepare again"):
+    with pytest.raises(UserError, match=r"a{40}.parquet: .*delete it and prepare again"):
         PackStore(path).read([0])
 
     shard.write_bytes(written)

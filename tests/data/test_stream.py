@@ -35,7 +35,7 @@ def test_too_many_bad_rows_in_a_piece(tmp_path: Path, good: int, bad: int, fract
 def test_a_damaged_file_stops(tmp_path: Path) -> None:
     whole = gzip.compress("".join(f'{{"text": "It is {i}."}}\n' for i in range(300)).encode())
     (tmp_path / "rows.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"lost in .*rows.jsonl.gz"):
+    with pytest.raises(UserError, match=r"damaged: .*rows.jsonl.gz; the rows after the damage are lost"):
         stream_of(tmp_path, "rows.jsonl.gz", 0.5).check_first()
     assert "1 rejected" in stream_of(tmp_path, "rows.jsonl.gz", 1.0).check_first()[1]
 

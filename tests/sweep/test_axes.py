@@ -81,7 +81,7 @@ def test_wrong_text(text: str, words: str) -> None:
         (["lora.rank=log(1,64)"], 4, "valid integer"),
         (["batch.tokens=8192,9000"], None, "8192 and 12288"),
         (["optim.lr=log(1e-6,1e-4)"], None, "--trials"),
-        (["dpo.beta=0.1,0.2"], 4, "--trials needs an axis to draw"),
+        (["dpo.beta=0.1,0.2"], 4, "--trials needs a drawn axis"),
         (["dpo.beta=0.1,1e-1"], None, "twice"),
         (["dpo.beta=0.1", "dpo.beta=0.2"], None, "dpo.beta: given as an axis twice"),
         (["lora.rank=int(1,3)"], 4, "only 3 different"),

@@ -263,7 +263,7 @@ def test_a_stopped_point_is_never_the_best(tmp_path: Path) -> None:
                       quality=lambda point: 3.0 if point["dpo.beta"] == 0.3 else 0.1)  # fmt: skip
     comparison = compare([read_sweep(path)])
     assert [(row.point["dpo.beta"], row.verdict) for row in comparison.rows] == [(0.1, "best"), (0.3, "better")]
-    assert any("as they stood" in note for note in comparison.notes)
+    assert any("compared by their last validation" in note for note in comparison.notes)
 
 
 def test_a_loss_that_is_not_finite_is_left_out_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.search import SearchConfig, search_config
 from minimind_ray.stages.run import run_here
 from minimind_ray.sweep.axes import parse_axis
-from minimind_ray.sweep.fuse import together
+from minimind_ray.sweep.fuse import fusing_decision
 from minimind_ray.sweep.plan import SweepPlan, plan_sweep
 from tests.jobs import make_config, make_job, start
 
@@ -40,15 +40,15 @@ def planned(
 
 def test_a_number_is_taken_or_refused(base: Path) -> None:
     axes = {"lora.rank": "2,4", "optim.lr": "1e-3,1e-2"}
-    assert together(planned(base, axes, {"fuse": 3})) == (3, "as asked for")
-    assert together(planned(base, axes, {"fuse": "off"}))[0] == 1
+    assert fusing_decision(planned(base, axes, {"fuse": 3})) == (3, "as asked for")
+    assert fusing_decision(planned(base, axes, {"fuse": "off"}))[0] == 1
     with pytest.raises(UserError, match=r"fuse is 3, but .* lora.targets is not the same in all trials"):
-        together(planned(base, {"lora.targets": ["square", "all-linear"]}, {"fuse": 3}))
+        fusing_decision(planned(base, {"lora.targets": ["square", "all-linear"]}, {"fuse": 3}))
     for values in ("true,false", "false,true"):
         with pytest.raises(UserError, match=r"fuse is 2, but .* only adapters can share a base"):
-            together(planned(base, {"dpo.lora": values}, {"fuse": 2}, "dpo"))
+            fusing_decision(planned(base, {"dpo.lora": values}, {"fuse": 2}, "dpo"))
     with pytest.raises(UserError, match="pbt changes settings"):
-        together(planned(base, {"optim.lr": "1e-3,1e-2"}, {"fuse": 3, "scheduler": "pbt"}))
+        fusing_decision(planned(base, {"optim.lr": "1e-3,1e-2"}, {"fuse": 3, "scheduler": "pbt"}))
     for wrong in (0, "4", False, "on"):
         with pytest.raises(UserError, match="fuse"):
             search_config({"fuse": wrong})
@@ -58,23 +58,23 @@ def test_a_number_is_taken_or_refused(base: Path) -> None:
 
 def test_auto_says_why(base: Path) -> None:
     axes = {"lora.rank": "2,4", "optim.lr": "1e-3,1e-2"}
-    assert together(planned(base, axes, lora__dropout=0.1)) == (
+    assert fusing_decision(planned(base, axes, lora__dropout=0.1)) == (
         1, "lora.dropout and lora.dora are not there for many adapters at once",
     )  # fmt: skip
     on_gpu = planned(base, axes, scale__gpus_per_worker=1.0)
-    assert together(on_gpu) == (4, "one trial's steps leave the GPU waiting")
+    assert fusing_decision(on_gpu) == (4, "one trial's steps leave the GPU waiting")
     large = planned(base, axes, scale__gpus_per_worker=1.0, data__pack_tokens=32768, batch__tokens=32768)
-    assert together(large) == (1, "one trial's steps keep the GPU busy")
+    assert fusing_decision(large) == (1, "one trial's steps keep the GPU busy")
 
 
 def test_points_that_are_not_known_yet(base: Path) -> None:
     pytest.importorskip("optuna", reason="optuna is not installed")
     search = {"searcher": "optuna", "trials": 4, "fuse": 2}
-    assert together(planned(base, {"lora.rank": "int(2,8)"}, search)) == (2, "as asked for")
+    assert fusing_decision(planned(base, {"lora.rank": "int(2,8)"}, search)) == (2, "as asked for")
     on_gpu = planned(base, {"lora.rank": "int(2,8)"}, {**search, "fuse": "auto"}, scale__gpus_per_worker=1.0)
-    assert together(on_gpu) == (4, "one trial's steps leave the GPU waiting")
+    assert fusing_decision(on_gpu) == (4, "one trial's steps leave the GPU waiting")
     plan = planned(base, {"lora.dropout": "uniform(0.0,0.2)"}, search)
     # Nor when it goes on, and some points are known.
     for known in ((), planned(base, {"lora.rank": "2,4"}).trials):
         with pytest.raises(UserError, match="the points of lora.dropout are found while the sweep runs"):
-            together(replace(plan, trials=tuple(known)))
+            fusing_decision(replace(plan, trials=tuple(known)))

@@ -346,7 +346,7 @@ def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
     outs = {trial.config.out for trial in reopen_sweep(moved).trials}
     assert outs == {str(moved / "trials" / trial.id) for trial in plan.trials}
     moved.rename(plan.path)
-    with pytest.raises(UserError, match="already holds a sweep: go on with minimind-ray tune --resume"):
+    with pytest.raises(UserError, match="already holds a sweep: continue it: minimind-ray tune --resume"):
         check_free(plan.path)
     with pytest.raises(UserError, match="holds no sweep"):
         reopen_sweep(tmp_path)
