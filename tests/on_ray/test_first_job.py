@@ -14,7 +14,7 @@ import pytest
 
 from tests.jobs import make_tokenizer, rows_of, write_jsonl
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture

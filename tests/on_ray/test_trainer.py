@@ -256,7 +256,7 @@ def test_workers_that_fail_just_after_their_start_are_gone(
     assert after <= before
 
 
-@pytest.mark.parametrize("held", [7, 6])
+@pytest.mark.parametrize("held", [7, pytest.param(6, marks=pytest.mark.long)])
 def test_a_run_that_waits_for_workers_or_for_ray_datas_cpu_says_so(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], held: int
 ) -> None:

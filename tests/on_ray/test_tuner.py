@@ -284,6 +284,7 @@ def test_a_finished_sweep_is_resumed_by_doing_nothing(
     assert ending == "by itself" and "2 trials" in said[-1]
 
 
+@pytest.mark.long
 def test_the_board_sees_how_far_each_trial_is(tmp_path: Path, ray_session: None) -> None:
     """Under pbt with more trials than places: trials run, wait, run on, and end."""
     from io import StringIO
@@ -411,6 +412,7 @@ def test_a_sweep_that_is_stopped_asks_for_no_more_points() -> None:
     assert _Asking(Points(), Search("val/loss", "min"), lambda: True).suggest("a") == Searcher.FINISHED
 
 
+@pytest.mark.long
 def test_more_workers_a_trial_and_nothing_is_left_behind(tmp_path: Path, ray_session: None) -> None:
     settings: dict[str, Any] = {"optim__clip": 0.0, "eval__every": 2, "train__epochs": 2}
     axes, search = {"optim.lr": "3e-3,1e-7,1e30,1e-2"}, {"scheduler": "asha", "concurrent": 1}

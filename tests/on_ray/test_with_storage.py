@@ -150,6 +150,7 @@ def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
     assert "the object store fails and is tried again" in " ".join(line.get("warning", "") for line in lines)
 
 
+@pytest.mark.long
 def test_a_sweep_is_a_job_compared_and_its_report_fetched(
     store: fs.FileSystem, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
