@@ -2,6 +2,10 @@
 
 Ray Data's tasks run inside the run's own placement group. So a run that has its workers has all that it needs, and
 one that waits holds nothing: however many runs and sweeps share a cluster, they cannot wait for each other in a circle.
+
+Ray Train's documented interface makes the workers' placement group itself (see versions.py). There the run first waits
+for one group of everything, then swaps it for a group of Ray Data's CPUs, and Ray Train takes the rest. Somebody else
+may take it first. So Ray Train waits only START_SECONDS; the run then gives everything back and waits anew.
 """
 
 from __future__ import annotations
@@ -20,9 +24,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.on_ray.session import worker_resources
+from minimind_ray.on_ray.session import group_name, worker_resources
+from minimind_ray.on_ray.versions import private_parts
 
 LOOK_SECONDS = 0.1
+START_SECONDS = 60.0
+"""For workers to start on what was free a moment ago."""
+SWAP_SECONDS = 5.0
+"""For Ray to note that the first group is gone, and to make the one of Ray Data's CPUs."""
 
 
 class StoppedError(UserError):
@@ -38,7 +47,10 @@ NO_ROOM = "stopped while there was no room for the workers; --resume waits for r
 
 @dataclass(frozen=True)
 class Reservation:
-    """A placement group: a bundle for each worker, then one of 1 CPU for each of `data_cpus`."""
+    """A placement group with a bundle of 1 CPU for each of `data_cpus`; before them, a bundle for each worker.
+
+    Without private parts of Ray the workers' bundles are missing.
+    """
 
     group: PlacementGroup
     data_cpus: int
@@ -74,21 +86,40 @@ def reserved(
         StoppedError: `stopped` meanwhile.
         NoRoomError: there was no room for `seconds`.
     """
-    bundles = [worker_resources(scale)] * workers + [{"CPU": 1.0}] * data_cpus
-    group = placement_group(bundles)
-    try:
-        deadline = time.monotonic() + seconds
-        # Not `group.wait`: each wait that ends without room leaves memory behind in Ray's head, megabytes in a second.
-        while _state(group) != "CREATED":
-            if stopped():
-                raise StoppedError(NO_ROOM)
-            if time.monotonic() > deadline:
-                raise NoRoomError(f"{workers} worker(s) could not be started in time")
-            time.sleep(LOOK_SECONDS)
+    data_bundles = [{"CPU": 1.0}] * data_cpus
+    with _made([worker_resources(scale)] * workers + data_bundles) as group:
+        _wait(group, workers, stopped, seconds)
+        if private_parts():
+            yield Reservation(group, data_cpus)
+            return
+    if not data_cpus:
+        yield Reservation(group, 0)
+        return
+    with _made(data_bundles) as group:
+        _wait(group, workers, stopped, SWAP_SECONDS)
         yield Reservation(group, data_cpus)
+
+
+@contextmanager
+def _made(bundles: list[dict[str, float]]) -> Generator[PlacementGroup]:
+    """A placement group while inside, which need not be there yet."""
+    group = placement_group(bundles, name=group_name())
+    try:
+        yield group
     finally:
         if ray.is_initialized():
             remove_placement_group(group)
+
+
+def _wait(group: PlacementGroup, workers: int, stopped: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    # Not `group.wait`: each wait that ends without room leaves memory behind in Ray's head, megabytes in a second.
+    while _state(group) != "CREATED":
+        if stopped():
+            raise StoppedError(NO_ROOM)
+        if time.monotonic() > deadline:
+            raise NoRoomError(f"{workers} worker(s) could not be started in time")
+        time.sleep(LOOK_SECONDS)
 
 
 def _state(group: PlacementGroup) -> str:

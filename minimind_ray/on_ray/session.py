@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import os
+import secrets
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +25,12 @@ from minimind_ray.on_ray import SETTINGS
 from minimind_ray.on_ray.auth_token import ensure_token, keep_token_private
 from minimind_ray.on_ray.folder import ray_folder
 from minimind_ray.on_ray.head_watch import leave_head, watch_head
+from minimind_ray.on_ray.versions import private_parts
+from minimind_ray.train import interrupts
 from minimind_ray.train.interrupts import exit_at_once
 
 Ending = Literal["by itself", "interrupted", "out of time"]
 ANSWER_SECONDS = 2.0
-HEAD_SECONDS = 10.0
 
 
 def start_ray(cpus: int | None = None) -> None:
@@ -40,18 +43,25 @@ def start_ray(cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
-    from minimind_ray.on_ray.signals import own_signals
-
     logging.getLogger("ray").setLevel(logging.ERROR)
     keep_token_private()
-    with own_signals():
+    with _own_sessions():
         if address := os.environ.get("RAY_ADDRESS"):
             _join(address)
         else:
             ensure_token()
             _start_here(cpus)
+    interrupts.reinstall()
     watch_head(ray.get_runtime_context().gcs_address)
     configure_data()
+
+
+def _own_sessions() -> AbstractContextManager[None]:
+    if not private_parts():
+        return nullcontext()
+    from minimind_ray.on_ray.private_ray import own_sessions
+
+    return own_sessions()
 
 
 def _join(address: str) -> None:
@@ -59,7 +69,7 @@ def _join(address: str) -> None:
     from ray.exceptions import AuthenticationError
 
     _require_cluster(address)
-    environment = {name: os.environ[name] for name in SETTINGS}
+    environment = {name: os.environ[name] for name in (*SETTINGS, "MINIMIND_PUBLIC_ONLY") if name in os.environ}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
@@ -72,12 +82,22 @@ def _join(address: str) -> None:
 def _start_here(cpus: int | None) -> None:
     """Ray's helpers have 15 seconds to come up, which can be too short for a busy machine; the second time their files
     have been read."""
-    from minimind_ray.on_ray.head import start
+    import ray
 
     folder = ray_folder()
     for last in (False, True):
         try:
-            start(cpus, folder)
+            ray.init(
+                address="local",  # Not one that runs on this machine for something else.
+                num_cpus=cpus,
+                _temp_dir=str(folder),
+                # Without private parts it is asked what a killed trial held.
+                include_dashboard=not private_parts(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                # No runtime environment: it would cost each worker a second start, and processes of this machine
+                # inherit the settings.
+            )
             return
         except Exception as error:  # Ray raises this bare.
             if last or "timed out during startup" not in str(error):
@@ -100,40 +120,10 @@ def _require_cluster(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
             raise UserError(f"RAY_ADDRESS={address}: no cluster answers there: {error}") from None
-    if not address.startswith("ray://"):
-        _require_head(address)
+    if not address.startswith("ray://") and private_parts():
+        from minimind_ray.on_ray.private_ray import require_head
 
-
-def _require_head(address: str) -> None:
-    """Raises UserError if what answers at `address` is no Ray head, or one with another token."""
-    import grpc
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray._private.services import canonicalize_bootstrap_address
-    from ray.core.generated.gcs_service_pb2 import (
-        CheckAliveRequest,  # pyright: ignore[reportAttributeAccessIssue] generated
-    )
-    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
-
-    try:
-        found = canonicalize_bootstrap_address(address)  # Of `auto`, too.
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"RAY_ADDRESS={address}: {one_line(error)}") from None
-    if not found:  # `local`: Ray starts one here.
-        return
-    opened: Any = init_grpc_channel(found)
-    with opened as channel:
-        try:
-            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=HEAD_SECONDS)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                raise UserError(
-                    f"RAY_ADDRESS={address}: the cluster does not take this machine's token: set RAY_AUTH_TOKEN to the "
-                    "cluster's token, or put it into ~/.ray/auth_token"
-                ) from None
-            raise UserError(
-                f"RAY_ADDRESS={address}: no Ray head answers there ({error.code().name}); the address is "
-                "HEAD:6379 unless `ray start --head` was given another port"
-            ) from None
+        require_head(address)
 
 
 def configure_data() -> None:
@@ -317,39 +307,60 @@ def worker_resources(scale: ScaleConfig) -> dict[str, float]:
     return {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
 
 
+def notices_may_come() -> bool:
+    """Whether a notice may come that a node will be taken away: only a cluster's nodes get one."""
+    return not alone() or "RAY_ADDRESS" in os.environ
+
+
+def group_name() -> str:
+    """A new name for a placement group, which names the driver and the actor (or "driver") that make it."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return f"minimind-ray {context.get_job_id()} {context.get_actor_id() or 'driver'} {secrets.token_hex(8)}"
+
+
 def free_left_groups() -> None:
     """Remove the placement groups that actors of this driver made and left when they were killed.
 
-    As trials with Ray Train workers do; Ray's own cleaner needs the dashboard, and nothing else frees what they hold.
+    As trials with Ray Train workers do; nothing else frees what these groups hold.
     """
+    from ray.util.placement_group import remove_placement_group
+
+    if private_parts():
+        from minimind_ray.on_ray.private_ray import groups_of_dead_actors as left
+    else:
+        left = _groups_of_dead_actors
+    for group in left():
+        remove_placement_group(group)
+
+
+def _groups_of_dead_actors() -> Iterator[Any]:
+    """By Ray's dashboard. Ray Train frees its own groups in the same way."""
     import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.state import get_actor
 
     for group in _own_groups():
-        if group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil():
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        maker = group["name"].split()[2]
+        if maker != "driver" and (actor := get_actor(maker)) and actor.state == "DEAD":  # pyright: ignore[reportAttributeAccessIssue]
+            yield ray.util.get_placement_group(group["name"])
 
 
 def pending_resources() -> Mapping[str, float]:
     """The CPUs and GPUs for which this driver's placement groups wait, its actors' among them; empty if none waits."""
     need = Counter[str]()
     for group in _own_groups():
-        if group.state != group.CREATED:
-            for bundle in group.bundles:
-                need.update({kind: bundle.unit_resources.get(kind, 0) for kind in ("CPU", "GPU")})
+        if group["state"] != "CREATED":
+            for bundle in group["bundles"].values():
+                need.update({kind: bundle.get(kind, 0) for kind in ("CPU", "GPU")})
     return +need
 
 
-def _own_groups() -> Iterator[Any]:
-    """The placement groups of this driver that are not removed, as Ray records them (PlacementGroupTableData)."""
+def _own_groups() -> Iterator[dict[str, Any]]:
+    """The placement groups of this driver and its actors that are not removed (see `group_name`)."""
     import ray
-    from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import (
-        PlacementGroupTableData,  # pyright: ignore[reportAttributeAccessIssue] generated
-    )
+    from ray.util.placement_group import placement_group_table
 
-    job = ray.get_runtime_context().get_job_id()
-    for data in state._connect_and_get_accessor().get_placement_group_table():  # pyright: ignore[reportPrivateUsage]
-        group = PlacementGroupTableData.FromString(data)
-        if group.creator_job_id.hex() == job and group.state != PlacementGroupTableData.REMOVED:
-            yield group
+    own = f"minimind-ray {ray.get_runtime_context().get_job_id()} "
+    groups: Iterable[dict[str, Any]] = placement_group_table().values()
+    yield from (group for group in groups if group["name"].startswith(own) and group["state"] != "REMOVED")

@@ -31,8 +31,9 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from ray.autoscaler.sdk import request_resources
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
 from minimind_ray.config.errors import UserError
@@ -43,17 +44,25 @@ from minimind_ray.data.plan import PackSource
 from minimind_ray.data.storage import Flag, flag, watch_flag
 from minimind_ray.data.stream import Stream
 from minimind_ray.on_ray.columns import compute_on_ray, dtype_on_ray
-from minimind_ray.on_ray.controller import Reserved, Trainer, notices_may_come
 from minimind_ray.on_ray.ingest import own_steps, read_shares, step_dataset
 from minimind_ray.on_ray.prepare import run_units_on_ray
-from minimind_ray.on_ray.reservation import NO_ROOM, NoRoomError, Reservation, StoppedError, reserved
+from minimind_ray.on_ray.reservation import (
+    NO_ROOM,
+    START_SECONDS,
+    NoRoomError,
+    Reservation,
+    StoppedError,
+    reserved,
+)
 from minimind_ray.on_ray.session import (
     free_left_groups,
     interruptible,
+    notices_may_come,
     require_resources,
     room,
     worker_resources,
 )
+from minimind_ray.on_ray.versions import private_parts
 from minimind_ray.on_ray.waiting import starved, telling
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
@@ -64,7 +73,7 @@ from minimind_ray.train.step import all_reduce_sums
 # after the step, or at once, where no step may end any more.
 STOP_FILE, AGAIN_FILE, LEAVE_FILE = ".stop", ".again", ".leave"
 NOTICE_SECONDS = 2.0
-LOOK_SECONDS, LEAVE_SECONDS, START_SECONDS = 5.0, 60.0, 60.0
+LOOK_SECONDS, LEAVE_SECONDS = 5.0, 60.0
 
 
 class RayTrainContext:
@@ -96,12 +105,27 @@ class RayTrainContext:
         return bool(self.noticed) or any(up() for up in self.flags)
 
     def _look_for_notice(self) -> None:
-        """Ask Ray Train. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
+        """Ask Ray. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
         now = time.monotonic()
         (seconds,) = all_reduce_sums([(now - self.looked) / self.steps / self.world_size], self.device).tolist()
         self.steps, self.looked, self.look_after = 0, now, max(1, int(NOTICE_SECONDS / seconds))
-        if info := ray.train.get_preemption_info():
-            self.noticed = info.preempted_node_ids
+        self.noticed = self._draining_nodes()
+
+    def _draining_nodes(self) -> list[str]:
+        """The ids of the workers' nodes for which notice was given, the same in all workers."""
+        if not private_parts():
+            info = ray.train.get_preemption_info()
+            return info.preempted_node_ids if info else []
+        from minimind_ray.on_ray.private_ray import draining
+
+        own = draining()
+        (found,) = all_reduce_sums([float(own)], self.device).tolist()
+        if not found:
+            return []
+        ids = [ray.get_runtime_context().get_node_id() if own else None] * self.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(ids, ids[self.rank])
+        return sorted({id for id in ids if id})
 
     def base_weights(self, directory: Path) -> None:
         """Holds none."""
@@ -297,30 +321,56 @@ def _attempt(job: Job, workers: int, start: int, reservation: Reservation) -> li
     datasets: Any = None
     if first < job.plan.steps:
         datasets = {"train": partial(reservation.dataset, partial(step_dataset, job, first, workers))}
-    trainer = Trainer(
-        partial(_worker, job, first, notices),
-        scaling_config=Reserved(
-            num_workers=workers,
-            use_gpu=scale.gpus_per_worker > 0,
-            resources_per_worker=worker_resources(scale),
-            group=reservation.group,
-        ),
-        dataset_config=reservation.data_config(),
-        run_config=ray.train.RunConfig(
-            # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
-            name=f"attempt-{time.time_ns()}",
-            storage_path=join(job.config.out, ".ray"),
-            failure_config=ray.train.FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-            ),
-            # Ray's logs have it all, in ray-train-sys-*.log; the terminal is for our progress.
-            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
-        ),
-        datasets=datasets,
-        torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
-    )
-    trainer.shares, trainer.notices = isinstance(job.train, Stream), notices
+    worker = partial(_worker, job, first, notices)
+    scaling: dict[str, Any] = {
+        "num_workers": workers,
+        "use_gpu": scale.gpus_per_worker > 0,
+        "resources_per_worker": worker_resources(scale),
+    }
+    settings: dict[str, Any] = {
+        "dataset_config": reservation.data_config(),
+        "run_config": _run_config(job),
+        "datasets": datasets,
+        "torch_config": TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
+    }
+    # Ray Train's process that looks for notices: see `_draining_nodes`.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(notices and not private_parts()))
+    if not private_parts():
+        scaling_config = ray.train.ScalingConfig(**scaling)
+        return _fit(TorchTrainer(worker, scaling_config=scaling_config, **settings), workers, job.config.out)
+    from minimind_ray.on_ray.private_train import Reserved, Trainer
+
+    trainer = Trainer(worker, scaling_config=Reserved(**scaling, group=reservation.group), **settings)
+    trainer.shares = isinstance(job.train, Stream)
     return trainer.fit().return_value or []
+
+
+def _run_config(job: Job) -> ray.train.RunConfig:
+    return ray.train.RunConfig(
+        # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
+        name=f"attempt-{time.time_ns()}",
+        storage_path=join(job.config.out, ".ray"),
+        failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        # Ray's logs have it all, in ray-train-sys-*.log; the terminal is for our progress.
+        logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+    )
+
+
+def _fit(trainer: TorchTrainer, workers: int, out: str) -> list[str]:
+    """A run whose workers' placement group Ray Train makes itself; what the workers return.
+
+    Raises:
+        StoppedError, NoRoomError: somebody else took the room for the workers.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{START_SECONDS:.0f}")
+    try:
+        return trainer.fit().return_value or []
+    except ray.train.ControllerError as error:
+        if "startup timed out" not in str(error):
+            raise
+        if flag(out, STOP_FILE).exists():
+            raise StoppedError(NO_ROOM) from error
+        raise NoRoomError(f"{workers} worker(s) could not be started in time") from error
 
 
 def _steps_done(run: RunDirectory) -> int:

@@ -468,33 +468,36 @@ def _scheduler(search: Search) -> TrialScheduler:
             time_attr="percent", max_t=100, grace_period=ASHA_FIRST, reduction_factor=ASHA_KEEP
         )
     if search.scheduler == "median":
-        return _Median(time_attr="percent", grace_period=ASHA_FIRST)
+        # Pause no trial to wait for others to compare with: its process would be left in the middle of a run.
+        return MedianStoppingRule(
+            time_attr="percent",
+            grace_period=ASHA_FIRST,
+            min_time_slice=math.inf,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fractions.
+        )
     if search.scheduler == "pbt":
         assert search.explore
         return _Exchange(search.explore)
     return FIFOScheduler()
 
 
-class _Median(MedianStoppingRule):
-    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
-        """To go on. Tune's would have a trial wait until there is enough to compare it with, which takes a process that
-        can be left in the middle of a run."""
-        return TrialScheduler.CONTINUE
-
-
 class _Exchange(PopulationBasedTraining):
     """A trial that takes over another keeps its own job, and with it its own run directory."""
 
     def __init__(self, explore: Explore) -> None:
-        super().__init__(
-            time_attr="percent", perturbation_interval=PBT_EVERY, log_config=False,
-            custom_explore_fn=lambda config: config,
-        )  # fmt: skip
-        self.explore = explore
+        def explored(config: dict[str, Any]) -> dict[str, Any]:
+            return {"trial": {**config["trial"], "point": explore(config["trial"]["point"])}}
 
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        point = self.explore(trial_to_clone.config["trial"]["point"])
-        return {"trial": {**trial.config["trial"], "point": point}}, {}
+        super().__init__(
+            time_attr="percent", perturbation_interval=PBT_EVERY, log_config=False, custom_explore_fn=explored
+        )
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Called by Tune, which may give the trial the whole config of a better one; the trial's job is put back."""
+        job = trial.config["trial"]["job"]
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if trial.config["trial"]["job"] is not job:
+            trial.set_config({"trial": {**trial.config["trial"], "job": job}})
+        return decision
 
 
 class _Asking(Searcher):

@@ -12,6 +12,7 @@ from typing import Any
 from minimind_ray.config.paths import masked
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray.session import pending_resources
+from minimind_ray.on_ray.versions import private_parts
 
 FIRST_S, AGAIN_S = 60.0, 300.0
 SHOWN = 80
@@ -49,13 +50,19 @@ def rows_of(dataset: Any, who: str, need: Mapping[str, float]) -> Iterator[dict[
 
 
 def waiting(
-    who: str, need: Mapping[str, float], have: Mapping[str, float], free: Mapping[str, float], others: Sequence[str]
+    who: str,
+    need: Mapping[str, float],
+    have: Mapping[str, float],
+    free: Mapping[str, float],
+    others: Sequence[str] | None,
 ) -> str:
-    """The sentence: `who` "needs" what, how much of it is free, and which `others` are on the cluster."""
+    """The sentence: `who` "needs" what, how much of it is free, and which `others` are on the cluster, if known."""
     wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in need.items() if amount)
     left = " and ".join(f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}s" for kind in need if need[kind])
-    holders = f"other programs on the cluster: {', '.join(others)}" if others else "no other program is on the cluster"
-    return f"waiting for room: {who} {wanted}, and {left} are free; {holders}. Ctrl-C stops, a second one at once"
+    holders = "; no other program is on the cluster" if others == [] else ""
+    if others:
+        holders = f"; other programs on the cluster: {', '.join(others)}"
+    return f"waiting for room: {who} {wanted}, and {left} are free{holders}. Ctrl-C stops, a second one at once"
 
 
 def starved() -> str | None:
@@ -68,15 +75,18 @@ def starved() -> str | None:
     return waiting(who, need, ray.cluster_resources(), ray.available_resources(), other_programs())
 
 
-def other_programs() -> list[str]:
-    """The other drivers on the cluster: process, machine and the beginning of the command."""
+def other_programs() -> list[str] | None:
+    """The other drivers on the cluster: process, machine and the beginning of the command. None: they are not known."""
     import ray
-    from ray._private.state import state
+
+    if not private_parts():
+        return None
+    from minimind_ray.on_ray.private_ray import jobs
 
     own = ray.get_runtime_context().get_job_id()
     return [
         f"process {job['DriverPid']} on {job['DriverIPAddress']} ({masked(job['Entrypoint'])[:SHOWN]})"
-        for job in state.job_table()
+        for job in jobs()
         if not job["IsDead"] and job["JobID"] != own
     ]
 

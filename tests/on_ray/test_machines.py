@@ -129,7 +129,7 @@ def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, m
 )
 def test_a_port_of_something_else_is_no_cluster(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("minimind_ray.on_ray.session.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("minimind_ray.on_ray.private_ray.HEAD_SECONDS", 0.2)
     monkeypatch.setattr("minimind_ray.on_ray.cluster.jobs.DASHBOARD_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
 

@@ -35,13 +35,15 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """How often a group is to be looked at, and which were made and removed."""
     seen: dict[str, Any] = {"waits": 0, "made": [], "removed": []}
 
-    def make(bundles: list[dict[str, float]]) -> Group:
+    def make(bundles: list[dict[str, float]], name: str) -> Group:
         seen["made"].append(Group(bundles, seen["waits"]))
         return seen["made"][-1]
 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(reservation, "placement_group", make)
     monkeypatch.setattr(reservation, "placement_group_table", Group.state)
+    monkeypatch.setattr(reservation, "group_name", lambda: "name")
+    monkeypatch.setattr(reservation, "private_parts", lambda: True)
     monkeypatch.setattr(reservation, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(reservation, "remove_placement_group", seen["removed"].append)
     return seen
@@ -52,6 +54,17 @@ def test_workers_and_ray_datas_cpu_come_together(groups: dict[str, Any]) -> None
     with reserved(SCALE, 2, 1, lambda: False, 60.0) as found:
         assert found.group.bundles == BUNDLES and not groups["removed"]
         assert found.data_config()._user_execution_options.resource_limits.cpu == 1  # pyright: ignore
+    assert groups["removed"] == groups["made"]
+
+
+def test_by_public_means_ray_train_takes_the_workers_part(
+    groups: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reservation, "private_parts", lambda: False)
+    with reserved(SCALE, 2, 1, lambda: False, 60.0) as found:
+        everything, data = groups["made"]
+        assert everything.bundles == BUNDLES and groups["removed"] == [everything]
+        assert found.group is data and data.bundles == [{"CPU": 1.0}]
     assert groups["removed"] == groups["made"]
 
 

@@ -3,24 +3,20 @@
 An actor's process would be started, and import torch, before the first worker's could be: a third of a run's start. And
 with it one more process on which the run depends goes away. What follows are the few places where Ray Train 2.60 takes
 for granted that its controller is an actor, and how to do without another one, by which its workers would tell each
-other things.
+other things. Used only where `private_parts` says so; a plain TorchTrainer takes twice as long to its first step.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.train import Result, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
-from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
@@ -31,36 +27,23 @@ from ray.util.placement_group import PlacementGroup
 from minimind_ray.on_ray.session import alone
 
 
-def notices_may_come() -> bool:
-    """They are given of a cluster's nodes."""
-    return not alone() or "RAY_ADDRESS" in os.environ
-
-
-class _Collectives:
-    """In the place of that actor where it is not needed: ours tell each other of notices alone."""
-
-    actor = worker_group.SynchronizationActor
-    needed = True
+class _NoCollectives:
+    """Stands in for the actor by which Ray Train's workers tell each other things: ours use torch's collectives."""
 
     @classmethod
-    def options(cls, **options: Any) -> Any:
-        """Ray's: what makes the actor, or nobody."""
-        return cls.actor.options(**options) if cls.needed else cls
+    def options(cls, **options: Any) -> type[_NoCollectives]:
+        """Called by Ray Train in the place of the actor's class."""
+        return cls
 
     @classmethod
-    def remote(cls, **arguments: Any) -> type[_Collectives]:
-        """Nobody."""
+    def remote(cls, **arguments: Any) -> type[_NoCollectives]:
+        """Called by Ray Train to start the actor."""
         return cls
 
 
-def _end(actor: Any) -> None:
-    if actor is not _Collectives:
-        ray.kill(actor)
-
-
 # Both are looked up in their modules each time.
-worker_group.SynchronizationActor = _Collectives
-state._shutdown_sync_actor = _end  # pyright: ignore[reportPrivateUsage]
+worker_group.SynchronizationActor = _NoCollectives
+state._shutdown_sync_actor = lambda actor: None  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass
@@ -92,10 +75,10 @@ class _Workers(WorkerGroup):
         return {}
 
     def _init_train_context_on_workers(
-        self, workers: list[Worker], sync_actor: ActorHandle, train_context_args: dict[str, list[Any]]
+        self, workers: list[Worker], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """As Ray Train's, without a handle of the controller, which is asked only for what was reported with files, nor
-        one of nobody."""
+        """As Ray Train's, without handles of the actor that is not there, and of the controller, which is asked only
+        for what was reported with files."""
         starts = []
         for rank, worker in enumerate(workers):
             own = {name: values[rank] for name, values in train_context_args.items()}
@@ -103,7 +86,7 @@ class _Workers(WorkerGroup):
                 worker.actor.init_train_context.remote(
                     train_run_context=self._train_run_context,
                     distributed_context=worker.distributed_context,
-                    synchronization_actor=None if sync_actor is _Collectives else sync_actor,
+                    synchronization_actor=None,
                     storage_context=self._storage_context,
                     worker_callbacks=self._worker_callbacks_to_propagate,
                     controller_actor=None,
@@ -128,28 +111,21 @@ class _OneMachine(FixedScalingPolicy):
 class _Controller(TrainController):
     worker_group_cls = _Workers
 
-    def __init__(self, **controller_init_kwargs: Any) -> None:
-        super().__init__(**controller_init_kwargs)
-        # The process that looks for them costs its start.
-        if not _Collectives.needed:
-            kept = [c for c in self._worker_group_callbacks_to_propagate if not isinstance(c, PreemptionCallback)]
-            self._worker_group_callbacks_to_propagate = kept
-
 
 class Trainer(TorchTrainer):
     """A TorchTrainer whose controller runs in `fit`, in any thread. Interrupts are the caller's to see to.
 
     `shares` says that Ray Data has to know what the workers take, on one machine too: its tasks wait for each other.
-    Without `notices` none are looked for, and workers can neither ask for them nor report to Ray Train.
+    Workers can neither report to Ray Train nor ask it for notices: see `private_ray.draining`.
     """
 
-    shares, notices = False, True
+    shares = False
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without what looks after the controller's actor, and after no datasets. Placement groups: see
         `session.free_left_groups`.
         """
-        unwanted: list[type] = [PlacementGroupCleanerCallback, StateManagerCallback]
+        unwanted: list[type] = [PlacementGroupCleanerCallback]
         if not self.datasets:
             unwanted.append(DatasetsCallback)
         return [c for c in super()._create_default_callbacks() if not isinstance(c, tuple(unwanted))]
@@ -157,7 +133,6 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
         if alone() and not self.shares:
             controller_init_kwargs["scaling_policy"] = _OneMachine(self.scaling_config)
-        _Collectives.needed = self.notices
         controller = _Controller(**controller_init_kwargs)
         try:
             asyncio.run(controller.run())
