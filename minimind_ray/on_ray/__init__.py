@@ -29,5 +29,6 @@ for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
 # Ray turns token authentication on by itself where it starts a cluster, but not where it joins one.
-if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").exists():
+_token_named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+if _token_named or (Path.home() / ".ray" / "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -33,8 +33,8 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.autoscaler.sdk import request_resources
+from ray.train import PreemptionError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import PreemptionError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train import WorkerGroupError
 from ray.util.placement_group import remove_placement_group
 
 from minimind_ray.config.errors import UserError

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
@@ -51,7 +50,6 @@ def connect(cluster: Path | None) -> Generator[Client]:
                 yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
         else:
             _require_dashboard(os.environ["RAY_ADDRESS"])
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             yield JobSubmissionClient()
     except AuthenticationError as error:
         raise UserError(f"the cluster does not take this token: {str(error).splitlines()[0]}") from None
