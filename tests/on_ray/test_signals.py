@@ -13,6 +13,7 @@ import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import to_yaml
+from minimind_ray.on_ray.versions import private_parts
 from minimind_ray.train.run import GONE, RunDirectory, read_jsonl
 from tests.jobs import make_config
 
@@ -35,6 +36,7 @@ def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen[str]) 
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not private_parts(), reason="signals of the whole group end Ray's processes too")
 def test_signals_leave_a_checkpoint_and_a_crash_no_running_run(tmp_path: Path) -> None:
     config = make_config(tmp_path, rows=200, train__epochs=500, eval__every=10**6, checkpoint__every=10**6)
     file, run, done = tmp_path / "config.yaml", RunDirectory(config.out), 0
