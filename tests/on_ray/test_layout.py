@@ -6,17 +6,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray.tune.schedulers import PopulationBasedTraining
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.on_ray import waiting
 from minimind_ray.on_ray.layout import layout, trials_that_fit
 from minimind_ray.on_ray.session import Machines
-from minimind_ray.on_ray.tuner import _Watcher
+from minimind_ray.on_ray.tuner import _Exchange, _Watcher
 from minimind_ray.on_ray.waiting import lacking, telling, trial_needs
 
 pytestmark = pytest.mark.unit
@@ -147,3 +149,22 @@ def test_it_is_said_after_a_while_and_again(capsys: pytest.CaptureFixture[str]) 
     with telling(why, first=60):
         time.sleep(0.02)
     assert not capsys.readouterr().err
+
+
+def test_a_trial_that_takes_over_another_keeps_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take_over(self: object, controller: object, trial: Any, result: dict[str, Any]) -> str:
+        trial.set_config(custom_explore_fn({"trial": {"job": "theirs", "point": {"optim.lr": 1.0}}}))
+        return "NOOP"
+
+    def keep(self: object, *, custom_explore_fn: Any, **settings: Any) -> None:
+        kept.append(custom_explore_fn)
+
+    kept: list[Any] = []
+    monkeypatch.setattr(PopulationBasedTraining, "__init__", keep)
+    monkeypatch.setattr(PopulationBasedTraining, "on_trial_result", take_over)
+    exchange = _Exchange(lambda point: {"optim.lr": 2 * point["optim.lr"]})  # pyright: ignore
+    (custom_explore_fn,) = kept
+    trial = SimpleNamespace(config={"trial": {"job": "ours", "point": {"optim.lr": 9.0}}})
+    trial.set_config = lambda config: setattr(trial, "config", config)
+    assert exchange.on_trial_result(None, trial, {}) == "NOOP"
+    assert trial.config == {"trial": {"job": "ours", "point": {"optim.lr": 2.0}}}
