@@ -340,9 +340,11 @@ def _groups_of_dead_actors() -> Iterator[Any]:
     import ray
     from ray.util.state import get_actor
 
+    address = ray.get_runtime_context().gcs_address  # Else it asks the Ray that this machine has started last.
     for group in _own_groups():
         maker = group["name"].split()[2]
-        if maker != "driver" and (actor := get_actor(maker)) and actor.state == "DEAD":  # pyright: ignore[reportAttributeAccessIssue]
+        actor = None if maker == "driver" else get_actor(maker, address=address)
+        if actor and actor.state == "DEAD":  # pyright: ignore[reportAttributeAccessIssue]
             yield ray.util.get_placement_group(group["name"])
 
 

@@ -286,19 +286,19 @@ def test_what_a_killed_trial_held_is_free_again(ray_session: None) -> None:
     import ray
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-    from minimind_ray.on_ray.session import free_left_groups
+    from minimind_ray.on_ray.session import free_left_groups, group_name
 
     @ray.remote(num_cpus=0)
     class Trial:
         def start(self) -> str:
-            self.group = placement_group([{"CPU": 1}])
+            self.group = placement_group([{"CPU": 1}], name=group_name())
             assert self.group.wait(10)
             return self.group.id.hex()
 
     def held() -> set[str]:
         return {name for name, group in placement_group_table().items() if group["state"] == "CREATED"}
 
-    ours = placement_group([{"CPU": 1}])
+    ours = placement_group([{"CPU": 1}], name=group_name())
     assert ours.wait(10)
     killed, living = Trial.remote(), Trial.remote()
     left, used = ray.get([killed.start.remote(), living.start.remote()])
