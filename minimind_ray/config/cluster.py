@@ -1,8 +1,8 @@
-"""A cluster file as far as a bill needs it: which machines there may be, what they hold, what they cost.
+"""Read a cluster file to compute costs: the types of machines, their numbers, resources and prices.
 
-Cluster files are Ray's (`ray up`) or KubeRay's (kind: RayCluster). Prices are the user's, in USD an hour for each node
-type: `metadata: {price_per_hour: {NAME: USD}}`, a place that Ray leaves alone; on Kubernetes the annotation
-`minimind-ray/price-per-hour`, the same as YAML text.
+A cluster file is in Ray's format (`ray up`) or KubeRay's (kind: RayCluster). The user adds prices, in USD an hour for
+each node type: for Ray as `metadata: {price_per_hour: {NAME: USD}}`, which Ray ignores; for Kubernetes as YAML text in
+the annotation `minimind-ray/price-per-hour`. `scales` reads the resources that an experiment asks for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KUBERAY_HEAD = "headgroup"
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of worker: what one has (None: not said, own machines), how many there are at least and at most."""
+    """A type of worker machine: resources of each (None if unknown), and the least and most machines."""
 
     name: str
     cpus: float | None
@@ -35,23 +35,26 @@ class NodeType:
     most: int
 
     def fits(self, scale: ScaleConfig) -> int:
-        """How many training workers fit on one machine; 0 where it has too little."""
+        """How many training workers fit on one machine; 0 if its resources are too small or unknown."""
         if self.cpus is None or self.gpus is None:
             return 0
-        places = self.cpus / scale.cpus_per_worker
+        workers = self.cpus / scale.cpus_per_worker
         if scale.gpus_per_worker:
-            places = min(places, self.gpus / scale.gpus_per_worker)
-        return int(places + 1e-6)
+            workers = min(workers, self.gpus / scale.gpus_per_worker)
+        return int(workers + 1e-6)
 
     def share(self, scale: ScaleConfig) -> float:
-        """The part of a machine that one training worker takes, of what it takes most of."""
+        """The fraction of a machine that a training worker takes: the larger of its fractions of CPUs and GPUs."""
         assert self.cpus is not None and self.gpus is not None
         return max(scale.cpus_per_worker / self.cpus, scale.gpus_per_worker / self.gpus if self.gpus else 0)
 
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """`max_workers` bounds all types together. `prices` are by the names of node types; the head's is `head`'s."""
+    """A cluster file. `max_workers` is the limit for all node types together.
+
+    `prices` are by the names of node types; `head` is the name of the head's type.
+    """
 
     path: Path
     provider: str
@@ -62,11 +65,11 @@ class ClusterFile:
     prices: Mapping[str, float]
 
     def cost_idle(self) -> float | None:
-        """USD an hour while nothing runs: the head, and the workers that are kept; None without prices."""
+        """USD an hour while no job runs: the head and the minimum of workers; None if a price is missing."""
         return self._sum({self.head: 1} | {node.name: node.least for node in self.workers if node.least})
 
     def cost_at_most(self) -> float | None:
-        """USD an hour with the dearest machines that may run at once; None without prices."""
+        """USD an hour with the most expensive machines that may run at once; None if a price is missing."""
         if self.head not in self.prices or any(node.most and node.name not in self.prices for node in self.workers):
             return None
         count, left = {self.head: 1}, self.max_workers
@@ -76,9 +79,9 @@ class ClusterFile:
         return self._sum({name: number for name, number in count.items() if number})
 
     def trial_price(self, scale: ScaleConfig) -> tuple[float, str] | None:
-        """USD an hour for what one run of this scale occupies, and on which node type: the cheapest that has a price.
+        """USD an hour for the resources of a run of this scale, and the node type: the cheapest type with a price.
 
-        Runs without GPUs are priced on machines without, if there are any, since Ray prefers those.
+        A run without GPUs gets the price of machines without GPUs, if there are any, because Ray prefers them.
         """
         able = [node for node in self.workers if node.most and node.fits(scale) and node.name in self.prices]
         if not scale.gpus_per_worker:
@@ -93,10 +96,10 @@ class ClusterFile:
 
 
 def read_cluster(path: str | Path) -> ClusterFile:
-    """A cluster file, not yet checked further than it needs to be understood.
+    """Read a cluster file. Checks only what is needed here.
 
     Raises:
-        UserError: it cannot be read, or is no cluster file.
+        UserError: the file cannot be read, or is not a cluster file.
     """
     path, tree = Path(path), read_yaml(path)
     try:
@@ -107,7 +110,7 @@ def read_cluster(path: str | Path) -> ClusterFile:
     except UserError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not a cluster file as it should be: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path}: not a valid cluster file: {type(error).__name__}: {error}") from None
     raise UserError(f"{path}: no cluster file: it has neither `provider` (ray up) nor `kind: RayCluster` (KubeRay)")
 
 
@@ -149,7 +152,7 @@ def _kuberay(path: Path, tree: dict[str, Any]) -> ClusterFile:
     try:
         prices = _prices(path, parse_yaml(str(text)))
     except yaml.YAMLError:
-        raise UserError(f"{path}: {PRICE_ANNOTATION}: no YAML: {text}") from None
+        raise UserError(f"{path}: {PRICE_ANNOTATION}: not YAML: {text}") from None
     return ClusterFile(path, "kuberay", tree, "head", tuple(workers), most, prices)
 
 
@@ -170,7 +173,7 @@ def _prices(path: Path, prices: object) -> dict[str, float]:
 
 
 def scales(path: str | Path) -> list[ScaleConfig]:
-    """What an experiment asks for: a stage's config, a sweep's file, or a recipe's, one for each of its stages.
+    """The resources that an experiment asks for. The file is a stage's config, a sweep, or a recipe (one per stage).
 
     Raises:
         UserError: the file cannot be read, or its `scale` section is wrong.

@@ -1,5 +1,8 @@
-"""The one kind of error that is the user's to mend."""
+"""The exception for errors that the user can correct."""
 
 
 class UserError(ValueError):
-    """One sentence: what is wrong, where (file and line, or config key), and what to do. The CLI prints it alone."""
+    """Its message is a sentence: what is wrong, where (file and line, or config key), and what to do.
+
+    The command line prints only the message, without a traceback.
+    """

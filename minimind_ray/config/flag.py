@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Flag:
     """Put on a field of the schema by `Annotated[…, Flag("--lr")]`.
 
-    `vary`: `tune` accepts several values, which make an axis. `verbatim`: the text is the value, not read as YAML.
-    `note`: what the help says beside the key.
+    `vary`: `tune` accepts several values, which make an axis. `verbatim`: the text itself is the value; it is not
+    parsed as YAML. `note`: a text for the help, after the key.
     """
 
     name: str

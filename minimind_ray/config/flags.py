@@ -1,6 +1,6 @@
-"""The short flags of config keys, read off the schema; and config values from what is given to them.
+"""Find the flags of config keys in the schema, and turn their values into config values.
 
-The command line and the Python interface know a flag by its option's name as a Python name, such as `max_seq_len`.
+The command line and the Python interface use a flag's name as a Python name, such as `max_seq_len`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from minimind_ray.config.schema import Config
 
 @dataclass(frozen=True)
 class KeyFlag:
-    """The flag of one config key. `repeated`: it may be given several times, which makes a list."""
+    """The flag of a config key. `repeated`: the flag may be given several times, which makes a list."""
 
     key: str
     flag: Flag
     repeated: bool
 
     def value(self, given: Any) -> Any:
-        """The config's value from what was given: read as YAML, or as it is."""
+        """The config value for a flag's value: parsed as YAML, or unchanged for a verbatim flag."""
         if self.repeated:
             return _sources([given] if isinstance(given, str) else list(given))
         return given if self.flag.verbatim or not isinstance(given, str) else parse_value(given)
 
 
 def _sources(texts: list[str]) -> str | list[str]:
-    """Paths of rows: one, or a list."""
+    """The paths of data files: a single path, or a list."""
     values = [parse_value(text) if text.startswith("[") else text for text in texts]
-    # Not each text that begins so is a list: [ab]*.jsonl.
+    # A text that begins with [ need not be a list: [ab]*.jsonl is a glob.
     paths = [path for v, text in zip(values, texts) for path in (v if isinstance(v, list) else [text])]
     return paths if len(paths) > 1 else paths[0]
 
 
 @functools.cache
 def config_flags() -> dict[str, KeyFlag]:
-    """Every flag of the schema, by the option's name in Python."""
+    """Every flag of the schema, by its name in Python."""
     return {found.flag.parameter: found for found in _flags_of(Config)}
 
 
@@ -56,11 +56,11 @@ def _flags_of(model: type[BaseModel], at: str = "") -> Iterator[KeyFlag]:
 
 
 def overrides_of(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted config key, of those flags among these parameters that were given."""
+    """The values of all given flags among these parameters, by dotted config key."""
     known = config_flags()
     return {known[name].key: known[name].value(text) for name, text in without_unset(flags).items() if name in known}
 
 
 def without_unset(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters without those that were not given. 0 is a value, if a wrong one."""
+    """The parameters that were given. 0 counts as given, so that the config can refuse it."""
     return {name: value for name, value in parameters.items() if value not in (None, [], ()) and value is not False}

@@ -1,4 +1,4 @@
-"""YAML and dotted overrides into a Config, with errors that name the key, the value and the nearest valid key."""
+"""Load a Config from YAML files and dotted overrides. Errors name the key, the value and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from minimind_ray.config.stages import STAGES
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file's mapping.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        UserError: no such file, no valid YAML (with the line), or not a mapping.
+        UserError: the file does not exist, is not valid YAML (with the line), or does not hold a mapping.
     """
     text = read_text(Path(path), LARGEST_YAML)
     try:
@@ -38,7 +38,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`optim.lr=1e-4` into its dotted key and its value, which is read as YAML."""
+    """Split `optim.lr=1e-4` into the dotted key and the value, parsed as YAML. Raises UserError."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {text}: expected key=value, such as --set optim.lr=1e-4")
@@ -46,7 +46,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A scalar or list as YAML reads it; the text itself where it is no YAML."""
+    """Parse a scalar or list as YAML. Returns the text itself if it is not YAML."""
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
@@ -59,10 +59,11 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     trees: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-    """The config of one stage: defaults, then the stage's own, each tree by name, each file, then dotted overrides.
+    """The config of a stage. Later sources override earlier ones: the schema's defaults, the stage's defaults, each
+    tree, each file, the dotted overrides.
 
     Raises:
-        UserError: an unknown key, a wrong type or an impossible value, with the key and what is allowed.
+        UserError: a key is unknown, or a value has a wrong type or is impossible. Names the key and what is allowed.
     """
     tree: dict[str, Any] = {"stage": stage}
     origins: dict[str, str] = {}
@@ -71,7 +72,9 @@ def load_config(
     for name, content in {**(trees or {}), **{str(path): read_yaml(path) for path in files}}.items():
         for key, command in {"stages": "run", "axes": "tune --sweep"}.items():
             if key in content:
-                raise UserError(f"{name} has {key}, so it is no config of one stage: give it to minimind-ray {command}")
+                raise UserError(
+                    f"{name} has {key}, so it is not a config of one stage: give it to minimind-ray {command}"
+                )
         if content.get("stage", stage) != stage:
             raise UserError(f"{name}: stage is {content['stage']}, but the command trains {stage}")
         _merge(tree, content, origins, name)
@@ -95,7 +98,7 @@ def validate(tree: Mapping[str, Any], origins: Mapping[str, str] | None = None) 
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        # A union reports once per member, always about the same key: the first says enough.
+        # A union reports an error for each member, all about the same key: use the first.
         by_key = {_key(e): e for e in reversed(error.errors())}
         raise UserError("; ".join(_explain(e, origins or {}) for e in by_key.values())) from None
 
@@ -110,7 +113,7 @@ def _merge(tree: dict[str, Any], update: Mapping[str, Any], origins: dict[str, s
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one, the second's values winning."""
+    """Merge two nested mappings. Values of the second override values of the first."""
     tree: dict[str, Any] = {}
     for content in (first, second):
         _merge(tree, content, {}, "")
@@ -118,7 +121,7 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def config_keys(model: type[BaseModel] = Config, at: str = "") -> Iterator[str]:
-    """Every dotted key of the schema that holds a value."""
+    """Every dotted key of the schema that holds a value, not a section."""
     for name, info in model.model_fields.items():
         section = section_of(info.annotation)
         if section is None:
@@ -128,13 +131,13 @@ def config_keys(model: type[BaseModel] = Config, at: str = "") -> Iterator[str]:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds; None where it holds a value."""
+    """The section that a field holds; None if the field holds a value."""
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def nearest_key(key: str) -> str:
-    """`did you mean …` for a key that does not exist, or the keys beside it."""
+    """A hint for an unknown key: the nearest key, and the valid keys of the same section."""
     known = list(config_keys())
     sections = sorted({k.split(".")[0] for k in known})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -149,7 +152,7 @@ def nearest_key(key: str) -> str:
 
 
 def _key(error: Any) -> str:
-    # Unions repeat the type in the location; only names of keys are the user's business.
+    # pydantic adds the types of unions to the location: keep only the names of keys.
     return ".".join(part for part in error["loc"] if isinstance(part, str) and not _is_type_tag(part))
 
 
@@ -162,7 +165,7 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
         return f"{where}: no such setting; {nearest_key(key)}"
     if error["type"] == "model_type":
         keys = [k for k in config_keys() if k.startswith(f"{key}.")]
-        return f"{where}: {value!r} is no dictionary of settings, which are {', '.join(keys)}"
+        return f"{where}: {value!r} is not a section; give a mapping with these keys: {', '.join(keys)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
@@ -174,7 +177,7 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
 
 
 def _as_written(value: Any) -> str:
-    """A value as the user may have written it, texts in quotes."""
+    """A value as the user may have written it, with quotes around texts."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
@@ -189,5 +192,5 @@ def _is_type_tag(part: str) -> bool:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole resolved config as YAML that `load_config` reads back to the same config."""
+    """The complete config as YAML. `load_config` reads it back to the same config."""
     return dump_yaml(config.model_dump(mode="json"))

@@ -1,7 +1,7 @@
-"""Which paths and URLs name a place, and what a relative path means: a place here, or in a Ray job on a cluster.
+"""Check paths and URLs, and resolve relative paths on this machine and in a Ray job on a cluster.
 
-There the working directory is a copy that goes away. MINIMIND_STORAGE names a folder that all nodes see, or a URL; the
-cluster file sets it.
+A job's working directory is a temporary copy. Its results belong in the storage: MINIMIND_STORAGE names a folder that
+all nodes share, or a URL. The cluster file sets this variable.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from minimind_ray.config.errors import UserError
 
 STORAGE = "MINIMIND_STORAGE"
 STORES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "az", "adl", "oci", "oss", "r2", "tos", "wasb", "wasbs")
-"""Schemes of object stores: a path such as s3:/bucket is one of their URLs, written wrongly."""
+"""Schemes of object stores. A path such as s3:/bucket is a wrongly written URL."""
 SERVERS = ("http", "https", "ftp", "ftps", "sftp", "ssh", "scp", "smb", "nfs", "rsync", "webdav")
 ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 _S3_BUCKET = re.compile(r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -28,17 +28,17 @@ _SECRETS = (
 
 
 def check_location(where: str) -> str:
-    """A path or URL as it is, if it can be one. Nothing is looked up.
+    """Check the form of a path or URL, and return it unchanged. Does not look whether it exists.
 
     Raises:
-        UserError: a URL without a bucket or with one that S3 allows no name of, with an empty part or with credentials
-            in it, the address of a server, a URL with one slash, or -.
+        UserError: a URL has no bucket, a bucket name that S3 does not allow, an empty part, credentials, or only one
+            slash; or `where` is the address of a server, or -.
     """
     shown = masked(where)
     if where == "-":
         raise UserError(
-            "- is no place: nothing is read from standard input or written to standard output here; name a file or "
-            "directory, ./- if that is its name"
+            "- is not a path: standard input and output are not supported; give a file or directory, or ./- if that is "
+            "its name"
         )
     scheme, separator, rest = where.partition("://")
     if not separator:
@@ -81,17 +81,17 @@ def check_location(where: str) -> str:
 
 
 def masked(text: str) -> str:
-    """A text for people to read, with *** in place of the credentials that its URLs hold."""
+    """The text with *** in place of credentials in its URLs."""
     for pattern, mask in _SECRETS:
         text = pattern.sub(mask, text)
     return text
 
 
 def output_path(path: str | Path) -> str:
-    """Where a command's result belongs, absolute: relative paths lie in the storage, if there is one.
+    """The absolute path for a command's result. A relative path lies in the storage if there is a storage.
 
     Raises:
-        UserError: a relative path in a Ray job of a cluster without storage; see `check_location`.
+        UserError: the path is relative in a Ray job, and the cluster has no storage; also as `check_location`.
     """
     path = _at_home(path)
     if _is_whole(path):
@@ -100,17 +100,17 @@ def output_path(path: str | Path) -> str:
         return check_location(f"{storage.rstrip('/')}/{path}")
     if in_job():
         raise UserError(
-            f"{path} would lie in this job's copy of the working directory, which goes away: set {STORAGE} where the "
-            "cluster file starts Ray, or give a path that all nodes share"
+            f"{path} would lie in this job's temporary copy of the working directory: set {STORAGE} where the cluster "
+            "file starts Ray, or give a path that all nodes share"
         )
     return str(Path(path).absolute())
 
 
 def input_path(path: str | Path) -> str:
-    """Where a relative path, which may be a glob, leads to, absolute: here if that is there, else the storage.
+    """The absolute path of an input, which may be a glob. A relative path that does not exist here lies in the storage.
 
     Raises:
-        UserError: see `check_location`.
+        UserError: as `check_location`.
     """
     path = _at_home(path)
     if _is_whole(path):
@@ -122,24 +122,24 @@ def input_path(path: str | Path) -> str:
 
 
 def in_job() -> bool:
-    """Whether this is a Ray job, whose working directory is a copy that goes away."""
+    """Whether this process runs in a Ray job, where the working directory is a temporary copy."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def _at_home(path: str | Path) -> str:
     if path == "":
-        raise UserError("a path is empty, as from a shell variable that is not set: name a file or directory")
+        raise UserError("a path is empty, perhaps from a shell variable that is not set: give a file or directory")
     check_location(str(path))
-    # One place has one name: a run that is written at its path is locked there for its file:// URL, too.
+    # Use one name for one directory: a lock by path must also hold for the same directory's file:// URL.
     path = str(path).removeprefix("file://") if isinstance(path, str) else path
     return path if isinstance(path, str) and "://" in path else str(expanded(path))
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with a home directory in place of ~ or ~USER at its beginning.
+    """The path with ~ or ~USER at its beginning replaced by the home directory.
 
     Raises:
-        UserError: there is no such user.
+        UserError: the user does not exist.
     """
     try:
         return Path(path).expanduser()

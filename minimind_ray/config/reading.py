@@ -1,11 +1,11 @@
-"""JSON and YAML that may come from anyone: what is absurd ends in a sentence before it costs time or memory.
+"""Read JSON and YAML from untrusted files safely: refuse extreme content before it costs time or memory.
 
-Bounded are a file's size, how deep it nests, how large a whole number is (64 bits), and what YAML's aliases multiply
-to. Texts are such that they can be written again: no halves of surrogate pairs.
+There are limits for a file's size, the depth of nesting, whole numbers (64 bits), and the number of YAML values after
+expanding aliases. Texts with halves of surrogate pairs are refused, because they could not be written again.
 
-YAML means the same in files, lists and flags. Plain values are read by the core schema of YAML 1.2, not of 1.1:
-`1e-4` and `1E5` are numbers and `010` is ten; `yes`, `off`, `1:30`, `1_000` and `2026-01-01` are texts. So do
-values with a tag: `!!int 1_000` is an error, and so is any tag that the core schema has not.
+YAML means the same in files, lists and flags. Plain values follow the core schema of YAML 1.2, not of 1.1: `1e-4` and
+`1E5` are numbers and `010` is ten; `yes`, `off`, `1:30`, `1_000` and `2026-01-01` are texts. Values with a tag follow
+the same schema: `!!int 1_000` is an error, and so is any tag outside of the core schema.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ def read_text(path: Path, largest: int = LARGEST_JSON, hint: str = "") -> str:
     """A regular file's UTF-8 text.
 
     Raises:
-        UserError: it cannot be read, is no regular file or larger than `largest` bytes, or is no UTF-8. `hint` says
-            what to do where there is no such file.
+        UserError: the file cannot be read, is not a regular file, has more than `largest` bytes, or is not UTF-8.
+        `hint`
+            is added to the message and says what to do.
     """
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
-            raise UserError(f"{path}: cannot be read: it is no regular file{hint}")
+            raise UserError(f"{path}: cannot be read: it is not a regular file{hint}")
         if info.st_size > largest:
             raise UserError(f"{path}: is {info.st_size:,} bytes long, more than the {largest:,} that are read")
         return path.read_text(encoding="utf-8")
@@ -49,17 +50,18 @@ def read_text(path: Path, largest: int = LARGEST_JSON, hint: str = "") -> str:
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """A file's JSON object. `hint` as in `read_text`.
+    """Read a file that holds a JSON object. `hint` is as in `read_text`.
 
     Raises:
-        UserError: as `read_text`; it is a link that leads elsewhere, or no JSON object, or an absurd one.
+        UserError: as `read_text`; the file is a link to another directory, or does not hold a JSON object within
+        limits.
     """
     require_own(path)
     return parse_json(read_text(path, hint=hint), str(path))
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A text's JSON object; `where` is for errors. Raises as `read_json`."""
+    """Parse a text that holds a JSON object. `where` begins the error messages. Raises as `read_json`."""
     try:
         content = _decode(text)
         if "\\u" in text:
@@ -78,17 +80,18 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def deeper(value: Any, levels: int) -> bool:
-    """The value nests lists and objects deeper than so many levels."""
+    """Whether the value nests lists and objects deeper than this many levels."""
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return children is not None and (levels == 0 or any(deeper(child, levels - 1) for child in children))
 
 
 def require_own(path: Path) -> None:
-    """Check that a file is no link to elsewhere. Only Hugging Face's cache may keep a file out of its directory:
-    snapshots/REVISION/x is a link to ../../blobs/HASH.
+    """Check that a file is not a link to another directory.
+
+    Links of Hugging Face's cache are allowed: there, snapshots/REVISION/x is a link to ../../blobs/HASH.
 
     Raises:
-        UserError: it is.
+        UserError: the file is a link to another directory.
     """
     try:
         if not path.is_symlink():
@@ -101,10 +104,10 @@ def require_own(path: Path) -> None:
 
 
 def parse_yaml(text: str) -> Any:
-    """A text's value by YAML 1.2, with the merge keys (`<<`) of 1.1.
+    """Parse a text by YAML 1.2, with the merge keys (`<<`) of 1.1.
 
     Raises:
-        yaml.YAMLError: no YAML, or an absurd one, or one with a key twice.
+        yaml.YAMLError: the text is not YAML, exceeds a limit, or has a key twice.
     """
     loader = _Loader(text)
     try:
@@ -124,19 +127,19 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """Text that `parse_yaml` reads back to the same value; keys keep their order."""
+    """YAML text that `parse_yaml` reads back to the same value. Keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """With whole numbers of 64 bits, texts that can be encoded, and the tags of the core schema alone."""
+    """A loader with these limits: whole numbers of 64 bits, texts that can be encoded, tags of the core schema only."""
 
     def construct_plain(self, node: Any) -> Any:
-        """Null, a boolean or a number, in a form that is read as one without its tag, too; a float may be whole."""
+        """A null, boolean or number with a tag. The text must have the same type without it; a float may be whole."""
         text, kind = self.construct_scalar(node), node.tag.rpartition(":")[2]
         read_as = self.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
         if read_as != kind and (read_as, kind) != ("int", "float"):
-            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is no !!{kind}", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not !!{kind}", node.start_mark)
         return getattr(self, f"construct_yaml_{kind}")(node)
 
     def construct_undefined(self, node: Any) -> Any:
@@ -169,7 +172,7 @@ _Loader.yaml_constructors = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around each text that YAML 1.1 or 1.2 would take for something else."""
+    """Puts quotes around each text that YAML 1.1 or 1.2 would read as another type."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -186,9 +189,9 @@ for _tag, _pattern, _first in (
 
 
 def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
-    """How many nodes there are with every alias written out."""
+    """The number of nodes after expanding every alias."""
     size = sizes.get(id(node))
-    if size == 0 or depth > DEEPEST:  # 0: we are inside of it
+    if size == 0 or depth > DEEPEST:  # 0: an alias to a node that contains it
         problem = "an alias of what it stands in" if size == 0 else f"nested deeper than {DEEPEST} levels"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     if size is None:
@@ -207,7 +210,7 @@ def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
 
 
 def _require_unique(keys: list[yaml.Node]) -> None:
-    """The last of two would win without a word. `<<` is no key of its own."""
+    """Check that no key appears twice: YAML would silently use the last one. `<<` may appear twice."""
     seen: set[tuple[str, str]] = set()
     for key in keys:
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":

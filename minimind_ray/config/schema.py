@@ -1,8 +1,8 @@
-"""What a run is told: strict sections, one per component, each handed only to the component it is for.
+"""The settings of a run: one strict section for each component.
 
-Unknown keys and impossible values are errors that name the key; nothing here changes a value that was given.
-Values that follow from others (a head's size, the packs in a step) are derived by a method, which raises when
-they do not divide.
+An unknown key or an impossible value is an error that names the key. Nothing here changes a given value. Methods
+compute the values that follow from others (such as a head's size, or the packs of a step), and raise if numbers do not
+divide. `load.py` reads YAML files into this schema; `stages.py` declares the stages and their own sections.
 """
 
 from __future__ import annotations
@@ -53,49 +53,51 @@ class DataConfig(Section):
         default=None, description="path, glob, folder or URL, or a list of them"
     )
     val: Annotated[str | list[str] | None, Flag("--val", verbatim=True, note="may be repeated")] = Field(
-        default=None, description="validation files; without them a part of train is held out"
+        default=None, description="validation files; default: rows held out from data.train"
     )
     val_fraction: Probability = Field(
-        default=0.01, description="part of train's rows held out when data.val is not given"
+        default=0.01, description="fraction of data.train's rows held out for validation if data.val is not given"
     )
     tokenizer: Annotated[Location | None, Flag("--tokenizer", verbatim=True)] = Field(
-        default=None, description="directory with tokenizer.json; default: the one of init_from"
+        default=None, description="directory with tokenizer.json; default: init_from's tokenizer"
     )
     format: FormatName | None = Field(
-        default=None, description="format of the rows; default: recognised from their fields, file by file"
+        default=None, description="format of the rows; default: recognised for each file from the fields of its rows"
     )
     fields: dict[str, str] = Field(
-        default_factory=dict, description="the rows' own names of fields, such as {prompt: question, completion: reply}"
+        default_factory=dict, description="your names for fields of rows, such as {prompt: question, completion: reply}"
     )
     text_files: TextFiles = Field(
-        default="lines", description="a .txt file's documents: each of its lines, or the whole file"
+        default="lines", description="the documents of a .txt file: each line, or the whole file"
     )
-    ignore: list[str] = Field(default_factory=list, description="fields of rows to leave out, whatever they mean")
+    ignore: list[str] = Field(default_factory=list, description="fields of rows to ignore, even if they have a meaning")
     max_seq_len: Annotated[PositiveInt, Flag("--max-seq-len", vary=True)] = Field(
         default=512, description="longest document, in tokens"
     )
     pack_tokens: Annotated[PositiveInt, Flag("--pack-tokens", vary=True)] = Field(
-        default=4096, description="most tokens in a pack, the unit of data; see batch.pass_tokens"
+        default=4096, description="most tokens in a pack (the unit of training data); see batch.pass_tokens"
     )
     long_documents: Literal["split", "truncate"] = Field(
-        default="split", description="pretraining documents over max_seq_len: split into consecutive ones, or cut"
+        default="split", description="pretraining documents over max_seq_len: split into several, or truncate"
     )
     long_conversations: Literal["drop", "cut_prompt", "refuse"] = Field(
         default="drop",
-        description="conversations and pairs over max_seq_len. All: an answer is cut at its end. Where nothing of an "
-        "answer would be left, drop: leave the row out; refuse: reject it; cut_prompt: for every long row, remove the "
-        "oldest turns after the system turn first, then the beginning of the question",
+        description="conversations and pairs over max_seq_len. All: cut the end of the answer. If no part of the "
+        "answer is left, drop leaves the row out and refuse rejects it. cut_prompt: first remove the oldest turns "
+        "after the system turn, then the beginning of the question",
     )
     direct_steps: PositiveInt = Field(
         default=64,
-        description="steps whose packs workers read themselves, at a start, while Ray Data starts for the later ones",
+        description="the first steps of a start, whose packs workers read directly while Ray Data starts",
     )
-    cache: bool = Field(default=True, description="keep the packs on disk; false: encode and pack inside the stream")
+    cache: bool = Field(
+        default=True, description="store prepared packs on disk; false: encode and pack during training"
+    )
     cache_dir: Annotated[Location, Flag("--cache-dir", verbatim=True)] = Field(
-        default=".cache/packs", description="where prepared packs are kept"
+        default=".cache/packs", description="directory or URL of the prepared packs"
     )
     max_reject_fraction: Fraction = Field(
-        default=0.01, description="part of bad rows above which nothing is trained; 1: use damaged files, too"
+        default=0.01, description="largest fraction of bad rows with which to train; 1: use damaged files, too"
     )
 
     @field_validator("train", "val")
@@ -143,7 +145,7 @@ class RopeScaling(Section):
 
 
 class ModelShape(Section):
-    """A model's full shape, by Hugging Face's names.
+    """A model's complete shape, with Hugging Face's names.
 
     Qwen3 with qk_norm and Llama without, Qwen2 with qkv_bias; with experts Qwen3-MoE and GraniteMoeShared, which is
     MiniMind-2's MoE.
@@ -197,7 +199,7 @@ class ModelShape(Section):
                 "no Hugging Face model has both shared experts and Qwen3's attention as they are here"
             )
         if self.num_experts and not (self.qk_norm or self.norm_topk_prob):
-            raise ValueError("model.norm_topk_prob must be true without qk_norm: GraniteMoeShared knows nothing else")
+            raise ValueError("model.norm_topk_prob must be true without qk_norm: GraniteMoeShared requires it")
         return self
 
 
@@ -210,7 +212,7 @@ MINIMIND_2: dict[str, Any] = {
 
 MINIMIND_2_MOE: dict[str, Any] = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
 
-# MiniMind draws its weights with 0.02; narrow models learn far sooner from 1 / sqrt(hidden_size).
+# MiniMind initializes weights with standard deviation 0.02; narrow models learn faster with 1 / sqrt(hidden_size).
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {**MINIMIND_3, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "intermediate_size": 192},
@@ -233,11 +235,11 @@ PresetName = Literal[
 
 
 class ModelConfig(Section):
-    """The model to make: a preset, and fields that replace the preset's. With init_from the directory says it all."""
+    """The model to create: a preset, and values that override it. With init_from, the base determines the model."""
 
     preset: Annotated[PresetName, Flag("--preset", vary=True)] = Field(
         default="minimind-3-small",
-        description="with init_from it must be the base's shape; the default is as good as not given",
+        description="shape of the model; with init_from, a preset other than the default must match the base",
     )
     vocab_size: PositiveInt | None = Field(default=None, description="default: the tokenizer's size")
     hidden_size: PositiveInt | None = None
@@ -252,7 +254,7 @@ class ModelConfig(Section):
     rms_norm_eps: PositiveFloat | None = None
     tie_word_embeddings: bool | None = None
     initializer_range: PositiveFloat | None = Field(
-        default=None, description="standard deviation that weights are drawn with"
+        default=None, description="standard deviation of the initial weights"
     )
     qk_norm: bool | None = None
     qkv_bias: bool | None = Field(default=None, description="biases of the projections to queries, keys and values")
@@ -260,17 +262,19 @@ class ModelConfig(Section):
     num_experts: Annotated[int, Field(ge=0)] | None = None
     num_experts_per_tok: PositiveInt | None = None
     n_shared_experts: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="experts that every token goes to"
+        default=None, description="number of experts that process every token"
     )
     moe_intermediate_size: PositiveInt | None = None
     norm_topk_prob: bool | None = None
     router_aux_loss_coef: NonNegativeFloat | None = None
 
     def shape(self, vocab_size: int) -> ModelShape:
-        """Fill in the preset and what follows from it; `vocab_size` is the tokenizer's, used where none was given.
+        """The complete shape: the preset, the given values, and derived values.
+
+        `vocab_size` is the tokenizer's size, used if `self.vocab_size` is None.
 
         Raises:
-            UserError: heads that do not divide, or a vocabulary smaller than the tokenizer's.
+            UserError: the numbers do not divide, or the vocabulary is smaller than the tokenizer's.
         """
         given = {k: v for k, v in self.model_dump().items() if v is not None and k != "preset"}
         fields: dict[str, Any] = {**PRESETS[self.preset], **given}
@@ -304,15 +308,15 @@ class ModelConfig(Section):
 
 
 class BatchConfig(Section):
-    """How much goes into one optimizer step."""
+    """The amount of data in one optimizer step."""
 
     tokens: Annotated[PositiveInt, Flag("--batch-tokens", vary=True)] = Field(
         default=32768, description="token budget of one optimizer step, over all workers"
     )
     pass_tokens: PositiveInt | Literal["auto"] = Field(
         default="auto",
-        description="a worker puts packs of a step together in one forward pass up to so many tokens; auto: one pack "
-        "on a CPU, on a GPU about what its memory holds, 131072 at most. Experts are balanced over a pass",
+        description="most tokens in one forward pass: a worker joins the packs of a step up to this number. auto: one "
+        "pack on a CPU; on a GPU about what fits its memory, at most 131072. Experts are balanced over a pass",
     )
 
 
@@ -324,42 +328,40 @@ class OptimConfig(Section):
     beta1: Probability = 0.9
     beta2: Probability = 0.95
     eps: PositiveFloat = 1e-8
-    clip: NonNegativeFloat = Field(
-        default=1.0, description="largest global gradient norm; 0 leaves gradients as they are"
-    )
+    clip: NonNegativeFloat = Field(default=1.0, description="largest global gradient norm; 0: do not clip gradients")
 
 
 class ScheduleConfig(Section):
-    """How the learning rate moves over the run."""
+    """The learning rate over the run."""
 
     name: Annotated[Literal["cosine", "constant", "linear", "wsd"], Flag("--schedule", vary=True)] = "cosine"
     warmup: Annotated[int, Field(ge=0), Flag("--warmup", vary=True)] = Field(
         default=0, description="steps of linear warm-up"
     )
-    final: Fraction = Field(default=0.1, description="last learning rate, as a part of the peak")
-    decay: Fraction = Field(default=0.2, description="wsd: part of the run spent decaying at its end")
+    final: Fraction = Field(default=0.1, description="last learning rate, as a fraction of the peak")
+    decay: Fraction = Field(default=0.2, description="wsd: fraction of the run, at its end, in which the rate decays")
 
 
 class TrainConfig(Section):
-    """How long, from which seed, in which precision."""
+    """Length of the run, seed, precision."""
 
     epochs: Annotated[PositiveInt, Flag("--epochs", vary=True)] = 1
     max_steps: Annotated[PositiveInt | None, Flag("--max-steps", vary=True)] = Field(
         default=None,
-        description="so many optimizer steps instead of train.epochs, over more epochs than these if it takes more",
+        description="number of optimizer steps, over as many epochs as needed; replaces train.epochs",
     )
     seed: Annotated[int, Field(ge=0), Flag("--seed")] = 0
     precision: Annotated[Literal["auto", "bfloat16", "float32"], Flag("--precision", vary=True)] = Field(
-        default="auto", description="auto: bfloat16 matrix products where the hardware has them, else float32"
+        default="auto", description="auto: bfloat16 matrix products if the hardware supports them, else float32"
     )
     compile: Literal["auto", True, False] = Field(
         default="auto",
-        description="torch.compile what lies between matrix products; auto: in a long run, where there is a compiler",
+        description="torch.compile the operations between matrix products; auto: in long runs, if there is a compiler",
     )
     deterministic: bool = Field(
         default=False,
-        description="on a GPU sum gradients in the same order every time, so that a resumed run is the same to the "
-        "last bit; slower. A CPU with the same number of threads does so anyway",
+        description="on a GPU, always sum gradients in the same order, so that a resumed run gives exactly the same "
+        "weights; slower. On a CPU, the same number of threads is enough",
     )
 
 
@@ -370,36 +372,37 @@ def _range(workers: int | str) -> int | str:
 
 
 class ScaleConfig(Section):
-    """What the run may use of the cluster."""
+    """The resources of the run."""
 
     workers: Annotated[PositiveInt | str, AfterValidator(_range), Flag("--workers")] = Field(
-        default=1, description="how many; 2:8 is as many as the cluster has room for, from 2 to 8"
+        default=1, description="number of workers; 2:8: between 2 and 8, as many as fit on the cluster"
     )
     cpus_per_worker: Annotated[PositiveFloat, Flag("--cpus-per-worker")] = 1.0
     gpus_per_worker: Annotated[NonNegativeFloat, Flag("--gpus-per-worker")] = 0.0
     max_failures: Annotated[int, Field(ge=0)] = Field(
         default=3,
-        description="restarts in a row, no checkpoint between them, after a worker or node is lost; notices are free",
+        description="most restarts without a new checkpoint after a worker or node is lost; restarts after preemption "
+        "notices do not count",
     )
     resize_seconds: PositiveFloat = Field(
-        default=60.0, description="with workers 2:8, how often to look for room for more"
+        default=60.0, description="with workers 2:8: seconds between checks for room for more workers"
     )
 
     @property
     def fewest(self) -> int:
-        """Workers without which the run does not start."""
+        """The smallest number of workers with which the run starts."""
         return int(str(self.workers).split(":")[0])
 
     @property
     def most(self) -> int:
-        """Workers at most."""
+        """The largest number of workers."""
         return int(str(self.workers).split(":")[-1])
 
     @model_validator(mode="after")
     def _gpus_can_be_given(self) -> ScaleConfig:
         if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
             raise ValueError(
-                f"scale.gpus_per_worker is {self.gpus_per_worker:g}: a worker gets a part of one GPU, or whole ones"
+                f"scale.gpus_per_worker is {self.gpus_per_worker:g}: give a whole number, or a fraction below 1"
             )
         return self
 
@@ -418,47 +421,47 @@ class EvalConfig(Section):
     every: PositiveInt | None = Field(
         default=None, description="steps between validations; default: about ten in a run"
     )
-    max_tokens: PositiveInt | None = Field(default=None, description="validate on so many tokens at most; default: all")
+    max_tokens: PositiveInt | None = Field(default=None, description="most tokens to validate on; default: all")
     samples: Annotated[int, Field(ge=0)] = Field(default=3, description="texts to generate at each validation")
-    prompts: list[str] = Field(default_factory=list, description="what the samples begin with; default: none")
+    prompts: list[str] = Field(default_factory=list, description="beginnings of the samples; default: none")
     sample_tokens: PositiveInt = 64
     temperature: NonNegativeFloat = 0.8
 
 
 class CheckpointConfig(Section):
-    """What is kept."""
+    """When checkpoints are written, and how many stay."""
 
     every: PositiveInt | None = Field(
         default=None, description="steps between checkpoints; default: at each validation"
     )
-    keep: PositiveInt = Field(default=2, description="last checkpoints kept, beside the best")
+    keep: PositiveInt = Field(default=2, description="number of latest checkpoints to keep, in addition to the best")
 
 
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021)."""
 
     rank: Annotated[PositiveInt, Flag("--rank", vary=True)] = 8
-    alpha: PositiveFloat | None = Field(default=None, description="default: the rank, a scale of 1, as MiniMind")
+    alpha: PositiveFloat | None = Field(default=None, description="default: the rank, for a scale of 1, as in MiniMind")
     dropout: Probability = 0.0
     targets: str | Annotated[list[str], Field(min_length=1)] = Field(
-        default="square", description="square (as MiniMind), all-linear, or names such as [q_proj, v_proj]"
+        default="square", description="square (as in MiniMind), all-linear, or names such as [q_proj, v_proj]"
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
-    dora: bool = Field(default=False, description="train magnitude and direction apart (Liu et al. 2024)")
+    dora: bool = Field(default=False, description="train magnitude and direction separately (Liu et al. 2024)")
 
     @property
     def scale(self) -> float:
-        """What the product B·A is multiplied by."""
+        """The factor of the product B·A."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
 
 
 TRACKER_NAMES = ("wandb",)
-"""What `track.to` can name; track/registry.py has the trackers."""
+"""The trackers that `track.to` accepts; track/registry.py has their implementations."""
 
 
 class TrackConfig(Section):
-    """Where a run's metrics go beside its own files; all keys but `to` are for Weights & Biases."""
+    """Trackers that get a run's metrics in addition to its own files. All keys but `to` are for Weights & Biases."""
 
     to: list[str] = Field(default=["wandb"], description="trackers: wandb is Weights & Biases; empty: none")
     wandb: Annotated[Literal["auto", "online", "offline", "off"], Flag("--wandb")] = Field(
@@ -466,10 +469,14 @@ class TrackConfig(Section):
     )
     project: str = Field(default="minimind-ray", pattern=r"^[^/\\#?%:,]+$", max_length=128)
     entity: str | None = None
-    group: str | None = Field(default=None, max_length=128, description="a sweep's name: runs that belong together")
+    group: str | None = Field(
+        default=None, max_length=128, description="group of runs; default in a sweep: the sweep's name"
+    )
     name: str | None = Field(default=None, max_length=128, description="default: the last part of out")
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)
-    artifacts: bool = Field(default=False, description="log data and models as artifacts, by reference: their lineage")
+    artifacts: bool = Field(
+        default=False, description="log data and models as artifacts, by reference, to show their lineage"
+    )
 
     @field_validator("to")
     @classmethod
@@ -486,14 +493,14 @@ S = TypeVar("S", bound=Section)
 
 
 class CommonConfig(Section):
-    """One stage's run, without the sections that belong to single stages."""
+    """The config of a run, without the sections that belong to single stages."""
 
     stage: StageName
     out: Annotated[Location, Flag("--out", verbatim=True, note="the run directory")] = Field(
         default="runs/{stage}", description="run directory; {stage} is replaced"
     )
     init_from: Annotated[Location | None, Flag("--init-from", verbatim=True)] = Field(
-        default=None, description="checkpoint of ours or a Hugging Face directory to start from"
+        default=None, description="base model: a checkpoint of minimind-ray or a Hugging Face directory"
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -509,7 +516,7 @@ class CommonConfig(Section):
 
     @property
     def record(self) -> StageRecord:
-        """What the stage declares."""
+        """The stage's record in the table of stages."""
         return STAGES[self.stage]
 
     @property
@@ -518,14 +525,14 @@ class CommonConfig(Section):
         return getattr(self, self.stage) if self.record.section else None
 
     def own(self, kind: type[S]) -> S:
-        """The stage's own section, which is of this type."""
+        """The stage's own section. Its type must be `kind`."""
         section = self.own_section
         assert isinstance(section, kind), f"stage {self.stage} has no {kind.__name__}"
         return section
 
     @property
     def trains_adapter(self) -> bool:
-        """Whether an adapter is trained and all else is frozen, as the stage's record says."""
+        """Whether the run trains an adapter and freezes all other weights."""
         adapters = self.record.adapters
         return adapters == "always" or adapters != "never" and attrgetter(adapters)(self)
 
@@ -533,7 +540,7 @@ class CommonConfig(Section):
         """Packs in one optimizer step, over all workers.
 
         Raises:
-            UserError: the budget is no whole number of packs, or gives some worker none.
+            UserError: batch.tokens is not a multiple of data.pack_tokens, or there are fewer packs than workers.
         """
         tokens, pack, workers = self.batch.tokens, self.data.pack_tokens, self.scale.most
         if tokens < pack:

@@ -1,4 +1,4 @@
-"""What a sweep is told beside the config that it varies: how to search, by which metric, within what budget."""
+"""The settings of a sweep beside the config that it varies: how to search, the metric, the budget."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ METRICS = dict.fromkeys(metric for record in STAGES.values() for metric in recor
 
 
 class SearchConfig(Section):
-    """How the points of a sweep are searched. Each field is an option of `tune` with its description as help."""
+    """How to search the points of a sweep. Each field is an option of `tune`; its description is the option's help."""
 
     scheduler: SchedulerName = Field("none", description="none, asha, median or pbt")
     searcher: Literal["grid", "optuna"] = Field("grid", description="grid or optuna")
-    trials: PositiveInt | None = Field(None, description="points to draw from log(), uniform(), int()")
-    seeds: PositiveInt = Field(1, description="runs of every point")
+    trials: PositiveInt | None = Field(None, description="number of points to draw on log(), uniform(), int() axes")
+    seeds: PositiveInt = Field(1, description="number of runs of every point")
     metric: str | None = Field(None, description="default: val/loss; for dpo val/accuracy")
     mode: Mode | None = Field(None, description="min or max; default: the metric's own")
     fuse: Literal["auto", "off"] | PositiveInt = Field(
-        "auto", description="LoRA trials to train together: a number, auto or off"
+        "auto", description="LoRA trials to train in one process: a number, auto or off"
     )
     concurrent: PositiveInt | None = Field(None, description="most trials at once; default: as many as fit")
-    budget_hours: PositiveFloat | None = Field(None, description="stop cleanly after so many hours")
-    budget_tokens: PositiveInt | None = Field(None, description="of all trials together; shortens them")
-    price_per_hour: float | None = Field(None, ge=0, description="of what one trial occupies")
+    budget_hours: PositiveFloat | None = Field(None, description="stop the sweep cleanly after this many hours")
+    budget_tokens: PositiveInt | None = Field(None, description="most tokens for all trials together; shortens runs")
+    price_per_hour: float | None = Field(None, ge=0, description="price of the resources of one trial")
 
     @field_validator("fuse", mode="before")
     @classmethod
@@ -63,7 +63,7 @@ class SearchConfig(Section):
         record = STAGES[stage]
         metric = self.metric or record.judged_by
         if metric not in record.metrics:
-            raise UserError(f"metric: {stage} has no {metric}; it has {', '.join(record.metrics)}")
+            raise UserError(f"metric: {stage} has no {metric}; its metrics are {', '.join(record.metrics)}")
         return metric, self.mode or record.metrics[metric]
 
 
@@ -76,10 +76,10 @@ class SweepFile(SearchConfig):
 
 
 def read_sweep_file(path: str | Path) -> SweepFile:
-    """A sweep's YAML file.
+    """Read a sweep's YAML file.
 
     Raises:
-        UserError: it cannot be read, or a key or value is wrong.
+        UserError: the file cannot be read, or a key or value is wrong.
     """
     try:
         return SweepFile.model_validate(read_yaml(path))
@@ -88,10 +88,10 @@ def read_sweep_file(path: str | Path) -> SweepFile:
 
 
 def search_config(values: dict[str, Any]) -> SearchConfig:
-    """The search that flags ask for.
+    """Check the search settings given by flags.
 
     Raises:
-        UserError: a wrong value.
+        UserError: a value is wrong.
     """
     try:
         return SearchConfig.model_validate(values)

@@ -1,4 +1,4 @@
-"""What every section of a config is made of: the strict base class, and numbers with bounds."""
+"""The strict base class of all sections of the config, and types of numbers with bounds."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class DpoConfig(Section):
     beta: Annotated[PositiveFloat, Flag("--beta", vary=True)] = 0.1
     loss: Annotated[Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"], Flag("--loss", vary=True)] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        default=0.0, description="part of the pairs taken to be labelled the wrong way round (conservative DPO)"
+        default=0.0, description="assumed fraction of pairs with swapped labels (conservative DPO)"
     )
     simpo_gamma: NonNegativeFloat = Field(default=1.0, description="SimPO's target margin over beta-scaled rewards")
     lora: bool = Field(default=False, description="train adapters (section lora) instead of all weights")
@@ -36,13 +36,13 @@ class DpoConfig(Section):
 class StageRecord:
     """What a stage declares.
 
-    rows: what one row of its data is.
+    rows: the kind of a row of its data.
     needs_base: whether a run starts from a trained model (`init_from`).
     adapters: whether a run trains adapters: "never", "always", or the config key of the bool that says so.
     section: the stage's own section of the config; its key is the stage's name.
-    defaults: where the stage differs from the schema's defaults.
-    metrics: the validation metrics that a sweep can be judged by, and whether less or more is better.
-    judged_by: the one of them that is used where the user names none.
+    defaults: the stage's defaults that differ from the schema's.
+    metrics: the validation metrics by which a sweep can be judged, and whether less or more is better.
+    judged_by: the metric that is used by default.
     """
 
     name: str
@@ -68,10 +68,10 @@ DPO = StageRecord(
     adapters="dpo.lora",
     section=DpoConfig,
     defaults={"optim": {"lr": 5e-7}},
-    # Loss and margin are measured in units of beta (as beta goes to 0, every model's loss goes to ln 2), so they cannot
-    # compare two betas; and a margin grows without end as the policy leaves the reference. The accuracy, the part of
-    # the pairs whose chosen answer has gained on the rejected one, means the same for every beta, loss and learning
-    # rate.
+    # The default is the accuracy: the fraction of pairs whose chosen answer has gained on the rejected answer. It means
+    # the same for every beta, loss and learning rate. Loss and margin depend on beta (as beta goes to 0, every model's
+    # loss goes to ln 2), so they cannot compare two betas. The margin also grows without limit as the policy leaves the
+    # reference.
     metrics={"val/accuracy": "max", "val/margin": "max", "val/loss": "min"},
     judged_by="val/accuracy",
 )

@@ -88,7 +88,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "linked weights": (lambda m: link(m, "model.safetensors"), "links to a file outside of its directory"),
     "linked config": (lambda m: link(m, "config.json"), "links to a file outside of its directory"),
     "linked tokenizer": (lambda m: link(m, "tokenizer.json"), "links to a file outside of its directory"),
-    "pipe": (pipe, "is no regular file"),
+    "pipe": (pipe, "is not a regular file"),
     "far id": (far_id, "tokens, with ids up to 4294967295"),
 }
 COMMANDS: dict[str, list[str]] = {

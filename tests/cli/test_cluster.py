@@ -77,7 +77,7 @@ def test_what_is_wrong_with_a_price_or_an_experiment_is_said_in_a_sentence(comma
     tree["metadata"]["annotations"] = {"minimind-ray/price-per-hour": "{head: 0.2"}
     (tmp_path / "k.yaml").write_text(yaml.safe_dump(tree))
     outcome = command("cluster", "check", tmp_path / "k.yaml")
-    assert outcome.err == f"error: {tmp_path}/k.yaml: minimind-ray/price-per-hour: no YAML: {{head: 0.2\n"
+    assert outcome.err == f"error: {tmp_path}/k.yaml: minimind-ray/price-per-hour: not YAML: {{head: 0.2\n"
     tree["metadata"]["annotations"] = {"minimind-ray/price-per-hour": "{head: much}"}
     (tmp_path / "k.yaml").write_text(yaml.safe_dump(tree))
     outcome = command("cluster", "check", tmp_path / "k.yaml")
@@ -99,5 +99,5 @@ def test_a_trial_without_gpus_is_priced_on_a_machine_without() -> None:
 def test_a_price_that_cannot_be_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a number nor a cluster file"):
         trial_price("cheap", ScaleConfig())
-    with pytest.raises(UserError, match="no node type that has a price has room"):
+    with pytest.raises(UserError, match="no node type with a price is large enough"):
         trial_price("cluster.yaml", ScaleConfig(gpus_per_worker=16.0))

@@ -33,7 +33,7 @@ WRONG = [
     ({"model.preset": "huge"}, ["model.preset", "minimind-3", "'huge'"]),
     ({"train.epochs": 1.5}, ["train.epochs", "integer", "1.5"]),
     ({"schedule.name": "cos"}, ["schedule.name", "cosine", "'cos'"]),
-    ({"model": 3}, ["model", "dictionary"]),
+    ({"model": 3}, ["model", "not a section"]),
     ({"dpo.label_smoothing": 0.5}, ["dpo.label_smoothing", "less than 0.5"]),
 ]
 
@@ -66,10 +66,10 @@ def test_later_sources_win_and_files_are_named(tmp_path) -> None:
         ("optim:\n  lr: 1\ndata: {}\noptim:\n  clip: 2\n", "a.yaml:4: .*key optim appears twice"),
         ("optim: {lr: 1, 'lr': 2}", "a.yaml:1: .*key lr appears twice"),
         ("!!python/object/apply:os.getcwd []", "a.yaml:1"),
-        ("train:\n  seed: !!int 1_000", "a.yaml:2: .*'1_000' is no !!int"),
-        ("optim: {lr: !!float 1_0.5}", "a.yaml:1: .*'1_0.5' is no !!float"),
-        ("data: {cache: !!bool yes}", "a.yaml:1: .*'yes' is no !!bool"),
-        ("train: {max_steps: !!null 0}", "a.yaml:1: .*'0' is no !!null"),
+        ("train:\n  seed: !!int 1_000", "a.yaml:2: .*'1_000' is not !!int"),
+        ("optim: {lr: !!float 1_0.5}", "a.yaml:1: .*'1_0.5' is not !!float"),
+        ("data: {cache: !!bool yes}", "a.yaml:1: .*'yes' is not !!bool"),
+        ("train: {max_steps: !!null 0}", "a.yaml:1: .*'0' is not !!null"),
         ("track: {name: !!timestamp 2026-01-01}", "a.yaml:1: .*no such tag as !!timestamp: leave it out"),
     ],
 )

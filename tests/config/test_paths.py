@@ -82,7 +82,7 @@ BAD_BUCKETS = ("ab", "No-Capitals", "under_score", "my bucket", "bücket", "-beg
         ("ftp://example.org/x", "the address of a server (ftp://)"),
         ("sftp://me:hidden@example.org/x", "the address of a server (sftp://)"),
         ("s3a://bucket/x", "write s3://bucket/x"),
-        ("-", "nothing is read from standard input"),
+        ("-", "standard input and output are not supported"),
         *((f"s3://{name}/x", f"no bucket can be named {name}") for name in BAD_BUCKETS),
         ("file://runs/x", "write file:///PATH"),
         ("a b://x", "neither a path nor a URL"),

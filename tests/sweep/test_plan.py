@@ -138,7 +138,7 @@ def test_the_workers_of_a_trial_share_its_gpus(tmp_path: Path) -> None:
     assert gpus(gpus_per_trial=1.0, workers="4") == 0.25
     assert gpus(gpus_per_trial=4.0, set_=["scale.workers=2"]) == 2.0
     assert gpus(set_=["scale.gpus_per_worker=0.5"]) == 0.5
-    with pytest.raises(UserError, match="gpus_per_worker is 1.5: a worker gets a part of one GPU, or whole ones"):
+    with pytest.raises(UserError, match="gpus_per_worker is 1.5: give a whole number, or a fraction below 1"):
         gpus(gpus_per_trial=3.0, workers="2")
 
 
