@@ -56,7 +56,7 @@ def test_train_load_and_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert isinstance(load(run.path).answer("Who?", max_new_tokens=4), str)
     with pytest.raises(UserError, match="top_q: no such setting of sampling; valid: temperature, top_p"):
         run.load().generate("The fox", top_q=1)
-    with pytest.raises(UserError, match="holds a run already|is there already|choose another"):
+    with pytest.raises(UserError, match="holds a run already|exists already|choose another"):
         train("pretrain", config=config, preset="tiny", out=tmp_path / "run", ray=False, **settings)
 
 

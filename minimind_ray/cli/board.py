@@ -1,4 +1,4 @@
-"""How a sweep goes: a live table of the running trials on a terminal, and a line for each trial that ends."""
+"""Show a running sweep: a live table of its trials on a terminal, and a line for each trial that ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from minimind_ray.train.run import RunDirectory
 REFRESH_S = 0.5
 DAY_S = 86400
 IMPORTANT = ("value", "step", "left", "speed")
-"""The table's columns beside the trial's name, the most important first; the last ones are left out first."""
+"""The table's columns after the trial's name, the most important first. A narrow terminal leaves out the last."""
 BETWEEN = 2
 """Spaces between two columns."""
 
@@ -42,7 +42,7 @@ class Board:
         self.progress = SweepProgress(plan.count, metric, mode, seeds=plan.search.seeds, **ends_by)
         self.console, self.in_store = console, mirror_of(plan.path) is not None
         self.paths: dict[str, Path] = {}
-        # Held while `progress` is in use, and never while something is printed: printing draws the table, too.
+        # Protects `progress`. Do not hold this lock while printing: printing also draws the table.
         self.lock = threading.Lock()
         self.leaving = threading.Event()
         self.follower = threading.Thread(target=self._follow, name="board", daemon=True)
@@ -93,7 +93,7 @@ class Board:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _follow(self) -> None:
-        """Read how far the running trials are, from the ends of their metrics.jsonl.
+        """Read the progress of the running trials from the ends of their metrics.jsonl.
 
         In an object store, where trials send the file every TICK_S seconds at most, one trial a second at most.
         """
@@ -101,7 +101,7 @@ class Board:
             with self.lock:
                 running = [self.paths[id] for id in self.progress.running]
             for trial in running:
-                # What cannot be read now is read later, or reported by those who need it.
+                # Try again later; the trial itself reports errors.
                 with suppress(UserError, OSError, ValueError):
                     if text := RunDirectory(trial).last_metrics():
                         line = MetricsLine.model_validate_json(text)

@@ -24,8 +24,10 @@ COMMANDS = "/reset  forget what was said     /adapter DIR  put an adapter on MOD
 def chat(
     model: options.Model,
     adapter: options.Adapter = None,
-    system: Annotated[str | None, typer.Option(help="what the system turn says", show_default=False)] = None,
-    compare: Annotated[str | None, typer.Option(metavar="MODEL", help="a second model that answers beside")] = None,
+    system: Annotated[str | None, typer.Option(help="text of the system turn", show_default=False)] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="a second model, whose answers are shown beside")
+    ] = None,
     temperature: options.Temperature = 0.8,
     top_p: options.TopP = 0.95,
     top_k: options.TopK = 0,
@@ -59,11 +61,13 @@ def chat(
     talks = {model: Conversation(open_first(adapter), sampling, system)}
     if compare is not None:
         if compare == model:
-            raise UserError(f"--compare {compare} is the same model: name another")
+            raise UserError(f"--compare {compare} is the same model: give another model")
         talks[compare] = Conversation(open_trained(compare, precision=precision), sampling, system)
     for name, talk in talks.items():
         if talk.trained.continues_texts:
-            print(f"{name} was pretrained only and knows no conversations; see generate", file=sys.stderr)
+            print(
+                f"{name} was only pretrained and cannot hold conversations; use minimind-ray generate", file=sys.stderr
+            )
     if sys.stdin.isatty():
         print(f"{COMMANDS}\nCtrl-C stops an answer, Ctrl-D leaves")
     for line in turns():
@@ -90,7 +94,7 @@ def chat(
 
 
 def turns() -> Iterator[str]:
-    """What is typed, a line at a time, without blank lines, up to the end of input."""
+    """The lines that the user types, without blank lines, up to the end of input."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]  # input() edits lines with it
 
@@ -110,7 +114,7 @@ def turns() -> Iterator[str]:
 
 
 def answer(talks: dict[str, Conversation], text: str) -> None:
-    """Print the answers to a user's turn as they come: one as it is, two in columns."""
+    """Print the answers to a user's turn as they come: a single answer as text, two answers in columns."""
     if len(talks) == 1:
         (talk,) = talks.values()
         with closing(talk.answer(text)) as pieces:
@@ -122,7 +126,7 @@ def answer(talks: dict[str, Conversation], text: str) -> None:
 
 
 def side_by_side(talks: dict[str, Conversation], text: str) -> None:
-    """Both answers, a piece of each in turn, in a table that grows."""
+    """Print both answers in a growing table, alternately a piece of each."""
     from contextlib import ExitStack
 
     from rich.console import Console

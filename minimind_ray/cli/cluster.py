@@ -1,4 +1,4 @@
-"""`minimind-ray cluster`: look at a cluster file before it costs money."""
+"""`minimind-ray cluster`: check a cluster file before starting machines that cost money."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ def main() -> None:
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="what `ray up` or kubectl gets")] = Path("cluster.yaml"),
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="cluster file for `ray up` or kubectl")] = Path(
+        "cluster.yaml"
+    ),
     config: Annotated[
-        list[Path] | None, typer.Option(help="an experiment to hold against it: a stage's YAML, a sweep, a recipe")
+        list[Path] | None, typer.Option(help="an experiment to check against it: a stage's YAML, a sweep, a recipe")
     ] = None,
 ) -> None:
-    """Say what is wrong with a cluster file, what to do, and what the cluster costs. Exit code 1 where it is wrong."""
+    """Print a cluster file's errors, how to correct them, and the cluster's cost. Exit code 1 if there are errors."""
     from rich.console import Console
     from rich.markup import escape
 

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def compare(
-    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP…", help="sweep directories, as tune makes them")],
-    json: Annotated[bool, typer.Option("--json", help="machine-readable, all that is known")] = False,
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP…", help="sweep directories made by tune")],
+    json: Annotated[bool, typer.Option("--json", help="machine-readable, with all details")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="machine-readable, one line per point")] = False,
 ) -> None:
-    """Compare the points of sweeps, best first, and say which cannot be told from the best."""
+    """Compare the points of sweeps, best first, and mark points that are not clearly worse than the best."""
     if json and csv:
-        raise UserError("--json and --csv exclude each other: give one")
+        raise UserError("--json and --csv cannot be combined: give one of them")
     from minimind_ray.sweep.compare import compare as compare_sweeps
     from minimind_ray.sweep.compare import to_json, to_records
     from minimind_ray.sweep.trials import read_sweep
@@ -42,7 +42,7 @@ def compare(
 
 
 def report(
-    sweep: Annotated[str, typer.Argument(help="sweep directory, as tune makes it")],
+    sweep: Annotated[str, typer.Argument(help="sweep directory made by tune")],
 ) -> None:
     """Write report.html, one self-contained page, and report.png into the sweep's directory."""
     from minimind_ray.data.storage import url_of
@@ -52,7 +52,7 @@ def report(
 
 
 def print_comparison(comparison: Comparison, file: IO[str] | None = None) -> None:
-    """Print the table, best first, and what to know to read it; to the terminal, or into `file`."""
+    """Print the table, best first, and notes about it, to the terminal or into `file`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -86,7 +86,7 @@ def print_comparison(comparison: Comparison, file: IO[str] | None = None) -> Non
             row.status,
             row.verdict or "not compared",
         ]
-        # Text, not markup: a path on an axis may hold brackets.
+        # Use Text, not markup: a path on an axis may contain brackets.
         table.add_row(*(Text(cell) for cell in cells), style=styles.get(row.verdict or "", ""))
     console = Console(file=file)
     if not console.is_terminal:

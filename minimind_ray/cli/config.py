@@ -15,10 +15,10 @@ app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 @app.command()
 def show(
     stage: Annotated[str, typer.Argument(help="pretrain, sft, lora or dpo")],
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file; later ones win")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
 ) -> None:
-    """Print the resolved config as YAML: defaults, the stage's own, the files, --set."""
+    """Print the resolved config as YAML: defaults, the stage's defaults, the files, --set."""
     from minimind_ray.config.load import to_yaml
 
     print(to_yaml(config_from_flags(stage, config or [], set_ or [], {})), end="")

@@ -28,14 +28,16 @@ def inspect(
     context: typer.Context,
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
     tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
-    stage: Annotated[str | None, typer.Option(help="pretrain, sft, lora or dpo; default: by the first row")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="pretrain, sft, lora or dpo; default: recognised from the rows")
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="read no more rows than this", show_default=False)] = None,
     samples: Annotated[int, typer.Option(min=0, help="documents to show")] = 3,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key, such as data.fields.prompt=q")
     ] = None,
 ) -> None:
-    """Show what training would get: counts, lengths, what is cut, how full packs are, samples with loss coloured."""
+    """Show the data as training gets it: counts, lengths, cut documents, fullness of packs, samples with loss marked."""
     from itertools import chain, islice
 
     from minimind_ray.config.paths import input_path
@@ -46,7 +48,7 @@ def inspect(
 
     loaded = Tokenizer.load(input_path(tokenizer))
     flags = added(context)
-    # Any stage will do to read the section data.
+    # Any stage works: only the section data is used.
     unstaged = config_from_flags(stage or next(iter(STAGES)), [], set_ or [], flags).data
     sources = discover([input_path(file) for file in files], unstaged.text_files)
     source_rows = islice(chain.from_iterable(map(read_rows, sources)), rows)
@@ -67,7 +69,7 @@ def prepare(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key")] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Data on all CPUs, or this process alone")] = True,
 ) -> None:
-    """Make the packs that training reads, and keep them: `train` with the same settings finds them done."""
+    """Prepare the packs that training reads. `train` with the same settings then uses them."""
     from rich.console import Console
 
     from minimind_ray.data.prepare import prepare, run_units_here, worth_spreading
@@ -89,7 +91,7 @@ def prepare(
         def on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterable[UnitStats]:
             if not (os.environ.get("RAY_ADDRESS") or worth_spreading(units)):
                 return run_units_here(units, encoding)
-            # Not before there is work: starting Ray takes seconds.
+            # Start Ray only if there is work, because it takes seconds.
             from minimind_ray.on_ray.prepare import run_units_on_ray
             from minimind_ray.on_ray.session import start_ray, stop_ray
 
@@ -106,7 +108,7 @@ def prepare(
 
 @contextmanager
 def _progress(split: str, console: Console) -> Generator[Callable[[Progress], None]]:
-    """A bar over the bytes of source, with the rows read so far, as long as preparing goes on."""
+    """Show a progress bar over the source bytes, with the rows read so far, while data is prepared."""
     from rich import progress
 
     columns = (
@@ -147,7 +149,7 @@ def _print_prepared(prepared: list[Prepared], console: Console) -> None:
     table.add_row("seconds", *(f"{p.seconds:.1f}" for p in prepared))
     console.print(table)
     if not any(p.made for p in prepared):
-        console.print("nothing to do: all of it was in the cache")
+        console.print("nothing to do: all data was in the cache")
     for p in prepared:
         formats = f" (format {', '.join(p.manifest.formats)})" if p.manifest.formats else ""
         console.print(f"{p.manifest.split}: {p.path}{formats}", markup=False)
@@ -211,7 +213,7 @@ def _print_inspection(inspection: Inspection, stage: str, tokenizer: Tokenizer, 
 
 
 def _print_samples(inspection: Inspection, tokenizer: Tokenizer, console: Console) -> None:
-    """Some documents, with the tokens that carry loss in green."""
+    """Print some documents, with the tokens that carry loss in green."""
     from rich.text import Text
 
     from minimind_ray.data.inspect import runs

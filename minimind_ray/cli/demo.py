@@ -1,4 +1,4 @@
-"""`minimind-ray demo`: the whole path on built-in data, small enough for a laptop."""
+"""`minimind-ray demo`: all steps from data to a compared model, small enough for a laptop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Make a small world of facts, train a tokenizer and a model on it, sweep DPO's beta, and ask ten questions.
 
-    A second call skips what is done.
+    A second call skips finished steps.
     """
     import time
 
@@ -56,7 +56,7 @@ def demo(
 
 
 def sweep_beta(out: str, console: Console) -> None:
-    """Two values of DPO's beta, two seeds each, from the fine-tuned model."""
+    """Sweep over two values of DPO's beta with two seeds each, starting from the fine-tuned model."""
     from minimind_ray.cli.tune import print_results, run_plan
     from minimind_ray.data.files import join
     from minimind_ray.stages.recipe import set_aside
@@ -86,7 +86,7 @@ def sweep_beta(out: str, console: Console) -> None:
 
 
 def ask_questions(out: str, console: Console) -> None:
-    """The ten questions, and who the model is before and after LoRA."""
+    """Ask the ten questions, and ask who the model is before and after LoRA."""
     from rich.markup import escape
     from rich.table import Table
 

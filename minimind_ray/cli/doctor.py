@@ -1,4 +1,4 @@
-"""`minimind-ray doctor`: is everything there that a run needs, on every node?"""
+"""`minimind-ray doctor`: check every node for the packages, devices and storage that a run needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Look at this machine, or with RAY_ADDRESS at every node of a cluster. Exit code 1 where something is wrong."""
+    """Check this machine, or with RAY_ADDRESS every node of a cluster. Exit code 1 if something is wrong."""
     import os
 
     from rich.console import Console
@@ -53,7 +53,7 @@ def doctor(
         able = sum(url not in node.storage for node in nodes)
         console.print(f"storage {escape(masked(url))}: written and read on {able} of {len(nodes)} node(s)")
     if may_come > len(nodes):
-        console.print(f"up to {may_come} workers come when a run asks for them")
+        console.print(f"up to {may_come} more workers can start when a run asks for them")
     findings = sorted([*more, *diagnose(nodes)], key=lambda finding: finding.note)
     for finding in findings:
         mark = "[yellow]note[/] " if finding.note else "[red]error[/]"

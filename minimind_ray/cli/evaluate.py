@@ -38,9 +38,9 @@ def evaluate_(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="data.…, eval.max_tokens, dpo.beta, dpo.loss")
     ] = None,
 ) -> None:
-    """Loss, perplexity and bits per byte on files; for preference data the part of pairs ranked right.
+    """Measure loss, perplexity and bits per byte on files; for preference data, the fraction of pairs ranked right.
 
-    Everything is prepared and measured as validation during training is, so the numbers are the same.
+    Prepares and measures the data as validation during training does, so the numbers are the same.
     """
     if out is not None:
         options.require_local(out)

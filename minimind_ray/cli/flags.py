@@ -1,4 +1,4 @@
-"""Options of commands that come from the schema: the short flags of config keys, and how a sweep is searched.
+"""Add options from the schema to commands: the short flags of config keys, and the settings of a sweep's search.
 
 The schema is read when one of these commands is parsed, so that `minimind-ray --help` starts without it.
 """
@@ -25,7 +25,7 @@ ADDED = "minimind_ray.added"
 
 @dataclass(frozen=True)
 class Option:
-    """An option that the schema adds to a command; where it is not given, it is None."""
+    """An option that the schema adds to a command. Its value is None if it is not given."""
 
     parameter: str
     name: str
@@ -37,7 +37,10 @@ class Option:
 def key_options(
     panel: Callable[[Flag], str] | None = None, *, only: Iterable[str] | None = None, without: Iterable[str] = ()
 ) -> list[Option]:
-    """Options for config keys: all of them or `only` some, by their names in Python; `panel` is where help has one."""
+    """Options for config keys: all, `only` some, or all `without` some, by their names in Python.
+
+    `panel` gives the heading of an option in the help.
+    """
     from minimind_ray.config.flags import config_flags
 
     flags = config_flags()
@@ -52,7 +55,7 @@ def _key_option(found: KeyFlag, panel: str | None) -> Option:
 
 
 def search_options(*, without: Iterable[str] = ()) -> list[Option]:
-    """Options for the fields of `SearchConfig`, which say how a sweep is searched."""
+    """Options for the fields of `SearchConfig`, `without` some of them."""
     from minimind_ray.config.search import SearchConfig
 
     return [
@@ -63,7 +66,7 @@ def search_options(*, without: Iterable[str] = ()) -> list[Option]:
 
 
 def _scalar(annotation: Any) -> type:
-    """The type that Typer checks: a whole number, a number, or a text where the field has words."""
+    """The type that Typer checks: int, float, or str for a field that also accepts words."""
     kinds = {kind for kind in _leaves(annotation) if kind is not type(None)}
     return kinds.pop() if len(kinds) == 1 else str
 
@@ -79,9 +82,9 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 
 
 def with_options(make: Callable[[], list[Option]]) -> type[TyperCommand]:
-    """The class of a command that has the options which `make` returns, beside those of its function.
+    """The class of a command that has the options of `make` in addition to those of its function.
 
-    The function asks `added` or `given` for them. `make` is called when the command is parsed, not before.
+    The function gets their values by `added` or `given`. `make` is called only when the command is parsed.
     """
 
     class Command(TyperCommand):
@@ -91,7 +94,7 @@ def with_options(make: Callable[[], list[Option]]) -> type[TyperCommand]:
 
         def get_params(self, ctx: Any) -> list[Any]:
             known = super().get_params(ctx)
-            own = len(self.params)  # --help comes behind them.
+            own = len(self.params)  # --help comes after them.
             return [*known[:own], *self.extra, *known[own:]]
 
         def invoke(self, ctx: Any) -> Any:
@@ -102,7 +105,7 @@ def with_options(make: Callable[[], list[Option]]) -> type[TyperCommand]:
 
 
 def _click_options(options: Iterable[Option]) -> list[Any]:
-    """What Typer makes of the options: those of a function with such a signature."""
+    """The options as Typer's objects, which Typer makes from a function's signature."""
 
     def function(**values: Any) -> None:
         raise NotImplementedError
@@ -121,21 +124,21 @@ def _click_options(options: Iterable[Option]) -> list[Any]:
 
 
 def added(context: typer.Context) -> dict[str, Any]:
-    """The options that `with_options` added to the command and that were given, by their names in Python."""
+    """The given options among those that `with_options` added, by their names in Python."""
     from minimind_ray.config.flags import without_unset
 
     return without_unset(context.meta[ADDED])
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """All parameters of a command `with_options` that were given, by their names in Python."""
+    """All given parameters of a command `with_options`, by their names in Python."""
     from minimind_ray.config.flags import without_unset
 
     return without_unset({**context.params, **context.meta[ADDED]})
 
 
 def config_from_flags(stage: str, config: Iterable[Path], settings: Iterable[str], flags: Mapping[str, Any]) -> Config:
-    """The config that --config files, --set and the short flags make; later ones win in that order."""
+    """The config from the --config files, --set and the short flags. Each of these overrides those before it."""
     from minimind_ray.config.flags import overrides_of
     from minimind_ray.config.load import load_config, parse_override
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Talk(NamedTuple):
-    """A conversation up to a turn that is to be answered, and the tools that there are."""
+    """A conversation that ends with a turn to answer, and its tools."""
 
     messages: list[Message]
     tools: list[Any] | None
@@ -23,7 +23,7 @@ class Talk(NamedTuple):
 
 def generate(
     model: options.Model,
-    prompt: Annotated[list[str] | None, typer.Option(help="may be given again", show_default=False)] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="prompt; may be repeated", show_default=False)] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -36,12 +36,12 @@ def generate(
         bool | None,
         typer.Option(
             "--raw/--chat",
-            help="go on with the prompt as with a text, or answer it as a user's turn; default: --raw for a run of "
-            "train pretrain, which has seen no conversation yet, else --chat",
+            help="continue the prompt as a text, or answer it as a user's turn; default: --raw for a pretraining run, "
+            "which has not learned conversations, else --chat",
             show_default=False,
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="what the system turn says", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option(help="text of the system turn", show_default=False)] = None,
     temperature: options.Temperature = 0.8,
     top_p: options.TopP = 0.95,
     top_k: options.TopK = 0,
@@ -53,7 +53,7 @@ def generate(
     precision: options.Precision = "auto",
     json: Annotated[bool, typer.Option("--json", help="a JSON object a line: prompt, answer, tokens, end")] = False,
 ) -> None:
-    """Answer prompts, or go on with them, many at a time."""
+    """Answer or continue prompts, many at a time."""
     from json import dumps
 
     from minimind_ray.config.errors import UserError
@@ -67,7 +67,7 @@ def generate(
     if raw is None:
         raw = trained.continues_texts
     if raw and system is not None:
-        raise UserError("--system is for --chat: a text that is gone on with has no turns; leave one of them out")
+        raise UserError("--system works only with --chat, because a text has no turns: leave --system or --raw out")
     ids = [text_ids(p, trained.tokenizer) if raw else chat_ids(p, system, trained.tokenizer) for p in prompts]
     answers = complete(trained, ids, sampling, batch_size)
     for asked, prompt_ids, (answer, ended) in zip(prompts, ids, answers, strict=True):
@@ -139,7 +139,7 @@ def _row_prompts(path: str) -> list[str | Talk]:
 
 
 def _row_prompt(row: dict[str, Any], where: str) -> str | Talk:
-    """The row's prompt, or its turns up to the last that is no answer."""
+    """The row's prompt, or its turns without the answers at the end."""
     from json import dumps
 
     from minimind_ray.config.errors import UserError
@@ -184,7 +184,7 @@ def text_ids(prompt: str | Talk, tokenizer: Tokenizer) -> list[int]:
     from minimind_ray.config.errors import UserError
 
     if not isinstance(prompt, str):
-        raise UserError("--raw goes on with texts, but the file has conversations; leave --raw out")
+        raise UserError("--raw continues texts, but the file has conversations: leave --raw out")
     return [tokenizer.bos_id, *tokenizer.encode([prompt])[0]]
 
 

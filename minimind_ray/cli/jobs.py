@@ -38,7 +38,7 @@ Ship = Annotated[
         show_default=False,
     ),
 ]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="its name, as `minimind-ray jobs` tells it")]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="the job's name, see `minimind-ray jobs`")]
 
 # They are about jobs themselves, or about what is here.
 ABOUT_JOBS = ("jobs", "logs", "stop", "pack", "cluster")
@@ -111,14 +111,14 @@ def logs(context: typer.Context, job: Job) -> None:
 
 
 def stop(context: typer.Context, job: Job) -> None:
-    """Stop a job as Ctrl-C would: after the step, with a checkpoint."""
+    """Stop a job as Ctrl-C does: after the current step, with a checkpoint."""
     cluster = _cluster(context)
     from minimind_ray.on_ray.cluster.jobs import connect
     from minimind_ray.on_ray.cluster.jobs import stop as stop_job
 
     with connect(cluster) as client:
         running = stop_job(client, job)
-    print(f"{job} is told to stop; see it end: {_ours(cluster)} logs {job}" if running else f"{job} has ended")
+    print(f"{job} was asked to stop; watch it end: {_ours(cluster)} logs {job}" if running else f"{job} has ended")
 
 
 def pack(out: Annotated[str, typer.Argument(metavar="DIR", help="a run, a sweep, or a recipe's directory")]) -> None:
@@ -168,7 +168,7 @@ def _watch(client: Client, job: str, cluster: Path | None) -> None:
         info = follow(client, job, _write)
     except KeyboardInterrupt:
         ours = _ours(cluster)
-        print(f"\n{job} goes on without this terminal. See it again: {ours} logs {job}; stop it: {ours} stop {job}")
+        print(f"\n{job} continues without this terminal. Watch it: {ours} logs {job}; stop it: {ours} stop {job}")
         raise typer.Exit(130) from None
     if out := (info.metadata or {}).get("out"):
         target = _check_target(out)
@@ -218,7 +218,7 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
     paths = [*(params.get("config") or []), params.get("sweep") if name == "tune" else None, params.get("recipe")]
     for path in map(Path, filter(None, paths)):
         if path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{path} does not lie in the working directory, which is all that the cluster gets")
+            raise UserError(f"{path} is outside of the working directory; only files in it can be sent to the cluster")
     if name == "train":
         config = config_from_flags(params["stage"], map(Path, params["config"] or []), params["set_"] or [], params)
         return {"out": config.out.replace("{stage}", config.stage), "config": to_yaml(config)}

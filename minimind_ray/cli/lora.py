@@ -17,10 +17,11 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="adapter directory, or the run that made one")],
     out: Annotated[Path, typer.Argument(help="model directory to write")],
     base: Annotated[
-        str | None, typer.Option(metavar="DIR", help="the base; default: where the adapter says", show_default=False)
+        str | None,
+        typer.Option(metavar="DIR", help="the base model; default: the base named by the adapter", show_default=False),
     ] = None,
 ) -> None:
-    """Write the base with the adapter folded into its weights: a model directory as any other."""
+    """Merge an adapter into its base model, and write an ordinary model directory."""
     require_new(out)
     from minimind_ray.config.errors import UserError
     from minimind_ray.model.checkpoint import save_model

@@ -69,42 +69,41 @@ app.add_typer(config.app, name="config")
 
 
 def _skip_last_collection() -> None:
-    """Spare the interpreter's end a garbage collection over all that torch imported, which takes 0.4 s.
+    """Skip the garbage collection at the interpreter's exit, which takes 0.4 s with torch.
 
-    Not with triton, whose library then reports its own objects as leaked.
+    With triton the collection stays: without it, triton's library reports its own objects as leaked.
     """
     if "triton" not in sys.modules:
         gc.freeze()
 
 
 def run() -> None:
-    """The console script: the user's and the disk's errors as one sentence on stderr, no traceback, exit code 1.
+    """The console script. Prints a user's or a disk's error as one sentence on stderr and exits with code 1.
 
-    After a signal the exit code is 128 and its number, whatever the end was but a success.
-
-    With MINIMIND_DEBUG set, the traceback too.
+    After a signal, the exit code is 128 plus the signal's number, unless the command succeeded. With
+    MINIMIND_DEBUG set, errors show their traceback.
     """
     atexit.register(_skip_last_collection)
-    # Tokenizers and matrix libraries start their threads themselves; workers are told their share.
+    # Let tokenizers use all threads here; workers get a limit of their own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
-        # A Ray that a script started in its background has handed down to its jobs that SIGINT is to be ignored.
+        # If a script started Ray in its background, Ray's jobs inherit that SIGINT is ignored: undo this.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupts.install()
     try:
         app()
     except SystemExit as ending:
-        # The code of any stop, from the commands and from Typer.
+        # 130: a command or Typer was stopped by a signal.
         sys.exit(interrupts.exit_code(130) if ending.code == 130 else ending.code)
     except UserError as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
-        # What it cites of a file could steer a terminal, or fill it.
+        # Text quoted from a file may contain control characters, or be very long.
         text = printable(masked(" ".join(str(error).split())))
         print(f"error: {text if len(text) <= LONGEST_ERROR else f'{text[:LONGEST_ERROR]} …'}", file=sys.stderr)
         sys.exit(interrupts.exit_code(1))
     except OSError as error:
-        # A place that cannot be read or written, a full disk: the user's to mend, wherever it shows.
+        # Such as a missing permission or a full disk: the user must solve it.
         if os.environ.get("MINIMIND_DEBUG") or error.strerror is None:
             raise
         place = f"{error.filename}: " if error.filename else ""

@@ -1,4 +1,4 @@
-"""Options that several commands which use a model share."""
+"""Options and checks shared by the commands that use a model."""
 
 from __future__ import annotations
 
@@ -10,46 +10,49 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="run directory, model directory, or adapter directory")]
 Adapter = Annotated[str | None, typer.Option(metavar="DIR", help="LoRA adapter, or its run, to put on MODEL")]
 Precision = Annotated[
-    Literal["auto", "bfloat16", "float32"], typer.Option(help="of matrix products; auto: bfloat16 where there is any")
+    Literal["auto", "bfloat16", "float32"],
+    typer.Option(help="precision of matrix products; auto: bfloat16 if supported"),
 ]
 
-Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="keep the likeliest tokens that reach this probability")]
-TopK = Annotated[int, typer.Option(min=0, help="keep so many tokens; 0: all")]
-RepetitionPenalty = Annotated[float, typer.Option(min=0.01, help="over 1: tokens already there become less likely")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always take the likeliest token")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="sample from the likeliest tokens with this total probability")]
+TopK = Annotated[int, typer.Option(min=0, help="sample from this many likeliest tokens; 0: all")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(min=0.01, help="above 1: tokens of the text so far become less likely")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed draws the same answers")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed gives the same answers")]
 
 
 def require_new(path: Path) -> None:
-    """Check that a command may write there.
+    """Check that a command may create this file or directory.
 
     Raises:
-        UserError: it is a URL, or something is there already, other than an empty directory.
+        UserError: the path is a URL, or exists and is not an empty directory.
     """
     from minimind_ray.config.errors import UserError
 
     require_local(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already: remove it, or write to another place")
+        raise UserError(f"{path} exists already: remove it, or give another path")
 
 
 def require_local(path: Path) -> None:
-    """Check that a path to write to was not given as a URL, which a Path shows as s3:/bucket.
+    """Check that an output path is not a URL, which a Path shows as s3:/bucket.
 
     Raises:
-        UserError: it was.
+        UserError: the path is a URL.
     """
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import STORES
 
     if path.parts and path.parts[0].endswith(":") and path.parts[0][:-1].lower() in (*STORES, "http", "https", "file"):
         place = "/".join(path.parts[1:]).rpartition("@")[2]
-        raise UserError(f"{path.parts[0]}//{place} is a URL, and this command writes to local files: name a local path")
+        raise UserError(f"{path.parts[0]}//{place} is a URL, but this command writes local files: give a local path")
 
 
 def printable(text: str) -> str:
-    """A model's text for a terminal: control characters, which could steer it, made visible."""
+    """A text for a terminal, with visible symbols in place of control characters."""
     return text.translate(_CONTROL)
 
 

@@ -1,4 +1,4 @@
-"""`minimind-ray train STAGE --dry-run`: what the run would be, without Ray and without writing anything."""
+"""`minimind-ray train STAGE --dry-run`: print the plan of a run, without Ray and without writing anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(config: Config) -> None:
-    """Print the plan of a run, a line for each fact."""
+    """Print the plan of a run, with a line for each fact."""
     from minimind_ray.stages.plan import plan_run
 
     plan = plan_run(config)
@@ -55,7 +55,7 @@ def _cost(plan: RunPlan) -> dict[str, str]:
 
 
 def _remarks(plan: RunPlan) -> dict[str, str]:
-    """What only some runs have: a schedule too long, a reference model, rows that cannot be used."""
+    """Lines for some runs only: a too long schedule, a reference model, rows that cannot be used."""
     from minimind_ray.stages.stage import stage_of
     from minimind_ray.train.schedule import shortfall
 
@@ -78,7 +78,7 @@ def _remarks(plan: RunPlan) -> dict[str, str]:
 
 
 def missing_gpus(scale: ScaleConfig) -> str:
-    """What a plan adds where the workers ask for GPUs and this machine, on which no RAY_ADDRESS is set, has none."""
+    """A hint if the workers ask for GPUs, this machine has no GPU, and RAY_ADDRESS is not set; else empty."""
     import torch
 
     if not scale.gpus_per_worker or "RAY_ADDRESS" in os.environ or torch.cuda.is_available():

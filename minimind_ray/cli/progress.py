@@ -1,4 +1,4 @@
-"""Progress and result of a run, read from its run directory: the same for every host."""
+"""Show the progress and the result of a run, read from its directory, so it works with every host."""
 
 from __future__ import annotations
 
@@ -50,26 +50,26 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
         ending = stop.wait(run.poll_seconds)
         try:
             path = run.live_file("metrics.jsonl", began)
-        except StoreError:  # The run tells of it when it matters.
+        except StoreError:  # The run itself reports errors of the store.
             if ending:
                 return
             continue
         if path.exists():
             if path.stat().st_size < position:
-                position = 0  # A restart has dropped the lines after its checkpoint.
+                position = 0  # After a restart the file is shorter: lines after the checkpoint are gone.
             with path.open(encoding="utf-8") as f:
                 f.seek(position)
                 while (line := f.readline()).endswith("\n"):
                     try:
                         metrics = json.loads(line)
-                    except ValueError:  # half of a line, from a file that was replaced while it was read
+                    except ValueError:  # An incomplete line: the file was replaced during the read.
                         break
                     position = f.tell()
                     bar.update(task, completed=metrics["step"], line=progress_line(metrics, steps))
                     if "warning" in metrics:
                         console.print(f"warning: {metrics['warning']}", highlight=False, markup=False, soft_wrap=True)
                     if "val/loss" in metrics:
-                        # A terminal breaks the line between words, and a log keeps it whole.
+                        # A terminal wraps the line between words; a log gets one line.
                         text = validation_line(metrics, steps)
                         console.print(text, highlight=False, soft_wrap=not console.is_terminal)
         if ending:
@@ -87,7 +87,7 @@ def progress_line(metrics: dict[str, Any], steps: int) -> str:
 
 
 def validation_line(metrics: dict[str, Any], steps: int) -> str:
-    """The progress line and what validation found."""
+    """The progress line, and the metrics of the validation."""
     found = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
     shown = ("loss", "perplexity", "bits_per_byte", "accuracy", "margin")
     values = "  ".join(f"{name.replace('_', ' ')} {found[name]:.4g}" for name in shown if name in found)
@@ -95,7 +95,7 @@ def validation_line(metrics: dict[str, Any], steps: int) -> str:
 
 
 def print_result(out: str, console: Console) -> None:
-    """How the run ended, samples, and where the model is."""
+    """Print how the run ended, the samples, and the model's directory."""
     run = RunDirectory(out)
     info = run.info()
     console.print(f"{info['state']} after {info['steps']} steps, {info['tokens']:,} tokens", highlight=False)
@@ -107,6 +107,6 @@ def print_result(out: str, console: Console) -> None:
         for name in TRACKERS:
             run.mirror.pull(name)
     for title, command in send_commands(run.path).items():
-        console.print(f"{title}, kept offline: {command}", highlight=False, soft_wrap=True)
+        console.print(f"{title}, stored offline: {command}", highlight=False, soft_wrap=True)
     if info["state"] == "stopped":
-        console.print("go on with the same command and --resume", highlight=False)
+        console.print("to continue, use the same command with --resume", highlight=False)

@@ -24,17 +24,17 @@ RunCommand = with_options(lambda: key_options(only=["workers"]))
 def run(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as experiments/zero.yaml")],
-    data_dir: Annotated[str | None, typer.Option(help="where the recipe's data lies; default: what it says")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="the recipe's data directory; default: as in the recipe")] = None,
     out: Annotated[
         str | None, typer.Option(help="directory or URL for all stages; default: runs/<recipe's name>")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="[STAGE.]KEY=VALUE", help="any config key, for all stages or the one named"),
+        typer.Option("--set", metavar="[STAGE.]KEY=VALUE", help="any config key, for all stages or for STAGE"),
     ] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
-    """Run a recipe's stages; what is finished and unchanged is skipped, what was interrupted goes on."""
+    """Run a recipe's stages. Skips finished stages that are unchanged, and continues an interrupted stage."""
     from minimind_ray.config.flags import overrides_of
     from minimind_ray.config.load import parse_override
 
@@ -45,7 +45,7 @@ def run(
 def run_recipe(
     path: Path, data_dir: str | Path | None, out: str | None, overrides: dict[str, Any], *, ray: bool
 ) -> None:
-    """Run a recipe file, telling of each stage what is done and why.
+    """Run a recipe file, and print for each stage what is done and why.
 
     Stops after a stage that was interrupted.
     """
@@ -67,7 +67,7 @@ def run_recipe(
     tokenizer = recipe.tokenizer
     config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
     directory = tokenizer if isinstance(tokenizer, str) else join(out, "tokenizer") if tokenizer else None
-    # All configs and sources are looked at before anything starts: what the last stage lacks is found now.
+    # Check all configs and sources first, so that an error in the last stage shows before the first stage starts.
     configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
     require_writable(out, *(config.data.cache_dir for config in configs))
     require_sources(configs, tokenizer=None if isinstance(tokenizer, str) else directory)
@@ -79,12 +79,12 @@ def run_recipe(
         for step, config in zip(recipe.stages, configs):
             console.rule(f"{recipe.name}: {step.name}", align="left")
             if not _run_stage(config, work, run_job, console):
-                console.print(f"stopped; the same command goes on with {step.name}")
+                console.print(f"stopped; the same command continues with {step.name}")
                 raise typer.Exit(130)
 
 
 def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> bool:
-    """Run one stage as far as it needs it; whether it is finished."""
+    """Run a stage unless it is finished. Returns whether it is finished now."""
     from minimind_ray.cli.progress import print_result, watching
     from minimind_ray.stages.recipe import decide, set_aside
     from minimind_ray.stages.run import begun, prepare_job
@@ -97,7 +97,7 @@ def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> boo
     if decision.action == "skip":
         return True
     if decision.action == "redo":
-        console.print(f"the run before is kept in {set_aside(run)}")
+        console.print(f"the earlier run was moved to {set_aside(run)}")
     with begun(job, resume=decision.action == "resume"), watching(job, console):
         run_job(job)
     print_result(run.where, console)
@@ -119,7 +119,7 @@ def _make_tokenizer(step: TokenizerStep, where: str, data_dir: str, console: Con
         mirror.pull()
     record = directory / "made_from.json"
     if record.exists() and json.loads(record.read_text()) == made_from:
-        console.print(f"tokenizer: {where} is there and its sources are unchanged")
+        console.print(f"tokenizer: {where} exists and its sources are unchanged")
         return
     tokenizer.make(files, where, step.vocab_size, step.max_bytes)
     record.write_text(json.dumps(made_from, indent=2))

@@ -1,4 +1,4 @@
-"""`minimind-ray runs`: what has been trained, and how far."""
+"""`minimind-ray runs`: list runs with their state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLUMNS = {
     "run": "path", "stage": "stage", "state": "state", "step": "step", "loss": "loss", "val loss": "val_loss",
     "last checkpoint": "checkpoint",
 }  # fmt: skip
-# What a narrow terminal does without, first to last; the names of runs are always whole.
+# The columns that a narrow terminal leaves out, first to last. The names of runs are never cut.
 LEFT_OUT = ("last checkpoint", "stage", "loss", "step", "val loss", "state")
 WIDEST_STATE = 15  # A damaged run's state is a sentence, which may take several lines.
 NEEDED = ("run.json", "config.yaml", "metrics.jsonl", "writer.json", "sweep.json")
@@ -31,7 +31,7 @@ def runs(
     if mirror := mirror_of(directory):
         mirror.pull(wanted=lambda name: name.endswith(NEEDED))
     if not folder.is_dir():
-        raise UserError(f"{directory} is no directory; name the one that holds the runs")
+        raise UserError(f"{directory} is not a directory; give the directory of the runs")
     found = sorted((_facts(file.parent) for file in folder.rglob("run.json")), key=_updated, reverse=True)
     if json:
         from json import dumps
@@ -61,7 +61,7 @@ def _print_table(rows: list[dict[str, str]]) -> None:
     for title in shown:
         table.add_column(title, overflow="fold", no_wrap=title != "state" and len(shown) > 1)
     for row in rows:
-        # Text, not markup: what the files say may hold brackets.
+        # Use Text, not markup: texts from files may contain brackets.
         table.add_row(*(Text(row[title]) for title in shown))
     console.print(table)
     if left_out := [title for title in widths if title not in shown]:
@@ -70,14 +70,14 @@ def _print_table(rows: list[dict[str, str]]) -> None:
 
 
 def column_widths(rows: list[dict[str, str]]) -> dict[str, int]:
-    """How wide each column of the table is, in cells of a terminal, with the spaces around it."""
+    """The width of each column of the table in terminal cells, with the spaces around it."""
     from rich.cells import cell_len
 
     return {title: 2 + max(cell_len(text) for text in (title, *(row[title] for row in rows))) for title in COLUMNS}
 
 
 def fitting(widths: dict[str, int], available: int) -> list[str]:
-    """The columns that fit beside the runs' whole names, in the table's order."""
+    """The columns that fit beside the runs' complete names, in the table's order."""
     shown = widths | {"state": min(widths["state"], WIDEST_STATE)}
     for title in LEFT_OUT:
         if sum(shown.values()) <= available:

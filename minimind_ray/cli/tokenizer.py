@@ -16,10 +16,10 @@ app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
 def train(
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs of any stage's data")],
     out: Annotated[str, typer.Option(help="directory to write, or its URL")],
-    vocab_size: Annotated[int, typer.Option(help="tokens, the 36 control tokens and 256 bytes among them")] = 6400,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="train on so much text at most")] = None,
+    vocab_size: Annotated[int, typer.Option(help="number of tokens, including 36 control tokens and 256 bytes")] = 6400,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="most bytes of text to train on")] = None,
 ) -> None:
-    """Train a byte-level BPE tokenizer with MiniMind's control tokens; report how it does on rows held out."""
+    """Train a byte-level BPE tokenizer with MiniMind's control tokens, and measure it on held-out rows."""
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import output_path
     from minimind_ray.data.files import exists, join
@@ -27,13 +27,13 @@ def train(
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if exists(join(output_path(out), name)):
-            raise UserError(f"{out} holds a tokenizer already: remove it, or write to another place")
+            raise UserError(f"{out} holds a tokenizer already: remove it, or give another directory")
     require_writable(output_path(out))
     make(files, out, vocab_size, max_bytes)
 
 
 def make(files: list[str], out: str, vocab_size: int, max_bytes: int | None) -> None:
-    """As `train`, in place of a tokenizer that is there already."""
+    """As `train`, but replaces an existing tokenizer."""
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.data.fields import BadRowError

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from minimind_ray.config.schema import Config
 
 
-# Where packs are kept is no question of one run: --set data.cache_dir.
+# All runs usually share one cache, so it has no short flag here: use --set data.cache_dir.
 TrainCommand = with_options(lambda: key_options(lambda flag: "Short names for config keys", without=["cache_dir"]))
 
 
 def train(
     context: typer.Context,
     stage: Annotated[str, typer.Argument(help="pretrain, sft, lora or dpo")],
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file; later ones win")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and start nothing")] = False,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
@@ -37,7 +37,7 @@ def train(
 
 
 def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
-    """Train, show progress, and say where the result is. Ctrl-C leaves a checkpoint and says how to go on."""
+    """Train, show progress, and print where the result is. Ctrl-C leaves a checkpoint and prints how to continue."""
     from functools import partial
 
     from rich.console import Console

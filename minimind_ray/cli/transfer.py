@@ -48,7 +48,7 @@ def import_(
     rms_norm_eps: Annotated[float | None, _setting("of a .pth model; default: 1e-5 for MiniMind-2, 1e-6 for 3")] = None,
     dropout: Annotated[float | None, _setting("of a .pth model, for training; default: 0")] = None,
 ) -> None:
-    """Make a model directory (or with --base an adapter directory) of ours; what does not fit is named."""
+    """Write a model directory of minimind-ray (with --base, an adapter directory). Names settings that do not fit."""
     require_new(out)
     given = {
         "num_attention_heads": heads, "num_experts_per_tok": experts_per_token, "norm_topk_prob": norm_topk_prob,
@@ -137,7 +137,9 @@ def export(
     base: Annotated[
         str | None, typer.Option(metavar="DIR", help="an adapter's base; default: where it says", show_default=False)
     ] = None,
-    float32: Annotated[bool, typer.Option("--float32", help="exact, where MiniMind's own files hold half")] = False,
+    float32: Annotated[
+        bool, typer.Option("--float32", help="write exact float32 weights; MiniMind's own files are float16")
+    ] = False,
 ) -> None:
     """Write a model or an adapter as a file that MiniMind's scripts load, and say what their config lacks for it."""
     require_new(file)
@@ -152,5 +154,5 @@ def export(
     settings = export_model(directory, file, base, dtype)
     print(f"{file}: {directory}, {dtype}")
     if settings:
-        told = ", ".join(f"{key} = {value}" for key, value in settings.items())
-        print(f"MiniMind must be told in its MiniMindConfig, or it computes something else: {told}")
+        needed = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        print(f"MiniMind needs these settings in its MiniMindConfig to compute the same: {needed}")

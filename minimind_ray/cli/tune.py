@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from minimind_ray.sweep.plan import SweepPlan
 
 TuneCommand = with_options(
-    # The trials' directory and GPUs are the sweep's: --out, --gpus-per-trial; trials share one --cache-dir.
+    # The sweep has its own options for the directory and the GPUs (--out, --gpus-per-trial); trials share a cache.
     lambda: [
         *search_options(without=["price_per_hour"]),
         *key_options(_panel, without=["out", "cache_dir", "gpus_per_worker"]),
@@ -37,23 +37,23 @@ def _panel(flag: Flag) -> str:
 def tune(
     context: typer.Context,
     stage: Annotated[str | None, typer.Argument(help="pretrain, sft, lora or dpo")] = None,
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file; later ones win")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
-    sweep: Annotated[Path | None, typer.Option(help="YAML file of a sweep; flags win over it")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="YAML file of a sweep; flags override it")] = None,
     axis_: Annotated[
         list[str] | None,
         typer.Option("--axis", metavar="KEY=VALUES", help="vary any config key: 1,2 or log(1e-6,1e-4), uniform, int"),
     ] = None,
     out: Annotated[str | None, typer.Option(help="the sweep's directory or URL; default: sweeps/STAGE")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="DIR", help="go on with the sweep in DIR")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="DIR", help="continue the sweep in DIR")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="prepare the data, measure a few steps, and print plan and cost")
     ] = False,
     gpus_per_trial: Annotated[
-        float | None, typer.Option(help="its workers share them; may be a part of one: 0.25")
+        float | None, typer.Option(help="GPUs of a trial, shared by its workers; may be a fraction: 0.25")
     ] = None,
     price_per_hour: Annotated[
-        str | None, typer.Option(metavar="USD|FILE", help="of what one trial occupies, or a cluster file with prices")
+        str | None, typer.Option(metavar="USD|FILE", help="price of one trial, or a cluster file with prices")
     ] = None,
 ) -> None:
     """Sweep over settings of one stage: many trials on Ray Tune, compared with their uncertainty."""
@@ -75,10 +75,10 @@ def tune(
 
 
 def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
-    """The sweep in that directory, with the command's parameters that may change.
+    """The sweep in this directory, with the changes that the command's parameters may make.
 
     Raises:
-        UserError: others were given, another stage, or the directory holds no sweep.
+        UserError: another parameter or another stage was given, or the directory holds no sweep.
     """
     from minimind_ray.config.search import search_config
     from minimind_ray.sweep.plan import reopen_sweep
@@ -96,7 +96,7 @@ def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
 
 
 def plan_of(asked: Mapping[str, Any]) -> SweepPlan:
-    """The sweep that the command's parameters, those that were given, ask for."""
+    """The plan of the sweep that the command's given parameters ask for."""
     from minimind_ray.config.load import parse_override
     from minimind_ray.sweep.axes import parse_assignment
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
@@ -111,7 +111,7 @@ def plan_of(asked: Mapping[str, Any]) -> SweepPlan:
 
 
 def _search(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the command's parameters that say how to search."""
+    """The search settings among the command's parameters."""
     from minimind_ray.config.load import parse_value
     from minimind_ray.config.search import SearchConfig
 
@@ -120,7 +120,7 @@ def _search(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_plan(plan: SweepPlan, *, resume: bool) -> None:
-    """Run the sweep on Ray, show how it goes, and end with what came out."""
+    """Run the sweep on Ray, show its progress, and print the results."""
     from functools import partial
 
     from rich.console import Console
@@ -134,7 +134,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     ending = sweep_on_ray(plan, resume=resume, say=say, board=Board(plan, console))
     trials = list(plan.path.glob("trials/*/"))
-    if trials:  # Optuna proposes the first ones while the sweep runs, which may end before.
+    if trials:  # With optuna, a sweep may end before its first trial.
         print_results(plan.path, console, "winner" if ending == "by itself" else "best so far")
     if ending != "by itself":
         say(f"{ending}; go on with: minimind-ray tune --resume {quote(url_of(plan.path))}")
@@ -145,7 +145,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
 
 def print_results(path: Path, console: Console, title: str) -> None:
-    """The table, the winner under its `title`, and what to do with it."""
+    """Print the table, the winner under `title`, and the next commands for it."""
     from functools import partial
 
     from minimind_ray.cli.compare import print_comparison
@@ -178,14 +178,14 @@ def print_results(path: Path, console: Console, title: str) -> None:
 
 
 def winner_is_cut(path: Path) -> bool:
-    """Whether the trial was shorter than its epochs."""
+    """Whether the trial had fewer steps than its epochs."""
     from minimind_ray.config.load import read_yaml
 
     return read_yaml(path / "config.yaml")["train"]["max_steps"] is not None
 
 
 def print_plan(plan: SweepPlan) -> None:
-    """Print what the sweep would do and cost, from prepared data and a few steps in this process."""
+    """Print the plan and the cost of the sweep. Prepares the data and measures a few steps in this process."""
     from minimind_ray.data.storage import url_of
     from minimind_ray.sweep.forecast import forecast
 
@@ -196,7 +196,7 @@ def print_plan(plan: SweepPlan) -> None:
 
 
 def _print_trials(plan: SweepPlan, found: Forecast) -> None:
-    """What the sweep varies, and where and how its trials run."""
+    """Print the axes, and where and how the trials run."""
     from minimind_ray.cli.plan import missing_gpus
     from minimind_ray.sweep.text import value_text
 
@@ -219,7 +219,7 @@ def _print_trials(plan: SweepPlan, found: Forecast) -> None:
 
 
 def _print_cost(plan: SweepPlan, found: Forecast) -> None:
-    """Steps, tokens, FLOPs, time and price."""
+    """Print steps, tokens, FLOPs, time and price."""
     from minimind_ray.sweep.plan import train_tokens
     from minimind_ray.sweep.text import count_text, duration_text
 

@@ -1,4 +1,4 @@
-"""`minimind-ray verify`: proofs one can run, and read."""
+"""`minimind-ray verify`: check a checkpoint, and check that a resumed run gives the same weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ app = typer.Typer(help="Prove that a checkpoint is whole, and that resuming chan
 
 @app.command()
 def checkpoint(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="a checkpoint, or a run: then its result")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="a checkpoint, or a run (checks its result)")],
 ) -> None:
-    """Check sums, that the weights load and are finite, and that resume/ is complete. Exit code 1 where not."""
+    """Check the sums, that weights load and are finite, and that resume/ is complete. Exit code 1 if a check fails."""
     from minimind_ray.data.storage import url_of
     from minimind_ray.stages.verify import check_checkpoint
     from minimind_ray.train.run import resolve_model
@@ -38,16 +38,16 @@ def resume(
     stage: Annotated[str | None, typer.Option(help="pretrain, sft, lora or dpo; default: pretrain")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers; with --ray")] = 1,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or a plain process")] = False,
-    kills: Annotated[int, typer.Option(min=1, help="how often the run is killed")] = 3,
+    kills: Annotated[int, typer.Option(min=1, help="number of kills")] = 3,
     steps: Annotated[int, typer.Option(min=8, help="length of the run")] = 30,
-    seed: Annotated[int, typer.Option(help="draws the moments")] = 0,
+    seed: Annotated[int, typer.Option(help="seed for the moments of the kills")] = 0,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="for both runs, such as data.cache=false", show_default=False),
     ] = None,
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="keep both runs there", show_default=False)] = None,
 ) -> None:
-    """Train a small model twice, kill one of the two again and again, and compare. Exit code 1 where they differ."""
+    """Train a small model twice, kill one run several times, and compare. Exit code 1 if the runs differ."""
     import tempfile
     from contextlib import nullcontext
 
@@ -61,7 +61,7 @@ def resume(
     if keep is not None:
         require_local(keep)
     if keep is not None and keep.exists() and any(keep.iterdir()):
-        raise UserError(f"--keep {keep} is not empty; name a new directory")
+        raise UserError(f"--keep {keep} is not empty; give a new directory")
     if workers > 1 and not ray:
         raise UserError(f"--workers {workers} needs Ray: add --ray")
     console = _console()

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.slow]
 def test_a_model_goes_to_pth_and_back(command: Command, models: Models, tmp_path: Path) -> None:
     file, back = tmp_path / "model.pth", tmp_path / "back"
     told = command("export", models.run, file, "--float32").out.splitlines()[1]
-    assert told.startswith("MiniMind must be told in its MiniMindConfig") and "num_attention_heads = 4" in told
+    assert told.startswith("MiniMind needs these settings in its MiniMindConfig") and "num_attention_heads = 4" in told
     outcome = command("import", file, back, "--tokenizer", models.tokenizer)
     assert "Qwen3ForCausalLM" in outcome.out and "4 heads, 2 key heads" in outcome.out
     assert "assumed (not in the file): --rope-theta 1e+06 --no-inference-rope-scaling " in outcome.out
@@ -96,7 +96,7 @@ BAD = [
     (["import", "{file}", "{new}"], "give a model's with --tokenizer"),
     (["import", "{file}", "{new}", "--tokenizer", "/nowhere"], "this is not a tokenizer directory"),
     (["import", "{file}", "{new}", "--tokenizer", "{tokenizer}"], "model.layers.0.self_attn.q_proj.weight is missing"),
-    (["import", "{file}", "{base}"], "is there already"),
+    (["import", "{file}", "{base}"], "exists already"),
     (["import", "{adapter}", "{new}"], "is an adapter, which is used as it is"),
     (["import", "{tokenizer}", "{new}"], "is no model"),
     (["import", "{broken}", "{new}"], "model.norm.weight is [3], not [64]"),
@@ -111,11 +111,11 @@ BAD = [
     (["export", "{base}", "{new}", "--base", "{base}"], "is a whole model: leave --base out"),
     (["export", "/nowhere", "{new}"], "/nowhere is no model"),
     (["export", "{base}", "{file}/x.pth"], "few.pth: File exists"),
-    (["export", "{base}", "{file}"], "is there already"),
+    (["export", "{base}", "{file}"], "exists already"),
     (["export", "{adapter}", "{new}", "--base", "{other}"], "not on this model"),
     (["export", "{adapter}", "{new}", "--base", "/nowhere"], "its base /nowhere is not there"),
     (["lora", "merge", "{base}", "{new}"], "is a whole model, not an adapter"),
-    (["lora", "merge", "{adapter}", "{base}"], "is there already"),
+    (["lora", "merge", "{adapter}", "{base}"], "exists already"),
     (["lora", "merge", "{adapter}", "{new}", "--base", "{other}"], "not on this model"),
     (["lora", "merge", "{adapter}", "{new}", "--base", "{adapter}"], "is an adapter, not a whole model"),
 ]
