@@ -37,7 +37,7 @@ def inspect(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key, such as data.fields.prompt=q")
     ] = None,
 ) -> None:
-    """Show the data as training gets it: counts, lengths, cut documents, fullness of packs, samples with loss marked."""
+    """Show the data as training gets it: counts, lengths, cut documents, fullness of packs, loss in samples."""
     from itertools import chain, islice
 
     from minimind_ray.config.paths import input_path

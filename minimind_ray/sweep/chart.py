@@ -1,7 +1,7 @@
-"""The report's pictures as inline SVG: no script, colours from the page's CSS variables, so they follow dark mode.
+"""Draw the pictures of a sweep's report as inline SVG. They need no script, and follow the page's dark mode by CSS.
 
-Every mark has a class that says how its point did (best, tied, worse, open) and a <title> that a browser shows on
-hover. A picture is 400 units wide, so that its text stays readable at the width of a phone.
+Every mark has a class for its point's verdict (best, tied, worse, open) and a <title>, which a browser shows on hover.
+A picture is 400 units wide, so that its text stays readable on a phone. `report.py` puts the pictures on the page.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STANDING: dict[Verdict | None, str] = {
 """A row's verdict as a CSS class."""
 
 ON_TOP = ("worse", "open", "tied", "best")
-"""Classes in the order they are drawn."""
+"""The classes in drawing order."""
 
 
 def element(name: str, *children: Any, **attributes: Any) -> Markup:
@@ -43,14 +43,14 @@ def element(name: str, *children: Any, **attributes: Any) -> Markup:
 
 
 def picture(*children: Any, label: str, width: float = WIDTH, height: float = HEIGHT, least: float = 0) -> Markup:
-    """The <svg> around it, at least so many pixels wide; `label` is for screen readers."""
+    """An <svg> with these children, at least `least` pixels wide. `label` is for screen readers."""
     style = f"min-width: {least:.0f}px"
     return element("svg", *children, viewBox=f"0 0 {width} {height}", role="img", aria_label=label, style=style)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high` onto pixels from `start` to `end`."""
+    """Maps values from `low` to `high` to pixels from `start` to `end`."""
 
     low: float
     high: float
@@ -59,7 +59,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value; values outside land on the edge."""
+        """The pixel of a value. A value outside of the range gets the pixel at the edge."""
         low, high, x = (math.log(v) if self.log else v for v in (self.low, self.high, self._clip(value)))
         return self.start + (x - low) / (high - low) * (self.end - self.start)
 
@@ -86,7 +86,7 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, or 1, 2 and 5 times them where there are few."""
+    """Powers of ten; if there are few, also 2 and 5 times these."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1,), (1, 2, 5)):
         values = [d * 10.0**e for e in exponents for d in digits if low * 0.999 <= d * 10.0**e <= high * 1.001]
@@ -96,7 +96,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def robust_range(values: Iterable[float]) -> tuple[float, float]:
-    """The values' range without what lies far outside (Tukey's outer fences), and a little room."""
+    """The range of the values without outliers (by Tukey's outer fences), and a margin."""
     known = np.array([v for v in values if math.isfinite(v)])
     if not len(known):
         return 0.0, 1.0
@@ -108,7 +108,7 @@ def robust_range(values: Iterable[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Dimension:
-    """One thing varied or measured, as numbers: values of no order count as 0, 1, 2, …"""
+    """An axis or a metric as numbers. Values without an order count as 0, 1, 2, …"""
 
     name: str
     number: Callable[[Any], float]
@@ -122,7 +122,7 @@ class Dimension:
         return Scale(self.low, self.high, start, end, self.log)
 
     def ticks(self, scale: Scale, apart: float) -> list[tuple[float, str]]:
-        """The varied values, or round ones where those are too many; at least `apart` pixels from each other."""
+        """Ticks at the varied values, or at round values if there are too many; at least `apart` pixels apart."""
         kept: list[tuple[float, str]] = []
         for value, text in self.marks or scale.ticks():
             if not kept or abs(scale(value) - scale(kept[-1][0])) >= apart:
@@ -131,11 +131,11 @@ class Dimension:
 
 
 def axis_dimension(name: str, spec: list[Any] | str | None, values: Sequence[Any]) -> Dimension:
-    """An axis of the sweep; logarithmic if it was drawn so, or is a grid that spans a factor of 8 or more."""
+    """An axis of the sweep. It is logarithmic if it was drawn by log(), or a grid spans a factor of 8 or more."""
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not numeric:
         texts = list(dict.fromkeys(value_text(v) for v in values))
-        # Paths mostly differ in their file names.
+        # Show the ends of paths: paths mostly differ in their file names.
         folder = os.path.commonprefix(texts).rpartition("/")[0] if len(texts) > 1 else ""
         marks = [(float(i), text[len(folder) :].lstrip("/")) for i, text in enumerate(texts)]
         return Dimension(name, lambda v: float(texts.index(value_text(v))), -0.4, len(texts) - 0.6, False, marks)
@@ -153,7 +153,7 @@ def axis_dimension(name: str, spec: list[Any] | str | None, values: Sequence[Any
 def frame(
     x: Scale, y: Scale, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], x_name: str
 ) -> Markup:
-    """Grid lines, tick texts and the name below; the name of y is the picture's heading."""
+    """Grid lines, tick texts, and the name of x below. The name of y is the picture's heading."""
     marks: list[Markup] = []
     for value, text in y_ticks:
         at = y(value)
@@ -168,7 +168,7 @@ def frame(
 
 
 def curve_points(trial: Trial, metric: str) -> list[tuple[float, float]]:
-    """(tokens, value) where the metric was logged; means over neighbours where that is often."""
+    """The points (tokens, value) at which the metric was logged. Many points are averaged over neighbours."""
     points = [
         (float(m["tokens"]), float(m[metric]))
         for m in trial.metrics
@@ -180,7 +180,7 @@ def curve_points(trial: Trial, metric: str) -> list[tuple[float, float]]:
 
 
 def learning_curves(rows: Sequence[Row], metric: str) -> Markup | None:
-    """The metric over tokens, one line per trial; crosses end failed ones. None where nobody logged it."""
+    """The metric over tokens, one line per trial. A cross ends a failed trial. None if no trial logged the metric."""
     curves = [(row, trial, curve_points(trial, metric)) for row in rows for trial in row.trials]
     curves = [curve for curve in curves if curve[2]]
     if not curves:
@@ -208,9 +208,9 @@ def learning_curves(rows: Sequence[Row], metric: str) -> Markup | None:
 
 
 def metric_against_axis(comparison: Comparison, key: str, spec: list[Any] | str | None) -> Markup:
-    """The metric of every point over one axis, with intervals; hollow dots are single seeds.
+    """The metric of every point over an axis, with intervals. Hollow dots are single seeds.
 
-    Lines join points that differ in this axis alone.
+    Lines join points that differ only in this axis.
     """
     rows = [row for row in comparison.rows if row.metric]
     name = short_names(comparison.keys)[key]
@@ -245,7 +245,7 @@ def metric_against_axis(comparison: Comparison, key: str, spec: list[Any] | str 
 
 
 def dodge(at: Sequence[float], room: float) -> list[float]:
-    """Move marks at the same place apart, within `room` pixels."""
+    """Move marks with the same position apart, within `room` pixels."""
     places: dict[float, list[int]] = {}
     for i, x in enumerate(at):
         places.setdefault(round(x, 1), []).append(i)
@@ -258,7 +258,7 @@ def dodge(at: Sequence[float], room: float) -> list[float]:
 
 
 def dot(x: float, value: float, y: Scale) -> Markup:
-    """A value; a triangle at the edge where it lies outside."""
+    """A dot for a value, or a triangle at the edge if the value is outside of the scale."""
     if y.holds(value):
         return element("circle", cx=x, cy=y(value), r=4.5, class_="dot")
     way = 1 if value > y.high else -1
@@ -266,7 +266,7 @@ def dot(x: float, value: float, y: Scale) -> Markup:
 
 
 def metric_scale(comparison: Comparison, start: float, end: float) -> Scale:
-    """The metric, intervals included."""
+    """The scale of the metric, which includes the intervals."""
     intervals = [row.metric for row in comparison.rows if row.metric]
     values = [v for i in intervals for v in (i.value, i.low, i.high) if v is not None]
     low, high = robust_range(values)
@@ -282,7 +282,7 @@ def describe(comparison: Comparison, row: Row) -> str:
 
 
 def parallel_coordinates(comparison: Comparison, specs: dict[str, list[Any] | str]) -> Markup:
-    """One line per point through its value on every axis and its metric, the better the higher."""
+    """One line per point through its value on every axis and its metric. A better metric is higher."""
     rows = [row for row in comparison.rows if row.metric]
     names = short_names(comparison.keys)
     dimensions = [axis_dimension(names[k], specs.get(k), [row.point[k] for row in rows]) for k in comparison.keys]
@@ -314,19 +314,19 @@ def parallel_coordinates(comparison: Comparison, specs: dict[str, list[Any] | st
             element("text", shorten(text, 14), x=x + side, y=scale(value) + 4, text_anchor=anchor, class_="halo")
             for value, text in values
         ]
-    # Many axes need room: the page lets the picture scroll rather than shrink.
+    # Do not shrink a picture with many axes: the page lets it scroll.
     return picture(*marks, label="parallel coordinates", width=width, height=height, least=0.8 * width)
 
 
 def difference_scale(comparison: Comparison) -> Scale:
-    """Differences to the best, zero and the intervals included."""
+    """The scale of the differences to the best, which includes zero and the intervals."""
     known = [row.difference for row in comparison.rows if row.difference]
     low, high = robust_range([b for d in known for b in (d.value, d.low, d.high, 0.0) if b is not None])
     return Scale(low, high, 4, WIDTH - 4)
 
 
 def difference_bar(comparison: Comparison, row: Row) -> Markup:
-    """A point's paired difference to the best with its simultaneous interval; the upright line is zero."""
+    """A point's paired difference to the best with its simultaneous interval. The vertical line is zero."""
     assert row.difference and row.difference.low is not None and row.difference.high is not None
     x, digits = difference_scale(comparison), comparison.digits
     title = f"{row.label}: {row.difference.value:+.{digits}f} ({row.difference.text(digits)}), {row.verdict}"

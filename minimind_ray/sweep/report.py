@@ -1,4 +1,7 @@
-"""report.html: a sweep on one self-contained page, without scripts or network; and report.png, its main picture."""
+"""Write a sweep's report: report.html, a self-contained page without scripts, and report.png, its main picture.
+
+`compare.py` computes the numbers, `chart.py` draws the pictures.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from minimind_ray.sweep.trials import Sweep, read_sweep
 from minimind_ray.train.run import write_atomically
 
 MATRIX_POINTS = 24
-"""More points than this make no readable matrix of all pairs."""
+"""With more points, the matrix of all pairs would be unreadable and is left out."""
 
 COLOURS = {"best": "#0a7d4f", "tied": "#2f7fd1", "worse": "#98a1aa", "open": "#c07f12"}
 """The page's light colours, for the PNG."""
@@ -38,10 +41,10 @@ class Figure:
 
 
 def write_report(path: str | Path) -> Path:
-    """Write report.html and report.png into the sweep's directory; the page's path, that of a copy for a URL.
+    """Write report.html and report.png into the sweep's directory. Returns the page's path (a local copy for a URL).
 
     Raises:
-        UserError: see `read_sweep` and `compare`.
+        UserError: as `read_sweep` and `compare`.
     """
     sweep = read_sweep(path)
     comparison = compare([sweep])
@@ -54,7 +57,7 @@ def write_report(path: str | Path) -> Path:
 
 
 def render(sweep: Sweep, comparison: Comparison) -> str:
-    """The page. Samples, errors and paths are text that others wrote: the template escapes all of it."""
+    """The page as HTML. Samples, errors and paths are untrusted texts: the template escapes them."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -96,7 +99,7 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
 
 
 def learning_curves(comparison: Comparison) -> list[Figure]:
-    """The sweep's metric, the validation loss, and the loss in training."""
+    """Figures of the sweep's metric, the validation loss, and the training loss."""
     captions = {"loss": "In training."}
     return [
         Figure(f"{metric} over tokens", svg, captions.get(metric, ""))
@@ -116,13 +119,13 @@ def matrix(comparison: Comparison, measured: list[Row]) -> list[list[tuple[str, 
             low, high = float(comparison.low_PP[i, j]), float(comparison.high_PP[i, j])
             worse, better = (low > 0, high < 0) if sign > 0 else (high < 0, low > 0)
             kind = "self" if i == j else "worse" if worse else "better" if better else "tied"
-            line.append((kind, f"{row.label} less {other.label}: {low:+.{digits}f} to {high:+.{digits}f}"))
+            line.append((kind, f"{row.label} minus {other.label}: {low:+.{digits}f} to {high:+.{digits}f}"))
         cells.append(line)
     return cells
 
 
 def samples(best: Row, worst: Row) -> dict[str, Any] | None:
-    """What the first seeds of two points wrote last, side by side; None where one wrote nothing."""
+    """The last samples of the first seeds of two points, side by side; None if a point has no samples."""
     written = [row.compared[0].samples[-1:] for row in (best, worst)]
     if not all(written):
         return None
@@ -134,14 +137,14 @@ def samples(best: Row, worst: Row) -> dict[str, Any] | None:
 
 
 def fact_text(value: Any) -> str:
-    """A fact of sweep.json's `shared`."""
+    """A value of sweep.json's `shared` as text."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return value_text(value) if isinstance(value, int | float | str) else json.dumps(value, ensure_ascii=False)
 
 
 def write_png(comparison: Comparison, path: Path) -> None:
-    """The main picture: every point's metric with its interval, best first, and the learning curves."""
+    """Write the main picture: every point's metric with its interval, best first, and the learning curves."""
     from matplotlib.figure import Figure as Canvas
 
     rows = [row for row in comparison.rows if row.metric]
@@ -153,7 +156,7 @@ def write_png(comparison: Comparison, path: Path) -> None:
         if row.metric.low is not None:
             points.plot([row.metric.low, row.metric.high], [place, place], color=colour, linewidth=2.5, alpha=0.55)
         points.plot(row.metric.value, place, "o", color=colour, markersize=6)
-    # Matplotlib would read what stands between dollar signs as mathematics.
+    # Matplotlib would read text between dollar signs as mathematics.
     points.set_yticks(range(len(rows)), [shorten(row.label, 60).replace("$", r"\$") for row in rows])
     points.invert_yaxis()
     points.set_xlabel(f"{comparison.metric} with 95 % interval")
@@ -175,7 +178,7 @@ def write_png(comparison: Comparison, path: Path) -> None:
         curves.plot([], [], color=COLOURS[standing], label=labels[standing])
     if rows:
         curves.legend(frameon=False)
-    # Not through a link that may lie there.
+    # Replace an existing link; do not write through it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     canvas.savefig(temporary, dpi=150, format="png")
     temporary.replace(path)

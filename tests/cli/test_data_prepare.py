@@ -48,7 +48,7 @@ def test_the_table_adds_up_and_a_second_run_says_that_it_did_nothing(arguments: 
 
     again = CliRunner().invoke(app, [*arguments, "--set", "data.val_fraction=0.2"], catch_exceptions=False)
     assert rows_of(again.output)["units found in the cache"] == ["1", "1"]
-    assert "nothing to do: all of it was in the cache" in again.output
+    assert "nothing to do: all data was in the cache" in again.output
 
 
 def test_a_bad_setting_is_the_users_error(arguments: list[str]) -> None:

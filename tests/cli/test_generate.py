@@ -159,7 +159,7 @@ def test_chat_remembers_resets_and_switches_adapters(command: Command, models: M
     script = f"hi\n/reset\n/adapter {models.adapter}\nhi\n/reset\n/adapter off\nhi"
     outcome = command("chat", models.base, *GREEDY, stdin=script)
     assert outcome.out == f"{plain}\n{adapted}\n{plain}\n"
-    assert "was pretrained only" in outcome.err
+    assert "was only pretrained" in outcome.err
 
 
 def test_chat_goes_on_after_an_error(command: Command, models: Models) -> None:

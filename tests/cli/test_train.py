@@ -32,7 +32,7 @@ def test_a_run_that_was_stopped_is_no_success(
     monkeypatch.setattr(PlainContext, "should_stop", lambda self: True)
     stopped = command(*arguments)
     assert stopped.code == 130
-    assert "stopped after 1 steps" in stopped.out and "the same command and --resume" in stopped.out
+    assert "stopped after 1 steps" in stopped.out and "the same command with --resume" in stopped.out
     assert f"-> {tmp_path}/a [1]\n" in stopped.out
     monkeypatch.undo()
     assert command(*arguments, "--resume").code == 0

@@ -52,7 +52,7 @@ def test_signals_leave_a_checkpoint_and_a_crash_no_running_run(tmp_path: Path) -
         assert process.returncode == 128 + sent, text
         assert run.state() == "stopped" and info["steps"] >= done + 2, text
         assert run.checkpoints()[-1].name == f"step-{info['steps']:08d}"
-        assert text.rstrip().endswith("the same command and --resume") and "***" not in text
+        assert text.rstrip().endswith("the same command with --resume") and "***" not in text
         done = info["steps"]
     process = start(file, "--resume")
     wait_for_step(run, done + 1, process)
