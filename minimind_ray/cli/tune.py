@@ -86,7 +86,7 @@ def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
     may_change = ("stage", "resume", "concurrent", "budget_hours", "fuse")
     if fixed := [name.strip("_") for name in asked if name not in may_change]:
         raise UserError(
-            f"--resume goes on with the sweep as it was begun: leave --{fixed[0].replace('_', '-')} out, or start "
+            f"--resume continues the sweep with its own settings: leave --{fixed[0].replace('_', '-')} out, or start "
             "another sweep"
         )
     plan = reopen_sweep(path)
@@ -137,7 +137,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     if trials:  # With optuna, a sweep may end before its first trial.
         print_results(plan.path, console, "winner" if ending == "by itself" else "best so far")
     if ending != "by itself":
-        say(f"{ending}; go on with: minimind-ray tune --resume {quote(url_of(plan.path))}")
+        say(f"{ending}; continue with: minimind-ray tune --resume {quote(url_of(plan.path))}")
     if ending == "interrupted":
         raise typer.Exit(130)
     if any(RunDirectory(path).info().get("state") == "failed" for path in trials):
@@ -241,7 +241,7 @@ def _print_cost(plan: SweepPlan, found: Forecast) -> None:
         f"validation, {pace.start:.1f} s to begin)"
     )
     if search.budget_hours and found.hours > search.budget_hours:
-        print(f"budget     {search.budget_hours:g} hours end it before; then go on with --resume")
+        print(f"budget     {search.budget_hours:g} hours end the sweep earlier; then continue with --resume")
     if search.price_per_hour is not None:
         price = cost.price(search.price_per_hour)
         print(f"price      about {price:.2f}, at {search.price_per_hour:g} a trial and hour")

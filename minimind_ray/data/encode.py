@@ -1,4 +1,4 @@
-"""Rows to documents with loss weights: what each stage learns from, and on which tokens.
+"""Turn rows into documents with loss weights: the text that each stage learns from, and the tokens that carry loss.
 
     pretrain   a text            every token but the first
     sft, lora  a conversation    each assistant turn's answer and its end token (see chat_format)
@@ -32,11 +32,11 @@ from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.data.turns import Turn
 
-ROWS_AT_ONCE = 512  # tokenized in one call, which spreads over the cores
+ROWS_AT_ONCE = 512  # rows to tokenize in one call, which uses all cores
 RENDERED_AT_ONCE = 32  # rows that a chat template in another process writes in one exchange with it
 LENGTH_STEP = 64  # tokens; lengths of rows that are too long are counted in bins of this width
-MOST_NAMED = 10  # ignored fields that a summary names
-LEAST_QUESTION = 16  # tokens of a question that cutting its beginning leaves
+MOST_NAMED = 10  # the most ignored fields that a summary names
+LEAST_QUESTION = 16  # tokens of a question that stay when its beginning is cut
 
 
 @dataclass(slots=True)
@@ -57,18 +57,18 @@ class Tally:
 
     @property
     def left_out(self) -> int:
-        """Rows that are too long to be used."""
+        """The number of rows that are left out because they are too long."""
         return self.too_long.total()
 
 
 class TooLong(NamedTuple):
-    """A row that is left out because nothing of its answer would be kept; `tokens` is the length it has."""
+    """A row that is left out because cutting would leave no part of its answer. `tokens` is its length."""
 
     tokens: int
 
 
 class _Draft(NamedTuple):
-    """A row checked: what it is, and the conversations in it as the chat template writes them."""
+    """A checked row: its content, and its conversations as the chat template writes them."""
 
     row: Row
     item: str | Conversation | Pair
@@ -87,7 +87,7 @@ class _Started(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A row, what it is, and its documents before anything is cut."""
+    """A row, its content, and its documents before any is cut."""
 
     row: Row
     item: str | Conversation | Pair
@@ -122,12 +122,12 @@ class RowEncoder:
             yield from self.limit(whole)
 
     def remarks(self) -> list[str]:
-        """What the user should know of rows left out or shortened so far, and of fields that nothing read."""
+        """Sentences for the user about rows left out or shortened so far, and about ignored fields."""
         tally = self.tally
         return remarks(self.stage, self.config, tally.kept, tally.shortened, tally.too_long, self.reader.ignored)
 
     def whole_documents(self, rows: Iterable[Row | Reject]) -> Iterator[Whole | Reject]:
-        """The first half of `encode`: each row with its documents, of whatever length."""
+        """The first half of `encode`: each row with its documents of any length."""
         remaining = iter(rows)
         while chunk := list(islice(remaining, ROWS_AT_ONCE)):
             batches = (chunk[start : start + RENDERED_AT_ONCE] for start in range(0, len(chunk), RENDERED_AT_ONCE))
@@ -137,7 +137,7 @@ class RowEncoder:
                 yield draft if isinstance(draft, Reject) else next(encoded)
 
     def limit(self, whole: Whole | Reject) -> Iterator[Group | Reject]:
-        """The second half: split, cut, shorten or leave out what is longer than `data.max_seq_len`; count."""
+        """The second half of `encode`: split, cut, shorten or leave out long documents, and count these changes."""
         outcome = whole if isinstance(whole, Reject) else self._limited(whole)
         if isinstance(outcome, Reject):
             self.tally.rejected += 1
@@ -222,7 +222,7 @@ class RowEncoder:
         return whole
 
     def _again(self, row: Row, item: Conversation | Pair) -> Whole:
-        """A part of a row that was encoded before, encoded."""
+        """Encode a part of a row that was encoded before."""
         (outcome,) = self._documents([_Draft(row, item, _renderings(self._start_rendering(item)))])
         if isinstance(outcome, Reject):
             raise BadRowError(outcome.reason)
@@ -325,7 +325,7 @@ def _chat_document(ids: list[int], spans: list[tuple[int, int]], learned: list[b
 
 
 def _usable(item: Item) -> str | Conversation | Pair:
-    """The item, if it teaches something.
+    """Check that the item has something to learn from, and return it.
 
     Raises:
         BadRowError: no assistant turn carries loss; a pair's two sides answer different prompts.
@@ -362,7 +362,7 @@ def _require_same_prompt(pair: Pair) -> None:
 
 
 def _shared(pair: Pair) -> int:
-    """How many turns the two sides begin with alike."""
+    """The number of equal turns at the beginning of both sides."""
     common = 0
     for one, other in zip(pair.chosen.turns, pair.rejected.turns):
         if one.message != other.message:
@@ -430,14 +430,14 @@ def _asking(side: Conversation, text: str) -> Conversation:
 
 
 def _split(document: Document, longest: int) -> Iterator[Document]:
-    """A part's first token is the last of the part before, where it was predicted."""
+    """Split a long document. Each part begins with the last token of the part before, which was predicted there."""
     for start in range(0, len(document.tokens) - 1, longest - 1):
         weights = document.weights[start : start + longest].copy()
         weights[0] = 0
         yield Document(document.tokens[start : start + longest], weights)
 
 
-# What to tell of it
+# Remarks for the user
 
 
 def longest_document(stage: StageName, config: DataConfig) -> int:
@@ -453,7 +453,7 @@ def remarks(
     too_long: Counter[int],
     ignored: Counter[str],
 ) -> list[str]:
-    """A sentence each on rows too long, rows shortened, and ignored fields, where there are any."""
+    """Sentences about too long rows, shortened rows, and ignored fields, if there are any."""
     lines: list[str] = []
     if too_long:
         lines.append(_too_long(stage, config, kept, too_long))

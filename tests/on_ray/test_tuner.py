@@ -497,7 +497,7 @@ def test_a_signal_and_a_crash_lose_nothing(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 143, text
-    assert f"go on with: minimind-ray tune --resume {out}" in text
+    assert f"continue with: minimind-ray tune --resume {out}" in text
     stopped = RunDirectory(first).info()
     assert stopped["state"] == "stopped" and stopped["steps"] >= 5, text
 

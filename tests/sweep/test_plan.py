@@ -274,7 +274,7 @@ def test_a_sweep_that_ends_before_its_first_trial_can_go_on(
         monkeypatch.setattr(f"minimind_ray.{name}", lambda *cpus: None)
     monkeypatch.setattr("minimind_ray.sweep.run.run_sweep", lambda *plan, **options: "out of time")
     run_plan(reopen_sweep(plan.path), resume=True)
-    assert f"out of time; go on with: minimind-ray tune --resume {plan.path}\n" in capsys.readouterr().out
+    assert f"out of time; continue with: minimind-ray tune --resume {plan.path}\n" in capsys.readouterr().out
 
 
 def test_a_sweep_that_was_not_made_whole_is_begun_anew(tmp_path: Path) -> None:
