@@ -1,7 +1,7 @@
 """One optimizer step, the training loop around it, and the run directory with its checkpoints.
 
-`from minimind_ray import train` gives this package, since a package's name wins over a function's. The package can be
-called and trains a stage; see `minimind_ray.api.train`.
+The package can also be called: `minimind_ray.train(...)` trains a stage, see `minimind_ray.api.train`. The package has
+to be callable, because `from minimind_ray import train` returns the package and never a function of the same name.
 """
 
 import sys
@@ -16,7 +16,7 @@ class _Package(ModuleType):
         return import_module("minimind_ray.api").train(*arguments, **settings)
 
     def __reduce__(self) -> Any:
-        """By name, as cloudpickle does for packages of the plain type; a function of a notebook may refer to this."""
+        """Pickle by name, as cloudpickle does for ordinary packages: a notebook's function may use this package."""
         return import_module, (self.__name__,)
 
 

@@ -1,4 +1,4 @@
-"""Which validation a run is judged by: the one of the checkpoint that is kept as the best."""
+"""The validation that a run is judged by: the validation of its best checkpoint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def best_validation(lines: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The one with the lowest val/loss, of equals the last, among lines of metrics.jsonl; None without any.
+    """Return the line of metrics.jsonl with the lowest val/loss; None if no line has a finite val/loss.
 
-    A trial's metric is its value there, for schedulers, searchers, the progress of a sweep, tables and reports. (The
-    loop keeps the best checkpoint by the same rule, and in a sweep every validation has a checkpoint.)
+    Of several lines with the same val/loss, return the last. Schedulers, searchers, progress lines, tables and reports
+    take a trial's metric from this line. The training loop chooses the best checkpoint by the same rule.
     """
     best, lowest = None, math.inf
     for line in lines:

@@ -1,4 +1,9 @@
-"""What is worth bringing home of a run or a sweep from elsewhere: all but models, as text that passes any log."""
+"""Bring the results of a run or a sweep from a cluster to this machine, through a job's log.
+
+On the cluster `pack` turns all files but models into one line of text, which is printed to the log. Here `unpack` finds
+that line in the log and writes the files. `unpack` does not trust the cluster: it limits the size and refuses any path
+that `pack` would not send.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +21,20 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.data.files import locate
 
 MARK = "packed:"
-LEFT = ("checkpoints", "wandb", "tokenizer", "rejects")
-LARGEST = 32 << 20
-MOST_BYTES, MOST_FILES = 1 << 30, 100_000
-"""Of all files together, before compression."""
+EXCLUDED = ("checkpoints", "wandb", "tokenizer", "rejects")
+"""Files and folders that are not packed."""
+MAX_FILE_BYTES = 32 << 20
+MAX_BYTES, MAX_FILES = 1 << 30, 100_000
+"""Limits for all files together, before compression."""
 
 
 def pack(out: str) -> str:
-    """The files below a directory or URL as one line: MARK and a tar.gz in base64.
+    """Return the files below a directory or URL as one line: MARK, then a tar.gz archive in base64.
 
-    Left out: models, hidden files and folders, and files over 32 MiB. A directory that is not there is an empty one.
+    Models, hidden files and folders, and files over 32 MiB are left out. A missing directory counts as empty.
 
     Raises:
-        UserError: the files are more than `unpack` takes.
+        UserError: the files are more than `unpack` accepts.
     """
     filesystem, root = locate(out)
     found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
@@ -36,10 +42,10 @@ def pack(out: str) -> str:
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for info in sorted((info for info in found if info.type == fs.FileType.File), key=lambda info: info.path):
             name = info.path.removeprefix(root).lstrip("/")
-            if not _worth_it(name) or info.size > LARGEST:
+            if not _is_included(name) or info.size > MAX_FILE_BYTES:
                 continue
             with filesystem.open_input_stream(info.path, compression=None) as content:
-                data = content.read()  # All there is now: a log may grow.
+                data = content.read()  # Its length may differ from info.size: a log may have grown.
             bounds.add(len(data))
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -48,10 +54,10 @@ def pack(out: str) -> str:
 
 
 def unpack(log: str, target: Path) -> list[Path]:
-    """The files that the line of `pack` in a log holds, written below `target`; none without that line.
+    """Find the line of `pack` in a log and write its files below `target`. Return the paths; empty without such a line.
 
     Raises:
-        UserError: the line is damaged, or holds what `pack` never sends; nothing is written then.
+        UserError: the line is damaged, or has a file that `pack` never sends. Nothing is written in this case.
     """
     line = next((line for line in log.splitlines() if line.startswith(MARK)), None)
     if line is None:
@@ -65,7 +71,7 @@ def unpack(log: str, target: Path) -> list[Path]:
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"what the cluster sent of the results is damaged ({error}); fetch it again") from None
+        raise UserError(f"the results that the cluster sent are damaged ({error}); fetch them again") from None
     return sorted(target / name for name in names)
 
 
@@ -74,49 +80,49 @@ def _open(data: bytes) -> tarfile.TarFile:
 
 
 class _Bounded(io.RawIOBase):
-    """The decompressed bytes, as far as an archive of `pack` may have them."""
+    """The decompressed bytes of an archive, up to the size that an archive of `pack` can have."""
 
     def __init__(self, data: bytes) -> None:
         self.stream = gzip.GzipFile(fileobj=io.BytesIO(data))
-        self.left = MOST_BYTES + MOST_FILES * 2 * tarfile.BLOCKSIZE
+        self.left = MAX_BYTES + MAX_FILES * 2 * tarfile.BLOCKSIZE
 
     def read(self, size: int = -1) -> bytes:
-        """Raises UserError where there is more than the bound."""
+        """Return the next bytes. Raises UserError if the archive is larger than the bound."""
         found = self.stream.read(self.left + 1 if size < 0 else min(size, self.left + 1))
         self.left -= len(found)
         if self.left < 0:
-            raise UserError(f"the cluster sent more than {MOST_BYTES >> 30} GiB of results, which is refused")
+            raise UserError(f"the cluster sent more than {MAX_BYTES >> 30} GiB of results, which is refused")
         return found
 
 
 def _check(tar: Iterable[tarfile.TarInfo]) -> list[str]:
-    """The names of the files in an archive, all of which `pack` might have sent."""
-    names, bounds = list[str](), _Bounds("what the cluster sent")
+    """Return the names of the files in an archive. Raises UserError if `pack` would not have sent one of them."""
+    names, bounds = list[str](), _Bounds("the archive that the cluster sent")
     for member in tar:
-        if not member.isreg() or not _worth_it(member.name):
-            raise UserError(f"the cluster sent {member.name!r} as a result, which is no file of a run: refused")
+        if not member.isreg() or not _is_included(member.name):
+            raise UserError(f"the cluster sent {member.name!r} as a result, which is not a file of a run: refused")
         bounds.add(member.size)
         names.append(member.name)
     return names
 
 
-def _worth_it(name: str) -> bool:
-    """Whether a path lies in the directory, and is neither hidden nor part of a model."""
+def _is_included(name: str) -> bool:
+    """Whether `pack` sends this path: relative, not hidden and not part of a model."""
     parts = name.split("/")
-    return all(parts) and not any(part.startswith(".") or part in LEFT for part in parts)
+    return all(parts) and not any(part.startswith(".") or part in EXCLUDED for part in parts)
 
 
 class _Bounds:
     """Counts files and their bytes."""
 
-    def __init__(self, what: str) -> None:
-        self.what, self.files, self.bytes = what, 0, 0
+    def __init__(self, source: str) -> None:
+        self.source, self.files, self.bytes = source, 0, 0
 
     def add(self, size: int) -> None:
-        """Count a file. Raises UserError where there are too many, or they are too large together."""
+        """Count a file of `size` bytes. Raises UserError if there are too many files, or too many bytes in total."""
         self.files, self.bytes = self.files + 1, self.bytes + size
-        if self.files > MOST_FILES or self.bytes > MOST_BYTES:
+        if self.files > MAX_FILES or self.bytes > MAX_BYTES:
             raise UserError(
-                f"{self.what} has more than {MOST_FILES:,} files or {MOST_BYTES >> 30} GiB of results: copy it by "
+                f"{self.source} has more than {MAX_FILES:,} files or {MAX_BYTES >> 30} GiB of results: copy them by "
                 "other means"
             )

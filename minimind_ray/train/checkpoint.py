@@ -1,10 +1,10 @@
-"""What a resume needs beside the weights: optimizer state and the step, in resume/ of a checkpoint.
+"""Write and read resume/ of a checkpoint: all that a resumed run needs besides the weights.
 
-    resume/optimizer.safetensors   <state>.<parameter name>, float32
-    resume/state.json              the step and what the loop remembers
-    resume/sums.json               SHA-256 of every file
+    resume/optimizer.safetensors   the optimizer's state, <state>.<parameter name>, float32
+    resume/state.json              the run's `Progress`: step, tokens, best checkpoint, packs trained on
+    resume/sums.json               SHA-256 of every file of the checkpoint (written by run.py)
 
-Random state is not kept because there is none to keep: every step seeds the generators from (seed, step, rank).
+No random state is saved: every step seeds the generators from (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minimind_ray.config.reading import read_json, require_own
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as it stands, by the names in optimizer.safetensors."""
+    """Return the optimizer's current state, not copied, by the names in optimizer.safetensors."""
     return {
         f"{key}.{name}": value
         for name, p in model.named_parameters()
@@ -35,16 +35,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def save_resume(directory: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-    """Write resume/ in a checkpoint `directory` (see the module's text); `tensors`: a copy of `optimizer_tensors`."""
+    """Write the optimizer's `tensors` and the run's `state` into resume/ of a checkpoint `directory`.
+
+    Training may continue meanwhile, so `tensors` should be a copy of `optimizer_tensors`.
+    """
     save_file(dict(tensors), directory / "resume" / "optimizer.safetensors")
     (directory / "resume" / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
 def load_resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put the optimizer's state back and return the loop's.
+    """Restore the optimizer's state, and return the content of state.json.
 
     Raises:
-        UserError: the files do not belong to this model.
+        UserError: the files cannot be read, or do not belong to this model.
     """
     tensors = _read_tensors(directory / "resume" / "optimizer.safetensors")
     for name, p in model.named_parameters():
@@ -62,10 +65,10 @@ def load_resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """What the loop remembers of a checkpoint `directory`: `step`, `tokens`, `best` and `best_value`.
+    """Return the content of state.json, with at least `step`, `tokens`, `best` and `best_value`.
 
     Raises:
-        UserError: state.json cannot be read, or says other things.
+        UserError: state.json cannot be read, or lacks one of these, or has a value of another type.
     """
     path = directory / "resume" / "state.json"
     state = read_json(path)
@@ -73,7 +76,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     whole = all(type(state.get(key)) is int and state[key] >= 0 for key in ("step", "tokens"))
     named = best is None or (isinstance(best, str) and re.fullmatch(r"step-\d{8}", best))
     if not (whole and named and isinstance(value, float)):
-        raise UserError(f"{path}: not what a run wrote: expected step, tokens, best and best_value")
+        raise UserError(f"{path}: not written by a run: expected step, tokens, best and best_value")
     return state
 
 
@@ -85,4 +88,4 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-STATE = ("step", "exp_avg", "exp_avg_sq")  # What torch's AdamW keeps per parameter.
+STATE = ("step", "exp_avg", "exp_avg_sq")  # The state of torch's AdamW for each parameter.

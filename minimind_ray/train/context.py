@@ -1,6 +1,7 @@
-"""Where a stage runs: the few things the training loop asks of its host.
+"""The host that a stage runs on, as the training loop sees it, and settings of the process such as its precision.
 
-Three hosts answer: a plain process (here), a Ray Train worker and a Ray Tune trial (both under on_ray/).
+The loop knows its host only as a `Context`. There are three hosts: a plain process (`PlainContext`, here), a Ray Train
+worker and a Ray Tune trial (both under on_ray/).
 """
 
 from __future__ import annotations
@@ -22,37 +23,37 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.model.ops import compile_kernels, compiled, run_eagerly
 from minimind_ray.train.interrupts import first_stops
 
-# Read once, at a GPU's first matrix product, which may be long before a run asks for `train.deterministic`.
+# CUDA reads this variable once, at the first matrix product. `train.deterministic` may be asked for only later.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class Context(Protocol):
-    """What the loop knows of its host."""
+    """The interface between the training loop and its host."""
 
     rank: int
     world_size: int
     device: torch.device
     reads_checkpoints: bool
-    """Whether a checkpoint must be there when it is reported; else it may still be on its way to the disk."""
+    """Whether the host reads a checkpoint as soon as it is reported. If not, its files may be complete only later."""
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """Tell the host of a validation, and of the checkpoint directory written with it, if any. On every rank.
+        """Report a validation, or a checkpoint directory, or both, to the host. Called on every rank.
 
-        Whether to go on: False, on every rank, where the host finds the run not worth its cost (early stopping).
+        Return whether to continue training: False, on every rank, if the host stops the run early.
         """
         ...
 
     def should_stop(self) -> bool:
-        """Whether the host wants the run to end after this step with a checkpoint (Ctrl-C, a spot notice)."""
+        """Whether the run should write a checkpoint and end after this step (after Ctrl-C or a preemption notice)."""
         ...
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
-        """The weights of a model directory where the host holds them already; None: read them from the directory."""
+        """Return a model directory's weights if the host has them in memory; None: read them from the directory."""
         ...
 
 
 class PlainContext:
-    """One process, no Ray. `stop_on_interrupt` turns a signal into a clean stop; a second one interrupts at once."""
+    """One process, no Ray. Inside `stop_on_interrupt` the first signal is a clean stop, the second ends at once."""
 
     rank = 0
     world_size = 1
@@ -63,7 +64,7 @@ class PlainContext:
         self.stopping = False
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """Nothing waits for it here: metrics.jsonl and the run directory have it all."""
+        """Do nothing: metrics.jsonl and the run directory have the report's content already."""
         return True
 
     def should_stop(self) -> bool:
@@ -71,22 +72,22 @@ class PlainContext:
         return self.stopping
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
-        """Holds none."""
+        """Return None: this host keeps no base weights in memory."""
 
     def stop_on_interrupt(self) -> AbstractContextManager[None]:
-        """While inside, the first SIGINT, SIGTERM or SIGHUP asks for a stop, the next one has its usual effect."""
+        """Inside, the first SIGINT, SIGTERM or SIGHUP asks for a stop; the second has its usual effect."""
         return first_stops(self.stop)
 
     def stop(self) -> None:
-        """Ask for a stop after the step."""
+        """Ask for a stop after the current step."""
         self.stopping = True
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a CPU step frees for the next one; else the kernel zero-fills the same pages every step.
+    """Let glibc reuse the memory that a training step frees; otherwise the kernel zero-fills the same pages every step.
 
-    For the whole process, before its first matrix product. Elsewhere than on glibc only one thing changes: of the
-    matrix products that the CPU library sets up for every new size it keeps 256, a few megabytes each, not 1024.
+    Call it before the process's first matrix product; it holds for the whole process. It also limits oneDNN's cache of
+    prepared matrix products (one per size, a few megabytes each) to 256 entries instead of 1024, on every C library.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if platform.libc_ver()[0] == "glibc":
@@ -99,30 +100,30 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
+    """Return the first GPU if there is one, otherwise the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: what `train.precision` names; `auto` is bfloat16 where the hardware has it."""
+    """Return the dtype of matrix products for `train.precision`; `auto` is bfloat16 if the hardware supports it."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # As torch's own tests ask; there is no public way.
+        # Torch has no public function for this; its own tests use these two.
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """What the last digits of sums and products on this CPU depend on, beside versions: threads and instructions.
+    """Describe this CPU's arithmetic: threads and instruction set. The last digits of results depend on them.
 
     Linux grants AMX to a process only if the signal stack of each of its threads has room for AMX's registers. Without
-    the grant torch computes bfloat16 products with AVX-512, which rounds otherwise, and says nothing.
+    the grant torch silently computes bfloat16 products with AVX-512, which rounds differently.
     """
     instructions = torch.backends.cpu.get_cpu_capability()
-    # Torch has no public function that asks for the grant, or for the answer.
+    # Torch has no public function that requests AMX from Linux and returns whether it was granted.
     if dtype is torch.bfloat16 and torch.cpu._init_amx():  # pyright: ignore[reportPrivateUsage]
         instructions += " and AMX"
     threads = torch.get_num_threads()
@@ -133,7 +134,7 @@ def arithmetic(dtype: torch.dtype) -> str:
 def deterministic(wanted: bool) -> Generator[None]:
     """Use torch's deterministic algorithms inside, if `wanted`."""
     before = torch.are_deterministic_algorithms_enabled()
-    if before or not wanted:  # Asking torch imports its compiler, which takes seconds.
+    if before or not wanted:  # Setting it imports torch's compiler, which takes seconds.
         yield
         return
     torch.use_deterministic_algorithms(True)
@@ -144,19 +145,20 @@ def deterministic(wanted: bool) -> Generator[None]:
 
 
 LONG_RUN = {"cpu": 3e13, "cuda": 1e16}
-"""FLOPs of a run from which compiling pays: about a minute's. It takes some ten seconds on a machine's first run."""
+"""Compile a run of at least so many FLOPs, about a minute of work: compiling may take ten seconds."""
 
 
 def settle_compile(
     setting: Literal["auto", True, False], flops: float, device: torch.device, before: bool | None = None
 ) -> bool:
-    """Compile what lies between the matrix products, or do not, as `train.compile` says, for the whole process.
+    """Decide whether this process compiles its kernels (see model/ops.py), and return the decision.
 
-    `auto` compiles in a run of many `flops`, where something can be compiled; a run that goes on does as it did
-    `before`, so that its result is the same to the bit. All workers do the same. Returns whether they compile.
+    `setting` is `train.compile`. With `auto`, a run of many `flops` compiles if the compiler works here. A resumed run
+    does the same as `before`, so that its result is the same to the bit. All workers decide alike: all compile or all
+    do not.
 
     Raises:
-        UserError: the setting is true, and nothing can be compiled here.
+        UserError: the setting is true, and the compiler does not work here.
     """
     run_eagerly()
     wanted = setting
@@ -177,8 +179,8 @@ def settle_compile(
         run_eagerly()
         if before and wanted:
             print(
-                "the run was compiled when it began, and cannot be here: it is slower from now on, and its weights "
-                "will differ in their last digits",
+                "the run was compiled when it began, but compiling fails here: from now on the run is slower, and its "
+                "weights will differ in their last digits",
                 file=sys.stderr,
             )
     return compiled()

@@ -1,4 +1,7 @@
-"""Validation: the objective for every example, the means over all of them, and bits per byte."""
+"""Compute an objective on a validation set: its value for every example, the means over all, and bits per byte.
+
+Both the training loop (through `Validation`) and the `evaluate` stage call `evaluate`.
+"""
 
 from __future__ import annotations
 
@@ -23,30 +26,34 @@ from minimind_ray.train.step import Objective, autocast
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means, and one row per example (document or pair), sorted by `example`.
+    """The result of a validation: means, and one row per example (a document or a pair).
 
-    `examples` are float64 arrays: `loss` and `count` (summed over the example's counted items), the objective's
-    metrics, for losses per token `bytes` of text; and `example`, int64, an id that is the same for the same
-    validation set, so that two models can be compared example by example.
+    `examples` has one array per column, float64, with rows in the order of `example`:
+
+        example    the row's id, int64. It is the same for every model, so two models can be compared row by row.
+        loss       summed over the example's counted items
+        count      the number of these items
+        bytes      bytes of text that the counted tokens stand for (only for losses per token)
+        ...        the objective's metrics
     """
 
     means: dict[str, float]
     examples: dict[str, np.ndarray]
 
     def write(self, path: Path) -> None:
-        """The examples as Parquet."""
+        """Write the examples as a Parquet file."""
         pq.write_table(pa.table(self.examples), path)
 
 
 def packs_within(store: PackStore, max_tokens: int | None) -> int:
-    """How many packs of a validation set, from its first on, `eval.max_tokens` leaves to validate on."""
+    """Return how many packs of a validation set to use, counted from the first, so as to stay within `max_tokens`."""
     if max_tokens is None:
         return store.n_packs
     return min(max(1, store.n_packs * max_tokens // store.n_tokens), store.n_packs)
 
 
 def drop_stale(path: Path, loss: float) -> None:
-    """Delete a file that `Evaluation.write` wrote, where its mean loss is another: it is of another checkpoint."""
+    """Delete a file of `Evaluation.write` if its mean loss is not `loss`: it belongs to another checkpoint."""
     if not path.exists():
         return
     try:
@@ -69,13 +76,14 @@ def evaluate(
     dtype: torch.dtype,
     pass_tokens: int = 0,
 ) -> Evaluation:
-    """Evaluate this worker's packs, dropout off; the result holds all workers' examples, on every worker.
+    """Evaluate this worker's packs without dropout. Return the result of all workers, the same on every worker.
 
-    Packs go through the model together up to `pass_tokens`, else one by one.
+    Each forward pass takes packs of up to `pass_tokens` tokens in total, but at least one pack.
 
-    For losses per token also `perplexity` = exp(loss) and `bits_per_byte`, the loss in bits over the bytes of text
-    that the counted tokens stand for (`token_bytes_V` int32, 0 for control tokens), which compares tokenizers. Where
-    they stand for none, there is neither it nor `bytes`.
+    For losses per token the means also have `perplexity` = exp(loss) and `bits_per_byte`: the loss in bits, divided by
+    the bytes of text that the counted tokens stand for. Bits per byte allow comparing models with different tokenizers.
+    `token_bytes_V` (int32) has each token's number of bytes, 0 for control tokens. If all counted tokens are control
+    tokens, `bits_per_byte` and `bytes` are missing.
     """
     was_training = model.training
     model.eval()
@@ -87,7 +95,7 @@ def evaluate(
         if objective.unit == "token":
             bytes_N = token_bytes_V[batch.targets_N] * batch.weights_N
             values["bytes"] = torch.segment_reduce(bytes_N, "sum", lengths=batch.bounds_D1.diff().long().to(device))
-        per_example = (len(batch.bounds_D1) - 1) // len(values["loss"])  # documents: a pair has two
+        per_example = (len(batch.bounds_D1) - 1) // len(values["loss"])  # Documents per example: 2 for a pair.
         ids = np.concatenate([(pack.id << 20) + np.arange(len(pack.lengths) // per_example) for pack in together])
         arrays = {name: value.double().cpu().numpy() for name, value in values.items()}
         for name, array in {"example": ids, **arrays}.items():
@@ -111,6 +119,6 @@ def _evaluation(examples: dict[str, np.ndarray], unit: str) -> Evaluation:
         means["perplexity"] = math.exp(min(means["loss"], 700.0))
         if size := float(examples["bytes"].sum()):
             means["bits_per_byte"] = means["loss"] * float(count) / math.log(2) / size
-        else:  # All that counts are control tokens: there is no text to measure by.
+        else:  # All counted tokens are control tokens, which stand for no text.
             del examples["bytes"]
     return Evaluation(means, examples)

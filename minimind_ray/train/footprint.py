@@ -1,4 +1,8 @@
-"""What a worker's memory holds while training: weights, gradients, optimizer state, and what backward needs."""
+"""Estimate the memory that training takes on a worker, and choose how many tokens to pass through the model at once.
+
+Training holds weights, gradients, the optimizer's state, and activations: tensors that the forward pass saves for the
+backward pass. `plan` shows the estimate to the user; the training loop uses it for `batch.pass_tokens: auto`.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,17 @@ from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.train.step import autocast
 
 PROBE_TOKENS = 512
+"""About as many tokens go through a small model on the CPU to measure its activations."""
 GPU_PASS = 2**17
+"""At most so many tokens go through the model at once on a GPU with `batch.pass_tokens: auto`."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on a worker, and the parameters that are trained. Frozen weights have neither gradients nor state."""
+    """Bytes of memory on a worker, and the number of trained parameters.
+
+    Frozen weights have neither gradients nor optimizer state.
+    """
 
     trainable: int
     weights: int
@@ -30,17 +39,17 @@ class Footprint:
 
     @property
     def gradients(self) -> int:
-        """One float32 each."""
+        """Bytes of gradients: one float32 for each trained parameter."""
         return 4 * self.trainable
 
     @property
     def optimizer(self) -> int:
-        """AdamW's two moments, float32."""
+        """Bytes of AdamW's two moments, float32."""
         return 8 * self.trainable
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of weights, gradients, optimizer state and activations together."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -53,11 +62,11 @@ def footprint(
     counted: float,
     dtype: torch.dtype,
 ) -> Footprint:
-    """Of a model of `shape` once `adapt` has put its adapters on it, trained on packs of `pack_tokens`.
+    """Return the footprint of a model of `shape` that is trained on packs of `pack_tokens`.
 
-    `document` is a usual document's length in tokens, `counted` the part of tokens that carry loss. Activations are an
-    estimate: what a forward pass keeps for backward is measured here with one layer and two, on packs of two sizes, and
-    taken to grow linearly with both.
+    `adapt` puts adapters on the model, if the run trains any. `document` is the usual length of a document in tokens,
+    `counted` the fraction of tokens that carry loss. Activations are an estimate: measured with one layer and two, on
+    packs of two sizes, and extrapolated linearly in both.
     """
     with torch.device("meta"):
         model = Transformer(shape)
@@ -70,7 +79,7 @@ def footprint(
         one, two = (_kept(shape, adapt, layers, length, documents, counted, dtype) for layers in (1, 2))
         return one + (two - one) * (shape.num_hidden_layers - 1)
 
-    # Not all of it grows with the tokens: weights cast to bfloat16 are kept too.
+    # Part of it is constant, such as the weights that are cast to bfloat16.
     per_document = (kept(2 * few) - kept(few)) / few
     return Footprint(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -88,7 +97,7 @@ def _kept(
     counted: float,
     dtype: torch.dtype,
 ) -> int:
-    """Bytes that the forward pass of a model with so many layers keeps, its parameters not among them."""
+    """Return the bytes that the forward pass of a model with so many layers saves for backward, without parameters."""
     with torch.device("meta"):
         model = Transformer(shape.model_copy(update={"num_hidden_layers": layers}))
     model.to_empty(device="cpu")
@@ -99,7 +108,7 @@ def _kept(
 
 
 def kept_for_backward(model: Transformer, length: int, documents: int, counted: float, dtype: torch.dtype) -> int:
-    """Bytes that a forward pass over documents of `length` keeps, the model's parameters not among them."""
+    """Return the bytes that a forward pass saves for backward, without parameters; documents have `length` tokens."""
     device = next(model.parameters()).device
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -117,17 +126,19 @@ def kept_for_backward(model: Transformer, length: int, documents: int, counted: 
     batch = batch_from_packs([Pack(0, np.zeros(tokens, np.uint16), weights, lengths)]).to(device)
     with autocast(device, dtype), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss, _ = CausalLM(model.shape)(model, batch)
-    assert loss.grad_fn, "nothing is trained"  # The graph lives to here: no storage's address was used again.
+    assert loss.grad_fn, "nothing is trained"  # Keeps the graph alive to here, so that no address is used twice.
     return sum(kept.values())
 
 
 def settle_pass_tokens(config: Config, model: Transformer, dtype: torch.dtype, before: int | None = None) -> int:
-    """Tokens of a step that go through the model at once, as `batch.pass_tokens` says; 0: one pack.
+    """Return how many tokens of a step go through the model at once, from `batch.pass_tokens`; 0: one pack at a time.
 
-    `auto` on a GPU: for as many as 70 % of what weights, gradients and optimizer leave of this worker's part of its
-    memory holds what backward needs. Small passes leave a GPU waiting: of a 64M model, 8,192 tokens run at a sixth of
-    the rate of 131,072 on an H100. A run that goes on does as it did `before`, so that it adds up its gradients in the
-    same order, unless it has come to a GPU with less memory.
+    On a GPU `auto` takes as many tokens as have their activations fit into 70 % of the free memory: this worker's share
+    of the GPU, less weights, gradients and optimizer state. Small passes leave a GPU idle between kernels: for a 64M
+    model on an H100, passes of 8,192 tokens run at a sixth of the rate of passes of 131,072.
+
+    A resumed run takes the number of `before`, so that it adds up its gradients in the same order, unless its new GPU
+    has too little memory for it.
     """
     if config.batch.pass_tokens != "auto":
         return config.batch.pass_tokens
@@ -140,4 +151,4 @@ def settle_pass_tokens(config: Config, model: Transformer, dtype: torch.dtype, b
     memory = share * torch.cuda.get_device_properties(device).total_memory
     lasting = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
     fitting = max(0, min(GPU_PASS, int(0.7 * (memory - lasting) * length / (two - one))))
-    return min(before, fitting) if before else fitting  # Begun on a CPU, it had none.
+    return min(before, fitting) if before else fitting  # `before` is 0 if the run began on a CPU.

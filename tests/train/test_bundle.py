@@ -11,7 +11,7 @@ import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.train import bundle
-from minimind_ray.train.bundle import LARGEST, MARK, pack, unpack
+from minimind_ray.train.bundle import MARK, MAX_FILE_BYTES, pack, unpack
 
 pytestmark = pytest.mark.unit
 
@@ -24,7 +24,7 @@ def test_all_but_models_comes_out_of_a_log_as_it_went_in(tmp_path: Path) -> None
         file.write_text(f"of {name}")
     (tmp_path / "sweep" / "report.html").write_bytes(bytes(range(256)))
     with (run / "large.bin").open("wb") as large:
-        large.truncate(LARGEST + 1)
+        large.truncate(MAX_FILE_BYTES + 1)
     log = f"Running entrypoint\nwarning: {MARK}\n{pack(str(tmp_path / 'sweep'))}\nmore\n"
     target = tmp_path / "here"
     assert unpack(log, target) == [target / "report.html", target / "trials" / "a" / "run.json"]
@@ -62,7 +62,7 @@ def test_a_damaged_line_writes_nothing(cut: int, tmp_path: Path) -> None:
     (tmp_path / "run" / "run.json").write_bytes(bytes(range(256)) * 9)
     line = pack(str(tmp_path / "run"))
     for damaged in (line[:cut], f"{line[:cut]}!!", MARK + base64.b64encode(b"no archive").decode()):
-        with pytest.raises(UserError, match="is damaged"):
+        with pytest.raises(UserError, match="are damaged"):
             unpack(damaged, tmp_path / "here")
     assert not (tmp_path / "here").exists()
 
@@ -72,7 +72,7 @@ def test_results_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in "abc":
         (tmp_path / "run" / name).write_bytes(bytes(100_000))
     line = pack(str(tmp_path / "run"))
-    for bound, value in {"MOST_BYTES": 250_000, "MOST_FILES": 2}.items():
+    for bound, value in {"MAX_BYTES": 250_000, "MAX_FILES": 2}.items():
         with monkeypatch.context() as smaller:
             smaller.setattr(bundle, bound, value)
             with pytest.raises(UserError, match="more than"):
@@ -80,8 +80,8 @@ def test_results_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(UserError, match="more than"):
                 pack(str(tmp_path / "run"))
     with monkeypatch.context() as smaller:  # A header may be long, too.
-        smaller.setattr(bundle, "MOST_BYTES", 1000)
-        smaller.setattr(bundle, "MOST_FILES", 10)
+        smaller.setattr(bundle, "MAX_BYTES", 1000)
+        smaller.setattr(bundle, "MAX_FILES", 10)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
             tar.addfile(tarfile.TarInfo("x" * 1_000_000))
