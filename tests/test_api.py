@@ -76,7 +76,7 @@ def test_wrong_settings_are_told_as_the_command_tells_them(tmp_path: Path) -> No
         tune()
     with pytest.raises(UserError, match="optim.lr: given as an axis twice"):
         tune("sft", lr=[1, 2], axes={"optim.lr": [1, 2]})
-    with pytest.raises(UserError, match="is no model"):
+    with pytest.raises(UserError, match="is not a model"):
         load(tmp_path)
     with pytest.raises(UserError, match=str(tmp_path)):
         compare(tmp_path)

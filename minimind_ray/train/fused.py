@@ -1,11 +1,12 @@
-"""Many runs of adapters on one frozen base, step by step together: one pass over the base for all of them.
+"""Train the adapters of many runs on one frozen base at the same time, with one pass over the base for all runs.
 
-    K runs   P numbers of an adapter, ranks padded   D documents
+    K runs   P numbers of an adapter, ranks padded   D documents   M the loss and the metrics
 
-Each run is a `TrainingRun` with its own packs, schedule, validations, checkpoints and run directory, as if it were
-alone. Only its steps are trained here, together with the others': every run's i-th pack of the step (on a GPU
-its i-th few packs) is in the i-th micro-batch. Gradient norm, clipping, the check for what is not finite, and AdamW are
-each run's own, as vectors over K.
+Each run is a `TrainingRun` with its own packs, schedule, validations, checkpoints and run directory. Only the steps are
+shared: micro-batch i of a step has pack i of every run (on a GPU several packs of every run). Gradient norm, clipping,
+the check for non-finite values, and AdamW's state stay separate for each run; they are vectors over K.
+
+A caller makes a `Member` for each run, adds the members to a `Lockstep`, and calls `turn` until all runs have ended.
 """
 
 from __future__ import annotations
@@ -34,47 +35,47 @@ from minimind_ray.train.optim import l2_norm
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast
 
 PASS_TOKENS = {"cpu": 0, "cuda": 32768}
-"""Up to how many tokens packs of all runs go through the model together, where one of each run is not more: a GPU would
-wait for the next kernel in smaller passes."""
+"""Maximum tokens of a pass for all runs together, unless one pack of each run is already more. Smaller passes would
+leave a GPU idle between kernels."""
 
 
 class FusedContext(Context, Protocol):
-    """A run's host that is asked for its verdict later, when the other runs have reported too."""
+    """A host with `report` in two parts, so that all runs report before any of them waits for its host's decision."""
 
     def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
-        """As `report`, without waiting."""
+        """Report as `Context.report` does, but do not wait for the host's decision."""
         ...
 
     def verdict(self) -> bool:
-        """Of what was posted last."""
+        """Return whether to continue training, as the host decided about the last report; wait for the decision."""
         ...
 
 
 class PlainFusedContext(PlainContext):
-    """One process, no Ray, which holds the base's `weights`, on `device`, for all its runs."""
+    """One process, no Ray. It holds the base's `weights` on `device` for all runs."""
 
     def __init__(self, weights: Mapping[str, Tensor], device: torch.device | None = None) -> None:
         super().__init__(device)
         self.weights = weights
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor]:
-        """Not a copy."""
+        """Return the base's weights, not a copy of them."""
         return self.weights
 
     def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
-        """Nothing waits for it."""
+        """Do nothing: the run directory has the report's content already."""
 
     def verdict(self) -> bool:
-        """Always worth it."""
+        """Return True: this host never stops a run early."""
         return True
 
 
 @runtime_checkable
 class DocumentObjective(Objective, Protocol):
-    """An objective that depends on nothing but each document's log-probability, so many runs can share the model."""
+    """An objective that depends only on each document's log-probability, so that many runs can share a forward pass."""
 
     def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
+        """Return each document's log-probability in nats, summed over its counted tokens, and their number: [D]."""
         ...
 
     def of_documents(self, logp_D: Tensor, counts_D: Tensor, columns: Mapping[Column, Tensor]) -> dict[str, Tensor]:
@@ -84,10 +85,10 @@ class DocumentObjective(Objective, Protocol):
 
 @dataclass(eq=False)
 class Member:
-    """One run that is trained with others.
+    """One of the runs that are trained together.
 
-    `optimizer` holds the state of the run's AdamW, which is updated here. `step` is the step the run waits for, None
-    once it has ended; `error` is what ended it, if not its last step or a stop.
+    `optimizer` holds the state of the run's AdamW; this module updates it. `step` is the run's next step, None after
+    its end. `error` is the exception that ended the run, None if it ended after its last step or a stop.
     """
 
     model: Transformer
@@ -100,7 +101,7 @@ class Member:
     error: BaseException | None = field(default=None, init=False)
 
     def finish(self, result: StepResult | NonFiniteError) -> bool:
-        """Give the run its step's result; post what it reports. Return whether the host's verdict is to come."""
+        """Give the run the result of its step. Return whether it reported to its host, whose verdict `judge` awaits."""
         with self._ending_at_an_error():
             if report := self.run.finish_step(result):
                 self.context.post(report.metrics, report.checkpoint)
@@ -108,12 +109,12 @@ class Member:
         return False
 
     def judge(self) -> None:
-        """Wait for the host's verdict on the last report."""
+        """Wait for the host's verdict on the last report, and pass it to the run."""
         with self._ending_at_an_error():
             self.run.reported(self.context.verdict())
 
     def advance(self) -> None:
-        """Bring the run to its next step, or to its end."""
+        """Get the run's next step, or end the run after its last."""
         self.step = None
         if self.error is None:
             with self._ending_at_an_error():
@@ -122,7 +123,7 @@ class Member:
                     self.run.close()
 
     def fail(self, error: BaseException) -> None:
-        """End the run by an error."""
+        """End the run because of an error."""
         self.step, self.error = None, error
         with suppress(Exception):
             self.run.close(error)
@@ -136,21 +137,21 @@ class Member:
 
 
 class Lockstep:
-    """The runs that are under way on a base whose `weights`, by name, all share."""
+    """Trains runs step by step on one base. All runs share its `weights`, given by name."""
 
     def __init__(self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         self.weights, self.device, self.dtype = weights, device, dtype
         self.members: list[Member] = []
-        self.together: Together | None = None
+        self.fused: FusedRuns | None = None
 
     def add(self, member: Member) -> None:
-        """Let a run take part from the next turn on."""
+        """Add a run; it takes part from the next turn."""
         self.members.append(member)
 
     def turn(self) -> list[Member]:
-        """Bring each run to its next step, and train these steps together; return the runs that have ended instead.
+        """Train the next step of every run. Return the runs that had no further step; they are removed.
 
-        An error of the shared step ends all runs and is raised.
+        An error in the shared step ends all runs and is raised.
         """
         for member in self.members:
             member.advance()
@@ -158,7 +159,7 @@ class Lockstep:
         self.members = [member for member in self.members if member.step is not None]
         if self.members:
             results = self._train()
-            # All runs post before any waits, so that the hosts decide at the same time.
+            # All runs post before any run waits, so that their hosts decide at the same time.
             reporting = [m for m, result in zip(self.members, results, strict=True) if m.finish(result)]
             for member in reporting:
                 member.judge()
@@ -166,17 +167,21 @@ class Lockstep:
 
     def _train(self) -> list[StepResult | NonFiniteError]:
         try:
-            if self.together is None or self.together.members != self.members:
-                self.together = Together(self.members, self.weights, self.device, self.dtype)
-            return self.together.step([member.step for member in self.members if member.step])
+            if self.fused is None or self.fused.members != self.members:
+                self.fused = FusedRuns(self.members, self.weights, self.device, self.dtype)
+            return self.fused.step([member.step for member in self.members if member.step])
         except BaseException as error:
             for member in self.members:
                 member.fail(error)
             raise
 
 
-class Together:
-    """The adapters of K runs and the state of their optimizers, moved into arrays [K, P]; the runs keep views."""
+class FusedRuns:
+    """Trains the adapters of K runs in one pass.
+
+    The adapters and the state of their optimizers are moved into arrays [K, P]. The runs' parameters and optimizers
+    become views of these arrays, so a run saves its checkpoints as usual.
+    """
 
     def __init__(
         self, members: Sequence[Member], weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
@@ -202,7 +207,7 @@ class Together:
         self.settings = [self._column([getattr(m.config, name) for m in members]) for name in SETTINGS]
 
     def step(self, steps: Sequence[Step]) -> list[StepResult | NonFiniteError]:
-        """Train one step of every run. Weights of a run whose loss or gradient is not finite stay as they are."""
+        """Train one step of every run. If a run's loss or gradient is not finite, its weights do not change."""
         start = time.perf_counter()
         self.gradients_KP.zero_()
         counts = [sum(map(m.objective.count, step.packs)) for m, step in zip(self.members, steps, strict=True)]
@@ -215,7 +220,7 @@ class Together:
         means_KM = sums_KM / self._column(counts)
         good_K = norm_K.isfinite() & means_KM[:, 0].isfinite()
         clip_K1, beta1_K1, beta2_K1, eps_K1, decay_K1 = self.settings
-        # A clip of 0 leaves gradients as they are.
+        # A clip of 0 means no clipping.
         factor_K1 = torch.where(clip_K1 > 0, (clip_K1 / (norm_K.unsqueeze(1) + 1e-6)).clamp(max=1.0), 1.0).float()
         self.gradients_KP.mul_(factor_K1)
         self.gradients_KP.masked_fill_(~good_K.unsqueeze(1), 0.0)
@@ -232,7 +237,7 @@ class Together:
         ]
 
     def _micro_batch(self, packs: Sequence[Sequence[Pack]], counts: Sequence[float], names: Sequence[str]) -> Tensor:
-        """Add to the gradients of each run what its `packs` give; the sums of loss and metrics, float64 [K, M]."""
+        """Add the gradients of each run's `packs`; return the sums of loss and metrics, float64 [K, M]."""
         vocabulary = self.model.shape.vocab_size
         batch = batch_from_packs([pack for own in packs for pack in own])
         lengths = [sum(len(pack.tokens) - len(pack.lengths) for pack in own) for own in packs]
@@ -252,14 +257,17 @@ class Together:
                 values = member.objective.of_documents(logp, count, own)
                 total = total + values["loss"].sum() / counts[k]
                 sums_KM[k] = torch.stack([values[name].detach().sum() for name in names])
-        # Not `backward`, which wants the gradient of a view to be contiguous.
+        # Not `backward`: it requires the gradient of a view to be contiguous.
         for gradient, found in zip(self.gradients, torch.autograd.grad(total, self.model.leaves), strict=True):
             gradient.add_(found)
         return sums_KM
 
     @torch.no_grad()
     def _adamw(self, lr_K1: Tensor, beta1_K1: Tensor, beta2_K1: Tensor, eps_K1: Tensor, decay_K1: Tensor) -> None:
-        """AdamW (Loshchilov & Hutter 2019, algorithm 2) with each run's own settings; adapters are all matrices."""
+        """Update by AdamW (Loshchilov & Hutter 2019, algorithm 2) with each run's own settings.
+
+        Weight decay applies to all parameters, because all parameters of adapters are matrices.
+        """
         self.steps_KT += 1
         steps_K1 = self.steps_KT[:, :1]
         self.values_KP.mul_(1 - lr_K1 * decay_K1)

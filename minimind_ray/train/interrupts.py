@@ -1,9 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command in the same way: as KeyboardInterrupt in the main thread.
+"""Make Ctrl-C, SIGTERM and SIGHUP end a command in the same way: by KeyboardInterrupt in the main thread.
 
-A run turns the first of them into a stop after its step, with a checkpoint: in a plain process by `first_stops`, on Ray
-by `interruptible` in on_ray/session.py. The second one ends the command at once. Signals that follow within ECHO_S of
-the first are part of it: a closed terminal and `timeout` send theirs twice. `exit_code` is that of the shell, 128 and
-the signal's number.
+A training run handles the first signal differently: it finishes its step, writes a checkpoint and ends. In a plain
+process `first_stops` does this, on Ray `interruptible` in on_ray/session.py. A second signal ends the command at once.
+A signal within ECHO_S seconds of the first is ignored, because a closed terminal and `timeout` send each signal twice.
+
+The exit code follows the shell's convention: 128 plus the number of the signal.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ SHOW_CURSOR = b"\x1b[?25h\n"
 _handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 _terminals: list[int] = []
 _first: list[tuple[int, float]] = []
-"""The first signal since `install`, and when it came."""
+"""The first signal since `install` and the time it came; empty if no signal has come."""
 
 
 def install() -> None:
     """Let the three signals raise KeyboardInterrupt in this process's main thread.
 
-    A signal that is ignored stays ignored: nohup's SIGHUP, and the SIGINT of a command in a shell's background.
+    An ignored signal stays ignored: SIGHUP under nohup, and SIGINT in a shell's background job.
     """
     _first.clear()
     _terminals[:] = [fd for fd in (1, 2) if _is_terminal(fd)]
@@ -37,13 +38,13 @@ def install() -> None:
 
 
 def reinstall() -> None:
-    """Install the handlers again, after Ray has replaced some; does nothing where `install` was not called."""
+    """Install the handlers again after Ray has replaced some of them. Does nothing if `install` was not called."""
     for number, handler in _handlers.items():
         signal.signal(number, handler)
 
 
 def uninstall() -> None:
-    """Give the signals back to the system, except Ctrl-C, which raises KeyboardInterrupt as in any Python program."""
+    """Restore the system's handlers; Ctrl-C raises KeyboardInterrupt as in any Python program."""
     for number, handler in _handlers.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -51,14 +52,15 @@ def uninstall() -> None:
 
 
 def exit_code(otherwise: int) -> int:
-    """128 and the number of the first signal that has come since `install`; `otherwise` if none has."""
+    """Return 128 plus the number of the first signal since `install`; `otherwise` if no signal has come."""
     return 128 + _first[0][0] if _first else otherwise
 
 
 def exit_at_once() -> None:
-    """End a command without leaving Ray first, where its threads are at work; Ray's processes here end with it.
+    """End the command at once, without disconnecting from Ray, whose threads may still be at work.
 
-    Returns, having done nothing, in a process that has not called `install`, such as a notebook's.
+    Ray's processes on this machine end with the command. In a process that has not called `install`, such as a
+    notebook, this function does nothing and returns.
     """
     if _handlers:
         for fd in _terminals:
@@ -68,7 +70,7 @@ def exit_at_once() -> None:
 
 @contextmanager
 def first_stops(stop: Callable[[], object]) -> Generator[None]:
-    """While inside, the first signal calls `stop`, and the second one has the effect that it has outside."""
+    """Inside, the first signal calls `stop`. The second signal has the effect that it has outside."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -99,7 +101,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _is_echo(number: int) -> bool:
-    """Whether a signal is part of the first one, which is remembered."""
+    """Whether a signal is a repetition of the first one. Remembers the signal if it is the first."""
     _leave_closed_terminal()
     if not _first:
         _first.append((number, time.monotonic()))
@@ -108,7 +110,7 @@ def _is_echo(number: int) -> bool:
 
 
 def _leave_closed_terminal() -> None:
-    """Write to nowhere from now on where writing would be an error."""
+    """Redirect output to the null device if its terminal was closed; writing there would raise an error."""
     for fd in _terminals:
         if not _is_terminal(fd):
             nowhere = os.open(os.devnull, os.O_WRONLY)

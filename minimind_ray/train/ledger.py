@@ -1,6 +1,7 @@
-"""Which packs a run has trained on, by their numbers: what makes "each pack of an epoch exactly once" checkable.
+"""Record which packs a run has trained on, so that `verify` can check that each epoch used each pack exactly once.
 
-Written down as pages are listed: `0-1023 1030 1040-1047*2` is the packs 0 to 1023 and 1030 once, 1040 to 1047 twice.
+Checkpoints store the record as text. `0-1023 1030 1040-1047*2` means: packs 0 to 1023 and pack 1030 once, packs 1040 to
+1047 twice.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import torch.distributed as dist
 from minimind_ray.config.errors import UserError
 
 WORD = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?(?:\*(\d{1,9}))?", re.ASCII)
-MOST_PACKS = 100_000_000  # In an epoch; a damaged number is to fill no memory.
+MAX_PACKS = 100_000_000  # In an epoch. Without a limit, a damaged file could make `parse_counts` fill the memory.
 
 
 class Ledger:
-    """How often each pack was trained on, in each epoch, by all workers of all attempts that a checkpoint stands on.
+    """Counts how often each pack was trained on in each epoch, over all workers and over all resumes.
 
-    `packs_per_epoch` is None for a stream, whose packs are numbered through as if in one epoch.
+    `epochs` are the counts so far, as `gather` returned them. `packs_per_epoch` is None for a stream: its packs have
+    consecutive numbers, as if they were in one epoch.
 
     Raises:
-        ValueError: not what `gather` gave.
+        ValueError: the arguments are not such as `gather` returns.
     """
 
     def __init__(
@@ -38,11 +40,11 @@ class Ledger:
         self.since: dict[int, list[int]] = defaultdict(list)
 
     def add(self, epoch: int | None, packs: Iterable[int]) -> None:
-        """Packs that this worker has trained on."""
+        """Count packs that this worker has trained on."""
         self.since[epoch or 0] += packs
 
     def gather(self) -> dict[str, Any]:
-        """Bring all workers' packs together, on every worker; as JSON, which `Ledger(**…)` reads."""
+        """Add up the counts of all workers. Return them as JSON values, which `Ledger(**…)` reads; on every worker."""
         workers: list[Any] = [self.since]
         if dist.is_initialized():
             workers = [None] * dist.get_world_size()
@@ -58,7 +60,7 @@ class Ledger:
         return {"packs_per_step": self.packs_per_step, "packs_per_epoch": self.packs_per_epoch, "epochs": epochs}
 
     def problem(self, step: int) -> str | None:
-        """What keeps this from being each pack exactly once up to `step`, mid-epoch or not; None where nothing does."""
+        """Check that each pack due up to `step` was trained on exactly once. Return the first problem, or None."""
         per_epoch, due = self.packs_per_epoch, step * self.packs_per_step
         if per_epoch is None:
             expected = {0: due}
@@ -78,12 +80,12 @@ class Ledger:
 
 
 def is_count(value: Any) -> bool:
-    """A whole number above 0."""
+    """Whether a value is a whole number above 0."""
     return type(value) is int and value > 0
 
 
 def counts_text(counts: np.ndarray) -> str:
-    """Runs of packs that were trained on equally often; see the module's text. `counts` is int64 [packs]."""
+    """Return `counts`, int64 [packs], as text; see the module's docstring."""
     starts = np.flatnonzero(np.diff(counts, prepend=0))
     ends = [*starts[1:], len(counts)]
     words = [
@@ -95,15 +97,15 @@ def counts_text(counts: np.ndarray) -> str:
 
 
 def parse_counts(text: str) -> np.ndarray:
-    """Back from `counts_text`: int64 [last pack + 1].
+    """Return the counts of a text of `counts_text`: int64 [last pack + 1].
 
     Raises:
-        UserError: it was not written by `counts_text`.
+        UserError: `counts_text` did not write this text.
     """
     runs: list[tuple[int, int, int]] = []
     for word in text.split():
-        if not (found := WORD.fullmatch(word)) or int(found[2] or found[1]) >= MOST_PACKS:
-            raise UserError(f"the ledger of packs in resume/state.json is damaged: {word[:40]} is no run of packs")
+        if not (found := WORD.fullmatch(word)) or int(found[2] or found[1]) >= MAX_PACKS:
+            raise UserError(f"the ledger of packs in resume/state.json is damaged: {word[:40]} is not a range of packs")
         runs.append((int(found[1]), int(found[2] or found[1]), int(found[3] or 1)))
     counts = np.zeros(1 + max((last for _, last, _ in runs), default=-1), np.int64)
     for first, last, times in runs:

@@ -1,14 +1,14 @@
-"""The training loop, one for every stage and host: a state machine that somebody else drives.
+"""The training loop of every stage on every host: a state machine, and `fit`, which drives it.
 
-A `TrainingRun` knows which packs a step trains, when to validate, save and stop. It never trains a step itself and
-never speaks to the host. Its driver does both:
+A `TrainingRun` knows which packs a step trains, and when to validate, save and stop. It never trains a step itself and
+never calls the host. Its driver does both:
 
       driver                          TrainingRun                        writes (rank 0, see recorder.py)
       ──────                          ───────────                        ────────────────────────────────
       next_step()           ───────►  takes packs, asks for a stop
       trains the Step       ◄───────  Step, or None at the end   ─────►  at the end: state and result in run.json
       finish_step(result)   ───────►  counts, validates          ─────►  metrics.jsonl, then a checkpoint
-      tells the host        ◄───────  Report, or None
+      reports to the host   ◄───────  Report, or None
       reported(worth_it)    ───────►  ends early if not worth it
       ...and again from next_step; close() in any case
 
@@ -78,7 +78,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What to tell the host: the metrics of a step with a validation or a checkpoint, and the checkpoint's path."""
+    """A report for the host: the metrics of a step with a validation or a checkpoint, and the checkpoint's path."""
 
     metrics: dict[str, Any]
     checkpoint: str | None
@@ -168,7 +168,7 @@ class TrainingRun:
         return Step(self._packs, batches, step, self._lr(), stop)
 
     def finish_step(self, result: StepResult | NonFiniteError) -> Report | None:
-        """Take the result of the step that `next_step` returned last; return what to tell the host, if anything.
+        """Take the result of the step that `next_step` returned last; return a report for the host, if there is any.
 
         After a Report call `reported` before the next step.
 
@@ -224,7 +224,7 @@ class TrainingRun:
         return self.config.optim.lr * lr_factor(self.config.schedule, self.progress.step, self.plan.steps)
 
     def _validate(self, metrics: dict[str, Any]) -> tuple[Evaluation, list[str]]:
-        """Validate and add the means to `metrics`; also what the model writes, on rank 0."""
+        """Validate, and add the means to `metrics`. Return the evaluation, and sample texts on rank 0."""
         began = time.perf_counter()
         evaluation = self.validation()
         sampling = self.recorder and self.config.eval.samples
@@ -234,7 +234,7 @@ class TrainingRun:
         return evaluation, samples
 
     def _log(self, metrics: dict[str, Any], samples: list[str]) -> None:
-        """Write the step's line, with a warning in it where there is one."""
+        """Write the step's line of metrics.jsonl, with a warning if there is one."""
         if self.recorder:
             first = self.progress.step == 1
             warning = self.recorder.warning() or (first and shortfall(self.config.schedule, self.plan.steps))

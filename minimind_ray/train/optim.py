@@ -1,4 +1,4 @@
-"""AdamW, and gradients in one flat buffer."""
+"""The optimizer (AdamW), and gradients in one flat buffer, for `training_step`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ NORM_PIECE = 4096
 
 
 class _AdamW(torch.optim.AdamW):
-    # Torch's own, without the wrappers that import its compiler to keep it out of them: seconds of a run's start.
+    # Torch wraps these methods to keep its compiler out of them. The wrappers import the compiler, which takes seconds.
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; weight decay for matrices, none for norms and other vectors."""
+    """Return a fused AdamW for the trainable parameters. Weight decay applies to matrices, not to norms and biases."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -36,10 +36,11 @@ def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def l2_norm(values_XP: Tensor) -> Tensor:
-    """The L2 norm along the last axis: float64, of the leading axes' shape.
+    """Return the L2 norm along the last axis: float64, with the shape of the other axes.
 
-    One float32 sum over all of P loses up to 1.5 % at 100M values on a CPU. So the squares are summed in float32 only
-    within pieces of NORM_PIECE values, and the pieces in float64: exact to about 1e-8, in the same time.
+    A single float32 sum over 100M values loses up to 1.5 % on a CPU. So the squares are summed in float32 only within
+    pieces of NORM_PIECE values, and the pieces are summed in float64. This is exact to about 1e-8 and takes the same
+    time.
     """
     size = values_XP.shape[-1]
     whole = size // NORM_PIECE * NORM_PIECE
@@ -51,9 +52,9 @@ def l2_norm(values_XP: Tensor) -> Tensor:
 class FlatGradients:
     """All gradients as views of one buffer, so that summing over workers, clipping and zeroing are one call each.
 
-    The sum over workers is one all-reduce of the same buffer in every step. (DistributedDataParallel regroups its
-    buckets after the first step, which changes the order of summation and so the last bits after a resume; and it
-    cannot give workers different numbers of micro-batches.)
+    The sum over workers is one all-reduce of this buffer in every step. DistributedDataParallel is not used, for two
+    reasons. It regroups its buckets after the first step, so the order of summation, and with it the last bits, would
+    differ after a resume. And all its workers need the same number of micro-batches.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,16 +67,19 @@ class FlatGradients:
             start += p.numel()
 
     def zero(self) -> None:
-        """Before a step's first backward pass."""
+        """Set all gradients to 0; call it before a step's first backward pass."""
         self.buffer.zero_()
 
     def all_reduce(self) -> None:
-        """Sum over all workers, in place."""
+        """Sum the gradients over all workers, in place."""
         if dist.is_initialized():
             dist.all_reduce(self.buffer)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale down to a global L2 norm of at most `max_norm` (0: leave as they are); the norm before, float64 []."""
+        """Scale the gradients to a global L2 norm of at most `max_norm`; 0 means no limit.
+
+        Returns the norm before scaling, float64 [].
+        """
         norm = l2_norm(self.buffer)
         if max_norm:
             self.buffer.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -1,4 +1,4 @@
-"""Work of a training step that is done in another thread, before the step needs it."""
+"""Prepare the next step's batches in another thread, so that a GPU does not wait for them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the same items; make each one in another thread while the item before is in use.
+    """Yield the same items, but make each item in another thread while the caller uses the item before.
 
-    A GPU then does not wait for its next batches. A caller that stops early does not wait for the item under way.
+    A caller that stops early does not wait for the item that is being made.
     """
 
     def begin() -> Future[T | None]:

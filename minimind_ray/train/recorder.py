@@ -1,4 +1,7 @@
-"""What rank 0 writes of a run: lines, samples, checkpoints, the trackers' records and the end in run.json."""
+"""Write all records of a run, on rank 0: metrics, samples, checkpoints, trackers and the final state in run.json.
+
+The training loop (loop.py) decides when to write; the recorder knows where and in which order.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class Recorder:
 
     def warning(self) -> str | None:
         """Return what went wrong with checkpoints or the object store since the last call."""
-        return self.writer.news()
+        return self.writer.pop_warning()
 
     def log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
         """Write one line of metrics.jsonl, and what the model wrote after the same step."""

@@ -1,4 +1,7 @@
-"""What a user reads about resuming a run: which settings differ, and the complete commands that train on."""
+"""Messages to users about resuming a run: the settings that differ, and the complete command that continues training.
+
+`RunDirectory.check` refuses to resume a run with other settings, and shows these messages.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from minimind_ray.config.load import read_yaml
 from minimind_ray.config.paths import in_job
 from minimind_ray.config.schema import Config
 
-# What may change between stop and resume without making it another run.
+# Settings that may change between stop and resume: they do not change the run's result.
 FREE_KEYS = (
     "scale.",
     "eval.",
@@ -26,11 +29,11 @@ LENGTH = {"train.max_steps", "train.epochs"}
 SHOWN, LONGEST_VALUE = 3, 60
 
 Difference = tuple[Any, Any]
-"""A key's value in the run's config.yaml, and the other one."""
+"""A key's value in the run's config.yaml, and its value in the other config."""
 
 
 def differences(config_file: Path, config: Config) -> dict[str, Difference]:
-    """By key, in order: the settings that make `config` another run than the one whose config.yaml this is."""
+    """Return, by key and sorted, the settings of `config` that differ from a run's config.yaml, without FREE_KEYS."""
     found = dict(_differences(read_yaml(config_file), config.model_dump(mode="json")))
     return {key: found[key] for key in sorted(found) if not key.startswith(FREE_KEYS)}
 
@@ -44,16 +47,16 @@ def _differences(before: Any, after: Any, at: str = "") -> Iterator[tuple[str, D
 
 
 def refusal(where: str, config_file: Path, config: Config) -> str | None:
-    """Why the run at `where` cannot be resumed with `config`, and how to train on; None if it can."""
+    """Return why the run at `where` cannot be resumed with `config`, and how to continue; None if it can be resumed."""
     found = differences(config_file, config)
     if not found:
         return None
     values = {key: f" {_text(after)} (the run has {_text(before)})" for key, (before, after) in found.items()}
     what = ", ".join(f"{key}{values[key] if len(found) <= SHOWN else ''}" for key in found)
     refused = f"{where} cannot be resumed with other settings: {what}"
-    if in_job():  # A job's command names files of the working directory only, where config.yaml is not.
+    if in_job():  # A job's command can name only files of the working directory, and config.yaml is not among them.
         return f"{refused}; use the values in its config.yaml, or choose another --out"
-    refused += f". To go on with its own settings: {_command(where, config_file)} --resume"
+    refused += f". To continue with its own settings: {_command(where, config_file)} --resume"
     if found.keys() <= LENGTH:
         settings = [f"{key}={after}" for key, (_, after) in found.items() if after is not None]
         return f"{refused}. {longer(where, config_file, config, *settings)}"
@@ -61,9 +64,9 @@ def refusal(where: str, config_file: Path, config: Config) -> str | None:
 
 
 def longer(where: str, config_file: Path, config: Config, *settings: str) -> str:
-    """How to train longer than the run at `where`, which `config` differs from in its length at most.
+    """Return how to train longer than the run at `where`: the reason for a new run, and its command.
 
-    `settings` are as for --set.
+    `config` may differ from the run's only in its length. `settings` are assignments as for --set.
     """
     why = "The learning rate was planned for the run's own length; to train longer, start a new run"
     if in_job():
@@ -76,7 +79,7 @@ def longer(where: str, config_file: Path, config: Config, *settings: str) -> str
 
 
 def _command(where: str, config_file: Path, out: str | None = None) -> str:
-    """The command that trains with the settings of the run at `where`, into `out` (default: the run itself)."""
+    """Return the command that trains with the settings of the run at `where`, into `out` (default: the same run)."""
     own = read_yaml(config_file)
     words = ["minimind-ray", "train", str(own.get("stage")), "--config", str(config_file)]
     if (out := out or where) != own.get("out"):

@@ -1,13 +1,15 @@
-"""The run directory, which explains itself; on a local disk, or at a URL in an object store (data/storage.py).
+"""The run directory: all files of one run, on a local disk or at a URL in an object store (data/storage.py).
 
-config.yaml     the resolved config
-run.json        command line, versions, git commit, data fingerprints, state, and where the result is
-writer.json     the process that writes here, while it does (data/claim.py)
-metrics.jsonl   one line per step, with what its validation found
-samples.jsonl   what the model wrote at each validation
-validation.parquet   the validation of the result, one row per example
-checkpoints/    step-00000100/: a Hugging Face model directory, and resume/ beside it
-wandb/          what W&B keeps, see track/wandb_files.py; the W&B run's id is in run.json
+    config.yaml          the resolved config
+    run.json             command line, versions, git commit, data fingerprints, state, and the path of the result
+    writer.json          the process that is writing here now (data/claim.py)
+    metrics.jsonl        one line per step, with the result of its validation
+    samples.jsonl        texts that the model wrote at each validation
+    validation.parquet   the validation of the result, one row per example
+    checkpoints/         step-00000100/: a Hugging Face model directory with a folder resume/
+    wandb/               W&B's files, see track/wandb_files.py; the W&B run's id is in run.json
+
+The training loop writes here on rank 0. Other commands (list, show, compare, generate) only read.
 """
 
 from __future__ import annotations
@@ -43,14 +45,14 @@ VALIDATION = "validation.parquet"
 UNFINISHED = ".writing-"
 GONE = "stopped (its process is gone)"
 LONGEST_LINE = 1 << 14
-"""Bytes of a line of metrics.jsonl, at most."""
+"""Maximum length of a line of metrics.jsonl, in bytes."""
 
 
 class RunDirectory:
-    """Files of one run; only rank 0 writes, and begins with `writing`.
+    """The files of one run. Only rank 0 writes, inside `writing`.
 
-    `where` is a path or URL, `path` the directory to work in: with a URL a local copy, in which files are as they were
-    last asked for. All methods ask the store and tell it; those that do raise StoreError.
+    `where` is the run's path or URL. `path` is a local directory: with a URL, a local copy whose files are fetched when
+    a method needs them. Methods that use the object store may raise StoreError.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = False) -> None:
@@ -61,11 +63,11 @@ class RunDirectory:
         self._lock = threading.Lock()
 
     def create(self, config: Config, facts: dict[str, Any], *, resume: bool) -> None:
-        """Make the directory, or with `resume` go on in one that holds the same run.
+        """Make the directory for a new run, or with `resume` reopen the directory of the same run.
 
         Raises:
-            UserError: the directory holds a run and `resume` is off, or holds none and `resume` is on, or holds
-                a run of another config.
+            UserError: the directory holds a run although `resume` is off, or holds no run although `resume` is on, or
+                holds a run with other settings.
         """
         self.check(config, resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -75,24 +77,24 @@ class RunDirectory:
         )
 
     def check(self, config: Config, *, resume: bool) -> None:
-        """Whether `create` would be refused, without writing anything."""
+        """Raise the errors of `create` without writing anything."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"out {self.where} is a file: name a directory")
         require_free(self.where)
         holds_run = self.file("config.yaml").exists()
         if holds_run and not resume:
-            raise UserError(f"{self.where} already holds a run: add --resume to go on with it, or choose another --out")
+            raise UserError(f"{self.where} already holds a run: add --resume to continue it, or choose another --out")
         if resume and not holds_run:
             raise UserError(f"{self.where} holds no run to resume: leave --resume out to start one")
         if resume and (why := refusal(self.where, self.file("config.yaml"), config)):
             raise UserError(why)
 
     def changes(self, config: Config) -> list[str]:
-        """Keys whose values make `config` another run than the one in the directory."""
+        """Return the keys in which `config` differs from the run in the directory."""
         return list(differences(self.file("config.yaml"), config))
 
     def recover(self, config: Config) -> None:
-        """Send what a run of the same config on this machine could not, because the store was failing."""
+        """Send files that an earlier run of the same config on this machine could not send to a failing store."""
         own = RunDirectory(self.where, writes=True)
         if not own.mirror or not (own.path / "config.yaml").exists() or differences(own.path / "config.yaml", config):
             return
@@ -101,16 +103,16 @@ class RunDirectory:
             own.mirror.resend()
 
     def file(self, name: str) -> Path:
-        """One of the files: as the store has it, or as the process that writes has it."""
+        """Return the local path of a file; first fetch the file from the store, unless this process writes the run."""
         if self.mirror and (not self.writes or name in DIRECT):
             return self.mirror.pull_file(name)
         return self.path / name
 
     def live_file(self, name: str, since: float) -> Path:
-        """As `file`; of a run in a store the copy of the process that writes it, if that is on this machine.
+        """Like `file`, but prefer the writing process's own copy if that process runs on this machine.
 
-        So a run is followed while the store fails. `since` is a time in seconds since 1970: an older copy is one that
-        an earlier process has left.
+        So a run can be followed even while the store fails. `since` is in seconds since 1970; a copy from before this
+        time was left by an earlier process and is not used.
         """
         if self.mirror:
             own = RunDirectory(self.where, writes=True).path / name
@@ -120,65 +122,65 @@ class RunDirectory:
         return self.file(name)
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file of the directory at once."""
+        """Replace a file of the directory atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / name, text)
         if self.mirror:
             self.mirror.put(name)
 
     def writing(self) -> AbstractContextManager[None]:
-        """While inside, what rank 0 writes comes into the store, and all of it in the end; see `Mirror.syncing`."""
+        """Inside, the files that rank 0 writes are sent to the store; on exit all are sent. See `Mirror.syncing`."""
         return self.mirror.syncing() if self.mirror else nullcontext()
 
     def open(self) -> None:
-        """Have all files here, to change them."""
+        """Fetch all files, in order to change them."""
         if self.mirror:
             self.mirror.open()
 
     def send(self) -> None:
-        """Bring all that was written into the store, now."""
+        """Send all written files to the store now."""
         if self.mirror and self.writes:
             self.mirror.push_with_retry()
 
     def changed(self) -> None:
-        """Bring all that was written into the store, soon."""
+        """Send all written files to the store soon, in the background."""
         if self.mirror:
             self.mirror.changed()
 
-    def news(self) -> str | None:
-        """What there is to tell of the store since the last call."""
+    def pop_warning(self) -> str | None:
+        """Return a warning about the store since the last call, if there is one."""
         return self.mirror and self.mirror.pop_warning()
 
     @property
     def poll_seconds(self) -> float:
-        """How often to look for news from another process."""
+        """Seconds between two looks for changes that another process made."""
         return 5.0 if self.mirror else 0.2
 
     def info(self) -> dict[str, Any]:
-        """What run.json says; empty without one. Raises UserError where it cannot be read."""
+        """Return the content of run.json; empty if the file is missing. Raises UserError if it cannot be read."""
         path = self.file("run.json")
         return read_json(path) if path.exists() else {}
 
     def state(self) -> str | None:
-        """What run.json says of the run's state; GONE where it says "running" and no process writes to it."""
+        """Return the run's state from run.json, or GONE if the state is "running" but no process writes the run."""
         state = self.info().get("state")
         if state != "running":
             return state
         return state if find_writer(self.where) else GONE
 
     def update(self, **facts: Any) -> None:
-        """Add to run.json, and bring into the store what it speaks of."""
+        """Add `facts` to run.json. All files written before are sent to the store first."""
         self.send()
         info = {**self.info(), **facts, "updated": datetime.now(UTC).isoformat(timespec="seconds")}
         self.write("run.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
     def fail(self, error: str, **facts: Any) -> None:
-        """Note in run.json that the run failed, if disk and store take it: what is wrong is told in any case."""
+        """Note in run.json that the run failed. Ignore errors of disk and store: the caller reports `error` itself."""
         with suppress(OSError, StoreError):
             self.update(state="failed", error=error, **facts)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
-        """Add one line to a .jsonl file of the run. What a full disk does not take waits for the next line."""
+        """Add one line to a .jsonl file of the run. If the disk is full, the line is kept and written with the next."""
         with self._lock:
             text = json.dumps(line, ensure_ascii=False) + "\n"
             self._unwritten[name] = self._unwritten.get(name, b"") + text.encode()
@@ -188,7 +190,7 @@ class RunDirectory:
                 self.mirror.put(name)
 
     def write_lines(self) -> None:
-        """Write the lines that wait. Raises OSError where the disk does not take them; none is written in part."""
+        """Write the lines that are waiting. Raises OSError if the disk is full; no line is then written in part."""
         with self._lock:
             for name, lines in list(self._unwritten.items()):
                 path = self.path / name
@@ -203,13 +205,13 @@ class RunDirectory:
                 del self._unwritten[name]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that is not whole yet is left out."""
+        """Yield the lines of metrics.jsonl, without an incomplete last line."""
         return read_jsonl(self.file("metrics.jsonl"))
 
     def last_metrics(self) -> bytes | None:
-        """The last whole line of metrics.jsonl, None without one. Reads the end of the file only.
+        """Return the last complete line of metrics.jsonl, or None. Reads only the end of the file.
 
-        Raises OSError, without asking a store again.
+        Raises OSError if the file cannot be read; a failing store is not retried.
         """
         try:
             if self.mirror and not self.writes:
@@ -224,14 +226,13 @@ class RunDirectory:
         return whole[-1] if whole else None
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """The whole lines of samples.jsonl."""
+        """Yield the lines of samples.jsonl, without an incomplete last line."""
         return read_jsonl(self.file("samples.jsonl"))
 
     def forget_after(self, step: int) -> None:
-        """Drop what was logged after `step` steps were done, so that a resumed run logs no step twice.
+        """Delete the records of all steps after the first `step` steps, so that a resumed run logs no step twice.
 
-        And checkpoints of later steps, which were found damaged, and those that processes which were killed had begun
-        to write.
+        Also delete checkpoints of later steps, which were found damaged, and unfinished files of killed processes.
         """
         for directory in self.checkpoints():
             if directory.name > f"step-{step:08d}":
@@ -247,7 +248,7 @@ class RunDirectory:
                 write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         folder = self.path / "checkpoints"
         if self.mirror and not self.writes:
             marks = [name for name in self.mirror.files("checkpoints") if name.endswith(f"/{CHECKPOINT_SUMS}")]
@@ -258,30 +259,30 @@ class RunDirectory:
         return sorted(folder.glob("step-????????"))
 
     def resume_point(self) -> str:
-        """Where a resume begins, as a clause of a message. Raises StoreError."""
+        """Return where a resume would begin, as a clause for a message. Raises StoreError."""
         if checkpoints := self.checkpoints():
-            return f"training goes on from checkpoint {checkpoints[-1].name}"
+            return f"training continues from checkpoint {checkpoints[-1].name}"
         return "there is no checkpoint, so training starts at the first step"
 
     def fetch(self, checkpoint: Path, *, resume: bool = True) -> Path:
-        """Have one of `checkpoints` here as the store has it, with or without what a resume needs; its path."""
+        """Fetch one of `checkpoints` from the store, with or without its folder resume/. Return its local path."""
         if self.mirror and not self.writes:
             name = str(checkpoint.relative_to(self.path))
             self.mirror.pull(name, lambda file: resume or not file.startswith(f"{name}/resume/"))
         return checkpoint
 
     def checkpoint_path(self, name: str) -> Path:
-        """Where the checkpoint of that name lies."""
+        """Return the path of the checkpoint with this name."""
         return self.path / "checkpoints" / name
 
     def save_checkpoint(
         self, name: str, write: Callable[[Path], None], validation: Callable[[Path], None] | None = None
     ) -> None:
-        """Let `write` fill a directory, then put it in place at once, with the sums of its files.
+        """Let `write` fill a temporary directory, add checksums of its files, and move the directory into place.
 
-        `validation` writes the validation.parquet that belongs to it. When anything of it fails, all is as before.
+        `validation` writes the checkpoint's validation.parquet. If any part fails, the run's files do not change.
         """
-        # Names of its own: a node that was given up may still be writing the same checkpoint.
+        # Unique names: a node that Ray has given up may still be writing the same checkpoint.
         target, own = self.checkpoint_path(name), uuid4().hex[:8]
         temporary = target.with_name(f"{UNFINISHED}{name}-{own}")
         examples = self.path / f"{UNFINISHED}validation-{own}.parquet"
@@ -302,7 +303,7 @@ class RunDirectory:
             shutil.rmtree(temporary, ignore_errors=True)
             examples.unlink(missing_ok=True)
             raise
-        # Before the checkpoint: a run that is killed here writes both again.
+        # The validation goes first: if the run is killed between the two, it writes both again after a resume.
         if validation:
             examples.replace(self.path / VALIDATION)
         if target.exists():
@@ -310,17 +311,17 @@ class RunDirectory:
         temporary.rename(target)
 
     def prune(self, keep: int, best: str | None) -> None:
-        """Delete all checkpoints but the last `keep` and the one named `best`."""
+        """Delete all checkpoints except the last `keep` and the checkpoint named `best`."""
         for path in self.checkpoints()[:-keep]:
             if path.name != best:
                 shutil.rmtree(path)
 
 
 def damage(checkpoint: Path) -> list[str]:
-    """What is not as `save_checkpoint` wrote it, a few words each; empty for a sound checkpoint."""
+    """Return the ways in which a checkpoint differs from the files that were saved; empty for a sound checkpoint."""
     file = checkpoint / CHECKPOINT_SUMS
     if not file.exists():
-        return [f"{file} is missing: no checkpoint of a run, or not all of one"]
+        return [f"{file} is missing: not a checkpoint of a run, or an incomplete checkpoint"]
     try:
         sums = read_json(file)
     except UserError as error:
@@ -329,42 +330,43 @@ def damage(checkpoint: Path) -> list[str]:
     for name, value in sums.items():
         target = checkpoint / name
         if not inside(name) or target.is_symlink():
-            wrong.append(f"{name} leads out of the checkpoint")
+            wrong.append(f"{name} is outside the checkpoint")
         elif not target.is_file():
             wrong.append(f"{name} is missing")
         elif file_sha256(target) != value:
-            wrong.append(f"{name} is not what was written")
+            wrong.append(f"{name} differs from the file that was saved")
     return wrong
 
 
 def sound(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is there with the sum it was written with."""
+    """Whether every file of a checkpoint exists and has the checksum with which it was saved."""
     return not damage(checkpoint)
 
 
 def last_sound_checkpoint(run: RunDirectory) -> Path | None:
-    """Return the newest undamaged checkpoint, fetched to this machine; name newer, damaged ones on stderr."""
+    """Return the newest undamaged checkpoint, fetched to this machine. Name newer, damaged checkpoints on stderr."""
     checkpoints = run.checkpoints()
     for checkpoint in reversed(checkpoints):
         if sound(run.fetch(checkpoint)):
             return checkpoint
-        print(f"{checkpoint} is damaged (its sums do not hold), so it is passed over", file=sys.stderr)
+        print(f"{checkpoint} is damaged (its checksums do not match), so it is skipped", file=sys.stderr)
     if checkpoints:
         print(f"{run.where}: no sound checkpoint is left, so training starts at the first step", file=sys.stderr)
     return None
 
 
 def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
-    """The model directory that `path` means: itself, or the result of the run it is. At a URL, its local copy.
+    """Return the model directory at `path`: `path` itself, or the result of the run at `path`.
 
-    A relative path that is not here is one in the storage (see config/paths.py). With `resume`, a copy has what a
-    resume needs, too.
+    At a URL, return a local copy; with `resume` the copy includes the checkpoint's folder resume/. A relative path that
+    does not exist here is looked up in the storage (see config/paths.py).
 
     Raises:
-        UserError: neither; StoreError.
+        UserError: `path` is neither a model directory nor a run with a checkpoint.
+        StoreError: the object store fails.
     """
     run = RunDirectory(input_path(path))
-    if run.mirror and "checkpoints" in run.path.parts[-2:-1]:  # The run says which stage it was.
+    if run.mirror and "checkpoints" in run.path.parts[-2:-1]:  # Fetch config.yaml too, which names the stage.
         checkpoint, run = run.path, RunDirectory(run.where.rsplit("/", 2)[0])
         run.file("config.yaml")
         run.fetch(checkpoint, resume=resume)
@@ -378,25 +380,23 @@ def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
     checkpoints = run.checkpoints()
     if result := run.info().get("result"):
         if not (isinstance(result, str) and inside(result)):
-            raise UserError(f"{path}/run.json: its result {result!r} is no place in the run's directory")
+            raise UserError(f"{path}/run.json: its result {result!r} is not a path inside the run directory")
         if (run.path / result) in checkpoints:
             return run.fetch(run.path / result, resume=resume)
     if checkpoints:
         return run.fetch(checkpoints[-1], resume=resume)
     if run.file("sweep.json").exists():
-        raise UserError(f"{path} is a sweep, no model: name one of its trials; minimind-ray compare says which is best")
-    raise UserError(
-        f"{path} is no model: expected a directory with config.json and model.safetensors, or a run with a checkpoint"
-    )
+        raise UserError(f"{path} is a sweep, not a model: name one of its trials; minimind-ray compare shows the best")
+    raise UserError(f"{path} is not a model: expected config.json and model.safetensors, or a run with a checkpoint")
 
 
 def inside(name: str) -> bool:
-    """Whether a path that a file names stays in the directory it is relative to."""
+    """Whether a relative path stays inside its directory."""
     return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this package and what a result depends on."""
+    """Return the versions of Python, this package and the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for name in ("minimind-ray", "torch", "ray", "tokenizers", "pyarrow", "numpy"):
         try:
@@ -407,7 +407,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory, with + when it has changes; None outside a repository."""
+    """Return the git commit of the working directory, with + if files have changed; None outside a repository."""
     try:
         commit, status = (
             subprocess.run(["git", *args], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
@@ -419,14 +419,14 @@ def git_commit() -> str | None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a run's .jsonl file that is perhaps still being written; nothing when there is none.
+    """Yield the complete lines of a run's .jsonl file, which may still be growing; nothing if the file is missing.
 
     Raises:
-        UserError: a line is no JSON object with a step.
+        UserError: a line is not a JSON object with a step.
     """
     if not path.exists():
         return
-    # Bytes that are no UTF-8 stand only in a line that is no JSON.
+    # A line with invalid UTF-8 is not JSON either; `parse_json` reports it with its line number.
     with path.open(encoding="utf-8", errors="surrogateescape") as f:
         for number, line in enumerate(f, 1):
             if line.endswith("\n"):
@@ -437,7 +437,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once: a reader sees the old content or the new."""
+    """Replace the content of `path` atomically: a reader sees either the old text or the new text."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with writing_to(path):
@@ -449,6 +449,6 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hex."""
+    """Return the SHA-256 of a file, as hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

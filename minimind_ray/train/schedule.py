@@ -1,4 +1,4 @@
-"""The learning rate of a step, as pure functions of the step."""
+"""Learning-rate schedules, as pure functions of the step number."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from minimind_ray.config.schema import ScheduleConfig
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """The factor on the peak learning rate in `step` (0 .. steps - 1) of a run of `steps`.
+    """Return the factor on the peak learning rate in `step` (0 .. steps - 1) of a run of `steps`.
 
-    Warm-up is linear over `config.warmup` steps and reaches 1 in the last of them. The first step after it starts the
-    schedule's way down, which reaches `config.final` in the run's last step. Without warm-up the first step has factor
-    1; a run of one step has factor 1.
+    Warm-up is linear over `config.warmup` steps; its last step has factor 1. From the next step on the factor follows
+    the schedule, and reaches `config.final` in the run's last step. Without warm-up the first step has factor 1. The
+    only step of a run of one step has factor 1.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -32,23 +32,23 @@ def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def cosine(progress: float, final: float) -> float:
-    """Half a cosine from 1 (progress 0) to `final` (progress 1), as MiniMind's, which has 0.1."""
+    """Return half a cosine wave from 1 (progress 0) to `final` (progress 1). MiniMind has `final` 0.1."""
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def linear(progress: float, final: float) -> float:
-    """A straight line from 1 (progress 0) to `final` (progress 1)."""
+    """Return a straight line from 1 (progress 0) to `final` (progress 1)."""
     return 1 - (1 - final) * progress
 
 
 def stable_then_decay(step: int, steps: int, last: int, final: float) -> float:
-    """1, and over the `last` steps of `steps` a straight line to `final` (WSD: Hu et al. 2024, MiniCPM)."""
+    """Return 1, or in the `last` steps of `steps` a straight line from 1 to `final` (WSD: Hu et al. 2024, MiniCPM)."""
     taken = max(0, step + 1 - (steps - last))
     return linear(taken / last, final) if last else 1.0
 
 
 def shortfall(config: ScheduleConfig, steps: int) -> str | None:
-    """What to tell somebody whose run of `steps` ends before its warm-up does."""
+    """Return a warning for a run of `steps` that ends before its warm-up does; None if it is long enough."""
     if config.warmup <= steps:
         return None
     return f"schedule.warmup {config.warmup} is longer than the run's {steps} steps, so optim.lr is never reached"

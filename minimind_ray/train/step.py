@@ -1,4 +1,8 @@
-"""One optimizer step: the only copy of accumulate, normalise, sum over workers, clip, check, update."""
+"""One optimizer step: accumulate gradients, sum them over workers, clip, check for non-finite values, update.
+
+Every stage trains with `training_step`; a stage brings only its `Objective`. (Fused training, in fused.py, has its own
+step, because it updates many runs at once.)
+"""
 
 from __future__ import annotations
 
@@ -18,23 +22,26 @@ from minimind_ray.train.optim import FlatGradients
 
 
 class Objective(Protocol):
-    """What a stage minimises, as a sum over countable items (tokens, pairs); the step divides by the global count."""
+    """The loss of a stage, as a sum over countable items (tokens or pairs). The step divides it by the global count."""
 
     unit: str
-    """What is counted: "token" or "pair"."""
+    """The kind of item: "token" or "pair"."""
     metrics: tuple[str, ...]
-    """Names of the sums that a call returns beside the loss."""
+    """Names of the metrics that a call returns besides the loss."""
 
     def count(self, pack: Pack) -> float:
-        """Items of `pack` that carry loss."""
+        """Return the number of items of `pack` that carry loss."""
         ...
 
     def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over the batch's items, and each of `metrics` summed likewise."""
+        """Return the loss, summed over the batch's items, and each of `metrics`, summed in the same way."""
         ...
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
-        """For each document or pair its `loss` and `count` of items, summed, and its metrics: float32 [examples]."""
+        """Return for each document or pair its summed `loss`, the `count` of its items, and its metrics.
+
+        All are float32 [examples].
+        """
         ...
 
 
@@ -51,9 +58,10 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`means`: loss and metrics per counted item; `tokens`: all workers' positions; `stop`: some host wants to end.
+    """The result of a step over all workers.
 
-    `seconds`: a run's part of a step that others were trained in too.
+    `means` has the loss and the metrics per counted item. `tokens` is the number of trained positions. `stop`: the host
+    of at least one worker wants the run to end. `seconds` is this run's share of a step that trained several runs.
     """
 
     means: dict[str, float]
@@ -65,12 +73,15 @@ class StepResult:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in `dtype`; in float32 nothing is cast."""
+    """Return a context manager in which matrix products are in `dtype`; with float32 nothing is cast."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
 
 
 def all_reduce_sums(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Each value summed over all workers, float64; on the host where nothing has to be asked of a GPU."""
+    """Return each value summed over all workers, float64.
+
+    The result is on the CPU if no value is on a device and there is one worker; then a GPU need not be waited for.
+    """
     if not dist.is_initialized() and not any(isinstance(v, Tensor) for v in values):
         device = torch.device("cpu")
     sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
@@ -94,15 +105,14 @@ def training_step(
     dtype: torch.dtype,
     stop: bool = False,
 ) -> StepResult:
-    """Train on this worker's `packs` of a step, made into `batches`, each a forward and a backward pass.
+    """Train one step on this worker's `packs`; each of the `batches` made from them is one forward and backward pass.
 
-    A worker without packs adds nothing.
-
-    The loss of every batch is divided by the count over all packs of all workers, so the gradient is the one of the
-    whole batch, however it was split over workers and micro-batches. `optimizer` is a fused one.
+    The loss of each batch is divided by the count over all packs of all workers. So the gradient does not depend on how
+    the step's packs are split over workers and micro-batches. A worker without packs adds nothing. `optimizer` must be
+    a fused one.
 
     Raises:
-        NonFiniteError: on every worker, and the weights are as they were.
+        NonFiniteError: the loss or the gradient is not finite. It is raised on every worker; no weight has changed.
     """
     tokens = sum(len(p.tokens) - len(p.lengths) for p in packs)
     count, all_tokens, stops = all_reduce_sums([sum(objective.count(p) for p in packs), tokens, stop], device).tolist()
@@ -119,7 +129,7 @@ def training_step(
     norm, totals = gradients.clip(clip), all_reduce_sums(list(sums.values()), device)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # The optimizer looks before it updates, so that the host need not: a GPU would wait for it to do so.
+    # The optimizer itself skips the update if this is 1. A check by the host would make a GPU wait.
     optimizer.found_inf = (~(norm.isfinite() & totals[0].isfinite())).float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
     grad_norm, *found = torch.cat((norm.double().unsqueeze(0), totals)).tolist()

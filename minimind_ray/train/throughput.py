@@ -1,4 +1,7 @@
-"""How fast the model could go and how fast it goes: FLOPs per token, the machine's matrix-product rate, MFU."""
+"""Count parameters and FLOPs of a model, and measure the machine's matrix-product rate.
+
+`Meter` computes MFU (model FLOPs utilisation) from these: a run's FLOPs per second, divided by the machine's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from minimind_ray.config.schema import ModelShape
 
 
 def parameter_counts(shape: ModelShape) -> tuple[int, int]:
-    """All parameters, and those active for one token (with experts: the chosen ones)."""
+    """Return the number of parameters, and the number active for one token (with experts: the chosen experts')."""
     c, d = shape.hidden_size, shape.head_dim
     attention = 2 * c * d * (shape.num_attention_heads + shape.num_key_value_heads)
     if shape.qkv_bias:
@@ -30,12 +33,12 @@ def parameter_counts(shape: ModelShape) -> tuple[int, int]:
 
 
 def training_flops_per_token(shape: ModelShape, mean_context: float, frozen: bool = False) -> float:
-    """FLOPs of forward and backward for one token.
+    """Return the FLOPs of the forward and backward pass for one token (Chowdhery et al. 2022, PaLM, appendix B).
 
-    6 per active weight of a matrix product (2 forward, 4 backward; the input embedding is a look-up and counts none),
-    4 per `frozen` weight, which gets no gradient of its own (the adapter's weights are too few to count), and for
-    attention 12 · layers · heads · head_dim per token attended to (Chowdhery et al. 2022, PaLM, appendix B);
-    `mean_context` is the mean number of tokens a token attends to, half the document's length.
+    Each active weight of a matrix product counts 6 (2 forward, 4 backward), or 4 if it is `frozen` and gets no
+    gradient. The input embedding is a look-up and counts 0; an adapter's weights are too few to count. Attention counts
+    12 · layers · heads · head_dim per attended token. `mean_context` is the mean number of tokens that a token attends
+    to: half the document's length.
     """
     _, active = parameter_counts(shape)
     lookup = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
@@ -44,12 +47,12 @@ def training_flops_per_token(shape: ModelShape, mean_context: float, frozen: boo
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of a large matrix product in `dtype` on `device` with the threads at hand: the limit MFU is a part of.
+    """Measure the FLOP/s of a large matrix product in `dtype` on `device`, with torch's current number of threads.
 
-    That of the fastest one within `seconds`, since others may be at work beside.
+    Returns the rate of the fastest product within `seconds`, because other processes may slow some of them down.
     """
     size = 8192 if device.type == "cuda" else 1024
-    # Random: a GPU multiplies ones faster. By a generator of its own, since a run's random choices are not to change.
+    # Random numbers, because a GPU multiplies ones faster. A separate generator leaves the run's random numbers alone.
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     torch.mm(a, b)

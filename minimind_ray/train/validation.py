@@ -1,4 +1,4 @@
-"""What a run does at a validation: means over the validation packs, and samples of what the model writes."""
+"""The validation of a training run: means over the validation packs, and sample texts from the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minimind_ray.train.step import Objective, autocast
 
 
 class Validation:
-    """Validates one run's model; each worker takes a share of the packs. Without a `store` there is nothing to do."""
+    """Validates one run's model; each worker takes a share of the packs. `store` is None if the run never validates."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class Validation:
         )  # fmt: skip
 
     def samples(self, step: int) -> list[str]:
-        """Return texts that the model writes after the configured prompts, or from nothing without a prompt.
+        """Return texts that the model writes: continuations of the configured prompts, or free text without prompts.
 
-        After stages other than pretrain a prompt is a user's turn; the line after it is the model's answer.
+        In stages with conversations a prompt is a user's turn; the line after it is the model's answer.
         """
         prompts = self.config.prompts or [""]
         texts = [prompts[i % len(prompts)] for i in range(self.config.samples)]

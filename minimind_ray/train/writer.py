@@ -1,4 +1,4 @@
-"""Checkpoints off the step's path: the state is copied, and a thread writes the copy while training goes on."""
+"""Write checkpoints without stopping training: copy the state to memory, and let a thread write the copy to disk."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.train.run import RunDirectory
 
 Write = Callable[[Path], None]
-"""Writes files into a directory."""
+"""A function that writes files into the directory that it is given."""
 
 
 class Weights(Protocol):
-    """How a stage's result is written and read: a whole model or an adapter."""
+    """The weights that a stage saves: a whole model or an adapter (see stages/weights.py)."""
 
     def snapshot(self) -> Write:
-        """Copy the weights; return what writes the copy as transformers or peft loads it. Valid until the next call."""
+        """Copy the weights. Return a function that writes the copy in the format of transformers or peft.
+
+        The copy is valid until the next call.
+        """
         ...
 
     def load(self, directory: Path) -> None:
-        """Put the weights back that were written into `directory`."""
+        """Load the weights that were written into `directory`."""
         ...
 
 
 class HostCopy:
-    """Copies tensors to this process's memory, as float32, into buffers that are kept from one copy to the next."""
+    """Copies tensors to host memory as float32. Each call reuses the buffers of the call before."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The copies by name; they hold until the next call."""
+        """Return the copies by name; they are valid until the next call."""
         for name, tensor in tensors.items():
             if name not in self.buffers:
                 # A GPU copies into pinned memory at its full rate.
@@ -49,23 +52,23 @@ class HostCopy:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints one at a time, and prunes after each; on rank 0 only.
+    """Writes a run's checkpoints one at a time, and deletes old ones after each; on rank 0 only.
 
-    A checkpoint that the disk does not take leaves the earlier ones as they are, and training goes on to the next one;
-    only when the last one is lost does the run fail. `best` is the best one that was written, with its loss.
+    If a checkpoint cannot be written, the earlier ones stay and training continues. Only the loss of the run's last
+    checkpoint makes the run fail. `best` is the name of the best checkpoint that was written, and its loss.
     """
 
     def __init__(self, run: RunDirectory, keep: int, best: tuple[str | None, float]) -> None:
         self.run, self.keep, self.best = run, keep, best
         self.lost: str | None = None
-        self._news: str | None = None
+        self._warning: str | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, name: str, write: Write, best: tuple[str | None, float], validation: Write | None) -> None:
-        """Begin to write a checkpoint, and with it the `validation` of the run's result if that is this one.
+        """Begin to write a checkpoint; call `settle` before the data that `write` reads changes.
 
-        What `write` reads must not change before `settle` was called.
+        `validation` writes the checkpoint's validation.parquet; pass it if this checkpoint is the best so far.
         """
         assert self._writing is None
         self._writing = self._thread.submit(self._save, name, write, best, validation)
@@ -76,21 +79,24 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             self.lost = f"{name} could not be written to {self.run.path}: {error}"
             earlier = "earlier ones are kept" if self.run.checkpoints() else "the run has no earlier one"
-            self._news = f"checkpoint {self.lost}; {earlier}, and training goes on to the next"
+            self._warning = f"checkpoint {self.lost}; {earlier}, and training continues"
             return
         self.lost, self.best = None, best
         self.run.prune(self.keep, best[0])
         self.run.changed()
 
-    def news(self) -> str | None:
-        """What there is to tell of checkpoints and the store since the last call. Raises what went wrong otherwise."""
+    def pop_warning(self) -> str | None:
+        """Return a problem with a checkpoint or the object store since the last call, if there is one.
+
+        Raises an unexpected error of the writing thread.
+        """
         if self._writing and self._writing.done():
             self.settle()
-        news, self._news = self._news, None
-        return news or self.run.news()
+        warning, self._warning = self._warning, None
+        return warning or self.run.pop_warning()
 
     def settle(self) -> tuple[str | None, float]:
-        """Wait for the checkpoint that is being written; the best one there is then, and its loss."""
+        """Wait for the checkpoint that is being written. Return the best checkpoint so far, and its loss."""
         if self._writing:
             writing, self._writing = self._writing, None
             writing.result()

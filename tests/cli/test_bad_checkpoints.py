@@ -167,7 +167,7 @@ def test_a_result_that_leads_out_of_its_run(command: Command, models: Models, tm
     shutil.copytree(models.base, tmp_path / "other")
     (run / "run.json").write_text('{"result": "../other"}')
     for args in (["generate", run, "--prompt", "hi"], ["verify", "checkpoint", run], ["import", run, "new"]):
-        assert "its result '../other' is no place in the run's directory" in one_sentence(command(*args))
+        assert "its result '../other' is not a path inside the run directory" in one_sentence(command(*args))
 
 
 def test_what_a_resume_reads(command: Command, models: Models, rows: Path, tmp_path: Path) -> None:

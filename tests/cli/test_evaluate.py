@@ -115,7 +115,7 @@ def test_wilson_interval() -> None:
 
 
 BAD = [
-    (["/nowhere", "{rows}/sft.jsonl", "--stage", "sft"], "/nowhere is no model"),
+    (["/nowhere", "{rows}/sft.jsonl", "--stage", "sft"], "/nowhere is not a model"),
     (["{base}", "/nowhere.jsonl", "--stage", "sft"], "/nowhere.jsonl: no such file"),
     (["{base}", "{rows}/sft.jsonl", "--stage", "dpo"], "chosen is missing, but conversations is there"),
     (["{base}", "{rows}/sft.jsonl", "--stage", "chat"], "stage: input should be"),

@@ -166,7 +166,7 @@ def test_chat_goes_on_after_an_error(command: Command, models: Models) -> None:
     outcome = command("chat", models.other, *GREEDY, stdin=f"/adapter /nowhere\n/adapter {models.adapter}\nhi\n")
     assert outcome.code == 0
     errors = outcome.err.splitlines()
-    assert "/nowhere is no model" in errors[0] and "trained on" in errors[1] and len(errors) == 2
+    assert "/nowhere is not a model" in errors[0] and "trained on" in errors[1] and len(errors) == 2
     tokenizer = Tokenizer.load(models.other)
     assert outcome.out == printable(by_hand(models.other, [asked(tokenizer, "hi")])[0]) + "\n"
 
@@ -205,7 +205,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up(models: Models) -> None
 
 
 BAD = [
-    (["generate", "/nowhere", "--prompt", "x"], "/nowhere is no model"),
+    (["generate", "/nowhere", "--prompt", "x"], "/nowhere is not a model"),
     (["generate", "{base}"], "no prompts: give --prompt"),
     (["generate", "{base}", "--prompt", "x", "--raw", "--system", "y"], "--system is for --chat"),
     (["generate", "{base}", "--file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
@@ -222,8 +222,8 @@ BAD = [
     (["generate", "{base}", "--file", "{files}/human.jsonl"], 'messages[0].role is "narrator"; known are'),
     (["generate", "{base}", "--file", "{files}/half.jsonl"], "half.jsonl:1 is no UTF-8 text"),
     (["generate", "{base}", "--file", "{files}/deep.jsonl"], "deep.jsonl:1: objects are nested too deeply"),
-    (["chat", "/nowhere"], "/nowhere is no model"),
-    (["chat", "{files}/sweep"], "is a sweep, no model: name one of its trials"),
+    (["chat", "/nowhere"], "/nowhere is not a model"),
+    (["chat", "{files}/sweep"], "is a sweep, not a model: name one of its trials"),
     (["chat", "{base}", "--compare", "{base}"], "is the same model"),
 ]
 

@@ -66,7 +66,7 @@ def test_a_resume_says_how_to_go_on_and_the_commands_it_gives_work(command: Comm
     assert done.code == 0 and f"{out} is finished. " in done.out and "--set train.max_steps=N" in done.out
 
     config = out / "config.yaml"
-    assert "optim.lr 0.1 (the run has 0.0005). To go on with its own" in again("--config", config, "--lr", 0.1)
+    assert "optim.lr 0.1 (the run has 0.0005). To continue with its own" in again("--config", config, "--lr", 0.1)
     more = again("--config", config, "--max-steps", 3)
     assert "train.max_steps 3 (the run has 2)" in more
     longer = command(*given(more, "from its result: "), "--no-ray")

@@ -99,7 +99,7 @@ def test_an_interrupted_stage_goes_on(recipe: Path, capsys: pytest.CaptureFixtur
 
 
 def test_what_a_later_stage_lacks_is_found_before_the_first(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="nowhere is no model"):
+    with pytest.raises(UserError, match="nowhere is not a model"):
         run(recipe, capsys, dpo__init_from=str(recipe.parent / "nowhere"))
     (recipe.parent / "data" / "dpo.jsonl").unlink()
     with pytest.raises(UserError, match="data/dpo.jsonl: no such file"):

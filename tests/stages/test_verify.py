@@ -50,7 +50,7 @@ def test_damage_is_named(copy: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 64
     weights.write_bytes(content)
-    assert bad(copy)["sums"] == "model.safetensors is not what was written"
+    assert bad(copy)["sums"] == "model.safetensors differs from the file that was saved"
     assert CliRunner().invoke(app, ["verify", "checkpoint", str(copy)]).exit_code == 1
 
     weights.write_bytes(content[: len(content) // 2])
@@ -61,7 +61,7 @@ def test_damage_is_named(copy: Path) -> None:
 
     sums = checkpoint / CHECKPOINT_SUMS
     sums.write_text(json.dumps({"../../run.json": "0"}))
-    assert bad(copy)["sums"] == "../../run.json leads out of the checkpoint"
+    assert bad(copy)["sums"] == "../../run.json is outside the checkpoint"
     sums.write_text("{")
     assert "not valid JSON" in bad(copy)["sums"]
 

@@ -213,7 +213,7 @@ def test_an_error_of_the_shared_step_ends_every_run(base: Path, monkeypatch: pyt
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("minimind_ray.train.fused.Together.step", fail)
+    monkeypatch.setattr("minimind_ray.train.fused.FusedRuns.step", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         lockstep.turn()
     assert closed == [error, error]

@@ -38,10 +38,10 @@ def test_a_few_differences_are_shown_with_both_values_and_many_by_name(file: Pat
     own = f"minimind-ray train sft --config {file} --resume; for other settings choose another --out"
     assert refusal(WHERE, file, config_of(optim__lr=1.0, data__train="a" * 70)) == (
         f"{WHERE} cannot be resumed with other settings: data.train {'a' * 60}… (the run has unset), optim.lr 1.0 "
-        f"(the run has 1e-05). To go on with its own settings: {own}"
+        f"(the run has 1e-05). To continue with its own settings: {own}"
     )
     many = refusal(WHERE, file, config_of("pretrain", optim__clip=2.0, train__seed=1))
-    assert f"other settings: optim.clip, optim.lr, stage, train.seed. To go on with its own settings: {own}" in str(
+    assert f"other settings: optim.clip, optim.lr, stage, train.seed. To continue with its own settings: {own}" in str(
         many
     )
 

@@ -39,13 +39,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         (directory / "weights").write_text("1")
 
     writer.save("step-00000001", write, ("step-00000001", 1.0), None)
-    assert writer.news() is None and not run.checkpoints()
+    assert writer.pop_warning() is None and not run.checkpoints()
     may_write.set()
     assert writer.settle() == ("step-00000001", 1.0)
     assert sound(run.checkpoints()[0])
     writer.save("step-00000002", write, ("step-00000001", 1.0), lambda path: (path / "no").write_text(""))
     assert writer.settle() == ("step-00000001", 1.0)
-    assert "step-00000002 could not be written" in str(writer.news()) and writer.news() is None
+    assert "step-00000002 could not be written" in str(writer.pop_warning()) and writer.pop_warning() is None
     writer.save("step-00000003", write, ("step-00000003", 0.5), lambda path: path.touch() or None)
     writer.close()
     # One is kept, and the best is that one.
@@ -62,15 +62,15 @@ def test_a_full_disk_is_told_truly_before_the_first_checkpoint_and_after_it(tmp_
     def save(step: int, write: Write) -> str:
         writer.save(f"step-{step:08d}", write, (None, 9.0), None)
         writer.settle()
-        return str(writer.news())
+        return str(writer.pop_warning())
 
-    assert "No space left on device; the run has no earlier one, and training goes on" in save(1, full)
+    assert "No space left on device; the run has no earlier one, and training continues" in save(1, full)
     with pytest.raises(UserError, match=r"make room there.*--resume.*no checkpoint, so training starts at the first"):
         writer.close()
     writer = CheckpointWriter(RunDirectory(tmp_path), keep=3, best=(None, 9.0))
     save(2, lambda directory: None)
     assert "No space left on device; earlier ones are kept" in save(3, full)
-    with pytest.raises(UserError, match=r"make room there.*--resume.*training goes on from checkpoint step-00000002"):
+    with pytest.raises(UserError, match=r"make room there.*--resume.*training continues from checkpoint step-00000002"):
         writer.close()
 
 
@@ -99,7 +99,7 @@ def test_two_that_write_the_same_checkpoint_are_not_in_each_others_way(tmp_path:
     ours.settle()
     may_write.set()
     given_up.settle()
-    assert ours.news() is None and given_up.news() is None
+    assert ours.pop_warning() is None and given_up.pop_warning() is None
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
