@@ -1,1 +1,1 @@
-"""What training minimises: the loss of each stage, as a sum and a count."""
+"""The losses that training minimises, one file per kind of objective; see `Objective` in train/step.py."""

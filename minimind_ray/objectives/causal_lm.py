@@ -1,6 +1,8 @@
-"""Next-token prediction: cross-entropy over the tokens that carry loss.
+"""Next-token prediction, the objective of pretrain, sft and lora: cross-entropy over the tokens that carry loss.
 
-N tokens   M of them with weight > 0   C channels   V vocabulary
+    N tokens   M tokens with weight > 0 ("counted" tokens)   C channels   V vocabulary   D documents
+
+Other objectives compute their log-probabilities with this module's functions, too.
 """
 
 from __future__ import annotations
@@ -20,24 +22,25 @@ from minimind_ray.data.pack import Pack
 from minimind_ray.model.ops import log_probs
 from minimind_ray.model.transformer import Transformer
 
-MOST_LOGITS = 2**26
-"""Logits held at once on a CPU, 256 MB in float32."""
+MAX_LOGITS = 2**26
+"""Maximum number of logits in memory at once on a CPU: 256 MB in float32."""
 
 
-def most_logits(device: torch.device) -> int:
-    """Logits held at once; more are computed piece by piece, and again in the backward pass.
+def max_logits(device: torch.device) -> int:
+    """Return how many logits may be in memory at once.
 
-    On a GPU three float32 copies of them, which uncompiled code makes, take an eighth of its memory.
+    More logits are computed piece by piece, and a second time in the backward pass. On a GPU, with this limit, three
+    float32 copies of the logits, which uncompiled code makes, take an eighth of the memory.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 96
-    return MOST_LOGITS
+    return MAX_LOGITS
 
 
 def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tensor:
-    """log p(target | what precedes it in its document), in nats, of the tokens with weight > 0: float32 [M].
+    """Return the log-probability, in nats, of each counted token's target given the document so far: float32 [M].
 
-    `hidden_NC` is what the model made of the batch's tokens.
+    `hidden_NC` are the model's hidden states for the batch's tokens.
     """
     count = len(batch.counted_M)
     extra = model.stable_size(count) - count
@@ -46,7 +49,7 @@ def token_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> Tens
     else:
         counted_M = F.pad(batch.counted_M, (0, extra))
         hidden_MC, targets_M = (x.index_select(0, counted_M) for x in (hidden_NC, batch.targets_N))
-    step = max(1, most_logits(hidden_NC.device) // model.shape.vocab_size)
+    step = max(1, max_logits(hidden_NC.device) // model.shape.vocab_size)
     if len(targets_M) <= step:
         return _log_probs(model, hidden_MC, targets_M)[:count]
     pieces = zip(hidden_MC.split(step), targets_M.split(step))
@@ -59,7 +62,7 @@ def _log_probs(model: Transformer, hidden_MC: Tensor, targets_M: Tensor) -> Tens
 
 
 def sequence_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
+    """Return each document's log-probability in nats, summed over its counted tokens, and their number: [D]."""
     logp_M = token_log_probs(model, hidden_NC, batch)
     bounds_D1 = batch.bounds_D1.to(batch.counted_M.device, torch.long, non_blocking=True)
     counts_D = torch.searchsorted(batch.counted_M, bounds_D1).diff()
@@ -67,7 +70,7 @@ def sequence_log_probs(model: Transformer, hidden_NC: Tensor, batch: Batch) -> t
 
 
 class CausalLM:
-    """Summed cross-entropy; with experts, in training, plus the routers' load-balancing loss per counted token."""
+    """Summed cross-entropy. In training, models with experts add the routers' load-balancing loss per counted token."""
 
     unit = "token"
 
@@ -75,11 +78,11 @@ class CausalLM:
         self.metrics: tuple[str, ...] = ("aux",) if shape.num_experts else ()
 
     def count(self, pack: Pack) -> float:
-        """Tokens of `pack` that carry loss."""
+        """Return the number of tokens of `pack` that carry loss."""
         return pack.counted
 
     def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over the batch's counted tokens; `aux` is the part of it that balances experts."""
+        """Return the loss summed over the batch's counted tokens, and its part `aux` that balances experts."""
         loss = -token_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch).sum()
         if not self.metrics:
             return loss, {}
@@ -87,13 +90,13 @@ class CausalLM:
         return loss + aux, {"aux": aux.detach()}
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
-        """Each document's `loss`, summed over its counted tokens without `aux`, and their `count`: float32 [D]."""
+        """Return each document's `loss`, summed over counted tokens without `aux`, and their `count`: float32 [D]."""
         return self.of_documents(*self.log_probs(model, batch), batch.columns)
 
     def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
+        """Return each document's log-probability in nats, summed over its counted tokens, and their number: [D]."""
         return sequence_log_probs(model, model(batch.tokens_N, batch.bounds_D1), batch)
 
     def of_documents(self, logp_D: Tensor, counts_D: Tensor, columns: Mapping[Column, Tensor]) -> dict[str, Tensor]:
-        """As `examples`, of what `log_probs` gave."""
+        """Return the same as `examples`, computed from the result of `log_probs`."""
         return {"loss": -logp_D, "count": counts_D.float()}

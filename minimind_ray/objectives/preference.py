@@ -1,7 +1,7 @@
-"""Preference optimisation: a chosen and a rejected answer to one prompt, DPO and its kin.
+"""Preference optimisation (DPO and related losses): learn from a chosen and a rejected answer to the same prompt.
 
-    N tokens   U of them computed   C channels   D documents   P = D / 2 pairs: documents 2i and 2i + 1 are chosen and
-    rejected
+    N tokens   U tokens that go through the model   C channels   D documents   P = D / 2 pairs: document 2i is the
+    chosen answer, document 2i + 1 the rejected answer
 
 A loss compares the two answers' scores, in nats:
 
@@ -9,9 +9,9 @@ A loss compares the two answers' scores, in nats:
     ipo               the same, per token
     simpo, orpo       log pi(y|x), per token; no reference model
 
-What a pair's two documents begin with alike, the prompt, is computed once (`pair_hidden`). That pays where prompts
-are long beside answers: forward and backward of the 26M model on a CPU took 28 % less time with prompts of 24 tokens
-and answers of 11, where a third of all tokens is shared, and about the same with prompts of 40 and answers of 300.
+The two documents of a pair begin with the same prompt, which goes through the model once (`pair_hidden`). This saves
+time if prompts are long compared with answers. Forward and backward of the 26M model on a CPU took 28 % less time with
+prompts of 24 tokens and answers of 11, and about the same time with prompts of 40 tokens and answers of 300.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ SMOOTHED = ("sigmoid", "simpo")
 
 
 def pair_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probability of each document's weighted tokens, summed, in nats: float32 [D]; and how many they are, [D]."""
+    """Return each document's log-probability in nats, summed over its counted tokens, and their number: [D]."""
     return sequence_log_probs(model, pair_hidden(model, batch), batch)
 
 
 def reference_log_probs(model: Transformer, batch: Batch) -> Tensor:
-    """The values of REFERENCE when `model` is the reference: float32 [D]."""
+    """Return the values of the column REFERENCE if `model` is the reference model: float32 [D]."""
     return pair_log_probs(model, batch)[0].float()
 
 
 def pair_hidden(model: Transformer, batch: Batch) -> Tensor:
-    """The model's hidden states [N, C]; what a rejected document has in common with its chosen one is not done again.
+    """Return the model's hidden states [N, C], computing the common beginning of a pair's documents only once.
 
-    Those tokens go through the model in the chosen document alone. Attention, which is within documents, sees all N:
-    it gets copies of their queries, keys and values.
+    The tokens of the common beginning go through the model only in the chosen document. Attention works within
+    documents and needs all N tokens, so it gets copies of the common tokens' queries, keys and values.
     """
     layout, tokens_N = Layout(batch.bounds_D1, batch.tokens_N.device), batch.tokens_N
     lengths_D = batch.bounds_D1.diff().long()
-    back_D = lengths_D.roll(1)  # from a rejected document to the token at the same place of the chosen one before it
+    back_D = lengths_D.roll(1)  # Distance from a rejected document's token to the same position in its chosen document.
     back_D[0::2] = 0
     back_N = back_D.repeat_interleave(lengths_D).to(tokens_N.device)
     index_N = torch.arange(len(tokens_N), device=tokens_N.device)
     differs_N = (layout.positions_N >= back_N) | (tokens_N != tokens_N[index_N - back_N])
     differs_N1 = F.pad(differs_N.cumsum(0), (1, 0))
-    computed_N = differs_N1[1:] > differs_N1[index_N - layout.positions_N]  # from the document's first difference on
+    computed_N = differs_N1[1:] > differs_N1[index_N - layout.positions_N]  # From the first difference in the document.
     computed_U = computed_N.nonzero().squeeze(1)
     computed_U = F.pad(computed_U, (0, model.stable_size(len(computed_U)) - len(computed_U)))
     row_N = (computed_N.cumsum(0) - 1)[torch.where(computed_N, index_N, index_N - back_N)]
@@ -97,7 +97,7 @@ def hinge_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
 def ipo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
     """(chosen - rejected - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17, beta for tau), on log-ratios per token.
 
-    Per token as trl does, on the authors' word: summed ones would ask of a long answer the same gap as of a short.
+    Per token, as in trl and as the authors advise: with sums, long and short answers would need the same gap.
     """
     return (chosen_P - rejected_P - 1 / (2 * beta)).square()
 
@@ -111,7 +111,7 @@ def orpo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
     """-chosen - beta log sigmoid(log odds ratio) (Hong et al. 2024, eq. 6 and 7, beta for lambda).
 
     On log-probabilities per token; odds(y|x) = p / (1 - p) with log p the mean over the answer's tokens. The
-    likelihood term is that of the chosen answer alone (trl's also holds the prompt, and is a mean over tokens).
+    likelihood term has only the chosen answer (in trl it also has the prompt, and is a mean over tokens).
     """
     log_odds_ratio_P = (chosen_P - rejected_P) - (_log1m_exp(chosen_P) - _log1m_exp(rejected_P))
     return -chosen_P - beta * F.logsigmoid(log_odds_ratio_P)
@@ -120,24 +120,29 @@ def orpo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
 def _log1m_exp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0, without cancellation near 0."""
     near = x > -0.6931471805599453
-    # Each branch sees only values it can take, or its infinite derivative would make the other's gradient NaN.
+    # Mask each branch's input: the infinite derivative of one branch would make the gradient of the other NaN.
     return torch.where(
         near, torch.log(-torch.expm1(x.masked_fill(~near, -0.5))), torch.log1p(-torch.exp(x.masked_fill(near, -1.0)))
     )
 
 
 class Preference:
-    """The mean over pairs of a preference loss; the column REFERENCE holds log pi_ref where the loss needs one.
+    """The mean over pairs of a preference loss. If the loss needs a reference model, REFERENCE holds its log pi_ref.
 
-    Metrics, as means over pairs: `reward_chosen` and `reward_rejected`, beta times the score; `margin`, their
-    difference; `accuracy`, the part of pairs with a positive margin (half of those with none); `logp_chosen` and
-    `logp_rejected`, summed; `aux`, the routers' load-balancing loss, which is added in training to models with experts;
-    and with a reference `kl`, log pi(y|x) - log pi_ref(y|x) as a mean over the two answers,
-    in nats per answer. It estimates KL(pi || pi_ref) as far as the answers are such as the policy would give;
-    below 0 the policy has moved away from the data.
+    Metrics, as means over pairs:
+
+        reward_chosen, reward_rejected   beta times the answer's score
+        margin                           reward_chosen - reward_rejected
+        accuracy                         1 if the margin is positive, 0.5 if it is 0, else 0
+        logp_chosen, logp_rejected       the answer's summed log-probability, in nats
+        kl                               with a reference: log pi(y|x) - log pi_ref(y|x), mean over the two answers
+        aux                              with experts: the routers' load-balancing loss, which training adds to the loss
+
+    `kl` is in nats per answer. It estimates KL(pi || pi_ref) if the answers resemble the policy's own; a value below 0
+    means that the policy has moved away from the data.
 
     Raises:
-        UserError: label smoothing with a loss that has none.
+        UserError: the config asks for label smoothing with a loss that has no such form.
     """
 
     unit = "pair"
@@ -164,11 +169,11 @@ class Preference:
         self.metrics: tuple[str, ...] = (*self.per_pair, "aux") if self.balances_experts else self.per_pair
 
     def count(self, pack: Pack) -> float:
-        """Pairs of `pack`."""
+        """Return the number of pairs of `pack`."""
         return len(pack.lengths) // 2
 
     def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over pairs, and the sums of the metrics; `aux` is the part of it that balances experts."""
+        """Return the loss summed over pairs, and the metrics summed over pairs."""
         pairs = self.examples(model, batch)
         loss, sums = pairs["loss"].sum(), {name: pairs[name].detach().sum() for name in self.per_pair}
         if self.balances_experts:
@@ -177,15 +182,15 @@ class Preference:
         return loss, sums
 
     def examples(self, model: Transformer, batch: Batch) -> dict[str, Tensor]:
-        """Each pair's `loss` without `aux`, `count` (1), and the metrics: float32 [P]."""
+        """Return each pair's `loss` without `aux`, `count` (always 1), and the metrics: float32 [P]."""
         return self.of_documents(*self.log_probs(model, batch), batch.columns)
 
     def log_probs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Each document's log-probability, summed over its counted tokens, in nats, and how many they are: [D]."""
+        """Return each document's log-probability in nats, summed over its counted tokens, and their number: [D]."""
         return pair_log_probs(model, batch)
 
     def of_documents(self, logp_D: Tensor, counts_D: Tensor, columns: Mapping[Column, Tensor]) -> dict[str, Tensor]:
-        """As `examples`, of what `log_probs` gave."""
+        """Return the same as `examples`, computed from the result of `log_probs`."""
         score_D, values = logp_D, {}
         if self.needs_reference:
             score_D = logp_D - columns[REFERENCE]
@@ -206,7 +211,7 @@ class Preference:
         }
 
     def losses(self, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-        """The configured loss of each pair, from the scores that the module's legend lists."""
+        """Return the configured loss of each pair, from the scores in the module's docstring."""
         c = self.config
         match c.loss:
             case "sigmoid":

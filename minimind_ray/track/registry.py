@@ -1,4 +1,4 @@
-"""The trackers by name, and those of one run used as one."""
+"""The table of all trackers by name, and `Trackers`, which passes a run's records to each of its trackers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from minimind_ray.track.tracker import TrackedRun, Tracker
 from minimind_ray.track.wandb import WandbTracker
 
 TRACKERS: dict[str, Callable[[], Tracker]] = {"wandb": WandbTracker}
-"""What `track.to` can name. A tracker's files in a run directory lie in a folder of its name."""
+"""The values of `track.to`. A tracker's files in a run directory lie in a folder with the tracker's name."""
 
 
 class Trackers:
     """The trackers that a run's `track.to` names.
 
-    A tracker that fails is named on stderr once and then left alone; the run and the other trackers go on.
-    `identities` is what run.json remembers of each, by name.
+    If a tracker fails, a message on stderr says so and the tracker is not used again. The run and the other trackers
+    continue. `identities` holds, by tracker name, the entries to store in run.json for a resume.
 
     Raises:
-        UserError: the config insists on a tracker that cannot be used.
+        UserError: the config requires a tracker that cannot be used.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -43,7 +43,7 @@ class Trackers:
         except UserError:
             raise
         except Exception as error:
-            _say_failed(tracker, error)
+            _print_failure(tracker, error)
             return
         if identity is not None:
             self.trackers.append(tracker)
@@ -51,11 +51,11 @@ class Trackers:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody asked for a stop of the run in one of the trackers."""
+        """Whether a user asked one of the trackers to stop the run."""
         return any(tracker.stop_requested for tracker in self.trackers)
 
     def log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
-        """Give all trackers one line of metrics.jsonl, and the texts that the model wrote after the same step."""
+        """Send one line of metrics.jsonl, and the sample texts of the same step, to all trackers."""
         self._each(lambda tracker: tracker.log(metrics, samples))
 
     def finish(self, state: str, result: Path | None = None) -> None:
@@ -69,22 +69,22 @@ class Trackers:
                 work(tracker)
             except Exception as error:
                 self.trackers.remove(tracker)
-                _say_failed(tracker, error)
+                _print_failure(tracker, error)
 
 
 def check_trackers(config: Config) -> None:
-    """Check, before a run is made, that it can be tracked as `config` asks. Raises UserError."""
+    """Check, before a run is created, that it can be tracked as `config` asks. Raises UserError if it cannot."""
     for name in config.track.to:
         TRACKERS[name]().check(config)
 
 
 def send_commands(directory: str | Path) -> dict[str, str]:
-    """Return, by tracker's title, the commands that send what waits in a run's or sweep's `directory`."""
+    """Return, by tracker's title, the commands that send the unsent records of a run or a sweep in `directory`."""
     trackers = [make() for make in TRACKERS.values()]
     commands = {tracker.title: tracker.send_command(Path(directory)) for tracker in trackers}
     return {title: command for title, command in commands.items() if command}
 
 
-def _say_failed(tracker: Tracker, error: Exception) -> None:
+def _print_failure(tracker: Tracker, error: Exception) -> None:
     why = " ".join(str(error).split()) or type(error).__name__
-    print(f"{tracker.title} cannot be used: {why}; the run is no longer logged to it, and goes on", file=sys.stderr)
+    print(f"{tracker.title} cannot be used: {why}; the run continues without it", file=sys.stderr)

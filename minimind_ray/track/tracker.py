@@ -1,7 +1,7 @@
-"""What a run and a tracker say to each other, whatever the tracker is.
+"""The interface between a run and its trackers.
 
-A tracker keeps a copy of a run's metrics and samples in some service or format. The files of the run directory stay
-the truth: a tracker that joins late, or lost something, is given the earlier lines again by `open`.
+A tracker copies a run's metrics and samples to a service or another format. The files of the run directory are the
+reference: if a tracker joins late or has lost lines, `open` gives it the earlier lines again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from minimind_ray.config.schema import Config
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as it stands when its tracker is opened.
+    """A run at the moment its tracker is opened.
 
-    `config.out` is the run's directory on this machine. `info` is the content of run.json. `lines()` are the earlier
-    lines of metrics.jsonl, each with the texts that the model wrote after the same step. `base` is the model directory
-    that the run started from.
+    `config.out` is the run's directory on this machine. `info` is the content of run.json. `lines()` gives the earlier
+    lines of metrics.jsonl, each with the sample texts of the same step. `base` is the model directory that the run
+    started from.
     """
 
     config: Config
@@ -30,42 +30,42 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Tracks one run, on rank 0 only. Every method but `check` may fail: the run then goes on without the tracker."""
+    """Tracks one run, on rank 0 only. If any method but `check` fails, the run continues without the tracker."""
 
     title: str
     """The tracker's name for users."""
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody asked for a stop of the run in the tracker."""
+        """Whether a user asked the tracker to stop the run."""
         ...
 
     def check(self, config: Config) -> None:
-        """Check, before a run is made, that it can be tracked as `config` asks.
+        """Check, before a run is created, that it can be tracked as `config` asks.
 
         Raises:
-            UserError: it cannot.
+            UserError: the run cannot be tracked as `config` asks.
         """
         ...
 
     def open(self, run: TrackedRun) -> Mapping[str, Any] | None:
-        """Begin to track, or continue: bring in the lines that the tracker does not have.
+        """Begin to track a run, or continue a resumed run. Log the earlier lines that the tracker does not have.
 
-        Returns what run.json remembers under the tracker's name, for a resume; None if the tracker is turned off.
+        Returns an entry for run.json under the tracker's name, which a resume needs; None if the tracker is turned off.
 
         Raises:
-            UserError: the config insists on something that is not possible; this error ends the run.
+            UserError: the config requires something impossible. This error ends the run.
         """
         ...
 
     def log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
-        """Take one line of metrics.jsonl, and the texts that the model wrote after the same step."""
+        """Log one line of metrics.jsonl, and the sample texts of the same step."""
         ...
 
     def finish(self, state: str, result: Path | None) -> None:
-        """End the tracking. `state` is how the run ended, `result` the checkpoint to take from it."""
+        """End the tracking. `state` is the run's final state, `result` its best checkpoint."""
         ...
 
     def send_command(self, directory: Path) -> str | None:
-        """Return the command that sends what waits in a run's or sweep's `directory`; None if nothing waits."""
+        """Return the command that sends the unsent records of a run or a sweep in `directory`; None if all are sent."""
         ...

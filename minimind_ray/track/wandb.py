@@ -1,8 +1,11 @@
-"""Weights & Biases: one W&B run for each run directory, with every step in it once however often it is resumed.
+"""The tracker for Weights & Biases. Each run directory has one W&B run, with every step once, even after resumes.
 
 A W&B run holds the same steps as metrics.jsonl. A resumed run logs again, from metrics.jsonl, every step that W&B's
-server does not have: what waited for `wandb sync` is deleted and written anew, without gaps, and steps that were sent
-are left out. Nothing but the run itself is sent: no machine or system data, no code, no console, no crash reports.
+server does not have. Files that waited for `wandb sync` are deleted and written anew, so that no step is missing; steps
+that were sent already are left out.
+
+W&B receives the run's config, metrics, samples, and references to its inputs and its result. It receives no system
+data, code, console output or crash reports.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ LONGEST_NAME = 128
 
 
 class WandbTracker:
-    """Logs metrics against tokens and steps, and samples as tables; see `Tracker` for its methods."""
+    """Logs metrics by tokens and steps, and samples as tables; see `Tracker` for the methods."""
 
     title = "W&B"
 
@@ -42,26 +45,26 @@ class WandbTracker:
         self.stop_requested = False
         self.best: Mapping[str, Any] | None = None
         self.logged = 0
-        """The last step that W&B has."""
+        """The last step that was logged to W&B."""
 
     def check(self, config: Config) -> None:
         """Check W&B's environment variables and key; see `check_key`."""
         check_key(config)
 
     def send_command(self, directory: Path) -> str | None:
-        """Return the command that sends what was logged offline in `directory`, None if nothing waits."""
+        """Return the command that sends the records logged offline in `directory`; None if all are sent."""
         return sync_command(directory)
 
     def open(self, run: TrackedRun) -> Mapping[str, Any] | None:
-        """Begin or continue a W&B run; returns its id, without which a resume would begin a new one, and its place.
+        """Begin or continue a W&B run. Return its `identity`; a resume needs the id to continue the same W&B run.
 
-        With `auto`, WANDB_MODE and WANDB_DISABLED decide where they are set. Otherwise W&B is online with a key and
-        offline without one; it is offline, with a word on stderr, if it refuses an environment variable or cannot be
-        reached.
+        With `auto`, WANDB_MODE and WANDB_DISABLED decide if they are set. Otherwise W&B is online if there is a key,
+        and offline if not. If W&B refuses an environment variable or cannot be reached, it is offline, and a message on
+        stderr says so.
 
         Raises:
-            UserError: `track.wandb` is online, and there is no key, or W&B refuses it or cannot be reached, or refuses
-                an environment variable.
+            UserError: `track.wandb` is online, but there is no key, or W&B refuses the key or an environment variable,
+                or W&B cannot be reached.
         """
         mode = settle_mode(run.config)
         if mode == "off":
@@ -75,13 +78,13 @@ class WandbTracker:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """The W&B run's id and project, and where it is sent."""
+        """The W&B run's id, project and mode, and online its entity and URL."""
         run = self.run
         where = {"mode": "offline"} if run.offline else {"mode": "online", "entity": run.entity, "url": run.url}
         return {"id": run.id, "project": run.project, **where}
 
     def _open_online(self, run: TrackedRun) -> bool:
-        """Begin online; False if `track.wandb` is auto and W&B has no key or cannot be used."""
+        """Begin online. Return False if `track.wandb` is auto and W&B has no key or cannot be used."""
         asked_for = run.config.track.wandb == "online"
         try:
             if has_key():
@@ -132,7 +135,7 @@ class WandbTracker:
             self.run.define_metric("tokens")
             self.run.define_metric("*", step_metric="tokens")
             self.run.summary["state"] = "running"
-            # Offline, W&B has no way to name a run's inputs; its config has them by content.
+            # Offline, W&B cannot link a run to its inputs; the W&B config has their hashes instead.
             if self.artifacts and mode == "online":
                 self._use_inputs(run)
 
@@ -163,7 +166,7 @@ class WandbTracker:
         )
 
     def log(self, metrics: Mapping[str, Any], samples: Sequence[str] = ()) -> None:
-        """Log one line of metrics.jsonl, unless W&B has its step already."""
+        """Log one line of metrics.jsonl, unless W&B already has this step."""
         import wandb
 
         step: int = metrics["step"]
@@ -206,7 +209,7 @@ class WandbTracker:
         except TimeoutError:
             command = f"wandb sync --include-online {shlex.quote(self.run.settings.sync_dir)}"
             print(
-                f"W&B did not take all of the run in {FINISH_SECONDS} s; this sends the rest: {command}",
+                f"W&B did not receive the whole run within {FINISH_SECONDS} s; send the rest with: {command}",
                 file=sys.stderr,
             )
         if self.run.offline:
@@ -221,14 +224,14 @@ class WandbTracker:
 
 
 def within_limit(name: str) -> str:
-    """A name that W&B takes: a longer one is cut, and ends in a hash of the whole, so that names stay distinct."""
+    """Return a name that W&B accepts: shorten a long name, with a hash of the whole at its end to keep it distinct."""
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def flatten(tree: Mapping[str, Any], separator: str, at: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with joined keys."""
+    """Return nested mappings as one mapping, with joined keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = at + key.replace(".", separator)
@@ -237,7 +240,7 @@ def flatten(tree: Mapping[str, Any], separator: str, at: str = "") -> dict[str, 
 
 
 def data_artifact(url: str) -> Artifact:
-    """A prepared dataset, by reference; its name is its content's hash."""
+    """Return an artifact that refers to a prepared dataset; its name has the hash of the content."""
     import wandb
 
     folder = url.rstrip("/")
@@ -248,7 +251,10 @@ def data_artifact(url: str) -> Artifact:
 
 
 def model_artifact(directory: Path) -> Artifact:
-    """A model directory, by reference. A checkpoint has its run's id as its name, so that W&B links run to run."""
+    """Return an artifact that refers to a model directory.
+
+    The name of a checkpoint's artifact has the id of its run, so that W&B links a run to the run it started from.
+    """
     import wandb
 
     run = directory.parents[1] / "run.json"
@@ -263,7 +269,7 @@ def model_artifact(directory: Path) -> Artifact:
 
 @contextmanager
 def _staging_in(folder: Path) -> Generator[None]:
-    """Let W&B keep the files of tables and artifacts with the run, where a later `wandb sync` finds them."""
+    """Inside, W&B writes the files of tables and artifacts to the run's folder, where `wandb sync` finds them later."""
     if "WANDB_DATA_DIR" in os.environ:
         yield
         return

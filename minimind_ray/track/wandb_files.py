@@ -1,11 +1,11 @@
-"""The folders that W&B keeps in a run directory, one for each time the run was started.
+"""Read and clean up the folders that W&B writes in a run directory: one for each start of the run.
 
     wandb/offline-run-DATE-ID/run-ID.wandb   waits for `wandb sync`
-    wandb/run-DATE-ID/run-ID.wandb           was sent while the run went on
+    wandb/run-DATE-ID/run-ID.wandb           was sent while the run was training
 
-`wandb sync` leaves `run-ID.wandb.synced` beside a file that it has sent whole, and never sends such a file again. If a
-file lacks its end, because the run was killed, `wandb sync` sends what is there and leaves only
-`run-ID.wandb.syncstate`; a second `wandb sync` would send the same steps again, under other numbers.
+After `wandb sync` has sent a whole file, it creates `run-ID.wandb.synced` next to the file, and never sends the file
+again. If a file lacks its end, because the run was killed, `wandb sync` sends the existing part and creates only
+`run-ID.wandb.syncstate`. A second `wandb sync` would send the same steps again, under other numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 FOLDER = "wandb"
 WRITE_SECONDS = 10
 STILL_SECONDS = 0.05
-"""A file that has not grown for so long is taken for written."""
+"""A file that has not grown for this time counts as complete."""
 
 
 def parts(directory: Path, run_id: str) -> list[Path]:
@@ -33,12 +33,12 @@ def parts(directory: Path, run_id: str) -> list[Path]:
 
 
 def was_sent(file: Path) -> bool:
-    """Whether W&B has steps of this file, all of them or some."""
+    """Whether W&B's server has all or some steps of this file."""
     return not file.parent.name.startswith("offline-") or any(file.parent.glob(f"{file.name}.sync*"))
 
 
 def last_step(file: Path) -> int:
-    """Return the last step in a file, 0 if it has none. W&B's own program reads the file, which takes a second.
+    """Return the last step in a file, 0 if the file has no step. W&B's own program reads it, which takes a second.
 
     Raises:
         CalledProcessError: W&B's program cannot read the file.
@@ -57,7 +57,7 @@ def last_step(file: Path) -> int:
 
 
 def retire(files: Iterable[Path]) -> None:
-    """Keep `wandb sync` from sending any of these files: delete those never sent, and mark the others as synced."""
+    """Prevent `wandb sync` from sending these files: delete files that were never sent, mark the others as synced."""
     for file in files:
         if was_sent(file):
             file.with_suffix(".wandb.synced").touch()
@@ -66,9 +66,9 @@ def retire(files: Iterable[Path]) -> None:
 
 
 def wait_until_written(file: Path) -> None:
-    """Wait until W&B's own process has written the file: it still writes after `finish`.
+    """Wait until W&B's background process has written the file; it still writes after `finish`.
 
-    Ray kills that process together with this one, which may end at once after a run.
+    This process may end right after the run, and Ray then kills W&B's process too.
     """
     deadline, size = time.monotonic() + WRITE_SECONDS, -1
     while size != (size := file.stat().st_size) and time.monotonic() < deadline:
@@ -76,7 +76,7 @@ def wait_until_written(file: Path) -> None:
 
 
 def sync_command(directory: str | Path) -> str | None:
-    """Return the command that sends what was logged offline in a run or in a sweep's runs; None if nothing waits."""
+    """Return the command that sends the offline records of a run, or of a sweep's runs; None if all are sent."""
     files = Path(directory).glob(f"**/{FOLDER}/offline-run-*/run-*.wandb")
     folders = {file.parents[1] for file in files if not file.with_suffix(".wandb.synced").exists()}
     if len(folders) <= 1:

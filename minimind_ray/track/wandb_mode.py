@@ -1,4 +1,4 @@
-"""How a run reaches W&B: by `track.wandb`, the environment and the key."""
+"""Decide whether W&B is used online, offline or not at all: from `track.wandb`, the environment and W&B's key."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from minimind_ray.config.schema import Config
 
 Mode = Literal["off", "offline", "online", "auto"]
 MODES: dict[str, Mode] = {"disabled": "off", "offline": "offline", "dryrun": "offline"}
-"""What values of WANDB_MODE mean."""
+"""The mode for a value of WANDB_MODE; with another value the mode stays auto."""
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-"""Values of WANDB_DISABLED."""
+"""The valid values of WANDB_DISABLED."""
 NOT_ONLINE = "track.wandb is online, but {}; or set track.wandb to offline and send the run later"
 NO_KEY = NOT_ONLINE.format("there is no key: run `wandb login` or set WANDB_API_KEY")
 
 
 def check_key(config: Config) -> None:
-    """Check W&B's environment variables and key, where this machine trains the run.
+    """Check W&B's environment variables and key, if this machine trains the run.
 
-    Each machine of a cluster has its own environment: the run checks it there.
+    On a cluster the run checks them itself, because each machine has its own environment.
 
     Raises:
-        UserError: `track.wandb` is online, and W&B has no key or refuses an environment variable.
+        UserError: `track.wandb` is online, but W&B has no key or refuses an environment variable.
     """
     if os.environ.get("RAY_ADDRESS") or in_job():
         return
@@ -47,14 +47,14 @@ def _require_key() -> None:
 
 
 def settle_mode(config: Config) -> Mode:
-    """The mode by `track.wandb` and the environment, from which variables that W&B would refuse are removed.
+    """Return the mode from `track.wandb` and the environment.
 
-    What is refused is said on stderr, and the mode is then offline.
+    Variables that W&B would refuse are removed from the environment and named on stderr; the mode is then offline.
 
     Raises:
-        UserError: `track.wandb` is online, and W&B refuses a variable.
+        UserError: `track.wandb` is online, but W&B refuses a variable.
     """
-    _own_environment()
+    _clean_environment()
     mode: Mode = config.track.wandb
     if mode == "auto" and os.environ.get("WANDB_DISABLED", "").lower() in YES:
         return "off"
@@ -72,22 +72,22 @@ def settle_mode(config: Config) -> Mode:
     return "offline"
 
 
-def _own_environment() -> None:
-    """Before W&B is imported: what it would take from the environment, and shall not."""
+def _clean_environment() -> None:
+    """Adjust W&B's environment variables before W&B is imported: turn off crash reports, remove unwanted values."""
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # Unset, as a shell has it; W&B itself would refuse it.
+        del os.environ[name]  # An empty variable counts as unset; W&B itself would refuse it.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    # Not W&B's own process of a parent: there the run would be in use for ever, should this process be killed.
+    # Do not share the W&B service of a parent process: if this process were killed, the run would stay in use there.
     os.environ.pop("WANDB_SERVICE", None)
 
 
 def _refused_variables() -> dict[str, str]:
-    """Environment variables that would make `wandb.init` fail, with the reason. No reason cites a key."""
+    """Return the environment variables that would make `wandb.init` fail, with the reasons. No reason cites a key."""
     refused: dict[str, str] = {}
     checked = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     if checked.get("WANDB_DISABLED", NO[0]).lower() not in (*YES, *NO):
         refused["WANDB_DISABLED"] = "it is neither true nor false"
-    # Importing W&B takes a second: not for variables that are as they should be.
+    # Importing W&B takes a second, so avoid it if all variables are known to be valid.
     harmless = (
         "WANDB_ERROR_REPORTING",
         "WANDB_DISABLED",
@@ -109,7 +109,7 @@ def _refused_variables() -> dict[str, str]:
 
 
 def has_key() -> bool:
-    """Whether W&B has a key. Raises what W&B raises, for a key that it refuses."""
+    """Whether W&B has a key. If W&B refuses the key, W&B's own exception is raised."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True, mode="online"))

@@ -162,7 +162,7 @@ def test_pieces_of_the_vocabulary_projection_change_nothing(monkeypatch: pytest.
         return project(self, hidden_MC)
 
     whole, whole_grads = run()
-    monkeypatch.setattr(causal_lm, "MOST_LOGITS", 5 * V)
+    monkeypatch.setattr(causal_lm, "MAX_LOGITS", 5 * V)
     monkeypatch.setattr(Transformer, "project", watched)
     pieces, pieces_grads = run()
     assert max(widest) == 5 and len(widest) == 2 * math.ceil(25 / 5)  # each piece once more in the backward pass

@@ -67,7 +67,7 @@ def test_a_tracker_that_fails_silences_no_other(
     trackers.finish("finished")
     trackers.finish("failed")  # Both are closed, or left alone, already.
     assert other.told == [(), (1,), (2,), ("finished",)]
-    assert capsys.readouterr().err == ("broken cannot be used: gone; the run is no longer logged to it, and goes on\n")
+    assert capsys.readouterr().err == ("broken cannot be used: gone; the run continues without it\n")
     assert set(trackers.identities) == ({"other"} if failing == "open" else {"broken", "other"})
 
 
