@@ -1,18 +1,21 @@
 """Causal attention within each document of a ragged batch.
 
     N tokens   D documents   H query heads   G key/value heads, each shared by J = H / G query heads   K head size
-    B documents of a bucket, padded to L tokens   S = B · L of all buckets
+    B documents of a bucket, padded to L tokens   S = B · L, summed over all buckets
 
-Documents of about the same length make a bucket, padded at their ends, where the causal mask hides it. Attention is
-then a few batched matrix products per bucket. With tens of documents of 50 to 500 tokens in a batch, on a CPU, this is
-3 to 6 times as fast as scaled_dot_product_attention on the same buckets, or per document. On a GPU, in 16 bits, it is
-`gpu_kernels` where kernels are compiled, else torch's variable-length flash attention.
+There are three implementations with the same result; `Layout.attend` chooses:
 
-Queries come scaled by 1 / sqrt(K). `Layout` holds what depends on the documents' lengths alone; it is made once per
-batch and used by every layer.
+- CPU: buckets. Documents of similar length form a bucket and are padded at their ends, where the causal mask hides the
+  padding. Attention is then a few batched matrix products per bucket. For tens of documents of 50 to 500 tokens this is
+  3 to 6 times as fast as scaled_dot_product_attention, on the same buckets or per document.
+- GPU, 16 bits, compiled kernels: `gpu_kernels`.
+- GPU, 16 bits, otherwise: torch's variable-length flash attention. (Other head sizes and dtypes use buckets.)
+
+Callers scale the queries by 1 / sqrt(K). A `Layout` holds all values that depend only on the documents' lengths. It is
+made once per batch, and every layer uses it.
 """
 # pyright: reportIncompatibleMethodOverride=false
-# (torch declares backward(ctx, *grads), and every Function names its own.)
+# (torch declares backward(ctx, *grads), and every Function names its own gradients.)
 
 from __future__ import annotations
 
@@ -29,35 +32,39 @@ from torch.autograd.function import Function
 from minimind_ray.model.ops import compiled
 
 LENGTH_STEP = 32
-"""Padded lengths are multiples of this: vectors and matrix tiles come out even."""
+"""Padded lengths are multiples of this, so that vectors and matrix tiles have no rest."""
 SHORT = 32
-"""Documents up to here share a bucket whatever their length."""
+"""Documents of up to this length share one bucket."""
 TILED_HEAD_SIZES = range(8, 129, 8)
-"""What `gpu_kernels` has registers for."""
+"""Head sizes for which `gpu_kernels` has enough registers."""
 FLASH_HEAD_SIZES = range(8, 257, 8)
-"""What flash attention takes; other sizes are for buckets on a GPU too."""
+"""Head sizes that flash attention supports; other sizes use buckets on a GPU too."""
 QUERY_BLOCK = 256
-"""Rows that query at once; the keys after them are left out."""
+"""Number of query rows in one matrix product; keys that come after all of these rows are skipped."""
 
 
 class Bucket(NamedTuple):
-    """The `documents` (their numbers), padded to `length`; `start` is the padded tokens of the buckets before."""
+    """Documents padded to a common `length`.
+
+    `documents` are their numbers, `start` is the number of padded tokens in the buckets before.
+    """
 
     documents: Tensor
     length: int
     start: int
 
     def view(self, x: Tensor, heads: int, groups: int) -> Tensor:
-        """This bucket's part of [S · heads, K], as [BG, heads / groups, L, K]."""
+        """Return this bucket's part of x [S · heads, K] as a view [B · groups, heads / groups, L, K]."""
         rows = len(self.documents) * self.length * heads
         part = x[self.start * heads : self.start * heads + rows]
         return part.view(len(self.documents) * groups, heads // groups, self.length, -1)
 
 
 class HeadIndex(NamedTuple):
-    """Between rows of [N, heads, K] and the buckets' [B, heads, L, K], one bucket after another.
+    """Index between the rows of [N, heads, K] and the padded rows of all buckets, each bucket [B, heads, L, K].
 
-    `rows` names the row that belongs at each padded place, any one for `padding`; `places` the place of each row.
+    `rows` has for each padded row its source row, `places` for each source row its padded row. `padding` lists the
+    padded rows without a source; their entry in `rows` is arbitrary.
     """
 
     rows: Tensor
@@ -65,28 +72,28 @@ class HeadIndex(NamedTuple):
     padding: Tensor
 
     def pad(self, x_NHK: Tensor) -> Tensor:
-        """[N, heads, K] to [S · heads, K]."""
+        """Return [N, heads, K] as [S · heads, K]."""
         return x_NHK.flatten(0, 1).index_select(0, self.rows)
 
     def unpad(self, x: Tensor, heads: int) -> Tensor:
-        """[S · heads, K] to [N, heads, K]."""
+        """Return [S · heads, K] as [N, heads, K]."""
         return x.index_select(0, self.places).unflatten(0, (-1, heads))
 
 
 class Layout:
-    """Where the documents of one batch lie: `bounds_D1` int32 on the host, `device` where the tokens are.
+    """The positions of the documents in one batch. `bounds_D1` is int32 on the host, `device` is the tokens' device.
 
-    `positions_N` int64 counts from 0 in every document.
+    `positions_N`, int64, counts from 0 in every document.
     """
 
     def __init__(self, bounds_D1: Tensor, device: torch.device) -> None:
         self.device = device
         self.bounds_D1 = bounds_D1
         self.lengths_D, self.starts_D = bounds_D1.diff().long(), bounds_D1[:-1].long()
-        if device.type == "cpu":  # Numpy's repeat: 15 times as fast.
+        if device.type == "cpu":  # NumPy's repeat is 15 times as fast as torch's.
             starts_N = np.repeat(self.starts_D.numpy(), self.lengths_D.numpy())
             self.positions_N = torch.from_numpy(np.arange(len(starts_N)) - starts_N)
-        else:  # Only the bounds have to be copied.
+        else:  # Compute on the device, so that only the bounds are copied there.
             self.device_bounds_D1, count = bounds_D1.to(device, non_blocking=True), int(bounds_D1[-1])
             starts_D1 = self.device_bounds_D1.long()
             starts_N = starts_D1[:-1].repeat_interleave(starts_D1.diff(), output_size=count)
@@ -94,7 +101,7 @@ class Layout:
         self._indices: dict[int, HeadIndex] = {}
 
     def attend(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        """softmax(q kᵀ) v (Vaswani et al. 2017, eq. 1) of each token over its document up to itself: [N, H, K]."""
+        """Return softmax(q kᵀ) v (Vaswani et al. 2017, eq. 1), [N, H, K]: each token attends to its document so far."""
         if q_NHK.device.type == "cuda" and q_NHK.dtype.itemsize == 2:
             if compiled() and q_NHK.shape[-1] in TILED_HEAD_SIZES:
                 return self._tiled(q_NHK, k_NGK, v_NGK)
@@ -104,11 +111,14 @@ class Layout:
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """Longest first; the shortest document of a bucket is over 3/4 as long as its longest, or both are short."""
+        """The buckets, longest documents first.
+
+        In a bucket the shortest document has over 3/4 of the longest one's length, or all documents are SHORT.
+        """
         return list(_buckets(self.lengths_D))
 
     def index(self, heads: int) -> HeadIndex:
-        """For queries (H heads) or for keys and values (G)."""
+        """Return the index for queries (`heads` = H) or for keys and values (`heads` = G)."""
         if heads not in self._indices:
             self._indices[heads] = _head_index(self, heads)
         return self._indices[heads]
@@ -124,12 +134,12 @@ class Layout:
         return tiles_of(self.bounds_D1).to(self.device, non_blocking=True)
 
     def _tiled(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        from minimind_ray.model.gpu_kernels import attend  # Triton is there with GPUs only
+        from minimind_ray.model.gpu_kernels import attend  # Triton is installed only with torch for GPUs.
 
         return attend(q_NHK, k_NGK, v_NGK, self._tiles)
 
     def _varlen(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use on a CPU
+        from torch.nn.attention.varlen import varlen_attn  # Slow to import, and needed only on a GPU.
 
         bounds_D1, longest = self.device_bounds_D1, self._longest
         out_NHK = varlen_attn(
@@ -142,7 +152,7 @@ class Layout:
 
 @cache
 def _fewer_key_heads() -> dict[str, Any]:
-    """What lets keys have fewer heads than queries: nothing in torch 2.11, later ones want to be asked."""
+    """Return the argument that allows fewer key heads than query heads; torch 2.11 has no such argument."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -178,7 +188,7 @@ def _head_index(layout: Layout, heads: int) -> HeadIndex:
 
 
 class _BucketAttention(Function):
-    """Keeps the probabilities for the backward pass: for each query head and pair of tokens one number."""
+    """Attention by buckets. Saves the probabilities for backward: a number per query head and pair of tokens."""
 
     @staticmethod
     def forward(ctx: Any, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layout: Layout) -> Any:
@@ -191,11 +201,11 @@ class _BucketAttention(Function):
             q_, out_ = (bucket.view(x, heads, groups) for x in (q, out))
             k_, v_ = (bucket.view(x, groups, groups).squeeze(1) for x in (k, v))
             for rows, end in _blocks(bucket.length):
-                # The mask as the summand of the product costs a third of masking its result.
+                # Adding the mask within the product takes a third of the time of masking the result.
                 mask = q.new_full((rows.stop - rows.start, end), -torch.inf).triu_(1 + rows.start)
                 mask = mask.repeat(heads // groups, 1)
                 scores = torch.baddbmm(mask, q_[:, :, rows].flatten(1, 2), k_[:, :end].transpose(1, 2))
-                p = scores.softmax(-1, dtype=scores.dtype)  # Said, since autocast would take float32 on a GPU.
+                p = scores.softmax(-1, dtype=scores.dtype)  # Explicit, because autocast would choose float32 on a GPU.
                 out_[:, :, rows] = torch.bmm(p, v_[:, :end]).unflatten(1, (heads // groups, -1))
                 probabilities.append(p)
         ctx.save_for_backward(q, k, v, *probabilities)
@@ -207,7 +217,7 @@ class _BucketAttention(Function):
         q, k, v, *probabilities = ctx.saved_tensors
         layout, heads, groups = ctx.layout, ctx.heads, ctx.groups
         queries, keys = layout.index(heads), layout.index(groups)
-        # What padding asked for must not reach the keys.
+        # Gradients of padded rows must not reach the keys.
         grad = queries.pad(grad_NHK).index_fill_(0, queries.padding, 0.0)
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         remaining = iter(probabilities)
@@ -219,7 +229,7 @@ class _BucketAttention(Function):
                 grad_p = torch.bmm(grad_rows, v_[:, :end].transpose(1, 2))
                 grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
                 grad_q_[:, :, rows] = torch.bmm(grad_scores, k_[:, :end]).unflatten(1, (heads // groups, -1))
-                # The first block has every key; the later ones, with fewer, add to it.
+                # The first block has all keys and writes the result; later blocks have fewer keys and add to it.
                 beta = 0 if end == bucket.length else 1
                 grad_k_[:, :end].baddbmm_(grad_scores.transpose(1, 2), q_[:, :, rows].flatten(1, 2), beta=beta)
                 grad_v_[:, :end].baddbmm_(p.transpose(1, 2), grad_rows, beta=beta)
@@ -227,7 +237,7 @@ class _BucketAttention(Function):
 
 
 def _blocks(length: int) -> Iterator[tuple[slice, int]]:
-    """Last first: the rows that query at once, and where their keys end."""
+    """Yield the blocks of query rows, last block first, each with the end of its keys."""
     for start in reversed(range(0, length, QUERY_BLOCK)):
         end = min(start + QUERY_BLOCK, length)
         yield slice(start, end), end

@@ -1,9 +1,10 @@
-"""The keys and values that a model has computed, so that each token goes through it once.
+"""The key/value cache of generation: the keys and values of earlier tokens, so that each token is computed once.
 
     B rows, one sequence in each   T positions   H query heads, G key/value heads, J = H / G   K head size
     D sequences read at once, with N tokens   A rows that get a token each   M tokens of one sequence
 
-Each `attend…` method returns a function for `Transformer.decode` that stores what is new and attends.
+Each `attend…` method returns an attention function for `Transformer.decode`. The function stores the keys and values of
+the new tokens in the cache and attends to all tokens of the sequence. `Engine` decides which row each sequence has.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ GROWTH = 64
 
 
 class Cache:
-    """Keys and values of `rows` sequences, in memory that grows with the longest one."""
+    """Keys and values of `rows` sequences, in memory that grows with the longest sequence."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.capacity = rows, 0
         self.layers: list[Tensor] = []
-        """Of each layer the keys and the values, [2, B, T, G, K]."""
+        """For each layer the keys and the values, [2, B, T, G, K]."""
 
     def reserve(self, positions: int) -> None:
-        """Make room for so many positions in every row."""
+        """Make room for this number of positions in every row."""
         if positions > self.capacity:
             self.capacity = positions + max(GROWTH, positions // 2)
         for layer, kept in enumerate(self.layers):
@@ -47,7 +48,7 @@ class Cache:
             kept[:, target, :positions] = kept[:, source, :positions]
 
     def attend_within(self, layout: Layout, rows: Sequence[int]) -> Attend:
-        """New sequences, one for each of `rows`, read from their start: attention within each."""
+        """Return attention for new sequences, one for each of `rows`; each sequence attends to itself."""
         rows_D = torch.tensor(rows, device=layout.device)
         rows_N = rows_D.repeat_interleave(layout.lengths_D.to(layout.device))
 
@@ -59,7 +60,7 @@ class Cache:
         return attend
 
     def attend_after(self, row: int, positions_M: Tensor, end: int) -> Attend:
-        """The tokens of one row from the first of `positions_M` to `end`, after those in the cache."""
+        """Return attention for the next tokens of one row, at `positions_M` up to `end`, after the cached tokens."""
         start = end - len(positions_M)
         mask_MT = torch.arange(end, device=positions_M.device) <= positions_M.unsqueeze(1)
 
@@ -75,7 +76,10 @@ class Cache:
         return attend
 
     def attend_newest(self, positions_A: Tensor, longest: int) -> Attend:
-        """One token for each of the first A rows, at `positions_A`; the longest sequence then has `longest` tokens."""
+        """Return attention for one new token in each of the first A rows, at `positions_A`.
+
+        `longest` is the length of the longest sequence, with its new token.
+        """
         count = len(positions_A)
         rows_A = torch.arange(count, device=positions_A.device)
         mask_A11T = (torch.arange(longest, device=positions_A.device) <= positions_A.unsqueeze(1))[:, None, None]
@@ -84,7 +88,7 @@ class Cache:
             kept = self._layer(layer, k_AGK)
             kept[0, rows_A, positions_A], kept[1, rows_A, positions_A] = k_AGK, v_AGK
             k_AGTK, v_AGTK = kept[:, :count, :longest].transpose(2, 3)
-            # The J heads that share a key head are as J queries of it: no copy of keys and values per query head.
+            # Treat the J query heads of a key head as J queries, so that keys and values are not copied per query head.
             q_AGJK = q_AHK.unflatten(1, (k_AGK.shape[1], -1))
             out_AGJK = F.scaled_dot_product_attention(q_AGJK, k_AGTK, v_AGTK, attn_mask=mask_A11T, scale=1.0)
             return out_AGJK.flatten(1, 2)

@@ -1,12 +1,14 @@
-"""Models as Hugging Face directories, which transformers, vLLM and llama.cpp read as they are.
+"""Save and load models as Hugging Face directories, which transformers, vLLM and llama.cpp read without conversion.
 
-    config.json               the shape, as one of `families` writes it
+    config.json               the shape, in the form of one of the `families`
     generation_config.json    the tokenizer's control ids
-    model.safetensors         float32 weights (read: shards with model.safetensors.index.json, 16-bit weights too)
+    model.safetensors         float32 weights
     tokenizer.json, tokenizer_config.json
 
-Nothing here runs code from a directory: JSON and safetensors only. What a directory claims is checked against the
-headers of its weight files before memory is taken.
+`load_model` also reads 16-bit weights, and shards with a model.safetensors.index.json.
+
+Loading reads only JSON and safetensors, so it never runs code from a directory. It compares config.json with the
+headers of the weight files before it allocates memory.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ DTYPES = ("F32", "F16", "BF16")
 
 
 class Entry(NamedTuple):
-    """What an open weight file's header says of one tensor."""
+    """One tensor in an open weight file: its dtype and size by the file's header."""
 
     file: Any
     dtype: str
@@ -48,9 +50,9 @@ def save_model(
     directory: str | Path,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the model, and the tokenizer where there is one, as a directory that `load_model` and transformers read.
+    """Write the model, and the tokenizer if given, as a directory that `load_model` and transformers read.
 
-    `weights`: a copy of the model's parameters by name (float32, on the CPU) to write in their place.
+    `weights`, if given, are written instead of the model's parameters: a copy of them by name, float32, on the CPU.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,10 +73,10 @@ def save_model(
 
 
 def load_shape(directory: str | Path) -> ModelShape:
-    """The shape that config.json describes.
+    """Return the shape that config.json describes.
 
     Raises:
-        UserError: no such file, an architecture of no known family, or a field missing or impossible.
+        UserError: the file is missing, its architecture belongs to no family, or a field is missing or impossible.
     """
     return read_shape(ConfigFile(Path(directory) / "config.json"))
 
@@ -82,13 +84,13 @@ def load_shape(directory: str | Path) -> ModelShape:
 def load_model(
     directory: str | Path, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None
 ) -> Transformer:
-    """The model of a directory, float32, on `device`; of its own `weights` where they are in memory already.
+    """Return the model of a directory, float32, on `device`. Pass its `weights` if they are in memory already.
 
     Raises:
         UserError: config.json or the weights cannot be read, or do not fit each other.
     """
     shape = load_shape(directory)
-    if weights is None:  # Read before the model is made: what does not fit, absurd sizes too, ends here.
+    if weights is None:  # Before the model is made: a config.json with absurd sizes is an error here, not later.
         weights = _read_weights(Path(directory), shape)
     with torch.device("meta"):
         model = Transformer(shape)
@@ -111,17 +113,19 @@ def check_model(directory: str | Path) -> None:
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
-    """A directory's weights by name, float32. Raises as `load_model`."""
+    """Return a directory's weights by name, float32. Raises as `load_model`."""
     return _read_weights(Path(directory), load_shape(directory))
 
 
 def model_fingerprint(directory: str | Path) -> str:
-    """SHA-256 (hex) over the shape and all tensors' names, dtypes, sizes and bytes: the same however they are sharded.
+    """Return the SHA-256 (hex) over the shape and all tensors' names, dtypes, sizes and bytes.
+
+    It does not depend on how the weights are split into files.
 
     Raises:
         UserError: config.json or the weights cannot be read.
     """
-    # Without defaults, so that a field a later version adds leaves the hashes of today's models as they are.
+    # Without defaults: a field that a later version adds must not change the hashes of today's models.
     digest = hashlib.sha256(load_shape(directory).model_dump_json(exclude_defaults=True).encode())
     for name, entry in sorted(_read_headers(Path(directory)).items()):
         digest.update(json.dumps([name, entry.dtype, entry.size]).encode())
@@ -130,19 +134,19 @@ def model_fingerprint(directory: str | Path) -> str:
 
 
 def _read_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
-    """All weights as float32, after their headers were found to fit the shape."""
+    """Return all weights as float32, after checking that their headers fit the shape."""
     weights = {name: entry.file.get_tensor(name).float() for name, entry in _fitting(folder, shape).items()}
     return family_of(shape).from_stored(weights, shape)
 
 
 def _fitting(folder: Path, shape: ModelShape) -> dict[str, Entry]:
-    """Every weight of a model of this shape, none missing and none too many."""
+    """Return the entries of all weights. Raises UserError if a tensor is missing, unknown, or of a wrong size."""
     entries = _read_headers(folder)
     if shape.tie_word_embeddings:
-        entries.pop("lm_head.weight", None)  # Some directories store the tied matrix twice; transformers reads one too.
+        entries.pop("lm_head.weight", None)  # A second copy of the tied matrix, ignored.
     names: set[str] = set()
     problems: list[str] = []
-    # Ends with the third problem: a shape of absurd size costs no more than the headers are long.
+    # Stops at the third problem, so that a config.json with absurdly many layers costs no time.
     for name, size in family_of(shape).tensors(shape):
         entry = entries.get(name)
         if entry is None:
@@ -162,10 +166,10 @@ def _fitting(folder: Path, shape: ModelShape) -> dict[str, Entry]:
 
 
 def _read_headers(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the directory's weight files, read lazily.
+    """Return every tensor of the directory's weight files by name; their bytes are read later.
 
     Raises:
-        UserError: no weights, weights that need pickle, a broken file or index.
+        UserError: there are no weights, the weights need pickle, or a file or the index is broken.
     """
     if (folder / WEIGHTS).exists():
         files = [folder / WEIGHTS]
@@ -185,7 +189,7 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-        for name in file.keys():  # noqa: SIM118 (an open file is no mapping)
+        for name in file.keys():  # noqa: SIM118 (an open file is not a mapping)
             if name in entries:
                 raise UserError(f"{path}: {name} is in another shard too")
             header = file.get_slice(name)
@@ -194,11 +198,11 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that the index names, all of them inside the directory."""
+    """Return the files that the index names. Raises UserError if a file is not inside the directory."""
     path = folder / INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise UserError(f"{path}: weight_map is missing or no object")
+        raise UserError(f"{path}: weight_map is missing or not an object")
     names = sorted({str(name) for name in cast("dict[str, Any]", weight_map).values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):

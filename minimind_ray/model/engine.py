@@ -1,4 +1,4 @@
-"""The engine that decodes: many answers at once, which begin and end between two tokens of the others.
+"""The decoding engine: it generates many answers at once; an answer may begin or end at any step of the others.
 
     A answers under way   C channels   V vocabulary   N prompt tokens, one prompt after another   M tokens of one prompt
 
@@ -60,11 +60,11 @@ class _Request:
 
 @dataclass
 class _Slot:
-    """A row of the cache, and who uses it."""
+    """A row of the cache, and the request that uses it."""
 
     request: _Request | None = None
     cached: list[int] = field(default_factory=list[int])
-    """The tokens that have been read into the row."""
+    """The tokens whose keys and values are in the row."""
     used: int = 0
     """The step in which the last request ended."""
 
@@ -98,7 +98,7 @@ class Engine:
         return request.id
 
     def cancel(self, request: int) -> None:
-        """End an answer without a further event; what has ended already is left as it is."""
+        """End an answer without a further event. Does nothing if the answer has ended already."""
         self._waiting = deque(each for each in self._waiting if each.id != request)
         self._free([row for row, (_, each) in enumerate(self._active()) if each.id == request])
 
@@ -143,9 +143,9 @@ class Engine:
             slot.request = self._waiting.popleft()
 
     def _share(self, row: int, prompt: list[int]) -> int:
-        """Put the longest beginning of `prompt` that the cache has into `row`; how many tokens that is.
+        """Bring the longest beginning of `prompt` that is in the cache into `row`; return its number of tokens.
 
-        The row's place is taken by the sequence that the prompt continues, or by the one that was not used for longest.
+        If the prompt continues a whole free sequence, use its row, otherwise the least recently used row.
         """
         source = max(range(len(self._slots)), key=lambda i: _shared(self._slots[i].cached, prompt))
         shared = _shared(self._slots[source].cached, prompt)
@@ -175,8 +175,10 @@ class Engine:
             self._swap(row, len(self._active()))
 
     def _read(self, active: list[tuple[_Slot, _Request]]) -> list[Tensor]:
-        """Put the tokens that have not been read through the model; what it makes of each last one, [1, C] or [A, C]
-        pieces in the order of the rows."""
+        """Pass the unread tokens of all requests through the model.
+
+        Returns the hidden states of each request's last token, in pieces [1, C] or [A, C], in the order of the rows.
+        """
         decoding = sum(1 for _, request in active if request.written)
         hidden = [self._decode([request for _, request in active[:decoding]])] if decoding else []
         new = {row: active[row] for row in range(decoding, len(active))}
@@ -196,7 +198,7 @@ class Engine:
         return hidden_NC[bounds_D1[1:].long().to(self.device) - 1].split(1)
 
     def _read_rest(self, row: int, slot: _Slot, request: _Request) -> Tensor:
-        """Read what a row's cache lacks of a prompt."""
+        """Read the part of a prompt that is not in the row's cache; return the last token's hidden state, [1, C]."""
         start, end = len(slot.cached), len(request.tokens)
         positions_M = torch.arange(start, end, device=self.device)
         tokens_M = torch.tensor(request.tokens[start:], device=self.device)
@@ -204,7 +206,7 @@ class Engine:
         return self.model.decode(tokens_M, positions_M, attend)[-1:]
 
     def _decode(self, requests: list[_Request]) -> Tensor:
-        """Read the newest token of the first rows."""
+        """Read the newest token of the first rows; return their hidden states, [A, C]."""
         tokens_A = torch.tensor([each.tokens[-1] for each in requests], device=self.device)
         positions_A = torch.tensor([len(each.tokens) - 1 for each in requests], device=self.device)
         attend = self._cache.attend_newest(positions_A, max(len(each.tokens) for each in requests))
@@ -223,7 +225,7 @@ class Engine:
 
 
 def _shared(cached: list[int], prompt: list[int]) -> int:
-    """Tokens that both begin with. The last one of the prompt is always read: the next token follows from it."""
+    """Return the number of tokens that both begin with, without the prompt's last token, which is always read."""
     longest = min(len(cached), len(prompt) - 1)
     return next((i for i in range(longest) if cached[i] != prompt[i]), longest)
 
@@ -242,9 +244,9 @@ def _penalised(logits_AV: Tensor, requests: list[_Request]) -> Tensor:
 
 
 def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
-    """The ids that follow a prompt, each as soon as it is there, without the stop id.
+    """Yield the ids of the answer to a prompt, each as soon as it is generated, without the stop id.
 
-    For an engine with no other requests. Closing the iterator cancels the answer.
+    The engine must have no other requests. Closing the iterator cancels the answer.
     """
     request = engine.add(prompt, sampling)
     try:
@@ -259,7 +261,7 @@ def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generat
 
 
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-    """The ids that follow each prompt, without the stop id, all prompts at once. Answer i has the seed (*seed, i)."""
+    """Return the ids of the answer to each prompt, without the stop id. Answer i has the seed (*seed, i)."""
     engine = Engine(model, len(prompts))
     numbers = [engine.add(p, replace(sampling, seed=(*sampling.seed, i))) for i, p in enumerate(prompts)]
     answers: dict[int, list[int]] = {number: [] for number in numbers}

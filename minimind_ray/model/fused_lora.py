@@ -1,13 +1,15 @@
-"""The adapters of many runs on one frozen model, all in one pass.
+"""A frozen model with the LoRA adapters of many runs: one forward pass computes all of them (used by train/fused.py).
 
-    K adapters   N tokens   L tokens of each adapter once padded, S = K · L   R the largest rank   I, O a projection's
-    inputs and outputs   P numbers of an adapter, ranks padded   V vocabulary
+    K adapters   N tokens   J adapters that have tokens in this batch   L tokens of each adapter after padding
+    S = J · L   R the largest rank   I, O a projection's inputs and outputs   P numbers of an adapter, ranks padded
+    V vocabulary
 
-Every adapter's tokens stand together in the batch, in the order of the adapters, and are padded to the longest part.
-So the frozen products see one [S, I], and the adapters are batched products over K. Ranks are padded with zeros, which
-stay zeros: A's rows get their gradient through B's columns, and those theirs through A's rows.
+In a batch the tokens are grouped by adapter, in the order of the adapters, and each group is padded to the longest one.
+So a frozen projection is a single product over [S, I], and the adapters are batched products over J. Smaller ranks are
+padded with zeros to R. The padding stays zero: the gradient of A's padded rows is a product with B's padded columns,
+which are zero, and the other way round.
 
-A token names its adapter: token + V · adapter. So the batch needs no other field, and objectives no other code.
+A token id tells its adapter: id + V · adapter. So the batch needs no extra field and objectives need no extra code.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from minimind_ray.model.transformer import Attend, Transformer
 
 
 class AdapterStack:
-    """How the adapters of K models, on the same projections, lie in one array [K, P]; A is [K, R, I], B [K, R, O]."""
+    """The layout of K models' adapters in one array [K, P]. Within it, A is [K, R, I] and B is [K, R, O].
+
+    All models have adapters on the same projections.
+    """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self.layers_K = [adapters(model) for model in models]
@@ -38,12 +43,12 @@ class AdapterStack:
         self.scale_K11 = torch.tensor(scales, device=self.device).view(-1, 1, 1)
 
     def zeros(self) -> Tensor:
-        """An array, [K, P]."""
+        """Return an array of zeros, [K, P]."""
         width = sum(self.rank * (rows + columns) for rows, columns in self.sizes.values())
         return torch.zeros(len(self.layers_K), width, device=self.device)
 
     def matrices(self, array_KP: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Views A [K, R, I] and B [K, R, O] of an array for each projection."""
+        """Return for each projection the views A [K, R, I] and B [K, R, O] of an array."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
         start = 0
         for name, (rows, columns) in self.sizes.items():
@@ -54,7 +59,7 @@ class AdapterStack:
         return found
 
     def of(self, adapter: int, array_KP: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter of one adapter, and the view of an array that is its place."""
+        """Yield each parameter of one adapter with its view of the array."""
         matrices = self.matrices(array_KP)
         for name, layer in self.layers_K[adapter].items():
             a_KRI, b_KRO = matrices[name]
@@ -63,9 +68,10 @@ class AdapterStack:
 
 
 class FusedTransformer(Transformer):
-    """A frozen model and the adapters in an array. A and B of each projection are its `leaves`, views of the array.
+    """A frozen model with the adapters of an array [K, P].
 
-    `weights` are the base's by name, shared with other models; products of frozen weights are in `dtype`.
+    Its `leaves`, the tensors that get gradients, are A and B of each projection, as views of the array. `weights` are
+    the base's weights by name, shared with other models. Products with frozen weights are in `dtype`.
     """
 
     def __init__(
@@ -77,14 +83,14 @@ class FusedTransformer(Transformer):
         self.load_state_dict(weights, assign=True)
         self.to(stack.device).requires_grad_(False)
         for linear in self.model.modules():
-            if isinstance(linear, nn.Linear):  # Once, not in every pass.
+            if isinstance(linear, nn.Linear):  # Cast once, not in every pass.
                 for name, parameter in list(linear.named_parameters()):
                     setattr(linear, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
         self.layers, self.leaves = list[FusedLinear](), list[Tensor]()
         for name, matrices in stack.matrices(values_KP).items():
             linear = self.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            # Plain tensors: as parameters they would have to be contiguous.
+            # Plain tensors, because a parameter has to be contiguous.
             a_KRI, b_KRO = (matrix.detach().requires_grad_() for matrix in matrices)
             self.leaves += [a_KRI, b_KRO]
             self.layers.append(fused := FusedLinear(linear, a_KRI, b_KRO, stack.scale_K11))
@@ -92,11 +98,14 @@ class FusedTransformer(Transformer):
             setattr(self.get_submodule(parent), leaf, fused)
 
     def stable_size(self, count: int) -> int:
-        """As many as they are: `decode` pads every adapter's part."""
+        """Return `count`: `decode` itself pads the tokens of every adapter."""
         return count
 
     def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, lengths_D: Tensor | None = None) -> Tensor:
-        """As the base's, of tokens that name their adapters, in order; some adapters may have none."""
+        """Like `Transformer.decode`, for token ids that tell their adapters, grouped by adapter.
+
+        An adapter may have no tokens.
+        """
         adapter_J, counts_J = (tokens_N // self.shape.vocab_size).unique_consecutive(return_counts=True)
         tokens_N = tokens_N % self.shape.vocab_size
         for layer in self.layers:
@@ -127,7 +136,7 @@ class FusedLinear(nn.Module):
         self.a_KRI, self.b_KRO, self.scale_K11 = a_KRI, b_KRO, scale_K11
 
     def forward(self, x_SI: Tensor) -> Tensor:
-        """[S, I] to [S, O]; the rows are those of the adapters `present_J`, L of each."""
+        """Map [S, I] to [S, O]. The rows belong to the adapters `present_J`, L rows to each."""
         x_SI = x_SI.to(product_dtype(x_SI))
         matrices = self.a_KRI, self.b_KRO, self.scale_K11
         if len(self.present_J) < len(self.a_KRI):

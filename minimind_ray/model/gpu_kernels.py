@@ -1,19 +1,22 @@
-"""Kernels for GPUs, in Triton: attention over short documents, and the rotation of queries and keys.
+"""GPU kernels in Triton: attention over short documents, and RMSNorm with rotation of queries and keys.
 
     N tokens   D documents   H query heads   G key/value heads, each shared by H / G query heads   K head size
     R = K / 2 rotary pairs   T tiles: pieces of a document of up to TILE tokens   M = N · H rows of K numbers
 
-Attention is flash attention (Dao et al. 2022, algorithms 1 and 4) over tiles of documents. Torch's own kernels start a
-block for each 128 places that the longest document has in every document, most of them for nothing where documents are
-short, and their backward pass adds what tiles of keys give a query in the order in which they happen to end. Here there
-is a program for each tile there is, and gradients of queries and of keys have a kernel each, which computes the
-probabilities once more: two runs give the same bits.
+`attention.py` and `ops.py` use these kernels after `compile_kernels`, if the device is a GPU.
+
+Attention is flash attention (Dao et al. 2022, algorithms 1 and 4) over tiles of documents. Torch's own kernels have two
+drawbacks. For every document they start as many blocks as the longest document needs, so most blocks have no work if
+documents are short. And their backward pass adds a query's gradients in an order that varies from run to run.
+
+Here each existing tile has one program. The gradients of queries and of keys have separate kernels; both compute the
+probabilities again. So two runs give the same bits.
 """
 # pyright: reportMissingImports=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportMissingParameterType=false
 # pyright: reportUntypedFunctionDecorator=false, reportIncompatibleMethodOverride=false, reportArgumentType=false
 # pyright: reportCallIssue=false
-# (Triton has hardly any types, and comes with torch's builds for GPUs alone.)
+# (Triton has hardly any types, and is installed only with torch's builds for GPUs.)
 
 from __future__ import annotations
 
@@ -27,14 +30,18 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 TILE = 64
-"""Faster on an H200 than 32 (documents of 20 to 330 tokens) and 128 (those, and of 512 and 2,048)."""
+"""Tokens of a tile. On an H200, 64 was faster than 32 for documents of 20 to 330 tokens, and faster than 128 for these
+documents and for documents of 512 and 2,048 tokens."""
 ROWS = 32
-"""Rows of K numbers that a program rotates."""
+"""Number of rows of K numbers that one program rotates."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def tiles_of(bounds_D1: Tensor) -> Tensor:
-    """Of each tile the first token and the length of its document, and the tile's first row there: int32 [T, 3]."""
+    """Return for each tile its document's first token, the document's length, and the tile's first row in the document.
+
+    `bounds_D1` is on the host; the result is int32 [T, 3].
+    """
     bounds = bounds_D1.numpy()
     lengths = np.diff(bounds)
     counts = -(-lengths // TILE)
@@ -45,7 +52,7 @@ def tiles_of(bounds_D1: Tensor) -> Tensor:
 
 @triton.jit
 def _places(start, rows, length, head, heads, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a document's rows of one head lie in [N, heads, K], and which of them there are."""
+    """Return the offsets of a document's `rows` of one head in [N, heads, K], and a mask of the existing elements."""
     columns = tl.arange(0, WIDTH)
     places = ((start + rows).to(tl.int64) * heads + head)[:, None] * K + columns[None, :]
     return places, (rows < length)[:, None] & (columns < K)[None, :]
@@ -68,7 +75,7 @@ def _attend(
     q, k, v, out, lse, tiles, N,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`out`, and in `lse` [H, N] the binary logarithm of each softmax's denominator."""
+    """Write `out`, and to `lse` [H, N] the binary logarithm of each softmax's denominator."""
     tile, head = tl.program_id(0) // H, tl.program_id(0) % H
     group = head // (H // G)
     start, length, first = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
@@ -97,7 +104,7 @@ def _attend_backward_queries(
     q, k, v, out, lse, grad, delta, grad_q, tiles, N,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`grad_q`, and `delta` [H, N], the products of outputs and their gradients, which the keys' kernel reads."""
+    """Write `grad_q`, and for the keys' kernel `delta` [H, N]: the dot products of outputs and their gradients."""
     tile, head = tl.program_id(0) // H, tl.program_id(0) % H
     group = head // (H // G)
     start, length, first = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
@@ -138,7 +145,7 @@ def _attend_backward_keys(
             rows = begin + tl.arange(0, TILE)
             q_ = _load(q, start, rows, length, head, H, K, WIDTH)
             grad_ = _load(grad, start, rows, length, head, H, K, WIDTH)
-            # Infinite after the document's end, where nothing has a part in the keys.
+            # Infinite for rows after the document's end: their probabilities become 0.
             lse_ = tl.load(lse + head * N + start + rows, mask=rows < length, other=float("inf"))
             delta_ = tl.load(delta + head * N + start + rows, mask=rows < length, other=0.0)
             p = tl.exp2(tl.dot(k_, tl.trans(q_)) * LOG2_E - lse_[None, :])
@@ -178,13 +185,13 @@ class _Attention(Function):
 
 
 def attend(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, tiles_T3: Tensor) -> Tensor:
-    """softmax(q kᵀ) v of each token over its document up to itself, [N, H, K]."""
+    """Return softmax(q kᵀ) v, [N, H, K]: each token attends to its document so far. `tiles_T3` are from `tiles_of`."""
     return _Attention.apply(q_NHK, k_NGK, v_NGK, tiles_T3)
 
 
 @triton.jit
 def _halves(rows, M, R: tl.constexpr, WIDTH: tl.constexpr):
-    """Where rows of two halves of R numbers have their first ones in [M, 2R], and which of them there are."""
+    """Return the offsets of the first halves of `rows` in [M, 2R], a mask of the existing elements, and the columns."""
     columns = tl.arange(0, WIDTH)
     there = (rows < M)[:, None] & (columns < R)[None, :]
     return rows.to(tl.int64)[:, None] * (2 * R) + columns[None, :], there, columns
@@ -219,7 +226,7 @@ def _norm_rotate_backward(
     grad, x, weight, scales, cos, sin, grad_x, grad_weights, M, scale,
     H: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`grad_weights` are those of each program's rows."""
+    """Write `grad_x`, and to `grad_weights` the weight's gradient from each program's rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     places, there, columns = _halves(rows, M, R, WIDTH)
     c, s = _turn(rows, there, columns, cos, sin, H, R)
@@ -242,7 +249,7 @@ def _norm_rotate_backward(
 def norm_rotate(
     x_NHK: Tensor, weight_K: Tensor, cos_NR: Tensor, sin_NR: Tensor, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `ops` has it: `scale` · RMSNorm of each head with its pairs turned, and 1 / RMS [N, H, 1]."""
+    """Return `scale` · RMSNorm of each head with its pairs rotated, and 1 / RMS [N, H, 1], as `ops._norm_rotate`."""
     x, (count, heads, size) = x_NHK.contiguous(), x_NHK.shape
     out_NHK, scales_NH1 = torch.empty_like(x), x.new_empty(count, heads, 1, dtype=torch.float32)
     rows, sizes = count * heads, _sizes(heads, size)
@@ -257,7 +264,7 @@ def norm_rotate_backward(
     grad_out_NHK: Tensor, x_NHK: Tensor, weight_K: Tensor, scales_NH1: Tensor, cos_NR: Tensor, sin_NR: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and of the weight."""
+    """Return the gradients of x and of the weight."""
     grad, x, (count, heads, size) = grad_out_NHK.contiguous(), x_NHK.contiguous(), x_NHK.shape
     rows, sizes = count * heads, _sizes(heads, size)
     programs = triton.cdiv(rows, ROWS)

@@ -1,12 +1,12 @@
-"""Low-rank adapters: y = x Wᵀ + s · x Aᵀ Bᵀ beside frozen weights, saved as PEFT directories.
+"""LoRA adapters: y = x Wᵀ + s · x Aᵀ Bᵀ with frozen W, saved as PEFT directories.
 
     N tokens   I, O a projection's inputs and outputs   R rank   W [O, I]   A [R, I]   B [O, R]
 
-`add_lora` replaces projections of a model in place, `load_adapter` does the same with an adapter from disk;
-`merge_lora` puts plain projections back. To generate, merge first: adapters cost two more products a projection, and
-DoRA a norm of every weight on each pass.
+`add_lora` puts new adapters on a model in place, `load_adapter` puts an adapter from disk on it, and `merge_lora` turns
+the model into a plain one again. Merge before generating: an adapter costs two more products per projection, and DoRA
+also a norm of every weight in each pass.
 
-A directory holds what `peft` reads:
+A directory has the files that `peft` reads:
 
     adapter_config.json         rank, scale, which projections, where the base lies
     adapter_model.safetensors   A and B; the metadata says `base_fingerprint`, the hash of the base
@@ -38,13 +38,13 @@ M = TypeVar("M", bound=nn.Module)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INIT_STD = 0.02
-NEVER_ADAPTED = ("lm_head", "gate")  # The vocabulary projection, as peft's all-linear; the router of experts.
+NEVER_ADAPTED = ("lm_head", "gate")  # The vocabulary projection (as in peft's all-linear), and the experts' router.
 PREFIX, EMBEDDING = "base_model.model.", "model.embed_tokens.weight"
 SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
-# Fields of an adapter_config.json that `load_adapter` reads, or that change nothing once an adapter is trained: which
-# modules were chosen (the tensors' names say it), how training began, whether biases were trained (their tensors
-# would be in the file, and are refused), origins.
+# Fields of an adapter_config.json that `load_adapter` reads or ignores. It ignores fields without effect on a trained
+# adapter: the choice of modules (the tensors' names show it), the start of training, the adapter's origin, and whether
+# biases were trained (the file would then have their tensors, which are refused).
 KNOWN_FIELDS = {
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights",
     "modules_to_save",
@@ -52,17 +52,18 @@ KNOWN_FIELDS = {
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying", "inference_mode", "bias",
     "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-# With other values of init_lora_weights, an adapter is trained on a base with other weights than the one it names.
+# Values of init_lora_weights that leave the base's weights unchanged. With other values the adapter was trained on
+# weights that differ from the base it names.
 KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 MERGE_IN_PEFT = "merge the adapter in peft (merge_and_unload), save the model, and use that"
 
 
 class LoraLinear(nn.Module):
-    """A frozen projection and its adapter; with B = 0 exactly the projection.
+    """A frozen projection and its adapter. With B = 0 the result is exactly the projection's.
 
-    LoRA (Hu et al. 2021, eq. 3): x Wᵀ + s · dropout(x) Aᵀ Bᵀ. With DoRA (Liu et al. 2024, eq. 5) that is multiplied
-    by m / ‖W + s B A‖, row by row, where m is trained and the norm is a constant to the gradient (section 4.3). A bias
-    is added last, and is not trained.
+    LoRA (Hu et al. 2021, eq. 3): x Wᵀ + s · dropout(x) Aᵀ Bᵀ. DoRA (Liu et al. 2024, eq. 5) multiplies this, row by
+    row, by m / ‖W + s B A‖; m is trained, and the norm counts as a constant for the gradient (section 4.3). A bias is
+    added last and is not trained.
     """
 
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
@@ -76,11 +77,11 @@ class LoraLinear(nn.Module):
         self.magnitude = nn.Parameter(self._first_magnitude()) if config.dora else None
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        """[N, I] to [N, O]."""
+        """Map [N, I] to [N, O]."""
         if torch.is_autocast_enabled(x_NI.device.type):
             x_NI = x_NI.to(torch.get_autocast_dtype(x_NI.device.type))  # One cast serves both products.
         h_NR = F.linear(self.dropout(x_NI), self.lora_A) * self.scale
-        # Into the projection's own output: a pass over [N, O] costs as much as the product with B.
+        # Add to the projection's output in place: another pass over [N, O] costs as much as the product with B.
         if self.magnitude is None:
             y_NO = F.linear(x_NI, self.weight, self.bias)
             return y_NO.addmm_(h_NR, self.lora_B.to(y_NO.dtype).t())
@@ -90,22 +91,22 @@ class LoraLinear(nn.Module):
         return y_NO if self.bias is None else y_NO + self.bias.to(y_NO.dtype)
 
     def _first_magnitude(self) -> Tensor:
-        # A model without values is only measured; autocast knows no meta device.
+        # A model on the meta device has no values to compute norms of, and autocast does not support that device.
         return self.weight.new_empty(len(self.weight)) if self.weight.is_meta else self.row_norms()
 
     def summed_weight(self) -> Tensor:
-        """W + s B A, whatever autocast says."""
+        """Return W + s B A in the weights' own dtype, even inside autocast."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scale)
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """‖W + s B A‖ of each row, [O]."""
+        """Return ‖W + s B A‖ of each row, [O]."""
         return torch.linalg.vector_norm(self.summed_weight(), dim=1)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """The weight of the plain projection that computes the same."""
+        """Return the weight of a plain projection with the same result."""
         if self.magnitude is None:
             return self.summed_weight()
         return self.summed_weight() * (self.magnitude / self.row_norms()).unsqueeze(1)
@@ -117,8 +118,8 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
     The same seed gives the same A on every worker and device.
 
     Raises:
-        UserError: no such projections, a choice of experts' projections that PEFT has no form for, or a rank that is
-            more than any of them has.
+        UserError: the model has no such projections, PEFT cannot express this choice of the experts' projections, or
+            the rank is larger than that of every chosen projection.
     """
     generator = torch.Generator().manual_seed(seed)
     names, linears = target_names(model, config.targets), _projections(model)
@@ -131,10 +132,10 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
 
 
 def target_names(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """Full names of the projections that `lora.targets` means: square, all-linear, or last parts of names.
+    """Return the full names of the projections that `lora.targets` means: square, all-linear, or last parts of names.
 
     Raises:
-        UserError: a name that no projection has, or no projection is square.
+        UserError: no projection has this name, or no projection is square.
     """
     linears = _projections(model)
     if targets in (["all-linear"], ["square"]):
@@ -144,7 +145,7 @@ def target_names(model: nn.Module, targets: str | list[str]) -> list[str]:
     if targets == "square":
         square = [name for name, linear in linears.items() if linear.weight.shape[0] == linear.weight.shape[1]]
         if not square:
-            raise UserError(f"lora.targets is square, but no projection of this model is; use {_valid(linears)}")
+            raise UserError(f"lora.targets is square, but this model has no square projection; use {_valid(linears)}")
         return square
     leaves = {targets} if isinstance(targets, str) else set(targets)
     if unknown := sorted(leaves - {_leaf(name) for name in linears}):
@@ -153,12 +154,12 @@ def target_names(model: nn.Module, targets: str | list[str]) -> list[str]:
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
-    """The adapted projections by full name, in the model's order."""
+    """Return the adapted projections by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 def merge_lora(model: M) -> M:
-    """Fold the adapters into the weights: the same model, plain again and all of it trainable."""
+    """Add the adapters to the weights, in place. Return the same model, now plain and entirely trainable."""
     for name, layer in adapters(model).items():
         rows, columns = layer.weight.shape
         plain = nn.Linear(columns, rows, bias=False, device="meta")
@@ -179,15 +180,15 @@ def save_adapter(
 ) -> None:
     """Write the model's adapters as a PEFT directory that refers to the base by path and fingerprint.
 
-    `weights`: a copy of `adapter_weights(model)` (float32, on the CPU) to write in their place.
+    `weights`, if given, are written instead of the model's: a copy of `adapter_weights(model)`, float32, on the CPU.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     layers = adapters(model)
     config = next(iter(layers.values())).config
     leaves = sorted({_leaf(name) for name in layers})
-    # On experts PEFT refuses dropout, and as it fuses gate and up at twice the rank it would scale rsLoRA by another
-    # root: there the scale is written as plain LoRA's.
+    # PEFT refuses dropout on experts. It also fuses gate and up into one adapter of twice the rank, so its rsLoRA scale
+    # would differ. So adapters of experts are written without dropout, and with the scale of plain LoRA.
     experts = _on_experts(layers)
     alpha = config.rank if config.alpha is None else config.alpha
     content = {
@@ -206,12 +207,12 @@ def save_adapter(
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if weights is None:
         weights = {key: p.detach().float().cpu().contiguous() for key, p in adapter_weights(model).items()}
-    # One entry: safetensors writes several in any order, and the same adapter would have several hashes.
+    # A single entry: safetensors writes several entries in random order, which would change the file's hash.
     save_file(dict(weights), folder / WEIGHTS, metadata={"base_fingerprint": base_fingerprint})
 
 
 class AdapterBase(NamedTuple):
-    """What an adapter says it was trained on; adapters that were not made here know no fingerprint."""
+    """The base that an adapter names. `fingerprint` is None if another program wrote the adapter."""
 
     path: str | None
     fingerprint: str | None
@@ -223,10 +224,10 @@ def is_adapter(directory: Path) -> bool:
 
 
 def adapter_base(directory: str | Path) -> AdapterBase:
-    """The base of a PEFT directory.
+    """Return the base that the adapter in a PEFT directory names.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the directory cannot be read.
     """
     folder = Path(directory)
     path, metadata = _read_config(folder).get("base_model_name_or_path"), _open(folder).metadata() or {}
@@ -234,14 +235,14 @@ def adapter_base(directory: str | Path) -> AdapterBase:
 
 
 def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str) -> None:
-    """Put an adapter of ours or of `peft` on a plain model, or its values into the adapters the model already has.
+    """Put the adapter of a PEFT directory on a plain model, or load its values into the model's existing adapters.
 
-    Weights of its `modules_to_save` replace the model's. `base_fingerprint` is the model's own (see
-    `model_fingerprint`); the model is left as it was where this raises.
+    Weights of `modules_to_save` replace the model's weights. `base_fingerprint` is the model's own fingerprint (see
+    `model_fingerprint`). If this function raises, the model has not changed.
 
     Raises:
-        UserError: the directory cannot be read, asks for what is not supported, or does not fit the model; or it was
-            trained on another model.
+        UserError: the directory cannot be read, uses an unsupported feature, does not fit the model, or was trained on
+            another model.
     """
     folder = Path(directory)
     config, file = _lora_config(folder), _open(folder)
@@ -255,7 +256,7 @@ def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str)
     replaced = _replaced_weights(model, folder)
     names = _adapted_names(model, folder, config, sizes, replaced)
     if layers := adapters(model):
-        # The scale is the file's only to rounding: experts have it as an alpha.
+        # Scales may differ by rounding: adapters of experts store alpha = scale · rank.
         same = all(
             (layer.config.rank, layer.config.dora) == (config.rank, config.dora)
             and math.isclose(layer.scale, config.scale)
@@ -272,10 +273,10 @@ def load_adapter(model: nn.Module, directory: str | Path, base_fingerprint: str)
 
 
 def saved_modules(directory: str | Path) -> list[str]:
-    """The modules that a PEFT directory holds whole: `modules_to_save`, often embed_tokens or lm_head.
+    """Return the modules that a PEFT directory stores whole (`modules_to_save`), often embed_tokens or lm_head.
 
     Raises:
-        UserError: its config cannot be read, or names no modules there.
+        UserError: its config cannot be read, or modules_to_save is not a list of names.
     """
     folder = Path(directory)
     modules = _read_config(folder).get("modules_to_save") or []
@@ -285,10 +286,10 @@ def saved_modules(directory: str | Path) -> list[str]:
 
 
 def _replaced_weights(model: nn.Module, folder: Path) -> dict[str, nn.Parameter]:
-    """The model's weights inside `modules_to_save`, by their names in the adapter file."""
+    """Return the model's weights inside `modules_to_save`, by their names in the adapter file."""
     modules, where = saved_modules(folder), f"{folder / CONFIG}: modules_to_save"
     weights = {name: p for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))}
-    # As in peft, a module is found by how its path ends: norm means every input_layernorm too.
+    # As in peft, a name matches the end of a module's path: `norm` also matches every input_layernorm.
     inside = {module: [name for name in weights if f"{module}." in name] for module in modules}
     for module, names in inside.items():
         if "lm_head.weight" not in weights and (EMBEDDING in names or f"{module}." in "lm_head."):
@@ -308,7 +309,10 @@ def _adapted_names(
     sizes: Mapping[str, tuple[int, ...]],
     replaced: Mapping[str, nn.Parameter],
 ) -> list[str]:
-    """The projections an adapter file holds tensors for, in the model's order, once every tensor was found to fit."""
+    """Return the projections that an adapter file has tensors for, in the model's order.
+
+    Raises UserError if a tensor is unknown, missing or of a wrong size.
+    """
     linears = _projections(model)
     names = [name for name in linears if f"{PREFIX}{name}.{SUFFIXES['lora_A']}" in sizes]
     expected = {key: tuple(parameter.shape) for key, parameter in replaced.items()}
@@ -350,8 +354,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _projections(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
-    """What can be adapted, or is, by full name."""
-    # PEFT would look for GraniteMoeShared's experts, which are other tensors under other names.
+    """Return the projections that have an adapter or can get one, by full name."""
+    # Not the experts of GraniteMoeShared: PEFT would look for other tensors under other names.
     never = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, MixtureOfExperts) and is_granite(m.shape))
     return {
         name: module
@@ -363,7 +367,7 @@ def _projections(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by PEFT's names."""
+    """Return the adapters' parameters by PEFT's names."""
     return {
         f"{PREFIX}{name}.{suffix}": parameter
         for name, layer in adapters(model).items()

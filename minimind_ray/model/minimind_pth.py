@@ -1,9 +1,11 @@
-"""MiniMind's .pth files to our directories and back: MiniMind-2 (Llama's shape, with experts GraniteMoeShared's) and 3
-(Qwen3's), dense, MoE and LoRA.
+"""Convert MiniMind's .pth files to Hugging Face or PEFT directories and back.
 
-A .pth file is a dict of tensors by name, as torch.save writes it, mostly in half precision. Sizes are read off the
-tensors; the rest of MiniMind's config is not in the file, see `settings_not_in_file`. Files are mapped, never
-unpickled beyond tensors.
+MiniMind-2 (Llama's shape; with experts, GraniteMoeShared's) and MiniMind-3 (Qwen3's shape) are supported: dense models,
+models with experts, and LoRA files.
+
+A .pth file is a dict of tensors by name, written by torch.save, usually in half precision. The sizes come from the
+tensors. The rest of MiniMind's config is not in the file, see `settings_not_in_file`. Files are memory-mapped, and
+only tensors are unpickled, so no code of a file runs.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ LORA_KEY = re.compile(r"(.+)\.lora\.([AB])\.weight")
 
 
 def settings_not_in_file(qk_norm: bool, experts: bool) -> dict[str, Any]:
-    """The settings that a .pth file of this kind does not hold, with MiniMind's defaults, by MiniMind-3's names.
+    """Return the settings that are not in a .pth file of this kind, with MiniMind's defaults, by MiniMind-3's names.
 
-    Without them: those that tensors show; flash_attn, which changes no result; token ids, which are the tokenizer's;
-    and hidden_act, scoring_func and seq_aux, of which Transformer computes only the default.
+    Some settings are not needed: sizes, which the tensors show; flash_attn, which does not change results; token ids,
+    which come from the tokenizer; and hidden_act, scoring_func and seq_aux, which `Transformer` supports only with
+    their default values.
     """
     family = MINIMIND_3 if qk_norm else MINIMIND_2
     settings = {
@@ -61,8 +64,8 @@ def import_pth(
     `settings` replace defaults of `settings_not_in_file`.
 
     Raises:
-        UserError: the file cannot be read, holds other things than tensors, or is no MiniMind model; a setting is
-            impossible or not this model's; or the tokenizer has more tokens than the model.
+        UserError: the file cannot be read, has values other than tensors, or is not a MiniMind model; a setting is
+            impossible or does not apply to this model; or the tokenizer has more tokens than the model.
     """
     path = Path(path)
     tokenizer = Tokenizer.load(tokenizer_dir)
@@ -79,7 +82,7 @@ def import_pth(
 
 
 def require_room(shape: ModelShape, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Raises UserError where the tokenizer has more tokens than the model from `path`."""
+    """Raise UserError if the tokenizer has more tokens than the model from `path`."""
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
             f"{path}: the model has {shape.vocab_size} tokens, fewer than the {tokenizer.vocab_size} of "
@@ -90,17 +93,17 @@ def require_room(shape: ModelShape, tokenizer: Tokenizer, path: str | Path) -> N
 def export_pth(
     directory: str | Path, path: str | Path, dtype: Literal["half", "float32"] = "half"
 ) -> dict[str, object]:
-    """Write a model directory as a file that MiniMind loads, which holds tied embeddings under both their names.
+    """Write a model directory as a .pth file that MiniMind loads. Return the model's `minimind_settings`.
 
-    Returns the `minimind_settings` of the model.
+    The file has tied embeddings under both of their names.
 
     Raises:
-        UserError: the directory cannot be read, a weight is too large for half precision, or MiniMind has no such
-            model.
+        UserError: the directory cannot be read, a weight is too large for half precision, or MiniMind does not support
+            such a model.
     """
     model = load_model(directory)
     if model.shape.qkv_bias:
-        raise UserError(f"{directory}: MiniMind's attention has no biases, so it has no form of this model")
+        raise UserError(f"{directory}: MiniMind's attention has no biases, so MiniMind cannot load this model")
     if is_granite(model.shape):
         _require_normalised(directory, model.shape.num_experts_per_tok, model.shape.norm_topk_prob)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
@@ -110,10 +113,10 @@ def export_pth(
 
 
 def minimind_settings(shape: ModelShape) -> dict[str, object]:
-    """The MiniMindConfig arguments of this model that differ from its defaults.
+    """Return the arguments of MiniMindConfig that this model needs and that differ from MiniMind's defaults.
 
-    MiniMind reads no setting off the file, and its scripts have options for hidden_size, num_hidden_layers, use_moe
-    and inference_rope_scaling alone. MiniMind-2 always ties embeddings: to untie them, change its code.
+    MiniMind reads no settings from the file. Its scripts have options only for hidden_size, num_hidden_layers, use_moe
+    and inference_rope_scaling. MiniMind-2 always ties embeddings; to load untied embeddings, change its code.
     """
     scaled, experts = shape.rope_scaling is not None, shape.num_experts
     ours: dict[str, object] = {
@@ -142,7 +145,7 @@ def minimind_settings(shape: ModelShape) -> dict[str, object]:
 
 
 def import_lora_pth(path: str | Path, base_dir: str | Path, out_dir: str | Path) -> None:
-    """Write a MiniMind LoRA file as a PEFT adapter of the model in `base_dir`; MiniMind's scale is 1, so alpha = rank.
+    """Write a MiniMind LoRA file as a PEFT adapter of the model in `base_dir`. Its alpha is its rank: the scale is 1.
 
     Raises:
         UserError: the file or the base cannot be read, or do not fit each other.
@@ -151,12 +154,12 @@ def import_lora_pth(path: str | Path, base_dir: str | Path, out_dir: str | Path)
     tensors = read_pth(path)
     parts = [LORA_KEY.fullmatch(key) for key in tensors]
     if not parts or None in parts:
-        raise UserError(f"{path}: no MiniMind LoRA file, it holds {_some(tensors)}; expected names like …lora.A.weight")
+        raise UserError(f"{path}: not a MiniMind LoRA file: has {_some(tensors)}; expected names like …lora.A.weight")
     adapted = {part[1] for part in parts if part}
     leaves = sorted({name.rpartition(".")[2] for name in adapted})
     known = {name: model.get_submodule(name) for name in target_names(model, "all-linear")}
     if foreign := sorted(adapted - known.keys()):
-        raise UserError(f"{path}: {foreign[0]} is no projection of the model in {base_dir}; name its own base")
+        raise UserError(f"{path}: {foreign[0]} is not a projection of the model in {base_dir}; name its own base")
     names = target_names(model, leaves)
     sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     rank = max(1, min(next(iter(sizes.values())), default=1))
@@ -175,11 +178,11 @@ def import_lora_pth(path: str | Path, base_dir: str | Path, out_dir: str | Path)
 def export_lora_pth(
     adapter_dir: str | Path, base_dir: str | Path, path: str | Path, dtype: Literal["half", "float32"] = "half"
 ) -> None:
-    """Write a PEFT adapter of the model in `base_dir` as a MiniMind LoRA file, with the adapter's scale folded into B.
+    """Write a PEFT adapter of the model in `base_dir` as a MiniMind LoRA file; B is multiplied by the adapter's scale.
 
     Raises:
-        UserError: either cannot be read or they do not belong together, or MiniMind has no such adapters: it adapts the
-            square projections, all of them, and knows no DoRA.
+        UserError: adapter or model cannot be read, or they do not belong together, or MiniMind does not support such
+            adapters: it adapts all square projections and no others, and has no DoRA.
     """
     model = load_model(base_dir)
     square = target_names(model, "square")
@@ -203,15 +206,15 @@ def export_lora_pth(
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file by name, mapped from disk.
+    """Return the tensors of a .pth file by name, memory-mapped.
 
     Raises:
-        UserError: it cannot be read, or holds anything but dense tensors of floating-point numbers.
+        UserError: the file cannot be read, or has a value that is not a dense tensor of floating-point numbers.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-        # Nothing in it may unpack to more than lies on disk.
+        # Refuse compressed archives: a small file could unpack to a huge size.
         if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
             raise UserError(f"{path}: a packed archive, not a file that torch.save wrote")
         content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -229,24 +232,27 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             resume = isinstance(content.get("optimizer"), dict)
-            hint = "; it is a resume file, give the weights file that lies with it" if resume else ""
-            raise UserError(f"{path}: entry {name!r:.60} is no tensor but a {type(value).__name__}{hint}")
+            hint = "; this is a resume file: name the weights file in the same folder" if resume else ""
+            raise UserError(f"{path}: entry {name!r:.60} is not a tensor but a {type(value).__name__}{hint}")
         dense = value.layout is torch.strided and value.device.type == "cpu" and value.is_contiguous()
         if not (dense and value.is_floating_point()):
-            raise UserError(f"{path}: {name} is no dense tensor of floating-point numbers")
+            raise UserError(f"{path}: {name} is not a dense tensor of floating-point numbers")
     return cast("dict[str, Tensor]", content)
 
 
 def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any]) -> ModelShape:
-    """The shape that the tensors and the given settings have, once every tensor was found to fit it."""
+    """Return the shape of the model from its tensors and the given settings.
+
+    Raises UserError if the file is not a MiniMind model, or a tensor does not fit the shape.
+    """
     if any(LORA_KEY.fullmatch(key) for key in tensors):
         raise UserError(f"{path}: a LoRA file, not a model; import it as an adapter, with its base")
 
     def size(name: str, dimensions: int = 2) -> list[int]:
         if name not in tensors:
-            raise UserError(f"{path}: no MiniMind model, {name} is missing; it holds {_some(tensors)}")
+            raise UserError(f"{path}: not a MiniMind model: {name} is missing; the file has {_some(tensors)}")
         if tensors[name].ndim != dimensions or 0 in tensors[name].shape:
-            raise UserError(f"{path}: {name} is {list(tensors[name].shape)}, not of {dimensions} dimensions")
+            raise UserError(f"{path}: {name} has shape {list(tensors[name].shape)}, not {dimensions} dimensions")
         return list(tensors[name].shape)
 
     vocab_size, hidden_size = size(EMBEDDING)
@@ -262,7 +268,7 @@ def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any
     width = size(f"{network}.gate_proj.weight")[0]
     settings = settings_not_in_file(qk_norm, bool(experts))
     if unused := sorted(given.keys() - settings - {"num_attention_heads"}):
-        raise UserError(f"{path}: has no experts; leave {unused[0]} out")
+        raise UserError(f"{path}: the model has no experts; leave {unused[0]} out")
     settings |= given
     if qk_norm:
         head_dim = size(f"{attention}.q_norm.weight", 1)[0]
@@ -270,7 +276,7 @@ def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any
         head_dim = max(1, query // settings["num_attention_heads"])
     heads = query // head_dim
     if settings.pop("num_attention_heads", heads) != heads:
-        raise UserError(f"{path}: has {heads} heads of {head_dim}; leave num_attention_heads out")
+        raise UserError(f"{path}: the model has {heads} heads of {head_dim}; leave num_attention_heads out")
     if experts and not qk_norm:
         _require_normalised(path, settings["num_experts_per_tok"], settings["norm_topk_prob"])
     yarn = RopeScaling() if settings.pop("inference_rope_scaling") else None
@@ -296,7 +302,7 @@ def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])
-        hint = "; give num_attention_heads, if it is another" if "head" in first["msg"] else ""
+        hint = "; set num_attention_heads if it is not the default" if "head" in first["msg"] else ""
         raise UserError(f"{path}: {where}{first['msg']}{hint}") from None
     sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shape.tie_word_embeddings:
@@ -306,21 +312,21 @@ def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any
 
 
 def _require_normalised(path: str | Path, per_token: int, norm_topk_prob: bool) -> None:
-    """Raises UserError if the weights of a token's experts do not add up to 1 in MiniMind-2."""
+    """Raise UserError if the weights of a token's experts do not add up to 1 in MiniMind-2."""
     if per_token == 1:
         raise UserError(
-            f"{path}: MiniMind-2 weights a token's only expert by its probability, which no Hugging Face form of it "
+            f"{path}: MiniMind-2 weights a token's only expert by its probability, which no Hugging Face architecture "
             "does; with 2 or more experts per token the weights add up to 1 in both"
         )
     if not norm_topk_prob:
         raise UserError(
-            f"{path}: norm_topk_prob is false; MiniMind-2's experts have no Hugging Face form in which the weights of "
-            "a token's experts do not add up to 1, so this model cannot be imported"
+            f"{path}: norm_topk_prob is false, so the weights of a token's experts do not add up to 1; no Hugging Face "
+            "architecture has such experts, so this model cannot be converted"
         )
 
 
 def _require_fit(path: Path, sizes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError with the first three tensors that are missing, of another size, or too many."""
+    """Raise UserError with the first three tensors that are missing, unknown, or of a wrong size."""
     problems = [f"{name} is missing" for name in expected if name not in sizes]
     problems += [f"{k} is {list(sizes[k])}, not {list(v)}" for k, v in expected.items() if sizes.get(k, v) != v]
     problems += [f"{name} is unknown" for name in sizes if name not in expected]
@@ -333,7 +339,7 @@ def _some(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path, dtype: str) -> None:
-    """torch.save in `dtype`; a tensor under two names is stored once."""
+    """Write tensors with torch.save in `dtype`. A tensor under two names is stored once."""
     stored = {id(tensor): tensor.to(DTYPES[dtype]).contiguous() for tensor in tensors.values()}
     for name, tensor in tensors.items():
         if not stored[id(tensor)].isfinite().all():

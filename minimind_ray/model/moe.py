@@ -4,7 +4,7 @@ N tokens   C channels   E experts   X experts per token   D documents
 """
 
 # pyright: reportIncompatibleMethodOverride=false
-# (torch declares backward(ctx, *grads), and every Function names its own.)
+# (torch declares backward(ctx, *grads), and every Function names its own gradients.)
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch.autograd.function import Function
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.model.ops import kernel, swiglu, wide
 
-# Between tokens and experts: [N · X, C] is by expert, in the `order` that sorts [N, X] by it; `places` undoes that.
-# Gradients are gathered too, not scattered: faster on a GPU, and the same every time. What a token's X experts made is
-# added one by one: the compiler makes a slow loop of a sum over X.
+# Tokens are sorted by expert: `order` sorts the N · X choices by expert, and `places` is its inverse. Gradients are
+# gathered and not scattered, which is faster on a GPU and gives the same bits each time. The outputs of a token's X
+# experts are added one by one, because the compiler makes a slow loop of a sum over X.
 
 
 @kernel
@@ -31,7 +31,7 @@ def _sum_of_places(y: Tensor, places: Tensor, per_token: int) -> Any:
 
 
 class _Dispatch(Function):
-    """Each token once for every expert it goes to: [N, C] to [N · X, C]."""
+    """Copy each token once for each of its experts, sorted by expert: [N, C] to [N · X, C]."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, order: Tensor, places: Tensor, per_token: int) -> Any:
@@ -64,7 +64,7 @@ def _combine_backward(grad_NC: Tensor, y: Tensor, scores_NX: Tensor, order: Tens
 
 
 class _Combine(Function):
-    """The sum of what the experts made of a token, weighted by their scores: [N · X, C] to [N, C]."""
+    """Sum the outputs of each token's experts, weighted by their scores: [N · X, C] to [N, C]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, scores_NX: Tensor, order: Tensor, places: Tensor) -> Any:
@@ -77,9 +77,10 @@ class _Combine(Function):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to the `num_experts_per_tok` experts its router scores highest, weighted by those scores.
+    """Sends each token to the `num_experts_per_tok` experts with the highest router scores, which weight their outputs.
 
-    And to every shared expert, of which a model of MiniMind-2 may have some, with weight 1 (Dai et al. 2024, eq. 9).
+    Every token also goes to all shared experts with weight 1 (Dai et al. 2024, eq. 9). Only MiniMind-2 has shared
+    experts.
     """
 
     def __init__(self, shape: ModelShape, make_expert: Callable[[], nn.Module]) -> None:
@@ -92,7 +93,7 @@ class MixtureOfExperts(nn.Module):
         self.routed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts' outputs."""
+        """Return the weighted sum of the chosen experts' outputs, plus the shared experts' outputs: [N, C]."""
         probabilities_NE = self.gate(x_NC).float().softmax(-1)
         scores_NX, chosen_NX = probabilities_NE.topk(self.shape.num_experts_per_tok, dim=-1)
         if self.shape.norm_topk_prob:
@@ -100,7 +101,7 @@ class MixtureOfExperts(nn.Module):
 
         self.routed = probabilities_NE, chosen_NX
 
-        # Tokens sorted by expert, so that each expert sees its own as one block.
+        # Sort the tokens by expert, so that each expert gets its tokens as one block.
         order = chosen_NX.flatten().argsort(stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         experts_E1 = torch.arange(self.shape.num_experts, device=order.device).unsqueeze(1)
@@ -112,11 +113,11 @@ class MixtureOfExperts(nn.Module):
         return out_NC
 
     def _experts(self, x: Tensor, counts_E: Tensor) -> Tensor:
-        """What every expert makes of its tokens; `x` holds those of the first, then those of the second, and so on."""
+        """Return the experts' outputs. `x` has the tokens of the first expert, then those of the second, and so on."""
         if not self._grouped(x):
             blocks = x.split(counts_E.tolist())
             return torch.cat([expert(block) for expert, block in zip(self.experts, blocks)])
-        # The host need not know the counts, for which it would wait in every layer.
+        # Leave the counts on the device: the host would have to wait for them in every layer.
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
 
         def product(x: Tensor, name: str) -> Tensor:
@@ -126,9 +127,10 @@ class MixtureOfExperts(nn.Module):
         return product(swiglu(product(x, "gate_proj"), product(x, "up_proj")), "down_proj")
 
     def _grouped(self, x: Tensor) -> bool:
-        """Whether the experts' products can be one: of plain matrices whose rows are multiples of 16 bytes, on Hopper.
+        """Whether torch's grouped product can compute all experts at once.
 
-        Elsewhere torch has no such product for bfloat16, and asks the device for the counts in each.
+        It needs bfloat16 on a Hopper GPU, and plain matrices whose rows are multiples of 16 bytes. On other GPUs torch
+        has no such product for bfloat16, and each call waits for the device to get the counts.
         """
         parts = [part for expert in self.experts for part in expert.children()]
         return (
@@ -139,10 +141,11 @@ class MixtureOfExperts(nn.Module):
         )
 
     def aux_loss(self, lengths_D: Tensor) -> Tensor:
-        """The load-balancing loss of the last forward pass's tokens (Fedus et al. 2021, eq. 4-6), a mean over them.
+        """Return the load-balancing loss of the last forward pass (Fedus et al. 2021, eq. 4-6), a mean over its tokens.
 
-        coef · E · Σ_e (choices of expert e per token) · (mean router probability of e); in MiniMind-2's shape of each
-        document, and of its choices each counts 1 / X (Dai et al. 2024, eq. 12-14). `lengths_D` are the documents'.
+        It is coef · E · Σ_e (choices of expert e per token) · (mean router probability of e). In MiniMind-2's shape the
+        sum is computed for each document, and each choice counts 1 / X (Dai et al. 2024, eq. 12-14). `lengths_D` has
+        the lengths of the documents.
         """
         assert self.routed, "no forward pass yet"
         probabilities_NE, chosen_NX = self.routed

@@ -1,16 +1,17 @@
-"""What lies between the matrix products: few passes over memory, gradients written out.
+"""The operations between matrix products, with few passes over memory and hand-written gradients.
 
     N tokens   C channels   F feed-forward   H heads   K head size   R = K / 2 rotary pairs   M rows   V vocabulary
 
-On a CPU with fast matrix units these passes, not the products, are most of a step. Each operation is a `Function`
-whose forward and backward are one `kernel`, a pure function of tensors. Kernels run as they are written, or, after
-`compile_kernels`, as one compiled loop each; they depend on no weights or layers, so every layer shares them. Norms,
-rotations and log-probabilities are float32 inside; SwiGLU is as 16-bit as its inputs.
+The operations are norms, rotary positions, SwiGLU and log-probabilities. On a CPU with fast matrix units they take more
+of a step's time than the products. Each operation is a `Function` whose forward and backward are one `kernel` each, a
+pure function of tensors. After `compile_kernels` each kernel is one compiled loop; before, it runs eagerly. Kernels do
+not depend on weights or layers, so all layers share them.
 
-Results that feed a matrix product have the dtype of matrix products: autocast's where it is on, else the input's.
+Norms, rotations and log-probabilities compute in float32; SwiGLU computes in the dtype of its inputs. Results that are
+inputs of a matrix product have the dtype of matrix products: autocast's if autocast is on, otherwise the input's.
 """
 # pyright: reportIncompatibleMethodOverride=false
-# (torch declares backward(ctx, *grads), and every Function names its own.)
+# (torch declares backward(ctx, *grads), and every Function names its own gradients.)
 
 from __future__ import annotations
 
@@ -30,56 +31,57 @@ from minimind_ray.config.errors import UserError
 
 
 class Kernel:
-    """A function of tensors that `compile_kernels` makes one loop of."""
+    """A function of tensors that `compile_kernels` compiles into one loop."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.eager = self.compiled = function
 
     def __call__(self, *args: Any) -> Any:
-        """What the function gives."""
+        """Return the function's result; use the compiled version, if there is one, for large tensors."""
         large = max(x.numel() for x in args if isinstance(x, Tensor)) >= SMALL
         return (self.compiled if large else self.eager)(*args)
 
 
 SMALL = 2**15
-"""Numbers below which calling a compiled function costs more than it saves: a generated token, an idle expert."""
+"""Kernels run eagerly on smaller tensors, such as those of a generated token: calling a compiled function would cost
+more than it saves."""
 
 KERNELS: list[Kernel] = []
 
 
 def kernel(function: Callable[..., Any]) -> Kernel:
-    """Make a function a `Kernel`."""
+    """Turn a function into a `Kernel` (a decorator)."""
     KERNELS.append(Kernel(function))
     return KERNELS[-1]
 
 
 def compile_kernels(device: torch.device) -> None:
-    """Compile every kernel at its first use, for any number of tokens, in this process.
+    """Let this process compile every kernel at its first use, for any number of tokens.
 
     Raises:
-        UserError: nothing can be compiled for `device` here.
+        UserError: the compiler does not work here for `device`.
     """
     if compiled():
         return
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_cache_directory())
-    # A process that trains many models, as in a sweep, has a variant of each kernel for each width.
+    # A process that trains many models, as in a sweep, compiles each kernel for each width.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # pyright: ignore[reportPrivateUsage]
     try:
         torch.compile(torch.square, dynamic=True)(torch.ones(2, device=device))
-    except Exception as error:  # the compiler's troubles come in many classes
+    except Exception as error:  # The compiler raises exceptions of many classes.
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"train.compile is true, but torch.compile fails here ({type(error).__name__}: {reason}); it needs a C++ "
             "compiler such as g++ and Python's headers: install them, or set train.compile false"
         ) from error
-    # On a GPU what does not change, the width, is better known to the compiler: a row then stays in registers.
-    # But it learns from the first sizes what does, which a resumed run would see others of.
+    # On a GPU, let the compiler treat the width as fixed, so that a row stays in registers. But it infers the dynamic
+    # sizes from the first inputs, which differ after a resume; deterministic runs must not depend on these inputs.
     learns = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
     dynamic = None if learns else True
     for each in KERNELS:
         each.compiled = torch.compile(each.eager, dynamic=dynamic)
-    if device.type == "cuda":  # The compiler's take four times what reading and writing would.
+    if device.type == "cuda":  # The compiled versions take four times the time of reading and writing the data.
         from minimind_ray.model import gpu_kernels
 
         _norm_rotate.compiled = gpu_kernels.norm_rotate
@@ -87,10 +89,10 @@ def compile_kernels(device: torch.device) -> None:
 
 
 def _cache_directory() -> Path:
-    """Where compiled code is kept, and run from again: the user's own folder, not one that others here could make.
+    """Return the folder for compiled code. It is in the user's home: other users could write to a shared folder.
 
-    One for each kind of processor and number of threads, which the code depends on and torch's keys do not name: a home
-    may be seen by unlike machines.
+    There is a folder for each kind of processor and number of threads. Compiled code depends on them, torch's cache
+    keys do not include them, and machines of different kinds may share a home.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -102,34 +104,34 @@ def _cache_directory() -> Path:
     try:
         directory = Path.home() / ".cache" / "minimind_ray" / "inductor" / name
         directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or none to write to
+    except (OSError, RuntimeError):  # There is no home, or it is not writable.
         directory = Path(tempfile.mkdtemp(prefix="minimind-ray-"))
     return directory
 
 
 def compiled() -> bool:
-    """Whether `compile_kernels` is in force."""
+    """Whether this process compiles its kernels."""
     return any(each.compiled is not each.eager for each in KERNELS)
 
 
 def run_eagerly() -> None:
-    """Run kernels as they are written, also after `compile_kernels`."""
+    """Undo `compile_kernels`: run kernels without compiling."""
     for each in KERNELS:
         each.compiled = each.eager
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype matrix products of `x` have here."""
+    """Return the dtype of matrix products with `x`: autocast's if autocast is on, otherwise that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def wide(x: Tensor) -> Tensor:
-    """Float32 at least."""
+    """Return x in float32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# Several products of one input
+# Several products with the same input
 
 
 class _Linears(Function):
@@ -155,13 +157,13 @@ class _Linears(Function):
 
 
 def has_bias(linear: nn.Linear) -> bool:
-    """Whether a projection has a bias; torch's own annotation leaves out that it may be None."""
+    """Whether a projection has a bias. (torch's type annotation does not say that `bias` may be None.)"""
     return cast("Tensor | None", linear.bias) is not None
 
 
 def linears(x_NC: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
-    """What each module makes of x. Of projections without a bias the gradient of x is summed in the products."""
-    # Without gradients autocast's own casts of the weights are better: it keeps them from one call to the next.
+    """Return each module's output for x. For projections without biases, the products also sum the gradient of x."""
+    # Without gradients use autocast, which keeps the cast weights from one call to the next.
     if torch.is_grad_enabled() and all(type(m) is nn.Linear and not has_bias(m) for m in modules):
         return _Linears.apply(x_NC, *(module.weight for module in modules))
     return tuple(module(x_NC) for module in modules)
@@ -205,7 +207,7 @@ class _AddNorm(Function):
 
 
 def add_norm(x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream x + delta, and its RMSNorm for the next product."""
+    """Return the residual stream x + delta, and its RMSNorm for the next product."""
     return _AddNorm.apply(x_NC, delta_NC, weight_C, eps)
 
 
@@ -273,14 +275,14 @@ class _NormRotate(Function):
 
 
 def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
-    """`scale` · x with each pair turned by its position's angle; `rotary` holds cosine and sine, [N, R]."""
+    """Return `scale` · x with each pair rotated by its position's angle. `rotary` is cosine and sine, [N, R] each."""
     return _Rotate.apply(x_NHK, *rotary, scale)
 
 
 def norm_rotate(
     x_NHK: Tensor, weight_K: Tensor, eps: float, rotary: tuple[Tensor, Tensor], scale: float = 1.0
 ) -> Tensor:
-    """As `rotate`, of the RMSNorm over each head."""
+    """Like `rotate`, but first apply RMSNorm to each head."""
     return _NormRotate.apply(x_NHK, weight_K, *rotary, eps, scale)
 
 
@@ -309,7 +311,7 @@ class _SwiGLU(Function):
 
 
 def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """silu(gate) · up."""
+    """Return silu(gate) · up."""
     return _SwiGLU.apply(gate_NF, up_NF)
 
 
@@ -337,7 +339,7 @@ class _LogProbs(Function):
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, targets_M: Tensor) -> Any:
         out_M, exp_MV, sum_M = _log_probs(logits_MV, targets_M)
-        ctx.save_for_backward(exp_MV, targets_M, sum_M)  # For the backward pass exp need not be computed again.
+        ctx.save_for_backward(exp_MV, targets_M, sum_M)  # Saved, so that backward need not compute exp again.
         return out_M
 
     @staticmethod
@@ -346,5 +348,5 @@ class _LogProbs(Function):
 
 
 def log_probs(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """log softmax(logits)[target] of each row, in nats, float32 at least."""
+    """Return log softmax(logits)[target] of each row, in nats, in float32 or wider."""
     return _LogProbs.apply(logits_MV, targets_M)

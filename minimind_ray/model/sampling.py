@@ -1,9 +1,9 @@
-"""How the next token of an answer is chosen: the settings of a request, and the choice itself.
+"""Choose the next token of an answer: the settings of a request, and the sampling itself.
 
     A sequences, each with its own settings   V vocabulary
 
-A random number is a function of the request's seed and of how many tokens the answer has. So an answer does not depend
-on which other answers are sampled at the same time, and an answer that is sampled again is the same.
+A random number is a function of the request's seed and of the token's number in the answer. So an answer does not
+depend on the other answers that are sampled at the same time, and sampling it again gives the same answer.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from torch import Tensor
 from minimind_ray.config.errors import UserError
 
 MASS = 2**40
-"""Probability 1 as an integer: sums of integers are exact, also in parallel, so that a GPU repeats them to the bit."""
+"""The integer that stands for probability 1. Sums of integers are exact in any order, so a GPU repeats them exactly."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """The settings of one answer.
 
-    Temperature 0 takes the likeliest token. `top_k` (0: off) keeps so many tokens, `top_p` the likeliest that together
-    reach that probability; `repetition_penalty` divides the positive logits, and multiplies the negative ones, of
-    tokens that are there already (Keskar et al. 2019, section 4.1). The answer ends with one of `stop_ids` or after
-    `max_new_tokens`. Answers with another `seed`, any number of integers, draw other random numbers.
+    Temperature 0 takes the most probable token. `top_k` (0: off) samples only from the `top_k` most probable tokens.
+    `top_p` samples only from the most probable tokens that together reach this probability. `repetition_penalty`
+    divides the positive logits, and multiplies the negative logits, of tokens that occur already (Keskar et al. 2019,
+    section 4.1). The answer ends with one of `stop_ids` or after `max_new_tokens`. `seed` is any number of integers;
+    another seed gives other random numbers.
 
-    `log_probs`: give the log-probability of each token, see `Event`.
+    `log_probs`: return the log-probability of each token, see `Event`.
 
     Raises:
-        UserError: a setting is no finite number.
+        UserError: a setting is not a finite number.
     """
 
     temperature: float = 1.0
@@ -53,22 +54,22 @@ class Sampling:
 
     @property
     def cuts(self) -> bool:
-        """Whether unlikely tokens are left out."""
+        """Whether improbable tokens are left out, by top_k or top_p."""
         return self.top_k > 0 or self.top_p < 1
 
     def uniform(self, index: int) -> float:
-        """The random number in [0, 1) that the token `index` of the answer is drawn with."""
+        """Return the random number in [0, 1) for token number `index` of the answer."""
         digest = hashlib.blake2b(repr((self.seed, index)).encode(), digest_size=8).digest()
         return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
 def choose(logits_AV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
-    """One token per row, int64 [A]: the likeliest at temperature 0, else the one that the row's random number meets.
+    """Return one token per row, int64 [A]: the most probable at temperature 0, otherwise sampled.
 
-    A row's token depends on nothing but the row, its settings and its random number.
+    `uniforms` are the rows' random numbers. A row's token depends only on its logits, settings and random number.
     """
     tokens_A = logits_AV.argmax(-1)
-    for cuts in (False, True):  # Only rows that need it are sorted.
+    for cuts in (False, True):  # Sort only the rows that need it.
         rows = [i for i, each in enumerate(samplings) if each.temperature > 0 and each.cuts == cuts]
         if rows:
             logits = logits_AV if len(rows) == len(samplings) else logits_AV[rows]
@@ -77,14 +78,14 @@ def choose(logits_AV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[
 
 
 def _draw(logits_AV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float], cuts: bool) -> Tensor:
-    """One token per row, drawn by the inverse of the cumulative distribution."""
+    """Return one token per row, drawn by inverting the cumulative distribution."""
 
     def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits_AV.device).unsqueeze(1)
 
     tiny = torch.finfo(logits_AV.dtype).tiny
     temperature_A1 = column([max(each.temperature, tiny) for each in samplings], logits_AV.dtype)
-    # From the largest down: divided by next to nothing the others become -inf, and none inf.
+    # Subtract the largest logit: divided by a tiny temperature, logits may then become -inf but never inf.
     scaled_AV = (logits_AV - logits_AV.amax(-1, keepdim=True)) / temperature_A1
     order_AV = None
     if cuts:
@@ -95,7 +96,7 @@ def _draw(logits_AV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[f
         size = logits_AV.shape[-1]
         top_k_A1 = column([min(each.top_k, size) or size for each in samplings]).long()
         top_p_A1 = column([each.top_p for each in samplings])
-        # A token goes when those before it reach top_p already; the likeliest always stays.
+        # Drop a token if the tokens before it reach top_p already; the most probable token always stays.
         limit_A1 = (sums_AV.gather(1, top_k_A1 - 1) * top_p_A1).long().clamp(min=1)
         place_V = torch.arange(size, device=logits_AV.device)
         keep_AV = (place_V < top_k_A1) & (sums_AV - mass_AV < limit_A1)

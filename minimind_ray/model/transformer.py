@@ -1,10 +1,13 @@
-"""The decoder-only transformer in the shapes of all `families`.
+"""The decoder-only transformer. One network covers the shapes of all `families`.
 
-    N tokens of the batch   M some of them   C channels   V vocabulary   F feed-forward
+    N tokens of the batch   M a selection of tokens   C channels   V vocabulary   F feed-forward
     H query heads   G key/value heads   K head size   R = K / 2 rotary pairs   D documents
 
-A batch is ragged: documents one after another, no padding. Attention stays within a document and positions start at
-0 in each; everything else sees [N, C]. Parameters have Hugging Face's names, which are MiniMind's too.
+A batch is ragged: documents one after another, without padding. Attention stays within a document, and positions start
+at 0 in each document; all other operations work on [N, C]. Parameters have Hugging Face's names, which MiniMind also
+uses.
+
+Training calls the model as `model(tokens, bounds)`. Generation calls `decode` with its own positions and attention.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ from minimind_ray.model.moe import MixtureOfExperts
 from minimind_ray.model.ops import add_norm, linears, norm_rotate, product_dtype, rotate, swiglu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q_NHK scaled by 1 / sqrt(K), k_NGK, v_NGK) -> out_NHK: who attends to whom is the caller's business."""
+"""An attention function: (layer, q_NHK scaled by 1 / sqrt(K), k_NGK, v_NGK) -> out_NHK.
+
+It decides which tokens attend to which tokens; `attention.py` and `cache.py` make such functions.
+"""
 
 
 class RMSNorm(nn.Module):
-    """The weight and epsilon of a norm; `ops` computes it, together with what comes before or after."""
+    """The weight and epsilon of an RMSNorm. `ops` computes the norm, fused with the operation before or after it."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -37,7 +43,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
-    With qk_norm, queries and keys are normalised per head first; with qkv_bias, the projections to queries, keys and
+    With qk_norm, queries and keys are first normalised per head. With qkv_bias, the projections to queries, keys and
     values have a bias.
     """
 
@@ -54,7 +60,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
 
     def forward(self, x_NC: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        """What the tokens read from their documents, [N, C]."""
+        """Return the output of attention, [N, C]. `rotary` is cosine and sine, `layer` this layer's number."""
         projected = linears(x_NC, self.q_proj, self.k_proj, self.v_proj)
         q_NHK, k_NGK, v_NGK = (y.unflatten(-1, (-1, self.shape.head_dim)) for y in projected)
         scale = self.shape.head_dim**-0.5
@@ -76,12 +82,12 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        """[N, C] to [N, C]."""
+        """Map [N, C] to [N, C]."""
         return self.down_proj(swiglu(*linears(x_NC, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normalised residual stream; dropout on what they add to it."""
+    """Attention and feed-forward, each on the normalised residual stream, with dropout on their outputs."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -99,7 +105,7 @@ class Block(nn.Module):
     def forward(
         self, x_NC: Tensor, delta_NC: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """From a residual stream x and what is yet to be added to it, the same after this block."""
+        """Take a residual stream x and the delta to be added to it next; return both after this block."""
         before, after = self.input_layernorm, self.post_attention_layernorm
         x_NC, normed_NC = add_norm(x_NC, delta_NC, before.weight, before.eps)
         delta_NC = self.dropout(self.self_attn(normed_NC, rotary, layer, attend))
@@ -108,18 +114,18 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: what Hugging Face names `model`."""
+    """Embedding, blocks and the last norm: the part that Hugging Face names `model`."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        # Not drawn twice: see `Transformer`.
+        # Made from an empty tensor, because nn.Embedding would draw random weights that `Transformer` draws again.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape.vocab_size, shape.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_hidden_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, tokens_N: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """Hidden states after the last norm, [N, C]."""
+        """Return the hidden states after the last norm, [N, C]."""
         x_NC = self.dropout(self.embed_tokens(tokens_N))
         delta_NC = torch.zeros_like(x_NC, dtype=product_dtype(x_NC))
         for index, layer in enumerate(self.layers):
@@ -130,7 +136,7 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A language model of the given shape.
 
-    Torch's global generator draws the matrices from N(0, initializer_range); biases are 0.
+    Matrices are drawn from N(0, initializer_range) by torch's global random generator; biases are 0.
     """
 
     frequencies: Tensor
@@ -144,17 +150,17 @@ class Transformer(nn.Module):
         frequencies_R, self.rotary_scale = rotary_frequencies(shape)
         self.register_buffer("frequencies", frequencies_R, persistent=False)
         for name, parameter in self.named_parameters():
-            # To draw on the meta device, where there is nothing to draw, torch would import its compiler: seconds.
+            # Skip the meta device, which has no values: drawing there would import torch's compiler, for seconds.
             if parameter.ndim == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=shape.initializer_range)
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens_N: Tensor, bounds_D1: Tensor) -> Tensor:
-        """Hidden states [N, C] after the last norm; `bounds_D1` int32 on the host: where documents start, and N."""
+        """Return hidden states [N, C] after the last norm. `bounds_D1`, int32 on the host: document starts, then N."""
         count = len(tokens_N)
         extra = self.stable_size(count) - count
-        if extra:  # one more document
+        if extra:  # Add a document of padding.
             tokens_N, bounds_D1 = F.pad(tokens_N, (0, extra)), F.pad(bounds_D1, (0, 1), value=count + extra)
         layout = Layout(bounds_D1, tokens_N.device)
 
@@ -165,18 +171,19 @@ class Transformer(nn.Module):
         return hidden_NC[:count]
 
     def stable_size(self, count: int) -> int:
-        """For how many positions to compute `count`: at most 1/32 more, so that few sizes occur.
+        """Return `count` rounded up by at most 1/32, so that only few sizes occur in training.
 
-        A CPU sets up a matrix product anew for every size (6 % of a small model's step), and keeps what it set up;
-        and memory freed by one step fits the next. Experts get no such positions, which would weigh on their balance.
+        For every new size a CPU sets up a matrix product, which takes 6 % of a small model's step. And if sizes repeat,
+        memory that one step frees fits the next step. Models with experts are not padded, because padding would count
+        in their load balance.
         """
         grain = 1 if self.shape.num_experts else 1 << max(0, count.bit_length() - 6)
         return -(-count // grain) * grain
 
     def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, lengths_D: Tensor | None = None) -> Tensor:
-        """As `forward`, with positions and attention left to the caller (generation keeps a cache there).
+        """Like `forward`, but the caller gives positions and attention. Generation attends through its cache.
 
-        `lengths_D`, how many of the tokens each document has, is what `aux_loss` needs.
+        `lengths_D`, the length of each document, is needed only for a later `aux_loss`.
         """
         self.lengths_D = lengths_D
         angles_NR = positions_N.unsqueeze(-1).float() * self.frequencies
@@ -185,15 +192,15 @@ class Transformer(nn.Module):
 
     @property
     def vocab_weight(self) -> Tensor:
-        """The projection to the vocabulary: the embedding's weight where they are tied."""
+        """The weight of the projection to the vocabulary; with tied embeddings it is the embedding's weight."""
         return self.model.embed_tokens.weight if self.shape.tie_word_embeddings else self.lm_head.weight
 
     def project(self, hidden_MC: Tensor) -> Tensor:
-        """Logits [M, V] of hidden states."""
+        """Return the logits [M, V] of hidden states."""
         return F.linear(hidden_MC, self.vocab_weight)
 
     def aux_loss(self) -> Tensor:
-        """The routers' load-balancing loss, a mean over the last forward pass's tokens, summed over layers."""
+        """Return the routers' load-balancing loss: a mean over the last forward pass's tokens, summed over layers."""
         experts = [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
         if not experts:
             return self.vocab_weight.new_zeros(())
@@ -202,12 +209,13 @@ class Transformer(nn.Module):
 
 
 def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
-    """Angle per position of each pair, float32 [R], and the factor on cosine and sine.
+    """Return the angle per position of each pair, float32 [R], and the factor on cosine and sine.
 
-    θ^(-2i/K); with YaRN the slow pairs are interpolated by its factor, the fast ones kept, and those that turn between
-    beta_slow and beta_fast times over the original length lie between (Peng et al. 2023, section 3.2).
+    The angle of pair i is θ^(-2i/K). YaRN (Peng et al. 2023, section 3.2) divides the angles of slow pairs by its
+    factor and leaves fast pairs unchanged. Pairs that turn between beta_slow and beta_fast times over the original
+    length are blended linearly.
     """
-    # Always on the CPU: also where the weights are made on the meta device.
+    # Always on the CPU, even if the weights are made on the meta device.
     exponents_R = torch.arange(0, shape.head_dim, 2, device="cpu").float() / shape.head_dim
     frequencies_R = 1.0 / shape.rope_theta**exponents_R
     yarn = shape.rope_scaling

@@ -103,7 +103,7 @@ BAD = [
     (["import", "{base}", "{new}", "--tokenizer", "{large}"], "tokens, fewer than the"),
     (["import", "{whole}", "{new}", "--tokenizer", "{tokenizer}", "--experts-per-token", "3"], "has no experts; leave"),
     (["import", "{whole}", "{new}", "--tokenizer", "{tokenizer}", "--rms-norm-eps", "0"], "should be greater than 0"),
-    (["import", "{file}", "{new}", "--base", "{base}"], "no MiniMind LoRA file"),
+    (["import", "{file}", "{new}", "--base", "{base}"], "not a MiniMind LoRA file"),
     (["import", "{file}", "{new}", "--base", "{adapter}"], "--base {adapter} is an adapter, not a whole model"),
     (["import", "{base}", "{new}", "--heads", "2"], "whose config.json says this: leave --heads out"),
     (["import", "{file}", "{new}", "--base", "{base}", "--heads", "2"], "leave --heads out"),

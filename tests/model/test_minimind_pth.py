@@ -280,12 +280,15 @@ def test_wrong_files_get_one_sentence(tokenizer: Path, tmp_path: Path) -> None:
         "is missing; .* is missing; .* is missing$",
     )
     refused(
-        {"transformer.wte.weight": torch.zeros(3, 3)}, "no MiniMind model, model.embed_tokens.weight is missing; it "
+        {"transformer.wte.weight": torch.zeros(3, 3)},
+        "not a MiniMind model: model.embed_tokens.weight is missing; the file ",
     )
-    refused({**good, "model.embed_tokens.weight": torch.zeros(0, 64)}, r"is \[0, 64\], not of 2 dimensions")
-    refused({"model": good, "optimizer": {"state": {}}}, "entry 'model' is no tensor but a dict; it is a resume file")
-    refused({**good, norm: torch.zeros(64, dtype=torch.int8)}, "model.norm.weight is no dense tensor of floating")
-    refused({**good, norm: torch.zeros(1).expand(2**40)}, "model.norm.weight is no dense tensor of floating")
+    refused({**good, "model.embed_tokens.weight": torch.zeros(0, 64)}, r"has shape \[0, 64\], not 2 dimensions")
+    refused(
+        {"model": good, "optimizer": {"state": {}}}, "entry 'model' is not a tensor but a dict; this is a resume file"
+    )
+    refused({**good, norm: torch.zeros(64, dtype=torch.int8)}, "model.norm.weight is not a dense tensor of floating")
+    refused({**good, norm: torch.zeros(1).expand(2**40)}, "model.norm.weight is not a dense tensor of floating")
     refused({**good, "model.layers.0.mlp.shared_experts.0.up_proj.weight": torch.zeros(1)}, "0.up_proj.* is unknown$")
     refused({f"{q_proj[:-7]}.lora.A.weight": torch.zeros(1)}, "a LoRA file, not a model")
     refused([1, 2], "holds a list, not a dict of tensors")
@@ -365,10 +368,11 @@ def test_wrong_lora_files_get_one_sentence(tokenizer: Path, tmp_path: Path) -> N
     refused({k: v for k, v in good.items() if k != last}, f"does not fit: {last} is missing$")
     refused({**good, first: torch.zeros(4, 32)}, rf"{first} is \[4, 32\], not \[4, 64\]$")
     refused(
-        {**good, "model.layers.7.self_attn.q_proj.lora.A.weight": torch.zeros(4, 64)}, "layers.7.* is no projection of"
+        {**good, "model.layers.7.self_attn.q_proj.lora.A.weight": torch.zeros(4, 64)},
+        "layers.7.* is not a projection of",
     )
-    refused({**good, "model.norm.weight": torch.zeros(4)}, "no MiniMind LoRA file, it holds model.layers.0")
-    refused({}, "no MiniMind LoRA file, it holds nothing")
+    refused({**good, "model.norm.weight": torch.zeros(4)}, "not a MiniMind LoRA file: has model.layers.0")
+    refused({}, "not a MiniMind LoRA file: has nothing")
     refused({first: torch.zeros(4)}, "does not fit")
 
 
@@ -386,7 +390,7 @@ def test_what_a_model_cannot_have_is_one_sentence(tokenizer: Path, tmp_path: Pat
         refused("rms_norm_eps: Input should be .*$", rms_norm_eps=epsilon)
     refused("dropout: Input should be less than 1$", dropout=1.0)
     export_pth(make_directory(SHAPES["2-moe"], tokenizer, tmp_path / "2"), tmp_path / "a.pth")
-    refused("norm_topk_prob is false; MiniMind-2's experts have no Hugging Face form", norm_topk_prob=False)
+    refused("norm_topk_prob is false, so the weights of a token's experts do not add up to 1", norm_topk_prob=False)
     refused("model.num_experts_per_tok 5 is more than model.num_experts 4$", num_experts_per_tok=5)
 
 

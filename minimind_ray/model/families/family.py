@@ -27,9 +27,9 @@ REQUIRED = (
 )  # fmt: skip
 """Fields that every family's config.json must have."""
 HEADS = ("num_key_value_heads", "head_dim")
-"""Fields that some families derive where config.json leaves them out."""
+"""Fields that some families derive if config.json leaves them out."""
 DEFAULTS: Fields = {"tie_word_embeddings": False, "initializer_range": 0.02, "dropout": 0.0}
-"""Fields that may be left out, with what Hugging Face takes then."""
+"""Fields that may be left out, with Hugging Face's defaults."""
 FIXED: Fields = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
     "mlp_only_layers": [], "decoder_sparse_step": 1, "quantization_config": None, "partial_rotary_factor": 1.0,
@@ -70,7 +70,7 @@ class ConfigFile:
 
 
 def expected_tensors(shape: ModelShape) -> Sizes:
-    """Name and size of every parameter of `Transformer(shape)`, without making it; MiniMind's files hold the same."""
+    """Yield name and size of every parameter of `Transformer(shape)`; MiniMind's files have the same tensors."""
     hidden, head = shape.hidden_size, shape.head_dim
     query, key = shape.num_attention_heads * head, shape.num_key_value_heads * head
     yield "model.embed_tokens.weight", (shape.vocab_size, hidden)
@@ -152,10 +152,12 @@ def common_fields(config: ConfigFile) -> Fields:
 
 
 def head_fields(config: ConfigFile, fields: Fields) -> Fields:
-    """The fields of `HEADS`: where config.json leaves them out, one key head per query head, and hidden_size divided.
+    """Return the fields of `HEADS`.
+
+    If config.json leaves them out, there is one key head per query head, and head_dim is hidden_size divided by heads.
 
     Raises:
-        UserError: hidden_size does not divide by the number of heads.
+        UserError: hidden_size is not divisible by the number of heads.
     """
     heads = fields["num_attention_heads"]
     return {
