@@ -180,7 +180,7 @@ def test_targets() -> None:
     for unknown in ("lm_head", "query", ["q_proj", "query"]):
         with pytest.raises(UserError, match=f"is unknown; use square, all-linear, {valid}"):
             target_names(make_model(), unknown)
-    with pytest.raises(UserError, match=r"lora.targets is square, but no projection"):
+    with pytest.raises(UserError, match=r"lora.targets is square, but this model has no square projection"):
         target_names(make_model({**DENSE, "head_dim": 8}), "square")
     rank = make_model().model.embed_tokens.weight.shape[1]
     add_lora(make_model(), LoraConfig(rank=rank), seed=0)
