@@ -207,7 +207,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up(models: Models) -> None
 BAD = [
     (["generate", "/nowhere", "--prompt", "x"], "/nowhere is not a model"),
     (["generate", "{base}"], "no prompts: give --prompt"),
-    (["generate", "{base}", "--prompt", "x", "--raw", "--system", "y"], "--system is for --chat"),
+    (["generate", "{base}", "--prompt", "x", "--raw", "--system", "y"], "--system works only with --chat"),
     (["generate", "{base}", "--file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
     (["generate", "{base}", "--file", "{files}/bad.jsonl"], "bad.jsonl:1: the row has no prompt"),
     (["generate", "{base}", "--file", "{files}/list.jsonl"], "list.jsonl:1: conversations[0] is a string, not an"),

@@ -149,6 +149,6 @@ def test_bad_input_is_one_sentence(
 
 @pytest.mark.parametrize("where", ["s3://bucket/x", "s3://KEY:hidden@bucket/x", "https://example.org/x", "file:///x"])
 def test_a_local_path_is_no_url(where: str) -> None:
-    with pytest.raises(UserError, match="is a URL, and this command writes to local files") as error:
+    with pytest.raises(UserError, match="is a URL, but this command writes local files") as error:
         require_new(Path(where))
     assert "hidden" not in str(error.value)

@@ -63,11 +63,11 @@ def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "axes", "search", "settings", "words"),
     [
-        ("pretrain", {}, {"metric": "val/accuracy"}, {}, "pretrain has no val/accuracy; it has val/loss"),
+        ("pretrain", {}, {"metric": "val/accuracy"}, {}, "pretrain has no val/accuracy; its metrics are val/loss"),
         ("dpo", {}, {"metric": "val/bits_per_byte"}, {}, "dpo has no val/bits_per_byte"),
         ("pretrain", {}, {}, {"data__val_fraction": 0.0}, "validation data"),
         ("pretrain", {}, {}, {"data__cache": False, "train__max_steps": 5}, "data.cache is false"),
-        ("lora", {"lora.rank": "2,4"}, {"scheduler": "pbt"}, {}, "lora.rank cannot change in the middle"),
+        ("lora", {"lora.rank": "2,4"}, {"scheduler": "pbt"}, {}, "lora.rank cannot be an axis with pbt"),
         ("pretrain", {}, {"scheduler": "pbt"}, {}, "pbt needs an axis"),
         ("pretrain", {"data.train": "a.jsonl,b.jsonl"}, {}, {}, "so data.val must be set"),
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"scheduler": "pbt"}, {"scale__workers": 2}, "--workers 1"),
@@ -75,7 +75,7 @@ def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"searcher": "optuna"}, {}, "needs --trials"),
         ("pretrain", {}, {"searcher": "optuna", "trials": 3}, {}, "needs an axis"),
         ("pretrain", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing, .* trains no adapter"),
-        ("sft", {"dpo.beta": "0.1,0.2"}, {}, {}, "dpo.beta changes nothing, .* stage sft"),
+        ("sft", {"dpo.beta": "0.1,0.2"}, {}, {}, "dpo.beta changes nothing, .* not for sft"),
         ("dpo", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing, .* set dpo.lora too"),
         ("dpo", {"schedule.decay": "0.1,0.2"}, {}, {}, "schedule.decay changes nothing, .* cosine has no such part"),
         ("dpo", {"dpo.simpo_gamma": "0.5,1", "dpo.loss": "ipo,hinge"}, {}, {}, "dpo.simpo_gamma changes nothing"),
@@ -84,7 +84,7 @@ def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
         ("pretrain", {"model.norm_topk_prob": "true,false"}, {}, {}, "the model has no experts"),
         ("pretrain", {"checkpoint.keep": "1,2"}, {}, {}, "checkpoint.keep cannot be an axis: it changes nothing"),
         ("pretrain", {"track.name": "a,b"}, {}, {}, "track.name cannot be an axis: it changes nothing"),
-        ("pretrain", {"optim.lr": "1e-4,1e-3"}, {}, {"checkpoint__every": 50}, "every validation has one"),
+        ("pretrain", {"optim.lr": "1e-4,1e-3"}, {}, {"checkpoint__every": 50}, "saves one at each validation"),
         ("pretrain", {"data.cache": "true,false"}, {}, {}, "data.cache cannot be an axis"),
         (
             "pretrain",
