@@ -101,21 +101,17 @@ class Model:
         Raises:
             UserError: a prompt without room for an answer, or a value that cannot be used.
         """
-        from minimind_ray.cli.generate import chat_ids, text_ids
         from minimind_ray.model.sampling import Sampling
-        from minimind_ray.stages.use import complete
+        from minimind_ray.stages.prompts import answers
 
-        chat = not self.trained.continues_texts if chat is None else chat
-        texts, tokenizer = [prompts] if isinstance(prompts, str) else list(prompts), self.trained.tokenizer
+        raw = self.trained.continues_texts if chat is None else not chat
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         settings = {**SAMPLING, **sampling}
         if unknown := settings.keys() - SAMPLING.keys():
             raise UserError(f"{min(unknown)}: no such setting of sampling; valid: {', '.join(SAMPLING)}")
-        ids = [chat_ids(text, system, tokenizer) if chat else text_ids(text, tokenizer) for text in texts]
         settings["seed"] = (settings["seed"],)
-        answers = complete(self.trained, ids, Sampling(**settings), batch_size)
-        if chat:
-            return [tokenizer.answer_text(prompt, answer) for prompt, (answer, _) in zip(ids, answers)]
-        return [tokenizer.decode(answer, skip_special=True, after=prompt) for prompt, (answer, _) in zip(ids, answers)]
+        answered = answers(self.trained, texts, Sampling(**settings), batch_size, raw=raw, system=system)
+        return [answer.text for answer in answered]
 
     def __repr__(self) -> str:
         return f"Model({str(self.trained.directory)!r}, stage {self.trained.stage})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated
@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind_ray.cli import options
-from minimind_ray.cli.generate import require_text
 from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
     from minimind_ray.stages.conversation import Conversation
-    from minimind_ray.stages.use import Trained
 
 COMMANDS = "/reset  forget what was said     /adapter DIR  put an adapter on MODEL     /adapter off     /quit"
 
@@ -40,6 +38,9 @@ def chat(
 
     Commands: /reset, /adapter DIR, /adapter off, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
     """
+    from functools import partial
+
+    from minimind_ray.config.reading import require_text
     from minimind_ray.model.lora import is_adapter
     from minimind_ray.model.sampling import Sampling
     from minimind_ray.stages.conversation import Conversation
@@ -50,19 +51,13 @@ def chat(
     interrupts.uninstall()  # Only Ctrl-C stops an answer; the others end the chat.
     require_text(system or "", "--system")
 
-    def open_first(adapter: str | None) -> Trained:
-        return open_trained(model, adapter=adapter, precision=precision)
-
-    def open_base() -> Trained:
-        directory = resolve_model(model)
-        return open_trained(base_of(directory) if is_adapter(directory) else directory, precision=precision)
-
+    opened = partial(open_trained, precision=precision)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed=(seed,))
-    talks = {model: Conversation(open_first(adapter), sampling, system)}
+    talks = {model: Conversation(opened(model, adapter=adapter), sampling, system)}
     if compare is not None:
         if compare == model:
             raise UserError(f"--compare {compare} is the same model: give another model")
-        talks[compare] = Conversation(open_trained(compare, precision=precision), sampling, system)
+        talks[compare] = Conversation(opened(compare), sampling, system)
     for name, talk in talks.items():
         if talk.trained.continues_texts:
             print(
@@ -70,27 +65,43 @@ def chat(
             )
     if sys.stdin.isatty():
         print(f"{COMMANDS}\nCtrl-C stops an answer, Ctrl-D leaves")
+
+    def change_adapter(name: str) -> None:
+        if name == "off":
+            directory = resolve_model(model)
+            talks[model].hand_to(opened(base_of(directory) if is_adapter(directory) else directory))
+        else:
+            talks[model].hand_to(opened(model, adapter=name))
+
     for line in turns():
-        command, _, argument = line.partition(" ")
-        try:
-            if command == "/quit":
-                return
-            if command == "/reset":
-                for talk in talks.values():
-                    talk.reset()
-            elif command == "/adapter" and argument.strip():
-                talks[model].hand_to(open_base() if argument.strip() == "off" else open_first(argument.strip()))
-            elif command.startswith("/"):
-                print(COMMANDS)
-            else:
-                line.encode()
-                answer(talks, line)
-        except KeyboardInterrupt:
-            print()
-        except UnicodeEncodeError:
-            print("error: this is no UTF-8 text", file=sys.stderr)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+        if line.partition(" ")[0] == "/quit":
+            return
+        take_turn(line, talks, change_adapter)
+
+
+def take_turn(line: str, talks: dict[str, Conversation], change_adapter: Callable[[str], None]) -> None:
+    """Follow a command, or print the answers to a user's turn. Errors are printed, and the chat goes on.
+
+    `change_adapter` puts the adapter of this name on the first model; "off" takes the adapter away.
+    """
+    command, _, argument = line.partition(" ")
+    try:
+        if command == "/reset":
+            for talk in talks.values():
+                talk.reset()
+        elif command == "/adapter" and argument.strip():
+            change_adapter(argument.strip())
+        elif command.startswith("/"):
+            print(COMMANDS)
+        else:
+            line.encode()
+            answer(talks, line)
+    except KeyboardInterrupt:
+        print()
+    except UnicodeEncodeError:
+        print("error: this is no UTF-8 text", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
 
 
 def turns() -> Iterator[str]:

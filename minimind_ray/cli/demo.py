@@ -116,11 +116,8 @@ def ask_questions(out: str, console: Console) -> None:
 
 
 def _answers(trained: Trained, questions: list[str]) -> list[str]:
-    from minimind_ray.cli.generate import chat_ids
     from minimind_ray.model.sampling import Sampling
-    from minimind_ray.stages.use import complete
+    from minimind_ray.stages.prompts import answers
 
-    prompts = [chat_ids(question, None, trained.tokenizer) for question in questions]
     greedy = Sampling(temperature=0, max_new_tokens=64)
-    answers = complete(trained, prompts, greedy, batch_size=len(prompts))
-    return [trained.tokenizer.answer_text(prompt, ids) for prompt, (ids, _) in zip(prompts, answers, strict=True)]
+    return [answer.text for answer in answers(trained, questions, greedy, len(questions), raw=False)]

@@ -103,6 +103,18 @@ def require_own(path: Path) -> None:
         raise UserError(f"{path}: links to a file outside of its directory; copy the file there")
 
 
+def require_text(text: str, where: str) -> None:
+    """Check that a text can be encoded: bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is no UTF-8 text") from None
+
+
 def parse_yaml(text: str) -> Any:
     """Parse a text by YAML 1.2, with the merge keys (`<<`) of 1.1.
 

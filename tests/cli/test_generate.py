@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind_ray.cli.generate import chat_ids, read_prompts
 from minimind_ray.cli.options import printable
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model
 from minimind_ray.model.engine import generate
 from minimind_ray.model.sampling import Sampling
 from minimind_ray.stages.conversation import Conversation, whole_characters
+from minimind_ray.stages.prompts import chat_ids, read_prompts
 from minimind_ray.stages.use import open_trained
 from tests.cli.conftest import Command, Models
 from tests.jobs import write_jsonl
@@ -219,7 +219,7 @@ BAD = [
     (["generate", "{base}", "--prompt", "\ud800"], "--prompt is no UTF-8 text"),
     (["generate", "{base}", "--prompt", "x", "--chat", "--system", "\ud800"], "--system is no UTF-8 text"),
     (["chat", "{base}", "--system", "\ud800"], "--system is no UTF-8 text"),
-    (["generate", "{base}", "--file", "{files}/human.jsonl"], 'messages[0].role is "narrator"; known are'),
+    (["generate", "{base}", "--file", "{files}/human.jsonl"], 'messages[0].role is "narrator"; known roles are'),
     (["generate", "{base}", "--file", "{files}/half.jsonl"], "half.jsonl:1 is no UTF-8 text"),
     (["generate", "{base}", "--file", "{files}/deep.jsonl"], "deep.jsonl:1: objects are nested too deeply"),
     (["chat", "/nowhere"], "/nowhere is not a model"),
