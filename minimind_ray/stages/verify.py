@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.stages import StageName
+from minimind_ray.config.stages import STAGES, StageName
 from minimind_ray.data.demo import write_demo
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, model_fingerprint
@@ -132,13 +132,13 @@ def prove_resume(
     def command(stage: StageName, out: Path, steps: int) -> list[str]:
         files = ["--train", str(data.rows(stage, "train")), "--val", str(data.rows(stage, "val"))]
         origin = ["--tokenizer", str(directory / "tokenizer"), "--preset", "tiny", "--set", "model.dropout=0.1"]
-        if stage != "pretrain":
+        if STAGES[stage].needs_base:
             origin = ["--init-from", str(directory / "base")]
         return ["train", stage, *host, *files, *origin, *common, "--max-steps", str(steps), "--out", str(out)]
 
     often = ["--set", "eval.every=4", "--set", "checkpoint.every=3"]
     often += [word for setting in settings for word in ("--set", setting)]
-    if stage != "pretrain":
+    if STAGES[stage].needs_base:
         say("a base to start from")
         _run(command("pretrain", directory / "base", 4))
     whole, killed = directory / "whole", directory / "killed"
