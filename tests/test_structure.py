@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minimind_ray"
 LAYERS = ["config", "track", "data", "model", "objectives", "train", "stages", "on_ray", "sweep", "cli"]
 ONLY_IN = {"ray": "on_ray", "wandb": "track", "typer": "cli"}
+LONGEST_FUNCTION = 60
 TESTS_ONLY = {"transformers", "peft", "trl", "datasets"}
 
 
@@ -83,13 +84,25 @@ def test_every_file_begins_by_saying_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
+def test_functions_are_short() -> None:
+    long: list[str] = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines} lines")
+    assert not long
+
+
 @pytest.mark.parametrize(
     ("start", "slow"),
     [
         ("cli/main.py", ("ray", "torch", "pyarrow", "numpy", "wandb", "matplotlib", "tokenizers", "pydantic", "yaml")),
         ("stages/conversation.py", ("ray", "pyarrow", "fsspec", "pandas", "wandb", "matplotlib", "huggingface_hub")),
+        ("stages/prompts.py", ("ray", "pyarrow", "fsspec", "pandas", "wandb", "matplotlib", "huggingface_hub")),
     ],
-    ids=["help", "chat and generate"],
+    ids=["help", "chat", "generate"],
 )
 def test_commands_start_without_slow_packages(start: str, slow: tuple[str, ...]) -> None:
     """What a file imports at its start, followed through our own modules."""

@@ -15,6 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -248,13 +249,7 @@ def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any
     if any(LORA_KEY.fullmatch(key) for key in tensors):
         raise UserError(f"{path}: a LoRA file, not a model; import it as an adapter, with its base")
 
-    def size(name: str, dimensions: int = 2) -> list[int]:
-        if name not in tensors:
-            raise UserError(f"{path}: not a MiniMind model: {name} is missing; the file has {_some(tensors)}")
-        if tensors[name].ndim != dimensions or 0 in tensors[name].shape:
-            raise UserError(f"{path}: {name} has shape {list(tensors[name].shape)}, not {dimensions} dimensions")
-        return list(tensors[name].shape)
-
+    size = partial(_size, tensors, path)
     vocab_size, hidden_size = size(EMBEDDING)
     attention = "model.layers.0.self_attn"
     query, key = size(f"{attention}.q_proj.weight")[0], size(f"{attention}.k_proj.weight")[0]
@@ -282,33 +277,48 @@ def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any
     yarn = RopeScaling() if settings.pop("inference_rope_scaling") else None
     if yarn and settings["max_position_embeddings"] <= yarn.original_max_position_embeddings:
         yarn = None  # As MiniMind does.
-    try:
-        shape = ModelShape(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_hidden_layers=max(layers) + 1,
-            num_attention_heads=heads,
-            num_key_value_heads=key // head_dim,
-            head_dim=head_dim,
-            intermediate_size=width,
-            rope_scaling=yarn,
-            tie_word_embeddings=HEAD not in tensors or torch.equal(tensors[HEAD].float(), tensors[EMBEDDING].float()),
-            qk_norm=qk_norm,
-            num_experts=len(experts),
-            n_shared_experts=len(shared) if experts and not qk_norm else 0,
-            moe_intermediate_size=width if experts else None,
-            **settings,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"])
-        hint = "; set num_attention_heads if it is not the default" if "head" in first["msg"] else ""
-        raise UserError(f"{path}: {where}{first['msg']}{hint}") from None
+    shape = _valid_shape(
+        path,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=max(layers) + 1,
+        num_attention_heads=heads,
+        num_key_value_heads=key // head_dim,
+        head_dim=head_dim,
+        intermediate_size=width,
+        rope_scaling=yarn,
+        tie_word_embeddings=HEAD not in tensors or torch.equal(tensors[HEAD].float(), tensors[EMBEDDING].float()),
+        qk_norm=qk_norm,
+        num_experts=len(experts),
+        n_shared_experts=len(shared) if experts and not qk_norm else 0,
+        moe_intermediate_size=width if experts else None,
+        **settings,
+    )
     sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shape.tie_word_embeddings:
         sizes.pop(HEAD, None)
     _require_fit(path, sizes, dict(expected_tensors(shape)))
     return shape
+
+
+def _size(tensors: Mapping[str, Tensor], path: Path, name: str, dimensions: int = 2) -> list[int]:
+    """A tensor's shape. Raises UserError if there is no such tensor, or it has another number of dimensions."""
+    if name not in tensors:
+        raise UserError(f"{path}: not a MiniMind model: {name} is missing; the file has {_some(tensors)}")
+    if tensors[name].ndim != dimensions or 0 in tensors[name].shape:
+        raise UserError(f"{path}: {name} has shape {list(tensors[name].shape)}, not {dimensions} dimensions")
+    return list(tensors[name].shape)
+
+
+def _valid_shape(path: Path, **settings: Any) -> ModelShape:
+    """The shape with these settings. Raises UserError if no model can have them."""
+    try:
+        return ModelShape(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        hint = "; set num_attention_heads if it is not the default" if "head" in first["msg"] else ""
+        raise UserError(f"{path}: {where}{first['msg']}{hint}") from None
 
 
 def _require_normalised(path: str | Path, per_token: int, norm_topk_prob: bool) -> None:

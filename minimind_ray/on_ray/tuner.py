@@ -400,45 +400,18 @@ def run_trials(
     os.environ.update(SETTINGS)
     # A failed trial's error is in its run.json, and `watch` is called: no traceback on the terminal as well.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    nested, stop_file, own = scale.most > 1, flag(url_of(directory), STOP_FILE), join(url_of(directory), ".ray")
+    stop_file, own = flag(url_of(directory), STOP_FILE), join(url_of(directory), ".ray")
     stop_file.unlink(missing_ok=True)
     count = len(trials) if isinstance(trials, Sequence) else trials.count
     spread = layout(places(scale), count, fuse=fuse, concurrent=search.concurrent)
-    resources = worker_resources(scale)
     groups = start_groups(spread.groups, spread.size, url_of(directory), scale)
     trainable = tune.with_parameters(_Trial, search=search, sweep=url_of(directory), bases=bases, groups=groups)
-    if isinstance(trials, Sequence):
-        keys = search.explore.keys if search.explore else ()
-        configs = [{"job": job, "point": {key: attrgetter(key)(job.config) for key in keys}} for job in trials]
-        space = {"trial": tune.grid_search(configs)}
-        searcher, samples = None, 1
-    else:
-        space, searcher, samples = None, _Asking(trials, search, stop_file.exists), trials.count
+    resources = nested_driver() if scale.most > 1 or groups else worker_resources(scale)
     watcher = _Watcher(watch, search.metric, groups)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, nested_driver() if nested or groups else resources),
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            metric=search.metric,
-            mode=search.mode,
-            scheduler=_scheduler(search),
-            search_alg=searcher,
-            num_samples=samples,
-            max_concurrent_trials=spread.at_once,
-            reuse_actors=True,
-            trial_name_creator=lambda trial: trial.trial_id,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=f"attempt-{time.time_ns()}",
-            storage_path=own,
-            callbacks=[watcher],
-            stop=_StoppedWhileWaiting(stop_file.exists, watcher),
-            failure_config=tune.FailureConfig(max_failures=0),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False),
-            verbose=0,
-        ),
-    )
+    tuner = _tuner(
+        tune.with_resources(trainable, resources), trials, search, watcher,
+        at_once=spread.at_once, storage=own, stopped=stop_file.exists,
+    )  # fmt: skip
     try:
         with telling(lambda: watcher.waits_for(scale)):
             ending = interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
@@ -451,6 +424,50 @@ def run_trials(
             ray.kill(group)
         stop_file.unlink(missing_ok=True)
         remove(own)
+
+
+def _tuner(
+    trainable: type[tune.Trainable],
+    trials: Sequence[Job] | Points,
+    search: Search,
+    watcher: _Watcher,
+    *,
+    at_once: int,
+    storage: str,
+    stopped: Callable[[], bool],
+) -> tune.Tuner:
+    """A tuner that takes jobs one after another, or asks for points until the sweep is `stopped`."""
+    if isinstance(trials, Sequence):
+        keys = search.explore.keys if search.explore else ()
+        configs = [{"job": job, "point": {key: attrgetter(key)(job.config) for key in keys}} for job in trials]
+        space = {"trial": tune.grid_search(configs)}
+        searcher, samples = None, 1
+    else:
+        space, searcher, samples = None, _Asking(trials, search, stopped), trials.count
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=search.metric,
+            mode=search.mode,
+            scheduler=_scheduler(search),
+            search_alg=searcher,
+            num_samples=samples,
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=storage,
+            callbacks=[watcher],
+            stop=_StoppedWhileWaiting(stopped, watcher),
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
 
 
 def _settle(run: RunDirectory) -> None:
