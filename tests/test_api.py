@@ -72,7 +72,7 @@ def test_wrong_settings_are_told_as_the_command_tells_them(tmp_path: Path) -> No
         train("pretrain", lr="x")
     with pytest.raises(UserError, match=r"optim.lrr \(from config\): no such setting; did you mean optim.lr"):
         train("pretrain", config={"optim": {"lrr": 1}})
-    with pytest.raises(UserError, match="which stage"):
+    with pytest.raises(UserError, match="no stage given"):
         tune()
     with pytest.raises(UserError, match="optim.lr: given as an axis twice"):
         tune("sft", lr=[1, 2], axes={"optim.lr": [1, 2]})
