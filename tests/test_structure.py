@@ -54,6 +54,12 @@ def test_files_import_only_from_layers_above(path: Path) -> None:
         assert top not in TESTS_ONLY
 
 
+def test_the_python_interface_takes_only_displays_from_the_commands() -> None:
+    shown = {"board", "compare", "progress"}
+    names = [name.split(".") for name in imports(PACKAGE / "api.py")]
+    assert {name[2] for name in names if name[:2] == ["minimind_ray", "cli"] and len(name) > 2} <= shown
+
+
 def test_only_the_registry_knows_the_trackers() -> None:
     known = {"minimind_ray.track.registry", "minimind_ray.track.tracker"}
     for path in FILES:
