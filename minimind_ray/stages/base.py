@@ -1,4 +1,4 @@
-"""The model that a run starts from: found, checked and hashed once, when its job is prepared. The job carries it."""
+"""The base: the model that a run starts from. It is found, checked and hashed once, when the run's job is prepared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minimind_ray.stages.start import require_base
 from minimind_ray.train.run import resolve_model
 
 _HERE: dict[str, Path] = {}
-"""The local copies of bases in an object store that this process has already asked for, by URL."""
+"""Local copies, by URL, of the bases that this process has already fetched from an object store."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Base:
     fingerprint: str
 
     def local(self) -> Path:
-        """The directory on this machine. A process asks an object store for the files once."""
+        """Return the directory on this machine. A process fetches the files from an object store only once."""
         if not is_url(self.where):
             return Path(self.where)
         if self.where not in _HERE:
@@ -33,10 +33,10 @@ class Base:
 
 
 def resolve_base(config: Config) -> Base | None:
-    """The base that `init_from` names; None for a run that starts from new weights.
+    """Return the base that `init_from` names; None for a run that starts from new weights.
 
     Raises:
-        UserError: `init_from` is not set though the stage needs it, or it is no whole model or a broken one.
+        UserError: the stage needs a base but `init_from` is not set, or it is not a whole model, or it is broken.
     """
     if not config.init_from and not config.record.needs_base:
         return None
@@ -44,7 +44,7 @@ def resolve_base(config: Config) -> Base | None:
 
 
 def base_at(path: Path) -> Base:
-    """The whole model in a directory. Raises UserError where it is broken."""
+    """Return the whole model in a directory as a base. Raises UserError if the model is broken."""
     check_model(path)
     where = url_of(path)
     if is_url(where):

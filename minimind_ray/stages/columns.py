@@ -1,7 +1,8 @@
-"""What a frozen model says of the data: computed once for each dataset, base weights and precision.
+"""Columns: values that a frozen model computes for every pack before training, such as reference log-probabilities.
 
-The values lie beside the packs, in a file named after the column, the hash of the base and the precision. So no frozen
-model is in memory while training, and runs and trials on the same base and data share the file.
+A column is computed once for each dataset, base and precision. Its file lies next to the packs; the file's name has the
+column, the hash of the base, and the precision. So training needs no frozen model in memory, and runs and trials with
+the same base and data share the file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from minimind_ray.train.step import autocast
 
 @dataclass(frozen=True)
 class FrozenColumn:
-    """A column of the packs of `store` under the model `base`, with matrix products in `dtype`."""
+    """A column for the packs in `store`, computed by the model `base` with matrix products in `dtype`."""
 
     scored: Scored
     store: str
@@ -43,18 +44,18 @@ class FrozenColumn:
 
 
 ComputeColumn = Callable[[FrozenColumn], Iterable[np.ndarray]]
-"""Gives each pack's values, in the order of the packs."""
+"""Returns each pack's values, in the order of the packs."""
 ResolveDtype = Callable[[str, float], torch.dtype]
-"""What `train.precision` comes to on a worker with so many GPUs."""
+"""Returns the dtype for `train.precision` on a worker with the given number of GPUs."""
 
 
 def dtype_here(precision: str, gpus: float = 0.0) -> torch.dtype:
-    """As `ResolveDtype`, on this process's device."""
+    """Return the dtype for `train.precision` on this process's device (a `ResolveDtype`)."""
     return resolve_precision(precision, default_device())
 
 
 class FrozenModel:
-    """The base in eval mode. Called with a pack, it gives the pack's values: [T] or [D], by the column's axis."""
+    """The base in eval mode. A call with a pack returns the pack's values: [T] or [D], by the column's axis."""
 
     def __init__(self, frozen: FrozenColumn, device: torch.device | None = None) -> None:
         self.device = device or default_device()
@@ -63,7 +64,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def __call__(self, pack: Pack) -> np.ndarray:
-        """The values as the column's type."""
+        """Return the values in the column's dtype."""
         column = self.scored.column
         with autocast(self.device, self.dtype):
             values = self.scored.score(self.model, batch_from_packs([pack]).to(self.device))
@@ -76,12 +77,12 @@ class FrozenModel:
 
 
 def compute_here(frozen: FrozenColumn) -> Iterator[np.ndarray]:
-    """Pack by pack, in this process."""
+    """Compute a column pack by pack, in this process (a `ComputeColumn`)."""
     return map(FrozenModel(frozen), PackStore(frozen.store))
 
 
 def ensure_column(frozen: FrozenColumn, compute: ComputeColumn) -> bool:
-    """Compute the column unless its file is there; whether it was computed."""
+    """Compute the column unless its file exists. Return whether it was computed."""
     if exists(frozen.path):
         return False
     write_column(PackStore(frozen.store), frozen.scored.column, frozen.path, compute(frozen))

@@ -1,4 +1,4 @@
-"""A conversation with a model, whose answers come piece by piece."""
+"""A conversation with a model that streams its answers piece by piece, for `chat` and the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPLACEMENT = "\ufffd"
 
 
 class Conversation:
-    """Turns so far, and the model that answers."""
+    """The turns so far, and the model that answers."""
 
     def __init__(self, trained: Trained, sampling: Sampling, system: str | None = None) -> None:
         self.sampling = sampling
@@ -25,18 +25,18 @@ class Conversation:
         self.reset()
 
     def hand_to(self, trained: Trained) -> None:
-        """Let another model, or the same with another adapter, give the next answers."""
+        """Use another model, or the same model with another adapter, for the next answers."""
         self.trained = trained
         self._engine = Engine(trained.model, 1, reuse=True)
 
     def reset(self) -> None:
-        """Forget all turns but the system's."""
+        """Forget all turns except the system's."""
         self.messages = list(self._opening)
 
     def answer(self, text: str) -> Generator[str]:
-        """The answer to a user's turn, in pieces of whole characters.
+        """Yield the answer to a user's turn, in pieces of whole characters.
 
-        Both turns are remembered when the iterator ends or is closed, with as much of the answer as was given out.
+        When the iterator ends or is closed, both turns are added to the conversation, with the pieces yielded so far.
 
         Raises:
             UserError: the conversation leaves no room for an answer, or the chat template refuses it.
@@ -48,7 +48,7 @@ class Conversation:
             self.sampling,
             max_new_tokens=self.trained.room(prompt, self.sampling.max_new_tokens),
             stop_ids=tuple(tokenizer.stop_ids),
-            seed=(*self.sampling.seed, len(self.messages)),  # Each turn draws anew, and the same in every run.
+            seed=(*self.sampling.seed, len(self.messages)),  # A different seed for each turn, the same in every run.
         )
         given = ""
         try:
@@ -61,7 +61,7 @@ class Conversation:
 
 
 def without_lead(pieces: Iterable[str], lead: str) -> Iterator[str]:
-    """The pieces of a text as they come, without `lead` where the text begins with it."""
+    """Yield the pieces of a text as they come, without `lead` if the text begins with it."""
     start = ""
     started = False
     for piece in pieces:
@@ -73,18 +73,18 @@ def without_lead(pieces: Iterable[str], lead: str) -> Iterator[str]:
 
 
 def whole_characters(tokenizer: Tokenizer, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
-    """The text of ids as they come; a character whose bytes are spread over several ids comes with the last of them.
+    """Yield the text of ids as they come. A character whose bytes span several ids is yielded with the last of them.
 
-    The pieces together are what `decode` gives for all ids at once, `after` others.
+    All pieces joined equal the result of `decode` for all ids at once. `after` are the ids before them.
     """
-    # The last ids; the first is there because what follows may be spaced differently after it.
+    # The last ids. The window starts one id early, because an id's text may have other spacing at the start of a text.
     window = list(after[-1:])
-    shown = len(tokenizer.decode(window, skip_special=True))  # Characters of the window's text that were given out.
+    shown = len(tokenizer.decode(window, skip_special=True))  # Characters of the window's text that were yielded.
     text = ""
     for id in ids:
         window.append(id)
         text = tokenizer.decode(window, skip_special=True)
-        whole = text.rstrip(REPLACEMENT)  # How a text ends that breaks off inside a character.
+        whole = text.rstrip(REPLACEMENT)  # A text that ends inside a character ends with this symbol.
         if len(whole) > shown:
             yield whole[shown:]
             shown = len(whole)

@@ -1,6 +1,7 @@
-"""Direct preference optimisation and its kin: chosen answers over rejected ones, all weights or adapters.
+"""The dpo stage: direct preference optimisation and related losses. It trains all weights, or adapters.
 
-The reference model's log-probabilities come with the packs (see columns.py).
+The model learns to prefer chosen answers to rejected answers. The reference model's log-probabilities are a column of
+the packs (see columns.py).
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ REFERENCE_LOG_PROBS = Scored(REFERENCE, reference_log_probs, "reference log-prob
 
 
 def loss_of(config: Config) -> str:
-    """The preference loss of a run."""
+    """Return the name of a run's preference loss."""
     return config.own(DpoConfig).loss
 
 
 def objective(config: Config, shape: ModelShape) -> Preference:
-    """The configured loss."""
+    """Return the objective with the configured loss."""
     return Preference(config.own(DpoConfig), shape)
 
 
 def columns(config: Config) -> Sequence[Scored]:
-    """The reference, where the loss has one."""
+    """Return the reference's column, if the loss has a reference model."""
     return () if loss_of(config) in WITHOUT_REFERENCE else (REFERENCE_LOG_PROBS,)
 
 

@@ -1,4 +1,4 @@
-"""A trained model measured on files as validation measures it; for pairs, how many are ranked right."""
+"""Evaluate a trained model on files, as a validation does; on pairs, also the fraction ranked correctly."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from minimind_ray.train.evaluate import Evaluation, evaluate, packs_within
 def measure(
     config: Config, model: str, adapter: str | None, reference: str | None, say: Callable[[str], None]
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Evaluate a model on `data.val`: the result of each example, and means by name in the order to show them.
+    """Evaluate a model on `data.val`. Return each example's result, and the means by name in the order to show them.
 
-    `reference` is the model that rewards of preference data are measured against.
+    `reference` is the reference model for the rewards of preference data.
 
     Raises:
-        UserError: no such model, no row to measure on, or a reference where the stage or loss has none.
+        UserError: the model does not exist, no row is left to measure on, or a reference is given although the stage or
+            the loss has none.
     """
 
     if reference is not None and config.record.rows != "pair":
@@ -65,20 +66,20 @@ def measure(
     facts |= {name: means["accuracy"], f"{name}_95_wilson": wilson_interval(means["accuracy"], facts["examples"])}
     if reward:
         facts |= {"dpo_loss": objective.config.loss, "beta": objective.config.beta}
-        told = ("loss", "margin", "reward_chosen", "reward_rejected", "kl", "logp_chosen", "logp_rejected")
-    else:  # The others would be relative to a reference.
-        told = ("logp_chosen", "logp_rejected")
-    return evaluation, facts | {name: means[name] for name in told if name in means}
+        shown = ("loss", "margin", "reward_chosen", "reward_rejected", "kl", "logp_chosen", "logp_rejected")
+    else:  # The other metrics need a reference.
+        shown = ("logp_chosen", "logp_rejected")
+    return evaluation, facts | {name: means[name] for name in shown if name in means}
 
 
 def wilson_interval(part: float, count: int, z: float = 1.959964) -> list[float]:
-    """Wilson's score interval for a part of `count` independent examples, 95 % by default (Wilson 1927)."""
+    """Return Wilson's score interval for a fraction of `count` independent examples, 95 % by default (Wilson 1927)."""
     centre, spread = part + z * z / (2 * count), z * math.sqrt(part * (1 - part) / count + (z / (2 * count)) ** 2)
     return [max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))]
 
 
 def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
-    """The prepared packs with the columns that the objective reads: of the model `reference`, or 0 without one."""
+    """Return the prepared packs with the objective's columns, computed by the model `reference`; 0 if it is None."""
 
     columns = stage_of(config).columns(config)
     if reference is None:

@@ -1,4 +1,7 @@
-"""Runs of one stage that share everything but their adapters, trained together (see train/fused.py)."""
+"""Decide whether runs can be trained together in one process, and prepare such a run (see train/fused.py).
+
+The runs must share everything except their adapters: stage, base, data format and precision.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ SHARED = ("init_from", "data.tokenizer", "lora.targets", "train.precision", "tra
 
 
 def obstacle(configs: Sequence[Config]) -> str | None:
-    """Why runs of these configs cannot be trained together; None when they can.
+    """Return why runs of these configs cannot be trained together; None if they can.
 
-    What may differ: rank and scale, the whole of optimizer, schedule, length, seed and batch, and how pairs are judged.
+    The configs may differ in the adapters' rank and scale, in all settings of optimizer, schedule, length, seed and
+    batch, and in the preference loss.
     """
     first = configs[0]
     if not all(config.trains_adapter for config in configs):
@@ -31,9 +35,9 @@ def obstacle(configs: Sequence[Config]) -> str | None:
         if config.scale.most > 1:
             return "a trial has more than one worker"
         if config.lora.dropout or config.lora.dora:
-            return "lora.dropout and lora.dora are not there for many adapters at once"
+            return "lora.dropout and lora.dora do not work for many adapters at once"
     if first.scale.gpus_per_worker and any(config.train.deterministic for config in configs):
-        return "train.deterministic is for runs alone"
+        return "train.deterministic works only for a single run"
     for key in SHARED:
         if any(attrgetter(key)(config) != attrgetter(key)(first) for config in configs):
             return f"{key} is not the same in all trials"
@@ -41,26 +45,26 @@ def obstacle(configs: Sequence[Config]) -> str | None:
         return f"{' and '.join(stage_of(first).column_keys)} asks for a frozen model in some trials and not in others"
     shape = load_shape(require_base(first))
     if shape.num_experts:
-        return "experts see the tokens of all trials, and their balance would depend on the others"
+        return "experts would see the tokens of all trials, so a trial's load balance would depend on the others"
     if shape.dropout:
-        return "model.dropout is not there for many adapters at once"
+        return "model.dropout does not work for many adapters at once"
     if not isinstance(stage_of(first).objective(first, shape), DocumentObjective):
-        return f"the loss of stage {first.stage} is no function of each document's log-probability"
+        return f"the loss of stage {first.stage} needs more than each document's log-probability"
     return None
 
 
 def _adapting() -> str:
-    """Which runs train adapters."""
+    """Return, for a message, the runs that train adapters."""
     always = [f"stage {record.name}" for record in STAGES.values() if record.adapters == "always"]
     by_key = [f"{r.name} with {r.adapters}" for r in STAGES.values() if r.adapters not in ("always", "never")]
     return ", or ".join((*always, *by_key))
 
 
 def member(job: Job, context: FusedContext) -> Member:
-    """A run that is to be trained with others, from its last checkpoint or the start.
+    """Prepare a run to be trained with others, from its last checkpoint or from the start.
 
     Raises:
-        UserError: as the stage alone.
+        UserError: as if the stage were run by itself.
     """
     config, base = job.config, job.base
     assert base

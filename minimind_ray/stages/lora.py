@@ -1,4 +1,4 @@
-"""Low-rank adapters: as sft, but the base's weights stay as they are."""
+"""The lora stage: supervised fine-tuning as in sft, but it trains only low-rank adapters; the base stays frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A run before it runs: what it would train, on how much data, and what it would cost; without Ray, nothing written."""
+"""The plan of a run, for `plan`: the model, the amount of data, the steps, and the memory and compute that they take.
+
+Making a plan starts no Ray and writes no files.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from minimind_ray.train.throughput import training_flops_per_token
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the training data, and how that is known."""
+    """The size of one pass over the training data. `source` says how the numbers were obtained."""
 
     documents: int
     tokens: int
@@ -36,7 +39,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would be. `config` has its paths resolved; `pass_tokens` go through one forward pass."""
+    """The plan of a run. `config` has its paths resolved; a forward pass takes `pass_tokens` tokens."""
 
     config: Config
     shape: ModelShape
@@ -59,13 +62,13 @@ class RunPlan:
 
     @property
     def flops(self) -> float:
-        """Of forward and backward in all steps, counted as for MFU."""
+        """FLOPs of forward and backward in all steps, counted as for MFU."""
         tokens = self.epoch.tokens / self.steps_per_epoch * self.steps
         return tokens * training_flops_per_token(self.shape, self.sample.mean_context, self.config.trains_adapter)
 
     @property
     def fullness(self) -> float:
-        """The part of the packs that holds tokens."""
+        """The fraction of the packs' capacity that tokens fill."""
         return self.epoch.tokens / (self.epoch.packs * self.config.data.pack_tokens)
 
 
@@ -73,7 +76,7 @@ def plan_run(config: Config) -> RunPlan:
     """Estimate data, steps and memory of the run that `config` describes.
 
     Raises:
-        UserError: what the run itself would refuse before it trains.
+        UserError: the run itself would raise the same error before it trains.
     """
     config = resolve_paths(config)
     data = config.data
@@ -93,7 +96,7 @@ def plan_run(config: Config) -> RunPlan:
         why = f": {first.file}:{first.line}: {first.reason}" if first else ""
         raise UserError(f"data.train: no row of {data.train} is left to train on{why}")
     dtype = resolve_precision(config.train.precision, default_device())
-    # `auto` depends on the GPU, which may not be here.
+    # `auto` depends on the GPU, and the plan may be made on a machine without it.
     pass_tokens = 0 if config.batch.pass_tokens == "auto" else config.batch.pass_tokens
     pass_tokens = max(data.pack_tokens, min(pass_tokens, config.batch.tokens // config.scale.most))
     memory = footprint(
@@ -105,11 +108,11 @@ def plan_run(config: Config) -> RunPlan:
 
 
 def _epoch(config: Config, tokenizer: Tokenizer, sample: Estimate) -> Epoch:
-    """From the cache if all is prepared there, else from the sample."""
+    """Return the epoch's exact size if its data are in the cache, otherwise an estimate from the sample."""
     manifest = find_prepared(config.stage, config.data, "train", tokenizer) if config.data.cache else None
     if manifest:
         documents, tokens, counted = (manifest.total(n) for n in ("documents", "tokens", "counted_tokens"))
-        return Epoch(documents, tokens, counted, manifest.n_packs, "exact, they are prepared already")
+        return Epoch(documents, tokens, counted, manifest.n_packs, "exact, the data are prepared already")
     return Epoch(
         sample.documents, sample.tokens, sample.counted, sample.packs,
         f"estimated from {sample.sampled:,} of about {sample.rows:,} rows",
@@ -117,7 +120,7 @@ def _epoch(config: Config, tokenizer: Tokenizer, sample: Estimate) -> Epoch:
 
 
 def _adapt(config: Config) -> Callable[[Transformer], None]:
-    """Puts the adapters on a model that the stage trains, if it trains adapters."""
+    """Return a function that puts the stage's adapters on a model, or does nothing if it trains no adapters."""
     if config.trains_adapter:
         return lambda model: add_lora(model, config.lora, seed=config.train.seed)
     return lambda model: None

@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on plain text. Trains all weights on every token of every document."""
+"""The pretrain stage: next-token prediction on plain text. It trains all weights on every token of every document."""
 
 from __future__ import annotations
 

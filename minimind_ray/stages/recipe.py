@@ -1,15 +1,17 @@
-"""Recipes: stages in a row, each from what the one before left; what is done and unchanged is not done again.
+"""Recipes: files that list stages to run one after another, each starting from the result of an earlier stage.
 
-name: zero
-data_dir: dataset            # relative data paths are looked for here
-tokenizer: {train: …, vocab_size: 6400}   # optional: make one first; or a directory
-settings: {…}                # for every stage
-stages:
-  - name: pretrain           # its run directory is <out>/pretrain
-    stage: pretrain          # default: the name
-    settings: {…}            # as in a config file
-  - name: sft
-    init_from: pretrain      # an earlier name or a path; default: the last stage that left a whole model
+When a recipe runs again, stages that are finished and unchanged are skipped.
+
+    name: zero
+    data_dir: dataset            # relative data paths start here
+    tokenizer: {train: …, vocab_size: 6400}   # optional: train a tokenizer first; or a directory
+    settings: {…}                # for every stage
+    stages:
+      - name: pretrain           # its run directory is <out>/pretrain
+        stage: pretrain          # default: the name
+        settings: {…}            # as in a config file
+      - name: sft
+        init_from: pretrain      # an earlier name or a path; default: the last stage that trains a whole model
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class StageStep(Section):
 
 
 class Recipe(Section):
-    """A recipe file; see the module's text."""
+    """The content of a recipe file; see the module's docstring."""
 
     name: str
     data_dir: str = "dataset"
@@ -62,15 +64,15 @@ class Recipe(Section):
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """A recipe file.
+    """Read a recipe file.
 
     Raises:
-        UserError: it cannot be read, or a key is wrong.
+        UserError: the file cannot be read, or a key is wrong.
     """
     tree = read_yaml(path)
     if "stages" not in tree:
         use = "tune --sweep" if "axes" in tree else "train STAGE --config"
-        raise UserError(f"{path} is no recipe, since it has no stages: give it to minimind-ray {use}")
+        raise UserError(f"{path} is not a recipe, because it has no stages: give it to minimind-ray {use}")
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -79,17 +81,19 @@ def read_recipe(path: str | Path) -> Recipe:
         raise UserError(f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
     names = [step.name for step in recipe.stages]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{path}: two stages are named {twice}; give each a name of its own")
+        raise UserError(f"{path}: two stages are named {twice}; give each stage its own name")
     return recipe
 
 
 def stage_config(
     recipe: Recipe, index: int, out: str, tokenizer: str | None, data_dir: str | Path, overrides: Mapping[str, Any]
 ) -> Config:
-    """The config of the recipe's stage number `index`; overrides are dotted keys, or `name.key` for one stage alone.
+    """Return the config of the recipe's stage number `index`.
+
+    `overrides` have dotted keys, or `name.key` for a single stage.
 
     Raises:
-        UserError: as `load_config`, or an `init_from` that names nothing earlier.
+        UserError: as `load_config`.
     """
     step, config = recipe.stages[index], _own_config(recipe, index, overrides)
     init_from = _base(recipe, index, out, overrides) if config.init_from is None else config.init_from
@@ -97,7 +101,7 @@ def stage_config(
         update={
             "train": _under(data_dir, config.data.train),
             "val": _under(data_dir, config.data.val),
-            # A stage with a base takes the base's tokenizer.
+            # A stage with a base uses the base's tokenizer.
             "tokenizer": config.data.tokenizer or (None if init_from else tokenizer),
         }
     )
@@ -105,23 +109,24 @@ def stage_config(
 
 
 def _own_config(recipe: Recipe, index: int, overrides: Mapping[str, Any]) -> Config:
-    """As the recipe and the overrides say, without what follows from where it stands."""
+    """Return the stage's config before its position-dependent defaults (paths, tokenizer, base) are filled in."""
     step, names = recipe.stages[index], [s.name for s in recipe.stages]
-    # Stages may be named as sections are: dpo.beta is the config key, dpo.optim.lr is of the stage dpo.
+    # A stage may have the name of a section: dpo.beta is a config key, dpo.optim.lr is for the stage named dpo.
     of_stages = {k: v for k, v in overrides.items() if k not in config_keys() and k.split(".")[0] in names}
     own = {k.removeprefix(f"{step.name}."): v for k, v in of_stages.items() if k.startswith(f"{step.name}.")}
     common = {k: v for k, v in overrides.items() if k not in of_stages}
     sections = {key.split(".")[0] for key in config_keys()}
     if wrong := next((k for k in common if k.split(".")[0] not in sections), None):
         raise UserError(
-            f"{wrong}: neither a setting nor one of a stage of {recipe.name}, which are {', '.join(names)}; "
+            f"{wrong} is neither a setting nor a stage's setting; the stages of {recipe.name} are {', '.join(names)}; "
             f"{nearest_key(wrong)}"
         )
     trees = {f"{recipe.name}, {step.name}": merged(recipe.settings, step.settings)}
     config = load_config(step.stage or step.name, trees=trees, overrides=common | own)
     if config.trains_adapter or "lora" in step.settings or any(key.startswith("lora.") for key in own):
         return config
-    return config.model_copy(update={"lora": LoraConfig()})  # Said to all stages, it is meant for those that adapt.
+    # The recipe's common lora section is only for stages that train adapters.
+    return config.model_copy(update={"lora": LoraConfig()})
 
 
 def _base(recipe: Recipe, index: int, out: str, overrides: Mapping[str, Any]) -> str | None:
@@ -140,23 +145,23 @@ def _under(directory: str | Path, paths: str | list[str] | None) -> str | list[s
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a stage, and why."""
+    """What to do with a stage (the action), and the reason."""
 
     action: Literal["start", "skip", "resume", "redo"]
     why: str
 
 
 def decide(job: Job) -> Decision:
-    """Compare a job with what its run directory holds.
+    """Decide what to do with a job, by the content of its run directory.
 
     Raises:
-        UserError: another process writes there.
+        UserError: another process writes to the run directory.
     """
     run = RunDirectory(job.config.out)
     require_free(run.where)
     info = run.info()
     if not info:
-        return Decision("start", "not run yet")
+        return Decision("start", "not started yet")
     changed = run.changes(job.config)
     changed += [f"{key} (other content)" for key in changed_inputs(job, run)]
     if changed:
@@ -167,10 +172,10 @@ def decide(job: Job) -> Decision:
 
 
 def set_aside(run: RunDirectory) -> str:
-    """Rename a run directory that is done anew, so that nothing is lost; its new path or URL.
+    """Rename the run directory of a stage that is run again, so that no file is lost. Return the new path or URL.
 
     Raises:
-        UserError: another process writes there.
+        UserError: another process writes to the run directory.
     """
     require_free(run.where)
     number = 1

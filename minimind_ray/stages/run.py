@@ -1,4 +1,8 @@
-"""A stage's run on its host: what to prepare, the plan, and the run directory's beginning and end."""
+"""Run a stage: prepare its data and plan (`prepare_job`), make the run directory (`begun`), and train (`Job.run`).
+
+The same `Job` trains on every host: in this process (`run_here`), on Ray Train, or as a Ray Tune trial (on_ray/). The
+hosts differ in a `Host`, which says how to prepare data, and a `Context`, which the training loop calls.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +44,10 @@ from minimind_ray.train.run import RunDirectory
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs: the resolved config, the data, and the plan over it.
+    """All that a worker needs to train: the resolved config, the data, the plan of steps, and the base.
 
-    `train` is the path of the prepared packs, or with `data.cache` false a stream that makes them. `train_columns` and
-    `val_columns` are the files of what a frozen model says of the packs.
+    `train` is the path of the prepared packs; with `data.cache` false it is a stream that makes packs. `train_columns`
+    and `val_columns` are the files of the columns that a frozen model computed for the packs (see columns.py).
     """
 
     config: Config
@@ -56,20 +60,20 @@ class Job:
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """What the run depends on beside its config, by content: prepared sets lie in folders named by their hash."""
+        """The run's inputs besides its config, identified by content: each prepared set's folder is named by a hash."""
         train = self.train.key if isinstance(self.train, Stream) else self.train
         return {"data.train": train, "data.val": self.val, "init_from": self.base and self.base.fingerprint}
 
     def data(self, context: Context) -> TrainingData:
-        """Packs read, or made, in this process, for hosts without Ray Data."""
+        """Return the loop's data with packs that this process reads or makes, for hosts without Ray Data."""
         return self.data_from(PackSource(partial(self.steps, context.rank, context.world_size)))
 
     def data_from(self, source: StepSource) -> TrainingData:
-        """What the loop is given, with the training packs from `source`."""
+        """Return the loop's data with training packs from `source`."""
         return TrainingData(self.plan, source, self.val_store(), self.base and self.base.local())
 
     def steps(self, rank: int, world_size: int, start: int) -> Iterator[list[Pack]]:
-        """One worker's packs of each step from `start` on."""
+        """Yield one worker's packs of each step, from step `start`."""
         if isinstance(self.train, Stream):
             assert isinstance(self.plan, StreamPlan)
             return stream_steps(self.train, self.plan, start, rank, world_size)
@@ -77,15 +81,15 @@ class Job:
         return read_steps(PackStore(self.train, self.train_columns), self.plan, start, rank, world_size)
 
     def val_store(self) -> PackStore | None:
-        """The validation packs, if there are any."""
+        """Return the validation packs, if there are any."""
         return PackStore(self.val, self.val_columns) if self.val else None
 
     def with_config(self, config: Config) -> Job:
-        """The same data under a config with other steps: optimisation, length, seed."""
+        """Return a job on the same data with another config, which may differ in optimisation, length and seed."""
         return replace(self, config=config, plan=step_plan(config, self.train))
 
     def run(self, context: Context, data: TrainingData) -> None:
-        """Train the stage, from the run directory's last checkpoint on."""
+        """Train the stage, from the run directory's last checkpoint or from the start."""
         config, stage = self.config, stage_of(self.config)
         base = self.base and self.base.local()
         tokenizer = load_tokenizer(config, base)
@@ -99,7 +103,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Host:
-    """How to do the work before training: encode units, compute a frozen model's columns, find dtype and base."""
+    """How a host does the work before training: encode data, compute a frozen model's columns, find dtype and base."""
 
     run_units: RunUnits = run_units_here
     compute_column: ComputeColumn = compute_here
@@ -113,14 +117,14 @@ def prepare_job(
     say: Callable[[str], None] = lambda line: None,
     validation: DataConfig | None = None,
 ) -> Job:
-    """Prepare what `config` (with resolved paths) names, and plan the steps; `say` is told what was done.
+    """Prepare the data of `config` (whose paths are resolved) and plan the steps. `say` gets progress messages.
 
-    With `validation` the run is a trial: it is validated on what that section makes, not on its own, and may have
+    With `validation` the run is a trial: it is validated on the data of that section instead of its own, and may have
     settings that only other trials use.
 
     Raises:
-        UserError: bad sources, too many bad rows, nothing to train on, a budget that does not divide, or a setting
-            without a use.
+        UserError: a source cannot be read, too many rows are bad, no row is left to train on, the batch does not divide
+            into packs and workers, or a setting is not used.
     """
     if config.data.train is None:
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
@@ -159,7 +163,7 @@ def prepare_job(
 def _columns(
     config: Config, base: Base | None, store: str, split: str, host: Host, say: Callable[[str], None]
 ) -> dict[Column, str]:
-    """The files of the columns that the run's objective reads, computed where they are not there yet."""
+    """Return the files of the columns that the run's objective needs; compute missing files."""
     files: dict[Column, str] = {}
     for scored in stage_of(config).columns(config):
         assert base
@@ -184,7 +188,7 @@ def _stream(config: Config, tokenizer: Tokenizer) -> Stream:
 
 
 def step_plan(config: Config, train: str | Stream) -> StepPlan | StreamPlan:
-    """The steps of a run over prepared packs or a stream; see `Config.packs_per_step` for what is raised."""
+    """Return the plan of a run's steps over prepared packs or a stream. Raises as `Config.packs_per_step`."""
     length = config.train
     if isinstance(train, Stream):
         assert length.max_steps
@@ -194,9 +198,9 @@ def step_plan(config: Config, train: str | Stream) -> StepPlan | StreamPlan:
 
 
 def changed_inputs(job: Job, run: RunDirectory) -> list[str]:
-    """Which of the job's inputs are not what the run in that directory began with."""
+    """Return the names of the job's inputs that differ from those the run began with."""
     before = run.info().get("inputs", {})
-    # By name: the cache may lie elsewhere now.
+    # Compare only the folder's name, a hash: the cache may have moved.
     return [key for key, value in job.inputs.items() if _name(before.get(key)) != _name(value)]
 
 
@@ -208,15 +212,15 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
     """Make or reopen the run directory.
 
     Raises:
-        UserError: it holds another run (see `RunDirectory.create`), or one on data or a base with other content.
+        UserError: the directory holds another run (see `RunDirectory.create`), or data or base have changed since.
     """
     run = RunDirectory(job.config.out)
     if resume:
         run.recover(job.config)
     if resume and (changed := changed_inputs(job, run)):
         raise UserError(
-            f"{run.where}: {' and '.join(changed)} has other content than when the run began, or another version of "
-            "minimind-ray prepares it otherwise; choose another --out, or put back what was there"
+            f"{run.where}: {' and '.join(changed)} has other content than when the run began, or this version of "
+            "minimind-ray prepares it differently; choose another --out, or restore the old content"
         )
     run.create(job.config, {"inputs": job.inputs}, resume=resume)
     return run
@@ -224,12 +228,12 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
 
 @contextmanager
 def begun(job: Job, *, resume: bool) -> Generator[None]:
-    """While inside, the run directory is this process's, made or reopened.
+    """Make or reopen the run directory. Inside, no other process can write to it.
 
-    Where a signal interrupts what is inside, such as the start of the workers, run.json says that the run is stopped.
+    If a signal interrupts the work inside, such as the start of the workers, run.json gets the state "stopped".
 
     Raises:
-        UserError: see `begin`; another process writes there.
+        UserError: see `begin`; or another process writes to the run directory.
     """
     run = RunDirectory(job.config.out)
     with claimed(run.where):
@@ -244,7 +248,7 @@ def begun(job: Job, *, resume: bool) -> Generator[None]:
 
 
 def require_gpus_here(scale: ScaleConfig) -> None:
-    """Raises UserError where a run in this process asks for a GPU that torch does not find."""
+    """Raise UserError if a run in this process asks for a GPU but torch finds none."""
     if scale.gpus_per_worker and not torch.cuda.is_available():
         raise UserError(
             f"scale.gpus_per_worker is {scale.gpus_per_worker:g}, and torch finds no GPU on this machine; set it to 0 "
@@ -253,7 +257,7 @@ def require_gpus_here(scale: ScaleConfig) -> None:
 
 
 def run_here(job: Job) -> None:
-    """Run the stage in this process, without Ray. Ctrl-C stops after the step, with a checkpoint."""
+    """Run the stage in this process, without Ray. Ctrl-C stops the run after the current step, with a checkpoint."""
     context = PlainContext()
     try:
         with context.stop_on_interrupt():

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on the assistant's turns. The documents' weights say which tokens those are."""
+"""The sft stage: supervised fine-tuning. The loss counts only the tokens of the assistant's turns, by their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a stage does: the object that each `stages/<name>.py` exports as STAGE. What it declares is its record."""
+"""The class `Stage`: the functions of a stage. Each `stages/<name>.py` exports a `Stage` as STAGE.
+
+A stage's name, row kind, defaults and metrics are in its record in config/stages.py, which needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ from minimind_ray.train.step import Objective
 
 @dataclass(frozen=True)
 class Use:
-    """Which runs have a use for a setting (a dotted key, or a section with its dot), and what to say to the others.
+    """A rule about a setting that only some runs use. `key` is a dotted key, or a section with its dot.
 
-    With `shared` a run without the use ignores the setting, because settings may be common to many runs. An axis of a
-    sweep is refused all the same, because its trials would be equal.
+    `used` says whether a run uses the setting; `otherwise` gives the message for a run that does not. With `shared`
+    such a run ignores the setting and is not refused, because a config may be common to many runs. An axis of a sweep
+    is refused even so, because its trials would be equal.
     """
 
     key: str
@@ -37,7 +41,8 @@ class Use:
 class Scored:
     """A column that the run's base computes for the data before training.
 
-    score: the column's values for a batch, [D] or [N] by its axis. `what` names them in messages, in the plural.
+    `score` returns the column's values for a batch, [D] or [N] by its axis. `what` names the values in messages, in the
+    plural.
     """
 
     column: Column
@@ -56,12 +61,12 @@ class Policy:
 
 
 def no_columns(config: Config) -> Sequence[Scored]:
-    """The columns of a stage that needs no frozen model."""
+    """Return no columns, for a stage that needs no frozen model."""
     return ()
 
 
 def packs_as_they_are(packs: StepSource, policy: Policy) -> StepSource:
-    """The source of a stage that learns from its data alone."""
+    """Return the packs' own source, for a stage that samples nothing from the model."""
     return packs
 
 
@@ -69,9 +74,10 @@ def packs_as_they_are(packs: StepSource, policy: Policy) -> StepSource:
 class Stage:
     """A stage: its record, and functions of a run's config.
 
-    objective: what the run minimises. Raises UserError where the config asks for something that does not exist.
-    columns: what a frozen model says of the data, for this objective; `column_keys` are the settings that decide it.
-    source: the steps that the run trains on, made from the packs of its data.
+    objective: returns the loss to minimise. Raises UserError if the config asks for an impossible loss.
+    columns: returns the columns that the objective needs from a frozen model.
+    column_keys: the settings that `columns` depends on.
+    source: returns the source of the run's training steps, made from the packs of its data.
     uses: rules about the stage's own settings.
     """
 
@@ -84,11 +90,11 @@ class Stage:
 
 
 def stage_of(config: Config) -> Stage:
-    """The stage that the config names."""
+    """Return the stage that the config names."""
     return find_stage(config.stage)
 
 
 def find_stage(name: str) -> Stage:
-    """The stage of this name; its file is imported only now."""
+    """Return the stage of this name. Its file is imported at the first call."""
     assert name in STAGES
     return importlib.import_module(f"minimind_ray.stages.{name}").STAGE

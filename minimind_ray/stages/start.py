@@ -1,4 +1,4 @@
-"""What stages begin with: the tokenizer, and a model made new or taken from `init_from`."""
+"""Load what a stage starts from (tokenizer and model), and check the config against it before any work is done."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from minimind_ray.train.run import resolve_model
 
 
 def load_tokenizer(config: Config, base: Path | None = None) -> Tokenizer:
-    """`data.tokenizer`, or the one that lies with `init_from`. `base` is the directory of `init_from`, where known.
+    """Load `data.tokenizer`, or the tokenizer of `init_from`. `base` is the directory of `init_from`, if known already.
 
     Raises:
-        UserError: neither is given, or it cannot be read; no base where the stage needs one.
+        UserError: neither setting is given, the tokenizer cannot be read, or the stage needs a base and has none.
     """
     if config.data.tokenizer:
         return Tokenizer.load(config.data.tokenizer)
@@ -39,10 +39,10 @@ def load_tokenizer(config: Config, base: Path | None = None) -> Tokenizer:
 
 
 def model_shape(config: Config, tokenizer: Tokenizer, base: Path | None = None) -> ModelShape:
-    """The shape the stage trains: that of `init_from`, else what section model says. `base` as in `load_tokenizer`.
+    """Return the shape of the model to train: that of `init_from`, or from section model. `base` as `load_tokenizer`.
 
     Raises:
-        UserError: section model or data.tokenizer asks for something else than `init_from` is.
+        UserError: section model or data.tokenizer does not agree with `init_from`.
     """
     if not config.init_from:
         return config.model.shape(tokenizer.vocab_size)
@@ -51,7 +51,7 @@ def model_shape(config: Config, tokenizer: Tokenizer, base: Path | None = None) 
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"init_from {config.init_from} has {shape.vocab_size} tokens, fewer than the tokenizer's "
-            f"{tokenizer.vocab_size}; leave data.tokenizer out to take the one it was trained with"
+            f"{tokenizer.vocab_size}; leave data.tokenizer out to use the model's own tokenizer"
         )
     if config.data.tokenizer and (base / "tokenizer.json").exists():
         own = Tokenizer.load(base)
@@ -70,7 +70,7 @@ def model_shape(config: Config, tokenizer: Tokenizer, base: Path | None = None) 
 
 
 def _require_agreement(config: Config, shape: ModelShape) -> None:
-    """Whether section model asks for nothing but what the base's `shape` is."""
+    """Raise UserError if a setting of section model differs from the base's `shape`."""
     found, preset = shape.model_dump(), config.model.preset
     given = {k: v for k, v in config.model.model_dump(exclude={"preset"}).items() if v is not None}
     for key, value in given.items():
@@ -89,10 +89,10 @@ def _require_agreement(config: Config, shape: ModelShape) -> None:
 
 
 def check_stage(config: Config, tokenizer: Tokenizer, base: Path | None = None) -> None:
-    """Whether the stage can begin, before anything is prepared for it. `base`: as in `load_tokenizer`, and checked.
+    """Check that the stage can begin, before its data are prepared. `base` is as in `load_tokenizer`, and sound.
 
     Raises:
-        UserError: no base where one is needed, a shape, adapter or loss that does not fit.
+        UserError: the stage needs a base and has none, or its shape, adapter or loss does not fit.
     """
     if not base and (config.init_from or config.record.needs_base):
         check_model(require_base(config))
@@ -105,7 +105,7 @@ def check_stage(config: Config, tokenizer: Tokenizer, base: Path | None = None) 
 
 
 def _has_experts(config: Config) -> bool:
-    # A base's experts are looked at where its shape is (see `model_shape`).
+    # Whether a base has experts is checked with its shape, in `model_shape`.
     return bool(config.model.num_experts or config.init_from or PRESETS[config.model.preset].get("num_experts"))
 
 
@@ -143,7 +143,7 @@ USES = (
 
 
 def _adapting(config: Config) -> str:
-    """How to train an adapter instead."""
+    """Return, for a message, how to train an adapter instead."""
     adapters = config.record.adapters
     if adapters != "never":
         return f"set {adapters} too"
@@ -151,7 +151,7 @@ def _adapting(config: Config) -> str:
 
 
 def _of_other_stages(config: Config) -> Iterator[Use]:
-    """The sections of the stages that this is not: unused, whatever they say."""
+    """Yield a rule for each section of another stage: this run does not use any of its settings."""
     for record in STAGES.values():
         if record.section and record.name != config.stage:
             why = f"section {record.name} is for stage {record.name}, not for {config.stage}"
@@ -159,22 +159,22 @@ def _of_other_stages(config: Config) -> Iterator[Use]:
 
 
 def unused(config: Config, key: str) -> Use | None:
-    """The rule by which a run of this config has no use for a setting; None where it has."""
+    """Return the rule by which a run of this config does not use a setting; None if the run uses it."""
     every = (*USES, *stage_of(config).uses, *_of_other_stages(config))
     rules = (rule for rule in every if rule.key == key or rule.key.endswith(".") and key.startswith(rule.key))
     return next((rule for rule in rules if not rule.used(config)), None)
 
 
 def effect(config: Config, point: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a sweep's point that a run of this config has a use for; runs where it is the same are equal."""
+    """Return the settings of a sweep's point that a run of this config uses. Runs with the same settings are equal."""
     return {key: value for key, value in point.items() if not unused(config, key)}
 
 
 def require_used(config: Config) -> None:
-    """Whether the settings that only some runs have a use for are used in this one.
+    """Reject settings that are not default and that this run does not use.
 
     Raises:
-        UserError: one that is not, and is not as it is by default.
+        UserError: there is such a setting.
     """
     default = Config(stage=config.stage)
     for key in config_keys():
@@ -185,7 +185,10 @@ def require_used(config: Config) -> None:
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, context: Context, base: Path | None = None) -> Transformer:
-    """The model before the first step, on the context's device; the same on every worker. `base`: where it starts."""
+    """Return the model before the first step, on the context's device, the same on every worker.
+
+    `base` is the directory of the base; None for a new model.
+    """
     if base:
         model_shape(config, tokenizer, base)
         return load_model(base, context.device, context.base_weights(base))
@@ -194,10 +197,10 @@ def initial_model(config: Config, tokenizer: Tokenizer, context: Context, base: 
 
 
 def require_base(config: Config) -> str:
-    """The model directory that the stage starts from.
+    """Return the directory of the model that the stage starts from.
 
     Raises:
-        UserError: `init_from` is not set, or is no whole model.
+        UserError: `init_from` is not set, or is not a whole model.
     """
     if not config.init_from:
         raise UserError(
@@ -208,12 +211,12 @@ def require_base(config: Config) -> str:
 
 
 def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> None:
-    """Check that the files, the tokenizer and the base of each run are there: before Ray starts.
+    """Check that the files, the tokenizer and the base of each run exist, before Ray starts.
 
-    What the runs themselves will make is not looked for: the directories of earlier runs, and `tokenizer`.
+    Results of earlier runs of the list, and `tokenizer`, do not exist yet and are not looked for.
 
     Raises:
-        UserError: something that the first run that lacks something lacks.
+        UserError: an input is missing; names the first.
     """
     made: dict[str, Config] = {}
     seen = set[str]()
@@ -223,7 +226,7 @@ def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> 
             raise UserError(f"{config.out}: init_from {base.out} leaves an adapter, not a whole model: give its base")
         made[config.out] = config
         inputs = repr((config.stage, config.data, config.init_from))
-        if inputs in seen:  # as in most trials of a sweep
+        if inputs in seen:  # Most trials of a sweep have the same inputs.
             continue
         seen.add(inputs)
         if config.data.train is None:
@@ -238,10 +241,10 @@ def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> 
 
 
 def whole_model(path: str, name: str) -> Path:
-    """The model directory that `path`, the user's value for `name`, means.
+    """Return the model directory at `path`, which is the user's value for the setting `name`.
 
     Raises:
-        UserError: it is no model, or an adapter, which holds no weights to start from.
+        UserError: `path` is not a model, or is an adapter, which has no whole model's weights.
     """
     directory = resolve_model(path)
     if is_adapter(directory):

@@ -1,4 +1,4 @@
-"""Models and adapters from elsewhere as directories of ours, and ours as MiniMind's .pth files."""
+"""Import models and adapters of other programs as directories of this project, and export .pth files for MiniMind."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from minimind_ray.train.run import resolve_model
 
 
 def import_directory(source: Path, out: Path, tokenizer: str | None) -> ModelShape:
-    """Read a whole model directory or run, so that it is known to be sound, and write it to `out`.
+    """Read a whole model from a directory or run, which also checks it, and write it to `out`.
 
     Raises:
-        UserError: it is an adapter, or damaged, or its tokenizer does not fit.
+        UserError: the source is an adapter or is damaged, or its tokenizer does not fit.
     """
     directory = resolve_model(source)
     if is_adapter(directory):
@@ -35,16 +35,16 @@ def import_adapter(source: Path, base: str, out: Path) -> None:
     """Write MiniMind's LoRA file as an adapter directory for `base`.
 
     Raises:
-        UserError: a file that cannot be read, or one of another model.
+        UserError: the file cannot be read, or belongs to another model.
     """
     import_lora_pth(source, whole_model(base, "--base").absolute(), out)
 
 
 def export(directory: Path, file: Path, base: str | None, dtype: Literal["half", "float32"]) -> dict[str, object]:
-    """Write a model or an adapter as a .pth file; the settings that MiniMind's config needs for the model.
+    """Write a model or an adapter as a .pth file. Return the settings that MiniMind's config needs for the model.
 
     Raises:
-        UserError: a model that MiniMind has no shape for, or an adapter without a base.
+        UserError: MiniMind does not support this model, or an adapter has no base.
     """
     if is_adapter(directory):
         export_lora_pth(directory, base_of(directory, base), file, dtype)

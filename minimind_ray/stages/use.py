@@ -1,4 +1,4 @@
-"""A trained model ready for use: from a run, a model directory, or an adapter together with its base."""
+"""Open a trained model for use (generate, chat, serve, evaluate): from a run, a model directory, or an adapter."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from minimind_ray.train.step import autocast
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in eval mode, its adapter merged, with its tokenizer. `directory` holds the weights, the base's with an
-    adapter; `stage` is the one that made it, as far as a run directory around it says so."""
+    """A model in eval mode with its tokenizer; an adapter is merged.
+
+    `directory` has the model's weights; with an adapter, the base's weights. `stage` is the stage that trained the
+    model, None if the model is not in a run directory.
+    """
 
     model: Transformer
     tokenizer: Tokenizer
@@ -37,19 +40,19 @@ class Trained:
 
     @property
     def continues_texts(self) -> bool:
-        """Whether the model was made by a stage that learns from texts, so that it knows no conversations."""
+        """Whether a stage that learns from plain texts made the model, so that the model knows no conversations."""
         record = STAGES.get(self.stage or "")
         return record is not None and record.rows == "text"
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in the precision it was opened with."""
+        """Return a context in which matrix products have the precision the model was opened with."""
         return autocast(self.device, self.dtype)
 
     def room(self, prompt: Sequence[int], wanted: int) -> int:
-        """How many tokens can follow a prompt, at most `wanted`.
+        """Return how many tokens can follow a prompt, at most `wanted`.
 
         Raises:
-            UserError: none, the prompt is as long as the model's positions go.
+            UserError: the prompt takes all positions of the model.
         """
         longest = self.model.shape.max_position_embeddings
         if len(prompt) >= longest:
@@ -64,12 +67,13 @@ def open_trained(
     base: str | Path | None = None,
     precision: str = "auto",
 ) -> Trained:
-    """Load what `path` means (see `resolve_model`), with `adapter` merged into it where one is given.
+    """Load the model at `path` (see `resolve_model`), and merge `adapter` into it if given.
 
-    If `path` is itself an adapter, its base is the one it names, or `base`.
+    If `path` is itself an adapter, its base is `base`, or the base that the adapter names.
 
     Raises:
-        UserError: no model there, a broken one, an adapter that is not of this base, or a base that is gone.
+        UserError: there is no model at `path`, it is broken, the adapter belongs to another base, or its base is
+            missing.
     """
     directory = resolve_model(path)
     if adapter is not None:
@@ -88,7 +92,7 @@ def open_trained(
     if tokenizer.vocab_size > model.shape.vocab_size:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens and the model only "
-            f"{model.shape.vocab_size:,}; put the tokenizer there that it was trained with"
+            f"{model.shape.vocab_size:,}; replace it by the tokenizer that the model was trained with"
         )
     if adapter_dir:
         load_adapter(model, adapter_dir, model_fingerprint(directory))
@@ -98,10 +102,10 @@ def open_trained(
 
 
 def base_of(adapter: Path, base: str | Path | None = None) -> Path:
-    """The directory of an adapter's base: `base`, or the one the adapter names.
+    """Return the directory of an adapter's base: `base`, or the base that the adapter names.
 
     Raises:
-        UserError: it names none, or there is none.
+        UserError: the adapter names no base, or there is no whole model at that path.
     """
     named = base if base is not None else adapter_base(adapter).path
     where = "say where with --base, or give the base as the model and the adapter as --adapter"
@@ -110,7 +114,7 @@ def base_of(adapter: Path, base: str | Path | None = None) -> Path:
     try:
         directory = resolve_model(named)
     except UserError:
-        raise UserError(f"{adapter}: its base {named} is not there, or no model; {where}") from None
+        raise UserError(f"{adapter}: its base {named} is missing or not a model; {where}") from None
     if is_adapter(directory):
         raise UserError(f"{adapter}: its base {named} is an adapter, not a whole model; {where}")
     return directory
@@ -132,12 +136,12 @@ class Answer(NamedTuple):
 def complete(
     trained: Trained, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int
 ) -> Iterator[Answer]:
-    """The answers to all prompts, in their order; at most `batch_size` at a time, and the next prompt as one ends.
+    """Yield the answers to all prompts, in their order. At most `batch_size` are generated at the same time.
 
-    Prompt i is sampled with the seed (*sampling.seed, i), and answered until one of the tokenizer's stop ids.
+    Answer i is sampled with the seed (*sampling.seed, i), and ends at one of the tokenizer's stop ids.
 
     Raises:
-        UserError: a prompt that leaves no room for an answer.
+        UserError: a prompt leaves no room for an answer.
     """
     engine = Engine(trained.model, min(batch_size, len(prompts)))
     answers: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What a stage's checkpoints hold: all weights, or the adapters alone."""
+"""The two kinds of checkpoints that a stage saves: all weights, or only the adapters."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class WholeModel:
         self.model, self.tokenizer, self.copy = model, tokenizer, HostCopy()
 
     def snapshot(self) -> Write:
-        """Weights, config and tokenizer."""
+        """Copy the weights; return a function that writes them with config and tokenizer."""
         weights = self.copy(dict(self.model.named_parameters()))
         return lambda directory: save_model(self.model, self.tokenizer, directory, weights)
 
     def load(self, directory: Path) -> None:
-        """The weights of a checkpoint of the same model."""
+        """Load the weights of a checkpoint of the same model."""
         load_weights(self.model, directory)
 
 
 class Adapter:
-    """Checkpoints of the adapters alone, as a PEFT directory that names its base by path and hash."""
+    """Checkpoints of only the adapters, as a PEFT directory that names its base by path and hash."""
 
     def __init__(self, model: Transformer, config: Config, base: Base) -> None:
         self.model, self.base, self.copy = model, base, HostCopy()
         add_lora(model, config.lora, seed=config.train.seed)
 
     def snapshot(self) -> Write:
-        """The adapters."""
+        """Copy the adapters; return a function that writes them."""
         weights = self.copy(adapter_weights(self.model))
         base = self.base
         return lambda directory: save_adapter(self.model, directory, base.where, base.fingerprint, weights)
 
     def load(self, directory: Path) -> None:
-        """The adapters of a checkpoint on the same base."""
+        """Load the adapters of a checkpoint on the same base."""
         load_adapter(self.model, directory, self.base.fingerprint)

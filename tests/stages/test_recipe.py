@@ -64,7 +64,7 @@ def states(recipe: Path) -> list[str]:
 
 
 def test_stages_follow_each_other_and_are_done_once(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(recipe, capsys).count("start: not run yet") == 3
+    assert run(recipe, capsys).count("start: not started yet") == 3
     assert states(recipe) == ["finished"] * 3
     again = run(recipe, capsys)
     assert again.count("skip: finished, 4 steps, nothing changed") == 3

@@ -59,7 +59,7 @@ def test_a_number_is_taken_or_refused(base: Path) -> None:
 def test_auto_says_why(base: Path) -> None:
     axes = {"lora.rank": "2,4", "optim.lr": "1e-3,1e-2"}
     assert fusing_decision(planned(base, axes, lora__dropout=0.1)) == (
-        1, "lora.dropout and lora.dora are not there for many adapters at once",
+        1, "lora.dropout and lora.dora do not work for many adapters at once",
     )  # fmt: skip
     on_gpu = planned(base, axes, scale__gpus_per_worker=1.0)
     assert fusing_decision(on_gpu) == (4, "one trial's steps leave the GPU waiting")
