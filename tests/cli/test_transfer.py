@@ -113,7 +113,7 @@ BAD = [
     (["export", "{base}", "{file}/x.pth"], "few.pth: File exists"),
     (["export", "{base}", "{file}"], "exists already"),
     (["export", "{adapter}", "{new}", "--base", "{other}"], "not on this model"),
-    (["export", "{adapter}", "{new}", "--base", "/nowhere"], "its base /nowhere is not there"),
+    (["export", "{adapter}", "{new}", "--base", "/nowhere"], "its base /nowhere is missing"),
     (["lora", "merge", "{base}", "{new}"], "is a whole model, not an adapter"),
     (["lora", "merge", "{adapter}", "{base}"], "exists already"),
     (["lora", "merge", "{adapter}", "{new}", "--base", "{other}"], "not on this model"),
