@@ -1,34 +1,37 @@
-"""All that touches Ray. Ray reads its settings as it is imported, so they are made here, before any module below is."""
+"""All code that uses Ray.
+
+Ray reads its settings when it is imported. So this file sets them, because it runs before every module of the package.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Found out by measuring Ray 2.60: the reasons stand beside each.
+# Chosen by measurements with Ray 2.60; each line has its reason.
 SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # Nothing phones home.
+    "RAY_USAGE_STATS_ENABLED": "0",  # Send no usage statistics.
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # The new Parquet reader costs seconds per epoch.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # A run's end is seen at the next poll, 2 s by default; each costs.
-    # Ray's workers are nice (15), so that whatever else a machine does would stop a step's threads, which wait for each
-    # other: 10 to 30 % of the time on two cores. A run is as urgent here as it is without Ray.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # A run's end is noticed at the next poll, by default every 2 s.
+    # By default Ray's workers have niceness 15. Any other work of the machine then stops single threads of a step while
+    # the other threads wait: 10 to 30 % of the time on two cores. A run should be as urgent as without Ray.
     "RAY_worker_niceness": "0",
-    "RAY_prestart_worker_first_driver": "0",  # Started ahead, they take turns with what a run waits for.
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # A thread that is still at work when a run is left must not start another Ray.
-    # Train functions run in threads, to which glibc would give arenas of their own, of memory mapped anew for each
-    # large tensor (see `keep_freed_memory`); the main arena is chosen before a process starts.
+    "RAY_prestart_worker_first_driver": "0",  # Workers started ahead would slow down the start of a run.
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # A thread that outlives a run must not start another Ray.
+    # Train functions run in threads. glibc would give each thread its own arena, which maps memory anew for each large
+    # tensor (see `keep_freed_memory`). The number of arenas must be set before a process starts.
     "MALLOC_ARENA_MAX": "1",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",  # A spot instance may have 30 s left, 5 s of which are much.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",  # Notices may give only 30 s; polls every 5 s waste too much.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Workers without GPUs keep CUDA_VISIBLE_DEVICES as it is.
-    "RAY_DATA_LOG_LEVEL": "ERROR",  # Its own log file has the rest; the terminal is for our progress.
-    # A warning about more worker processes than cores: here that is meant, on a machine with few.
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # Other messages are in Ray Data's log file; the terminal shows only our progress.
+    # A warning about more worker processes than cores, which is intended on a machine with few cores.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "maximum expected startup concurrency",
 }
 
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
-# Ray turns token authentication on by itself where it starts a cluster, but not where it joins one.
+# Ray itself turns on token authentication when it starts a cluster, but not when it joins a cluster.
 _token_named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
 if _token_named or (Path.home() / ".ray" / "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -1,4 +1,4 @@
-"""The cluster's token in the user's home, which lets whoever reads it run code on the cluster."""
+"""The cluster's token in the user's home. Anyone who can read this file can run code on the cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKEN = "~/.ray/auth_token"
 
 
 def keep_token_private() -> None:
-    """Let only the owner read the token's file, if there is one; warn where that cannot be done."""
+    """Let only the owner read the token's file, if the file exists. Print a warning if this fails."""
     path = Path(TOKEN).expanduser()
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -28,9 +28,9 @@ def keep_token_private() -> None:
 
 
 def ensure_token() -> None:
-    """Make a token for a Ray of this machine where the user has none; Ray would make it readable by all.
+    """Make a token for a Ray on this machine if the user has none. Ray itself would make a file that all can read.
 
-    Of two processes that do so at once, both use the token of the first.
+    If two processes do so at the same time, both use the token of the first.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
@@ -38,7 +38,7 @@ def ensure_token() -> None:
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=path.parent) as file:  # which only its owner can read
+    with NamedTemporaryFile("w", dir=path.parent) as file:  # Only its owner can read this file.
         file.write(secrets.token_hex(32))
         file.flush()
         with suppress(FileExistsError):

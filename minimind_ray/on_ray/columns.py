@@ -1,4 +1,7 @@
-"""Columns of a frozen model by Ray Data: each process holds the model and takes row groups as they come."""
+"""Compute columns of a frozen model with Ray Data: each process loads the model and scores one row group after another.
+
+See stages/columns.py for columns and for the same work without Ray.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,19 @@ from minimind_ray.stages.columns import FrozenColumn, FrozenModel, compute_here,
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.throughput import training_flops_per_token
 
-SMALL_FLOPS = 1e12  # A core's work of some seconds: no more than to start a process that holds a model.
+SMALL_FLOPS = 1e12  # A few seconds of a core: about the time to start a process and load a model.
 
 
 def granted_device() -> torch.device:
-    """The GPU that Ray gave this process, else the CPU: one that none asked for would be many processes' at once."""
+    """Return the GPU that Ray assigned to this process, otherwise the CPU.
+
+    Use a GPU only if Ray assigned it; otherwise several processes would share it.
+    """
     return default_device() if ray.get_gpu_ids() else torch.device("cpu")
 
 
 def dtype_on_ray(precision: str, gpus: float) -> torch.dtype:
-    """As `stages.columns.ResolveDtype`; where workers may run on other machines than this, one of those is asked."""
+    """Return the dtype for `train.precision` (a `ResolveDtype`); on a cluster, ask a machine that can run workers."""
     if precision != "auto" or alone():
         return dtype_here(precision, gpus)
     require_cpus(1, gpus, "computing columns of a frozen model")
@@ -49,22 +55,22 @@ class _Scorer:
 
 
 def compute_on_ray(frozen: FrozenColumn) -> Iterator[np.ndarray]:
-    """Each pack's values in the order of the packs, as `stages.columns.ComputeColumn`.
+    """Yield each pack's values in the order of the packs (a `ComputeColumn`).
 
-    On a single machine this process computes the column itself, if the work is small for a CPU, or if there is a GPU
-    that the run did not ask for.
+    On a single machine this process computes the column itself if the work is small, or if there is a GPU that the run
+    did not ask for.
     """
     store, needs = PackStore(frozen.store), {"CPU": 1, "GPU": frozen.gpus}
     flops = store.n_tokens * training_flops_per_token(frozen.base.shape, 0) / 3
     if alone() and not frozen.gpus and (flops < SMALL_FLOPS or default_device().type == "cuda"):
         yield from compute_here(frozen)
-        torch.cuda.empty_cache()  # For the workers, which come after.
+        torch.cuda.empty_cache()  # Leave the GPU's memory to the workers, which start afterwards.
         return
     require_cpus(1, frozen.gpus, f"computing {frozen.scored.what}")
     groups = len(store.row_groups)
     have = machines().resources()
     processes = int(have["GPU"] / frozen.gpus) if frozen.gpus else int(have["CPU"]) - 1
-    with warnings.catch_warnings():  # The option has no other name yet, though Ray says so.
+    with warnings.catch_warnings():  # Ray calls the option deprecated, but has no other name for it yet.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         scored = _scored(frozen, groups, processes)
     for row in rows_of(scored, f"computing {frozen.scored.what} needs", needs):
@@ -73,8 +79,8 @@ def compute_on_ray(frozen: FrozenColumn) -> Iterator[np.ndarray]:
 
 
 def _scored(frozen: FrozenColumn, groups: int, processes: int) -> ray.data.Dataset:
-    # Items that lie here, not a range: its tasks would wait for CPUs that other programs' scorers hold, and theirs for
-    # the CPUs of these.
+    # Items of this process, not a range: the tasks that make a range need CPUs. Scorers of other programs may hold
+    # these CPUs while they wait for the CPUs of our scorers.
     items = ray.data.from_items([{"id": group} for group in range(groups)], override_num_blocks=groups)
     return items.map_batches(
         _Scorer,

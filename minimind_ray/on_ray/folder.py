@@ -1,4 +1,4 @@
-"""The folder in which a Ray on this machine keeps its sockets, its logs and the objects that leave memory."""
+"""Choose the folder for a Ray on this machine: for its sockets, its logs, and the objects that it spills to disk."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from minimind_ray.config.errors import UserError
 
 SHORT = Path("/tmp")
 SOCKET_BYTES = 107 if sys.platform == "linux" else 103
-# What Ray adds to its folder: a session, and a socket in it.
+# Ray adds this to its folder: a session, and a socket in it.
 SESSION_BYTES = len("/session_2026-01-31_12-00-00_000000_1234567/sockets/plasma_store")
 LONGEST = SOCKET_BYTES - SESSION_BYTES - len("/ray")
 
 
 def ray_folder() -> Path:
-    """The folder, made if it is missing: `ray` in RAY_TMPDIR, else in TMPDIR, else in /tmp, as Ray itself chooses.
+    """Return the folder, and make it if it is missing: `ray` in RAY_TMPDIR, or in TMPDIR, or in /tmp, as Ray chooses.
 
-    Ray can use no folder with a long or non-ASCII path. In the place of a TMPDIR of that kind, and of a /tmp/ray that
-    another user has closed, Ray gets a folder in /tmp that only this user can enter; stderr then says so.
+    Ray cannot use a folder with a long or non-ASCII path. If TMPDIR is such a folder, or another user has closed
+    /tmp/ray, Ray gets a private folder in /tmp, and a message on stderr says so.
 
     Raises:
-        UserError: RAY_TMPDIR, which was set for Ray, is no folder that Ray can use; or nothing in /tmp is.
+        UserError: Ray cannot use RAY_TMPDIR, or cannot use any folder in /tmp.
     """
     variable = next((name for name in _variables() if os.environ.get(name)), None)
     base = Path(os.environ[variable] if variable else SHORT).absolute()
@@ -45,7 +45,7 @@ def _variables() -> tuple[str, ...]:
 
 
 def _fault(base: Path) -> str | None:
-    """Why Ray cannot use `ray` in this folder; makes it. None if Ray can."""
+    """Make `ray` in this folder. Return why Ray cannot use it, or None."""
     if not str(base).isascii():
         return "the path has characters that are not ASCII"
     if (size := len(str(base))) > LONGEST:
@@ -59,7 +59,7 @@ def _fault(base: Path) -> str | None:
 
 
 def _private_fault(folder: Path) -> str | None:
-    """Why a folder is not this user's alone, such as a link that another user put there; makes it. None if it is."""
+    """Make a private folder. Return why it is not private (such as a link made by another user), or None."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:

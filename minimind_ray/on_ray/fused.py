@@ -1,8 +1,8 @@
-"""One process that trains many of Tune's trials together (see train/fused.py).
+"""Train many of Tune's trials together in one process, a `Group` (see train/fused.py).
 
-Tune has a process for each trial still, which only passes its validations on: it asks the group to begin the run, and
-again and again to go on to the next validation with Tune's verdict of the last one. The group waits for the verdicts
-of all that have reported before it trains the next step.
+Tune still has a process for each trial, but this process does not train. It asks the group to begin the run and gets
+the run's first validation. Then it sends Tune's verdict and gets the next validation, until the run ends. Before each
+step the group waits for the verdicts on all runs that have reported.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from minimind_ray.train.fused import Lockstep, Member
 from minimind_ray.train.run import RunDirectory
 
 VERDICT_SECONDS = 600
-"""After so long without a word a trial's process is taken for dead, and the others go on without it."""
+"""If a trial's process sends no verdict for this time, it counts as dead, and the other trials continue without it."""
 
 Answer = dict[str, Any] | BaseException | None
-"""A validation's metrics, what the run raised, or nothing more."""
+"""A validation's metrics, or the exception that ended the run, or None after its end."""
 
 
 class GroupContext(PlainContext):
-    """A run's host in the group."""
+    """The host of a run in a group. Two queues connect it to the trial's process."""
 
     def __init__(self, weights: Mapping[str, Tensor], device: torch.device, stopped: Callable[[], bool]) -> None:
         super().__init__(device)
@@ -54,20 +54,20 @@ class GroupContext(PlainContext):
         self.left = False
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor]:
-        """The group's own, not a copy."""
+        """Return the group's weights, not a copy of them."""
         return self.weights
 
     def should_stop(self) -> bool:
-        """Whether the sweep is to stop."""
+        """Whether the sweep was asked to stop."""
         self.stopping = self.stopping or self.stopped()
         return self.stopping
 
     def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
-        """To the trial's process."""
+        """Send a validation's metrics to the trial's process."""
         self.answers.put(metrics)
 
     def verdict(self) -> bool:
-        """From there. Without a process to decide on it a run ends, and `left` says why."""
+        """Wait for the verdict from the trial's process. If the process is gone, end the run and set `left`."""
         try:
             verdict = self.verdicts.get(timeout=VERDICT_SECONDS)
         except Empty:
@@ -77,7 +77,7 @@ class GroupContext(PlainContext):
 
 
 class Group:
-    """Up to `size` runs on one base."""
+    """A Ray actor that trains up to `size` runs on one base."""
 
     def __init__(self, size: int, sweep: str, threads: int) -> None:
         self.size, self.stopped, self.threads = size, watch_flag(flag(sweep, STOP_FILE)), threads
@@ -90,16 +90,16 @@ class Group:
         threading.Thread(target=self._work, name="training", daemon=True).start()
 
     def take(self, out: str) -> bool:
-        """A place for the run in this directory; False where all are taken."""
+        """Reserve a place for the run in directory `out`. Return False if all places are taken."""
         with self.lock:
             if len(self.taken) < self.size:
                 self.taken.add(out)
             return out in self.taken
 
     def begin(self, job: Job, bases: Mapping[str, ray.ObjectRef]) -> Answer:
-        """Take a run up; what it reports first. The weights of `bases` are in the object store.
+        """Begin a run; return its first report. `bases` are weights in the object store, by directory.
 
-        They are no argument of the constructor, because Ray could not start the actor again with such arguments.
+        They are not an argument of the constructor, because Ray could not restart the actor with such arguments.
         """
         with self.lock:
             self.weights = self.weights or self._load(job, bases)
@@ -108,12 +108,12 @@ class Group:
         return self.contexts[job.config.out].answers.get()
 
     def go_on(self, out: str, worth_it: bool) -> Answer:
-        """Tell a run the verdict of its last report; the next one."""
+        """Send the verdict on a run's last report; return the next report."""
         self.contexts[out].verdicts.put(worth_it)
         return self.contexts[out].answers.get()
 
     def leave(self, out: str) -> None:
-        """The process of a run is gone; in the group that has it, it ends at its next validation."""
+        """End a run at its next validation, because its trial's process is gone. Does nothing in other groups."""
         if out in self.contexts:
             self.contexts[out].verdicts.put(None)
 
@@ -130,7 +130,7 @@ class Group:
         torch.set_num_threads(self.threads)
         lockstep, outs = None, dict[Member, str]()
         while True:
-            # With nothing to train it waits; else it takes those that are there.
+            # Block while idle; otherwise take the jobs in the queue without waiting.
             while not outs or not self.arrivals.empty():
                 job = self.arrivals.get()
                 out = job.config.out
@@ -141,7 +141,7 @@ class Group:
                     continue
                 dtype = resolve_precision(job.config.train.precision, self.device)
                 if lockstep is None:
-                    # Not `auto`, which goes by the length of a run: these are in it together, and of several.
+                    # No `auto`: it depends on a run's length, and these runs have different lengths.
                     settle_compile(job.config.train.compile is True, 0, self.device)
                     lockstep = Lockstep(self.weights, self.device, dtype)
                 lockstep.add(new)
@@ -150,13 +150,13 @@ class Group:
             try:
                 for ended in lockstep.turn():
                     self._end(outs.pop(ended), ended.error)
-            except BaseException as error:  # Of the step that all were in.
+            except BaseException as error:  # An error of the shared step ends all runs.
                 for out in outs.values():
                     self._end(out, error)
                 lockstep, outs = None, {}
 
     def _end(self, out: str, error: BaseException | None) -> None:
-        if self.contexts[out].left:  # Not the scheduler's doing, as its own ending says.
+        if self.contexts[out].left:  # The trial's process died; do not record early stopping.
             run = RunDirectory(out)
             run.fail(run.info().get("error") or "its process ended")
         with self.lock:
@@ -165,7 +165,7 @@ class Group:
 
 
 def start_groups(count: int, size: int, sweep: str, scale: ScaleConfig) -> list[Any]:
-    """So many groups of `size` trials; each takes of the cluster what one trial alone would."""
+    """Start `count` groups of `size` trials. Each group takes the CPUs and GPUs of a single trial."""
     actor = ray.remote(Group).options(
         num_cpus=scale.cpus_per_worker, num_gpus=scale.gpus_per_worker or None, scheduling_strategy="SPREAD",
         max_concurrency=2 * size + 1, max_restarts=-1,
@@ -175,10 +175,10 @@ def start_groups(count: int, size: int, sweep: str, scale: ScaleConfig) -> list[
 
 
 def run_fused(job: Job, groups: Sequence[Any], context: Context, bases: Mapping[str, ray.ObjectRef]) -> None:
-    """In a trial's process: the run in one of the groups.
+    """Train a run in one of the groups; called in the trial's process.
 
     Raises:
-        UserError: what the run raised.
+        UserError: the run raised this error.
     """
     out = job.config.out
     group = _place(out, groups, context)
@@ -193,7 +193,7 @@ def run_fused(job: Job, groups: Sequence[Any], context: Context, bases: Mapping[
 
 
 def _place(out: str, groups: Sequence[Any], context: Context) -> Any:
-    """A group that has started and keeps a place for the run; None if the sweep is to stop before there is one."""
+    """Wait for a group with a free place and reserve the place. Return None if the sweep is asked to stop first."""
     ready = {group.__ray_ready__.remote(): group for group in groups}
     while not context.should_stop():
         for started in ray.wait(list(ready), num_returns=len(ready), timeout=1.0)[0]:

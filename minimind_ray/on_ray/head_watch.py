@@ -1,4 +1,7 @@
-"""What to do when the cluster's head is gone: Ray aborts the process after a minute, with no word on how to go on."""
+"""End the command with a helpful message if the cluster's head does not answer any more.
+
+Ray itself would abort the process after a minute, without saying how to continue the run.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ _left = threading.Event()
 
 
 def watch_head(address: str, patience: float = PATIENCE) -> None:
-    """Look for the head at `address` every few seconds in a thread, until `leave_head`.
+    """Check every few seconds, in a thread, that the head at `address` answers, until `leave_head`.
 
-    If the head does not answer for `patience` seconds, print how to go on and end this process with exit code 1.
+    If the head does not answer for `patience` seconds, print how to continue and end this process with exit code 1.
     """
     global _left
     _left = threading.Event()
@@ -26,7 +29,7 @@ def watch_head(address: str, patience: float = PATIENCE) -> None:
 
 
 def leave_head() -> None:
-    """Look no longer."""
+    """Stop watching the head."""
     _left.set()
 
 
@@ -37,7 +40,7 @@ def _watch(host: str, port: int, patience: float, left: threading.Event) -> None
             socket.create_connection((host, port), ANSWER_SECONDS).close()
             silent_since = None
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # no file left to ask with: says nothing about the head
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # No free file here; the head may be fine.
                 continue
             silent_since = silent_since or time.monotonic()
             if time.monotonic() - silent_since > patience and not left.is_set():

@@ -1,4 +1,4 @@
-"""Where stages run: on Ray, or in this process; and one stage's run from the first check to its result."""
+"""Choose where stages run (on Ray or in this process), and run one stage from the first check to its result."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ Watch = Callable[[Job], AbstractContextManager[None]]
 
 @contextmanager
 def host(scales: Sequence[ScaleConfig], *, ray: bool) -> Generator[tuple[Host, Callable[[Job], None]]]:
-    """How to prepare and how to run jobs of these scales: on Ray, started for as long as the block lasts, or in this
-    process.
+    """Give the functions that prepare and run jobs of these scales, on Ray or in this process.
+
+    With `ray`, Ray runs from the beginning to the end of the block.
 
     Raises:
-        UserError: there are too few CPUs or GPUs for one of them.
+        UserError: there are too few CPUs or GPUs for one of the scales.
     """
     if not ray:
         for scale in scales:
@@ -55,10 +56,12 @@ def train_stage(
     say: Callable[[str], None] = lambda line: None,
     watch: Watch = lambda job: nullcontext(),
 ) -> RunDirectory:
-    """Check, prepare and train one stage. Ctrl-C stops the run after the step, with a checkpoint; see its state then.
+    """Check, prepare and train one stage; return its run directory, whose state says how the run ended.
+
+    Ctrl-C stops the run after the current step, with a checkpoint.
 
     Raises:
-        UserError: what `prepare_job`, `begun` and `host` raise; a place that cannot be written, or missing files.
+        UserError: as `prepare_job`, `begun` and `host`; or a directory cannot be written, or input files are missing.
     """
     config = resolve_paths(config)
     require_writable(config.out, config.data.cache_dir)

@@ -1,10 +1,11 @@
-"""Prepared packs to Ray Train workers, by Ray Data, in the plan's exact order.
+"""Bring prepared packs to Ray Train workers with Ray Data, in the plan's exact order.
 
 One row of the dataset is one worker's share of one step, so Ray Data's cost per row is paid once per step. Row
-`step * workers + rank` goes to `rank`: with blocks of one row and order kept, the splitter deals blocks out in turn.
-Each row carries its step and rank, and the worker checks them, since nothing in Ray promises that dealing.
+`step * workers + rank` goes to worker `rank`: blocks have one row, their order is preserved, and Ray Data's splitter
+gives the blocks to the workers in turn. Ray does not promise this, so each row has its step and rank, and the worker
+checks them.
 
-What runs in Ray Data's tasks takes no `Job`: to read one a process imports torch, a second of every run's start.
+Functions that run in Ray Data's tasks take no `Job`: unpickling a job imports torch, which takes a second.
 """
 
 from __future__ import annotations
@@ -26,23 +27,25 @@ from minimind_ray.data.stream import Stream
 if TYPE_CHECKING:
     from minimind_ray.stages.run import Job
 
-STEPS_PER_TASK = 64  # So that most runs need few processes to start, and long ones have tasks to stream.
+STEPS_PER_TASK = 64  # Most runs then need few processes, and long runs have enough tasks to stream.
 
 
 def own_steps(job: Job, start: int) -> int:
-    """How many steps from `start` on the workers read themselves: Ray Data's processes, which start one after another
-    in some five seconds, do so beside them, but for the first. None of a stream, whose packs are known only by making
-    all before them."""
+    """Return how many steps from `start` the workers read themselves, while Ray Data's processes start.
+
+    These processes start one after another and take some five seconds. For a stream the number is 0: its packs are
+    known only after all earlier packs were made.
+    """
     return 0 if isinstance(job.train, Stream) else min(job.config.data.direct_steps, job.plan.steps - start)
 
 
 def step_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
-    """The shares of all `workers` of the steps from `start` on; see the module's text for the order of rows."""
+    """Return the shares of all `workers` in the steps from `start`; the module's docstring gives the order of rows."""
     return stream_dataset(job, workers) if isinstance(job.train, Stream) else prepared_dataset(job, start, workers)
 
 
 def stream_dataset(job: Job, workers: int) -> ray.data.Dataset:
-    """Shares out of a stream from its first step on: units encoded by tasks side by side, dealt out in order."""
+    """Return the shares of a stream from its first step. Tasks encode units in parallel; the order is preserved."""
     stream, plan = job.train, job.plan
     assert isinstance(stream, Stream)
     # Tasks start only as packs are used up, so epochs too many cost little: no token takes more than 32 bytes, or twice
@@ -51,7 +54,7 @@ def stream_dataset(job: Job, workers: int) -> ray.data.Dataset:
     fewest = max(1, int(sum(unit.size for unit in stream.units) / (per_token * stream.encoding.config.pack_tokens)))
     epochs = 1 + -(-plan.steps * plan.packs_per_step // fewest)
     units = len(stream.units) * epochs
-    # Ray's types know neither fn_kwargs nor that a batch may be of one kind alone.
+    # Ray's type annotations allow neither fn_kwargs nor a function for a single batch format.
     return (
         ray.data.range(units, override_num_blocks=units)
         .map_batches(_make_packs, batch_size=1, fn_kwargs={"stream": stream})  # pyright: ignore[reportArgumentType]
@@ -82,10 +85,10 @@ def _share_out(step: pa.Table, workers: int) -> Iterator[pa.Table]:
 
 
 def prepared_dataset(job: Job, start: int, workers: int) -> ray.data.Dataset:
-    """Shares of prepared packs, each read by its number."""
+    """Return the shares of prepared packs. Tasks read each pack by its number."""
     rows, per_task = (job.plan.steps - start) * workers, STEPS_PER_TASK * workers
     numbers = ray.data.range(rows, override_num_blocks=-(-rows // per_task))
-    # Each table that a task yields becomes a block, with no second task to cut blocks into rows.
+    # Each table that a task yields becomes a block, so no second task has to cut blocks into rows.
     numbers.context.target_max_block_size = 1
     arguments = {
         "train": job.train,
@@ -107,7 +110,7 @@ def _read_shares(
 
 
 def share_table(step: int | None, rank: int, packs: list[Pack]) -> pa.Table:
-    """One row: step (None in a stream, whose tasks do not know it), rank, and the packs' columns as lists."""
+    """Return one row: step (None in a stream, whose tasks do not know it), rank, and the packs' columns as lists."""
 
     def lists(arrays: list[np.ndarray], kind: pa.DataType) -> list[Any]:
         return pa.array([arrays], pa.list_(pa.list_(kind)))
@@ -127,9 +130,9 @@ def share_table(step: int | None, rank: int, packs: list[Pack]) -> pa.Table:
 
 
 def read_shares(shard: Iterable[Any], job: Job, start: int, rank: int) -> Iterator[list[Pack]]:
-    """This rank's packs of each step from `start` on, out of its shard of a `step_dataset`.
+    """Yield this rank's packs of each step from `start`, from its shard of a `step_dataset`.
 
-    In a stream, what comes before `start` is made again and passed over.
+    In a stream, packs before `start` are made again and skipped.
     """
     streaming = isinstance(job.train, Stream)
     rows = islice(shard, start if streaming else 0, None)
@@ -138,7 +141,7 @@ def read_shares(shard: Iterable[Any], job: Job, start: int, rank: int) -> Iterat
         assert found == expected, f"Ray Data dealt (step, rank) {found} where {expected} was due"
         names = [name for name in row.column_names if name not in ("step", "rank", "id")]
         packs = pa.table({name: row[name].combine_chunks().values for name in names})
-        # A stream's packs come numbered within their step.
+        # In a stream, packs are numbered within their step.
         first = step * job.plan.packs_per_step if streaming else 0
         ids = enumerate(row["id"][0].as_py())
         yield [pack_from_row(packs, i, first + id, job.train_columns) for i, id in ids]

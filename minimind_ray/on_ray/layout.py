@@ -25,10 +25,10 @@ class Layout:
 
 
 def trials_that_fit(found: Machines, scale: ScaleConfig) -> int:
-    """How many trials, or groups of trials, the machines have room for at once.
+    """Return how many trials, or groups of trials, fit on the machines at the same time.
 
     Raises:
-        UserError: not one.
+        UserError: not even one trial fits.
     """
     if scale.most == 1:
         fit = found.workers(scale)
@@ -45,7 +45,10 @@ def trials_that_fit(found: Machines, scale: ScaleConfig) -> int:
 
 
 def layout(places: int, count: int, *, fuse: int = 1, concurrent: int | None = None) -> Layout:
-    """How `count` trials are spread over so many places, with up to `fuse` in a group and `concurrent` at once."""
+    """Distribute `count` trials over `places` concurrent trials or groups of up to `fuse` trials each.
+
+    `concurrent` limits the number of trials at the same time.
+    """
     at_once = min(places * fuse, concurrent or count, count)
     if fuse == 1:
         return Layout(at_once, 0, 1)

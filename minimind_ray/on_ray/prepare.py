@@ -1,4 +1,4 @@
-"""Units of source files encoded by Ray Data, on all CPUs of the cluster."""
+"""Encode source files with Ray Data, on all CPUs of the cluster (see data/prepare.py for units)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from minimind_ray.on_ray.waiting import rows_of
 
 
 def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
-    """Encode units in parallel, as `data.prepare.RunUnits`: their counts, as they get done.
+    """Encode units in parallel (a `RunUnits`); yield the counts of each unit when it is done.
 
-    Work too small to gain by it is done in this process, but only where there is one machine: a cluster's nodes may not
-    see what this process writes.
+    Small work is done in this process, but only on a single machine: the nodes of a cluster may not see this process's
+    files.
 
     Raises:
-        UserError: as `encode_unit`; or the cluster has no CPU to do it on.
+        UserError: as `encode_unit`; or the cluster has no CPU for the tasks.
     """
     if alone() and not worth_spreading(units):
         yield from run_units_here(units, encoding)
         return
     require_cpus(1, 0, "preparing data")
-    # Items that lie here, not a range, which tasks of its own would have to make. And tasks, not actors: they run in
-    # processes that are there already, and Ray repeats them when one dies.
+    # Items of this process, because other tasks would have to make a range. Tasks and not actors, because tasks use
+    # existing processes, and Ray repeats a task if its process dies.
     items = ray.data.from_items([{"unit": i} for i in range(len(units))], override_num_blocks=len(units))
     done = items.map_batches(
         _encode,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fn_args.
@@ -51,13 +51,13 @@ def _encode(batch: dict[str, np.ndarray], work: list[ray.ObjectRef]) -> dict[str
     (unit,) = batch["unit"]
     try:
         return {"stats": [encode_unit(units[unit], encoding).model_dump_json()], "error": [""]}
-    except UserError as error:  # As a value: raised, it would arrive wrapped in Ray's own errors and logs.
+    except UserError as error:  # Return it as a value: Ray would wrap a raised error in its own and log it.
         return {"stats": [""], "error": [str(error)]}
 
 
 @functools.lru_cache(maxsize=1)
 def _fetch(work: ray.ObjectRef) -> tuple[Sequence[Unit], Encoding]:
-    """A process keeps its tokenizer from unit to unit."""
+    """Return the units and the encoding. The cache lets a process keep its tokenizer from unit to unit."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # A task has one CPU.
-    gc.set_threshold(20_000)  # Rows come and go by the thousand and hold no cycles; collecting them took 7 %.
+    gc.set_threshold(20_000)  # Thousands of short-lived rows have no cycles; collecting took 7 %.
     return ray.get(work)

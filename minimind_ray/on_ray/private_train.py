@@ -1,9 +1,10 @@
-"""Ray Train's controller in the process that starts the run, not in an actor of its own.
+"""Run Ray Train's controller in the process that starts the run, instead of in an actor.
 
-An actor's process would be started, and import torch, before the first worker's could be: a third of a run's start. And
-with it one more process on which the run depends goes away. What follows are the few places where Ray Train 2.60 takes
-for granted that its controller is an actor, and how to do without another one, by which its workers would tell each
-other things. Used only where `private_parts` says so; a plain TorchTrainer takes twice as long to its first step.
+An actor's process would have to start and import torch before the first worker could start, which takes a third of a
+run's start. And the run would depend on one more process. This module replaces the few parts of Ray Train 2.60 that
+require the controller to be an actor. It also replaces the actor that synchronizes Ray Train's workers.
+
+Used only if `private_parts` says so. A plain TorchTrainer takes twice as long to its first step.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ from minimind_ray.on_ray.session import alone
 
 
 class _NoCollectives:
-    """Stands in for the actor by which Ray Train's workers tell each other things: ours use torch's collectives."""
+    """Stands in for Ray Train's synchronization actor: our workers use torch's collectives."""
 
     @classmethod
     def options(cls, **options: Any) -> type[_NoCollectives]:
-        """Called by Ray Train in the place of the actor's class."""
+        """Return this class; Ray Train calls it as if it were the actor's class."""
         return cls
 
     @classmethod
     def remote(cls, **arguments: Any) -> type[_NoCollectives]:
-        """Called by Ray Train to start the actor."""
+        """Return this class; Ray Train calls it to start the actor."""
         return cls
 
 
-# Both are looked up in their modules each time.
+# Ray Train looks up both names in their modules at each use.
 worker_group.SynchronizationActor = _NoCollectives
 state._shutdown_sync_actor = lambda actor: None  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass
 class Reserved(ScalingConfig):
-    """Workers that run in the first bundles of a placement group that is there."""
+    """Workers that run in the first bundles of an existing placement group."""
 
     group: PlacementGroup | None = None
 
@@ -58,7 +59,7 @@ class _Workers(WorkerGroup):
         return DefaultPlacementGroupHandle(scaling_config.group)
 
     def _start(self) -> None:
-        """As Ray Train's, which leaves workers that fail just after their start for its actor's end to free."""
+        """Start as Ray Train does, but free workers that fail just after their start; its actor would free them."""
         try:
             super()._start()
         except BaseException:
@@ -71,14 +72,16 @@ class _Workers(WorkerGroup):
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
-        """None: its variables would cost each worker a second start, and workers have those of the job."""
+        """Use no runtime_env; it would make Ray start each worker twice. Workers have the job's variables."""
         return {}
 
     def _init_train_context_on_workers(
         self, workers: list[Worker], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """As Ray Train's, without handles of the actor that is not there, and of the controller, which is asked only
-        for what was reported with files."""
+        """Do as Ray Train does, but without handles of the synchronization actor and of the controller.
+
+        Workers would ask the controller only about reports with files.
+        """
         starts = []
         for rank, worker in enumerate(workers):
             own = {name: values[rank] for name, values in train_context_args.items()}
@@ -98,12 +101,14 @@ class _Workers(WorkerGroup):
 
 
 class _OneMachine(FixedScalingPolicy):
-    """Does not tell Ray Data and the autoscaler what the workers take: on one machine that decides nothing but how many
-    tasks Ray Data lets wait, and the actor that is told would start before the workers.
+    """Does not announce the workers' resources to Ray Data and the autoscaler.
+
+    On one machine this decides only how many tasks Ray Data lets wait. And the actor that receives the announcement
+    would start before the workers.
     """
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
-        """Ray Train's."""
+        """Do nothing; called by Ray Train."""
 
     def _maybe_send_resource_request(self) -> None: ...
 
@@ -113,17 +118,18 @@ class _Controller(TrainController):
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer whose controller runs in `fit`, in any thread. Interrupts are the caller's to see to.
+    """A TorchTrainer whose controller runs in `fit`, in any thread. The caller handles interrupts.
 
-    `shares` says that Ray Data has to know what the workers take, on one machine too: its tasks wait for each other.
-    Workers can neither report to Ray Train nor ask it for notices: see `private_ray.draining`.
+    `shares`: Ray Data must know the workers' resources even on one machine, because its tasks wait for each other.
+    Workers can neither report to Ray Train nor ask it for preemption notices; see `private_ray.draining`.
     """
 
     shares = False
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without what looks after the controller's actor, and after no datasets. Placement groups: see
-        `session.free_left_groups`.
+        """Return Ray Train's callbacks without those for the controller's actor, and for datasets if there are none.
+
+        `session.free_left_groups` removes the placement groups.
         """
         unwanted: list[type] = [PlacementGroupCleanerCallback]
         if not self.datasets:
@@ -138,7 +144,7 @@ class Trainer(TorchTrainer):
             asyncio.run(controller.run())
             return controller.get_result()
         finally:
-            # An actor's end would be the end of what it started.
+            # There is no controller actor to take its children down, so kill the dataset manager here.
             for callback in controller_init_kwargs["callbacks"]:
                 if isinstance(callback, DatasetsCallback):
                     provider: Any = callback._dataset_shard_provider  # pyright: ignore[reportPrivateUsage]

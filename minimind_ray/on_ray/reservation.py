@@ -1,11 +1,12 @@
-"""The CPUs and GPUs of a Ray Train run, given to it all at once, those of Ray Data's tasks among them.
+"""Reserve all CPUs and GPUs of a Ray Train run at once, including those of Ray Data's tasks.
 
-Ray Data's tasks run inside the run's own placement group. So a run that has its workers has all that it needs, and
-one that waits holds nothing: however many runs and sweeps share a cluster, they cannot wait for each other in a circle.
+Ray Data's tasks run inside the run's own placement group. So a run with workers has everything it needs, and a waiting
+run holds nothing. Any number of runs and sweeps can share a cluster without a deadlock.
 
-Ray Train's documented interface makes the workers' placement group itself (see versions.py). There the run first waits
-for one group of everything, then swaps it for a group of Ray Data's CPUs, and Ray Train takes the rest. Somebody else
-may take it first. So Ray Train waits only START_SECONDS; the run then gives everything back and waits anew.
+With Ray Train's documented interface, Ray Train makes the workers' placement group itself (see versions.py). Then the
+run first waits for one group of everything, replaces it by a group of Ray Data's CPUs, and Ray Train takes the rest.
+Another program may take the rest first. So Ray Train waits only START_SECONDS; after that the run gives everything back
+and waits again.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from minimind_ray.on_ray.versions import private_parts
 
 LOOK_SECONDS = 0.1
 START_SECONDS = 60.0
-"""For workers to start on what was free a moment ago."""
+"""Time for workers to start on resources that were free a moment ago."""
 SWAP_SECONDS = 5.0
-"""For Ray to note that the first group is gone, and to make the one of Ray Data's CPUs."""
+"""Time for Ray to remove the first group and to make the group of Ray Data's CPUs."""
 
 
 class StoppedError(UserError):
-    """A stop before there were workers, so that no step could follow it."""
+    """The run was asked to stop before it had workers, so it cannot finish a step."""
 
 
 class NoRoomError(Exception):
-    """The cluster had no room in time."""
+    """The cluster had no free resources in time."""
 
 
 NO_ROOM = "stopped while there was no room for the workers; --resume waits for room again"
@@ -56,18 +57,18 @@ class Reservation:
     data_cpus: int
 
     def broken(self) -> bool:
-        """Whether a node with a part of it is gone, so that the rest waits for what others may hold."""
+        """Whether a node of the group is gone, so that the group waits for resources that others may hold."""
         return _state(self.group) == "RESCHEDULING"
 
     def data_config(self) -> ray.train.DataConfig:
-        """Tell Ray Data how many CPUs it has; tasks too many would wait for each other."""
+        """Return a config that limits Ray Data to its CPUs; with more tasks, tasks would wait for each other."""
         limits = ExecutionResources(cpu=self.data_cpus)
         return ray.train.DataConfig(
             execution_options=ExecutionOptions(preserve_order=True, resource_limits=limits, verbose_progress=False)
         )
 
     def dataset(self, make: Callable[[], ray.data.Dataset]) -> ray.data.Dataset:
-        """The dataset that `make` makes, with all its tasks in the placement group."""
+        """Return the dataset of `make`, with all its tasks in the placement group."""
         context = deepcopy(DataContext.get_current())
         # Any bundle: the workers fill theirs. Not by assignment, which warns that Ray will do without it in 2027.
         strategy = PlacementGroupSchedulingStrategy(self.group)

@@ -1,4 +1,4 @@
-"""A Ray to run on: the cluster at RAY_ADDRESS, or one in this machine's processes."""
+"""Connect to Ray (the cluster at RAY_ADDRESS, or a Ray started on this machine) and ask for its resources."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def start_ray(cpus: int | None = None) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray here with `cpus` logical CPUs (default: all).
 
     Raises:
-        UserError: no cluster at RAY_ADDRESS, or one with another token; or Ray does not come up here.
+        UserError: there is no cluster at RAY_ADDRESS, or it has another token; or Ray cannot start here.
     """
     import ray
 
@@ -80,26 +80,29 @@ def _join(address: str) -> None:
 
 
 def _start_here(cpus: int | None) -> None:
-    """Ray's helpers have 15 seconds to come up, which can be too short for a busy machine; the second time their files
-    have been read."""
+    """Start Ray on this machine; try twice.
+
+    Ray's processes have 15 seconds to start, which can be too short on a busy machine. The second time their files are
+    in memory.
+    """
     import ray
 
     folder = ray_folder()
     for last in (False, True):
         try:
             ray.init(
-                address="local",  # Not one that runs on this machine for something else.
+                address="local",  # Not another Ray that runs on this machine.
                 num_cpus=cpus,
                 _temp_dir=str(folder),
-                # Without private parts it is asked what a killed trial held.
+                # Without private parts the dashboard is asked which resources a killed trial held.
                 include_dashboard=not private_parts(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                # No runtime environment: it would cost each worker a second start, and processes of this machine
-                # inherit the settings.
+                # Use no runtime_env; it would make Ray start each worker twice. Processes of this machine inherit the
+                # settings anyway.
             )
             return
-        except Exception as error:  # Ray raises this bare.
+        except Exception as error:  # Ray raises a plain Exception.
             if last or "timed out during startup" not in str(error):
                 raise UserError(
                     f"Ray could not start on this machine: {one_line(error)}. Is the machine busy, or short of memory "
@@ -108,7 +111,7 @@ def _start_here(cpus: int | None) -> None:
 
 
 def _require_cluster(address: str) -> None:
-    """Ask for the cluster before Ray does, which repeats its questions for minutes. Raises UserError."""
+    """Check that the cluster answers, because Ray itself would retry for minutes. Raises UserError if it does not."""
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"RAY_ADDRESS={address} is a dashboard, and this command is not one that is sent there as a job: use "
@@ -127,7 +130,7 @@ def _require_cluster(address: str) -> None:
 
 
 def configure_data() -> None:
-    """Set up Ray Data in this process, which is to start a Ray Train run."""
+    """Set up Ray Data in this process, before it starts a Ray Train run."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -136,7 +139,7 @@ def configure_data() -> None:
 
 
 def stop_ray() -> None:
-    """Leave the cluster; ends the one that `start_ray` started here."""
+    """Leave the cluster. A Ray that `start_ray` started here ends."""
     import ray
 
     leave_head()
@@ -144,9 +147,10 @@ def stop_ray() -> None:
 
 
 def interruptible(work: Callable[[], object], stop: Callable[[], object], seconds: float = math.inf) -> Ending:
-    """Do `work` in a thread, so that this one can turn a signal, or the end of `seconds`, into `stop`, a clean one.
+    """Do `work` in a thread. On a signal, or after `seconds`, call `stop`, which should end the work cleanly.
 
-    The signals are those of train/interrupts.py. A second one interrupts at once. Raises what `work` raises.
+    The signals are listed in train/interrupts.py. A second signal interrupts at once. An exception of `work` is raised
+    here.
     """
     ended, failure = threading.Event(), list[BaseException]()
 
@@ -161,7 +165,7 @@ def interruptible(work: Callable[[], object], stop: Callable[[], object], second
     threading.Thread(target=target, daemon=True).start()
     deadline = time.monotonic() + seconds
     ending: Ending = "by itself"
-    # Not `join`: when it is interrupted, Python 3.11 takes the thread for ended.
+    # Not `join`: if it is interrupted, Python 3.11 believes that the thread has ended.
     while not ended.is_set():
         try:
             ended.wait(0.2)
@@ -180,7 +184,7 @@ def interruptible(work: Callable[[], object], stop: Callable[[], object], second
 
 
 def local_cpus(scale: ScaleConfig) -> int:
-    """Logical CPUs for a Ray in this machine's processes: at least what a run needs, however few there are."""
+    """Return the number of logical CPUs for a Ray on this machine: at least as many as a run needs."""
     return max(os.cpu_count() or 1, math.ceil(scale.most * scale.cpus_per_worker) + 2)
 
 
@@ -188,18 +192,18 @@ def require_resources(scale: ScaleConfig) -> None:
     """Check that a run of this scale has the CPUs and GPUs it needs; otherwise it would wait for ever.
 
     Raises:
-        UserError: it has not, or its workers would share a GPU that the config does not ask for.
+        UserError: there are too few, or the run's workers would share a GPU that the config does not ask for.
     """
-    # Ray Data hangs without a CPU of its own beside the workers'.
+    # Ray Data hangs if it has no CPU besides those of the workers.
     require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
     require_own_gpus(scale)
 
 
 def require_cpus(cpus: float, gpus: float, what: str) -> None:
-    """Check before starting what would otherwise wait for ever.
+    """Check that the cluster has the CPUs and GPUs for `what`, which would otherwise wait for ever.
 
     Raises:
-        UserError: the cluster has fewer CPUs or GPUs than `what` needs, and no way to more.
+        UserError: the cluster has too few, and cannot get more.
     """
     have, where = machines().resources(), "the cluster" if "RAY_ADDRESS" in os.environ else "this machine"
     if gpus and not have["GPU"]:
@@ -216,7 +220,7 @@ def require_cpus(cpus: float, gpus: float, what: str) -> None:
 
 
 def require_own_gpus(scale: ScaleConfig) -> None:
-    """Raises UserError where workers that asked for no GPU would all find the first one of their machine."""
+    """Raise UserError if workers that asked for no GPU would all use the first GPU of their machine."""
     import ray
 
     if scale.most > 1 and not scale.gpus_per_worker and ray.cluster_resources().get("GPU"):
@@ -228,17 +232,17 @@ def require_own_gpus(scale: ScaleConfig) -> None:
 
 @dataclass(frozen=True)
 class Machines:
-    """What each node has, of which at most `most` run at once."""
+    """The resources of each possible node. At most `most` nodes run at the same time."""
 
     nodes: list[dict[str, float]]
     most: int
 
     def resources(self) -> dict[str, float]:
-        """CPUs and GPUs of all, at the cluster's largest."""
+        """Return the CPUs and GPUs of all nodes together, when the cluster is at its largest."""
         return {kind: sum(self._largest(node.get(kind, 0) for node in self.nodes)) for kind in ("CPU", "GPU")}
 
     def workers(self, scale: ScaleConfig, spare_cpus: int = 0) -> int:
-        """How many of `scale`'s workers fit, with `spare_cpus` left, each on the node that has the most left."""
+        """Return how many of `scale`'s workers fit, if `spare_cpus` stay free, each on the node with most free CPUs."""
         need, nodes = worker_resources(scale), [dict(node) for node in self.nodes]
         for _ in range(spare_cpus if nodes else 0):
             largest = max(nodes, key=lambda node: node.get("CPU", 0))
@@ -251,10 +255,11 @@ class Machines:
 
 
 def machines(without: Collection[str] = ()) -> Machines:
-    """The nodes that can be reached, without some, by id; where Ray starts nodes on demand, those it may start.
+    """Return the nodes that can be reached, except those with the ids `without`.
 
-    Ray itself does not tell. The head of a cluster made by `ray up` has its file in its home; on Kubernetes
-    MINIMIND_NODE_TYPES of the head's pod repeats the groups of cluster/kuberay.yaml.
+    If Ray starts nodes on demand, return the nodes that it may start. Ray has no function for them. On a cluster made
+    by `ray up` they are in a file in the head's home; on Kubernetes MINIMIND_NODE_TYPES of the head's pod repeats the
+    groups of cluster/kuberay.yaml.
     """
     import ray
 
@@ -278,7 +283,7 @@ def _bootstrap_file() -> Path:
 
 
 def alone() -> bool:
-    """Whether this machine is all of the cluster, and no others will be started for it, as far as can be known here."""
+    """Whether this machine is the whole cluster, and no other nodes will be started, as far as can be known here."""
     import ray
 
     grows = bool(os.environ.get("MINIMIND_NODE_TYPES")) or _bootstrap_file().is_file()
@@ -286,7 +291,7 @@ def alone() -> bool:
 
 
 def _answers(node: dict[str, Any]) -> bool:
-    """Whether a node can be reached: for some fifteen seconds Ray itself takes one that was lost for alive."""
+    """Whether a node can be reached. Ray itself believes for some fifteen seconds that a lost node is alive."""
     try:
         socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
     except OSError:
@@ -295,25 +300,25 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) -> int:
-    """How many of `scale`'s workers fit on the cluster, leaving `spare_cpus` on one node and out some nodes, by id.
+    """Return how many of `scale`'s workers fit on the cluster, if `spare_cpus` stay free on one node.
 
-    Counts what nodes have, whoever uses it now.
+    Nodes with the ids `without` are not counted. Resources count even if other programs use them now.
     """
     return machines(without).workers(scale, spare_cpus)
 
 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:
-    """What one worker takes, as Ray has it."""
+    """Return the resources of one worker by Ray's names."""
     return {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
 
 
 def notices_may_come() -> bool:
-    """Whether a notice may come that a node will be taken away: only a cluster's nodes get one."""
+    """Whether preemption notices are possible (only on a cluster)."""
     return not alone() or "RAY_ADDRESS" in os.environ
 
 
 def group_name() -> str:
-    """A new name for a placement group, which names the driver and the actor (or "driver") that make it."""
+    """Return a new name for a placement group. It contains the ids of the driver and the actor that make the group."""
     import ray
 
     context = ray.get_runtime_context()
@@ -321,9 +326,9 @@ def group_name() -> str:
 
 
 def free_left_groups() -> None:
-    """Remove the placement groups that actors of this driver made and left when they were killed.
+    """Remove the placement groups of this driver's actors that were killed, such as trials with Ray Train workers.
 
-    As trials with Ray Train workers do; nothing else frees what these groups hold.
+    Nothing else frees the resources of these groups.
     """
     from ray.util.placement_group import remove_placement_group
 
@@ -336,11 +341,11 @@ def free_left_groups() -> None:
 
 
 def _groups_of_dead_actors() -> Iterator[Any]:
-    """By Ray's dashboard. Ray Train frees its own groups in the same way."""
+    """Yield the groups of killed actors, found through Ray's dashboard. Ray Train frees its own groups in this way."""
     import ray
     from ray.util.state import get_actor
 
-    address = ray.get_runtime_context().gcs_address  # Else it asks the Ray that this machine has started last.
+    address = ray.get_runtime_context().gcs_address  # The default is the Ray that this machine started last.
     for group in _own_groups():
         maker = group["name"].split()[2]
         actor = None if maker == "driver" else get_actor(maker, address=address)
@@ -349,7 +354,7 @@ def _groups_of_dead_actors() -> Iterator[Any]:
 
 
 def pending_resources() -> Mapping[str, float]:
-    """The CPUs and GPUs for which this driver's placement groups wait, its actors' among them; empty if none waits."""
+    """Return the CPUs and GPUs that placement groups of this driver and its actors wait for; empty if none waits."""
     need = Counter[str]()
     for group in _own_groups():
         if group["state"] != "CREATED":
@@ -359,7 +364,7 @@ def pending_resources() -> Mapping[str, float]:
 
 
 def _own_groups() -> Iterator[dict[str, Any]]:
-    """The placement groups of this driver and its actors that are not removed (see `group_name`)."""
+    """Yield the existing placement groups of this driver and its actors (see `group_name`)."""
     import ray
     from ray.util.placement_group import placement_group_table
 

@@ -1,12 +1,15 @@
-"""A stage's train-loop function on Ray Train workers, kept going whatever becomes of them.
+"""Train a stage on Ray Train workers, and continue after losses of workers and nodes.
 
-A run is attempts in a row, each a Ray Train run of its own on as many workers as there is room for, each from the run
-directory's last sound checkpoint on. Attempts end, and the next one begins, when a worker, a process of Ray Data's or
-a node is lost, when a notice says that a node will be, and when `scale.workers` leaves room for more workers and the
-cluster has it by now. In the last two cases with a checkpoint, so that no step is done twice. And when the cluster has
-lost the room that they and Ray Data need, though no worker: Ray Data would wait without a word. Ray Train's own
-restarts and elastic sizes are not used: they take the CPU that Ray Data needs, repeat what a user got wrong, and lose
-the steps since the last checkpoint whenever the size changes.
+A run is a sequence of attempts. Each attempt is a separate Ray Train run. It starts from the run directory's last sound
+checkpoint, with as many workers as the cluster has room for. An attempt ends, and the next attempt begins, if
+
+- a worker, a process of Ray Data or a node is lost;
+- a notice says that a node will be taken away (a checkpoint is written first, so that no step is done twice);
+- the cluster has room for more workers and `scale.workers` allows them (a checkpoint is written first);
+- the cluster has lost resources that the workers and Ray Data need, but no worker: Ray Data would wait silently.
+
+Ray Train's own restarts and elastic sizes are not used. They take the CPU that Ray Data needs, retry after a user's
+error, and lose the steps since the last checkpoint whenever the size changes.
 """
 
 from __future__ import annotations
@@ -69,15 +72,15 @@ from minimind_ray.train.context import default_device
 from minimind_ray.train.run import RunDirectory, last_sound_checkpoint
 from minimind_ray.train.step import all_reduce_sums
 
-# Files in the run directory, which all nodes see, by which the driver asks for the end of the run, or of an attempt:
-# after the step, or at once, where no step may end any more.
+# Files in the run directory, which all nodes see. With them the driver asks for the end of the run, or of an attempt:
+# after the current step, or at once if no further step may finish.
 STOP_FILE, AGAIN_FILE, LEAVE_FILE = ".stop", ".again", ".leave"
 NOTICE_SECONDS = 2.0
 LOOK_SECONDS, LEAVE_SECONDS = 5.0, 60.0
 
 
 class RayTrainContext:
-    """A Ray Train worker."""
+    """The host of a run on a Ray Train worker."""
 
     reads_checkpoints = False
 
@@ -94,25 +97,25 @@ class RayTrainContext:
         self.noticed: list[str] = []
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """Nothing waits for it here: the run directory has it all. (Ray Train would hold the step for a second.)"""
+        """Do nothing: the run directory has the content already. (A report to Ray Train would take a second.)"""
         return True
 
     def should_stop(self) -> bool:
-        """Whether a notice was given, or the driver asks."""
+        """Whether there is a preemption notice, or the driver asks for a stop."""
         self.steps += 1
         if self.steps == self.look_after:
             self._look_for_notice()
         return bool(self.noticed) or any(up() for up in self.flags)
 
     def _look_for_notice(self) -> None:
-        """Ask Ray. All workers have to ask in the same steps, so they agree on which: some two seconds apart."""
+        """Ask Ray for notices about every two seconds. All workers must ask in the same steps, to agree."""
         now = time.monotonic()
         (seconds,) = all_reduce_sums([(now - self.looked) / self.steps / self.world_size], self.device).tolist()
         self.steps, self.looked, self.look_after = 0, now, max(1, int(NOTICE_SECONDS / seconds))
         self.noticed = self._draining_nodes()
 
     def _draining_nodes(self) -> list[str]:
-        """The ids of the workers' nodes for which notice was given, the same in all workers."""
+        """Return the ids of the workers' nodes that have a preemption notice, the same in all workers."""
         if not private_parts():
             info = ray.train.get_preemption_info()
             return info.preempted_node_ids if info else []
@@ -128,7 +131,7 @@ class RayTrainContext:
         return sorted({id for id in ids if id})
 
     def base_weights(self, directory: Path) -> None:
-        """Holds none."""
+        """Return None: this host keeps no base weights in memory."""
 
 
 def _leave_when_told(run_dir: str) -> None:
@@ -294,7 +297,7 @@ def _looking_for_room(
 
 
 def _ask_for(scale: ScaleConfig) -> None:
-    """Tell Ray's autoscaler what the whole run would use."""
+    """Ask Ray's autoscaler for the resources that the whole run can use."""
     request_resources(bundles=[worker_resources(scale)] * scale.most + [{"CPU": 1}])
 
 
@@ -351,7 +354,7 @@ def _run_config(job: Job) -> ray.train.RunConfig:
         name=f"attempt-{time.time_ns()}",
         storage_path=join(job.config.out, ".ray"),
         failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-        # Ray's logs have it all, in ray-train-sys-*.log; the terminal is for our progress.
+        # Ray's logs (ray-train-sys-*.log) have all messages; the terminal shows only our progress.
         logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
     )
 
@@ -401,7 +404,7 @@ def _worker(job: Job, first: int, notices: bool) -> list[str]:
 
 
 def _shares() -> Iterator[Any]:
-    """This worker's rows of the dataset, the first of them already here."""
+    """Return this worker's rows of the dataset, after waiting for the first row."""
     shard = ray.train.get_dataset_shard("train")
     assert shard
     # None: a block as it is, which the types leave out.
@@ -411,7 +414,7 @@ def _shares() -> Iterator[Any]:
 
 
 def told(error: BaseException) -> str:
-    """An error in a line; Ray's begin with long ones about other processes."""
+    """Return an error as one line, without the long lines about other processes with which Ray's errors begin."""
     if isinstance(error, UserError):
         return str(error)
     for cause in causes(error):
@@ -429,12 +432,12 @@ def told(error: BaseException) -> str:
 
 
 def _user_error(error: BaseException) -> UserError | None:
-    """A UserError that some worker raised, out of Ray's wrappings."""
+    """Return the UserError that a worker raised, taken out of Ray's wrappers; None if there is none."""
     return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what Ray wrapped into it."""
+    """Yield an error and the errors that Ray wrapped in it."""
     yield error
     inner = [error.__cause__, *(getattr(error, name, None) for name in ("cause", *WRAPPED))]
     for cause in [*inner, *getattr(error, "worker_failures", {}).values()]:

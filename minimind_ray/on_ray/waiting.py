@@ -20,12 +20,12 @@ SHOWN = 80
 
 
 def trial_needs(scale: ScaleConfig) -> dict[str, float]:
-    """The CPUs and GPUs of a trial: those of its workers, and with several workers one CPU for Ray Data."""
+    """Return the CPUs and GPUs of a trial: those of its workers, and with several workers one CPU for Ray Data."""
     return {"CPU": scale.most * scale.cpus_per_worker + (scale.most > 1), "GPU": scale.most * scale.gpus_per_worker}
 
 
 def lacking(who: str, need: Mapping[str, float]) -> str | None:
-    """What `who` "needs" and waits for, in a sentence; None where the free CPUs and GPUs are enough for it."""
+    """Return a sentence that says what `who` needs and waits for; None if enough CPUs and GPUs are free."""
     import ray
 
     free = ray.available_resources()
@@ -35,7 +35,7 @@ def lacking(who: str, need: Mapping[str, float]) -> str | None:
 
 
 def rows_of(dataset: Any, who: str, need: Mapping[str, float]) -> Iterator[dict[str, Any]]:
-    """The dataset's rows; while they do not come and the cluster has no room for a task, say so as `lacking` does."""
+    """Yield the dataset's rows. While no row comes and the cluster has no room for a task, print why (`lacking`)."""
     came = looked = 0
 
     def why() -> str | None:
@@ -56,7 +56,7 @@ def waiting(
     free: Mapping[str, float],
     others: Sequence[str] | None,
 ) -> str:
-    """The sentence: `who` "needs" what, how much of it is free, and which `others` are on the cluster, if known."""
+    """Return a sentence: what `who` needs, how much of it is free, and which `others` use the cluster, if known."""
     wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in need.items() if amount)
     left = " and ".join(f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}s" for kind in need if need[kind])
     holders = "; no other program is on the cluster" if others == [] else ""
@@ -66,7 +66,7 @@ def waiting(
 
 
 def starved() -> str | None:
-    """What this driver's Ray Train runs wait for, in a sentence; None where each has its workers."""
+    """Return a sentence that says what this driver's Ray Train runs wait for; None if all have their workers."""
     import ray
 
     if not (need := pending_resources()):
@@ -76,7 +76,7 @@ def starved() -> str | None:
 
 
 def other_programs() -> list[str] | None:
-    """The other drivers on the cluster: process, machine and the beginning of the command. None: they are not known."""
+    """Return the other drivers on the cluster: process, machine and the start of the command; None if unknown."""
     import ray
 
     if not private_parts():
@@ -93,7 +93,7 @@ def other_programs() -> list[str] | None:
 
 @contextmanager
 def telling(why: Callable[[], str | None], first: float = FIRST_S, again: float = AGAIN_S) -> Generator[None]:
-    """While inside, print what `why` says when it has said so for `first` seconds, and then every `again` seconds."""
+    """Inside, print the sentence of `why` after it has had one for `first` seconds, and then every `again` seconds."""
     ended = threading.Event()
 
     def look() -> None:
@@ -101,7 +101,7 @@ def telling(why: Callable[[], str | None], first: float = FIRST_S, again: float 
         while not ended.wait(min(5.0, first)):
             try:
                 reason = why()
-            except Exception:  # The head or the store does not answer, which the run itself reports.
+            except Exception:  # The head or the store does not answer; the run itself reports this.
                 reason = None
             if reason is None:
                 due = time.monotonic() + first
