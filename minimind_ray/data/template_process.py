@@ -2,8 +2,11 @@
 
 Jinja's sandbox keeps a template from reaching Python, but not from looping for ever or filling the memory. Here the
 operating system does: the process has limited memory, and it is ended when one rendering takes too much processor time.
-The next rendering starts another process. The process gets no environment variables but those that Python needs, and no
-signals from the terminal. It ends when this process ends, because its standard input ends then.
+The next rendering starts another process. After MOST_OVERRUNS such ends the template is not rendered any more: else a
+template that loops on every row of a file would take hours.
+
+The process gets no environment variables but those that Python needs, and no signals from the terminal. It ends when
+this process ends, because its standard input ends then.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ Arguments = tuple[list[dict[str, Any]], list[Any] | None, bool]
 
 MOST_SECONDS = 10.0  # processor time of one rendering; a conversation takes less than a millisecond
 MOST_MEMORY = 1 << 30  # bytes of address space; the process starts with some 30 MB. macOS does not enforce the bound.
+MOST_OVERRUNS = 3
 MOST_EXPECTED = 512  # renderings that are asked for in one request
 VARIABLES = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
 
@@ -44,6 +48,7 @@ class LimitedTemplate:
         self._lock = threading.Lock()
         self._expected: dict[bytes, None] = {}
         self._rendered: dict[bytes, str] = {}
+        self._overruns = 0
         self._process = _Process()
         self.marks_answers = self._process.ask(self._definition) == MARKS_ANSWERS
 
@@ -60,16 +65,22 @@ class LimitedTemplate:
         """The conversation as text, as `Template.render` gives it for these arguments.
 
         Raises:
-            TemplateError: the template fails on these messages, refuses them, or takes too much time or memory.
+            TemplateError: the template fails on these messages, refuses them, or takes too much time or memory, or did
+                so MOST_OVERRUNS times before.
         """
         request = pickle.dumps(arguments)
         with self._lock:
+            if self._overruns >= MOST_OVERRUNS:
+                raise TemplateError(f"it took too much time or memory {MOST_OVERRUNS} times, and is not tried again")
             if request in self._expected:
                 self._render_expected()
             if request in self._rendered:
                 return self._rendered.pop(request)
             try:
                 return self._usable_process().ask(request)
+            except _OverrunError:
+                self._overruns += 1
+                raise
             except _EndedError:  # Something else ended the process, perhaps long ago. Another process may succeed.
                 return self._usable_process().ask(request)
 
@@ -85,6 +96,10 @@ class LimitedTemplate:
             self._process = _Process()
             self._process.ask(self._definition)
         return self._process
+
+
+class _OverrunError(TemplateError):
+    """The template takes too much time or memory."""
 
 
 class _EndedError(TemplateError):
@@ -116,7 +131,7 @@ class _Process:
         """The answer to a request.
 
         Raises:
-            TemplateError: the template fails or takes too much; _EndedError: the process ended for another reason.
+            TemplateError: the template fails; _OverrunError; _EndedError: the process ended for another reason.
         """
         for succeeded, text in self.answers([request]):
             if succeeded:
@@ -124,9 +139,9 @@ class _Process:
             raise TemplateError(text)
         code = self._popen.returncode
         if code == -signal.SIGPROF:
-            raise TemplateError(f"it takes more than {MOST_SECONDS:g} s of processor time")
+            raise _OverrunError(f"it takes more than {MOST_SECONDS:g} s of processor time")
         if code == OUT_OF_MEMORY:
-            raise TemplateError(f"it needs more than {MOST_MEMORY >> 20:,} MiB of memory")
+            raise _OverrunError(f"it needs more than {MOST_MEMORY >> 20:,} MiB of memory")
         raise _EndedError(f"its process ended with exit code {code}")
 
     def answers(self, requests: list[bytes]) -> list[tuple[bool, str]]:

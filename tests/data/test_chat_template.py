@@ -101,6 +101,19 @@ def test_a_conversation_that_takes_too_much_spoils_no_other(harmful: LimitedTemp
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("short_time")
+def test_a_template_that_takes_too_much_again_and_again_is_given_up(
+    harmful: LimitedTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "MOST_OVERRUNS", 2)
+    for _ in range(2):
+        with pytest.raises(TemplateError, match="processor time"):
+            harmful.render(*say("loop"))
+    for content in ("loop", "a"):
+        with pytest.raises(TemplateError, match="2 times, and is not tried again"):
+            harmful.render(*say(content))
+
+
 def test_expected_renderings_are_those_that_are_not_expected(harmful: LimitedTemplate) -> None:
     harmful.expect(map(say, "abc"))
     harmful.expect(map(say, "de"))
