@@ -52,7 +52,9 @@ class Trackers:
     @property
     def stop_requested(self) -> bool:
         """Whether a user asked one of the trackers to stop the run."""
-        return any(tracker.stop_requested for tracker in self.trackers)
+        answers: list[bool] = []
+        self._each(lambda tracker: answers.append(tracker.stop_requested))
+        return any(answers)
 
     def log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
         """Send one line of metrics.jsonl, and the sample texts of the same step, to all trackers."""

@@ -20,16 +20,20 @@ pytestmark = pytest.mark.unit
 class Fake:
     """Notes what it is told; fails in the method named `failing`."""
 
-    stop_requested = False
-
     def __init__(self, title: str, failing: str = "") -> None:
-        self.title, self.failing = title, failing
+        self.title, self.failing, self.stops = title, failing, False
         self.told: list[Any] = []
 
     def tell(self, method: str, *what: Any) -> None:
         if method == self.failing:
             raise RuntimeError("gone")
         self.told.append(what)
+
+    @property
+    def stop_requested(self) -> bool:
+        if self.failing == "stop_requested":
+            raise RuntimeError("gone")
+        return self.stops
 
     def check(self, config: Config) -> None:
         self.tell("check")
@@ -56,7 +60,7 @@ def trackers_of(monkeypatch: pytest.MonkeyPatch, *fakes: Fake) -> Trackers:
     return Trackers(TrackedRun(config.model_copy(update={"track": track}), {}))
 
 
-@pytest.mark.parametrize("failing", ["open", "log", "finish"])
+@pytest.mark.parametrize("failing", ["open", "log", "finish", "stop_requested"])
 def test_a_tracker_that_fails_silences_no_other(
     failing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +68,7 @@ def test_a_tracker_that_fails_silences_no_other(
     trackers = trackers_of(monkeypatch, broken, other)
     for step in (1, 2):
         trackers.log({"step": step}, [])
+        assert not trackers.stop_requested
     trackers.finish("finished")
     trackers.finish("failed")  # Both are closed, or left alone, already.
     assert other.told == [(), (1,), (2,), ("finished",)]
@@ -86,7 +91,7 @@ def test_any_tracker_can_ask_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None
     first, second = Fake("first"), Fake("second")
     trackers = trackers_of(monkeypatch, first, second)
     assert not trackers.stop_requested
-    second.stop_requested = True
+    second.stops = True
     assert trackers.stop_requested
 
 
