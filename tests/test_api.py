@@ -56,6 +56,8 @@ def test_train_load_and_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert isinstance(load(run.path).answer("Who?", max_new_tokens=4), str)
     with pytest.raises(UserError, match="top_q: no such setting of sampling; valid: temperature, top_p"):
         run.load().generate("The fox", top_q=1)
+    with pytest.raises(UserError, match="batch_size is 0: give at least 1"):
+        run.load().generate("The fox", batch_size=0)
     with pytest.raises(UserError, match="holds a run already|exists already|choose another"):
         train("pretrain", config=config, preset="tiny", out=tmp_path / "run", ray=False, **settings)
 
@@ -72,6 +74,8 @@ def test_wrong_settings_are_told_as_the_command_tells_them(tmp_path: Path) -> No
         train("pretrain", lr="x")
     with pytest.raises(UserError, match=r"optim.lrr \(from config\): no such setting; did you mean optim.lr"):
         train("pretrain", config={"optim": {"lrr": 1}})
+    with pytest.raises(UserError, match="track.wandb .*input should be 'auto'"):
+        train("pretrain", wandb=False)
     with pytest.raises(UserError, match="no stage given"):
         tune()
     with pytest.raises(UserError, match="optim.lr: given as an axis twice"):

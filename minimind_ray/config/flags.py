@@ -56,9 +56,13 @@ def _flags_of(model: type[BaseModel], at: str = "") -> Iterator[KeyFlag]:
 
 
 def overrides_of(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of all given flags among these parameters, by dotted config key."""
+    """The values of all given flags among these parameters, by dotted config key.
+
+    False counts as given: from Python, `wandb=False` is a value, which the config can refuse.
+    """
     known = config_flags()
-    return {known[name].key: known[name].value(text) for name, text in without_unset(flags).items() if name in known}
+    given = {name: value for name, value in flags.items() if name in known and value not in (None, [], ())}
+    return {known[name].key: known[name].value(value) for name, value in given.items()}
 
 
 def without_unset(parameters: Mapping[str, Any]) -> dict[str, Any]:

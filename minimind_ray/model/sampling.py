@@ -21,6 +21,15 @@ from minimind_ray.config.errors import UserError
 MASS = 2**40
 """The integer that stands for probability 1. Sums of integers are exact in any order, so a GPU repeats them exactly."""
 
+BOUNDS: dict[str, tuple[float, float]] = {
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+    "top_k": (0, math.inf),
+    "repetition_penalty": (0.01, math.inf),
+    "max_new_tokens": (1, math.inf),
+}
+"""The least and the largest value of each setting."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,7 +44,7 @@ class Sampling:
     `log_probs`: return the log-probability of each token, see `Event`.
 
     Raises:
-        UserError: a setting is not a finite number.
+        UserError: a setting is not a finite number, or not within BOUNDS.
     """
 
     temperature: float = 1.0
@@ -48,9 +57,13 @@ class Sampling:
     log_probs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise UserError(f"{name.replace('_', '-')} is {value}: give a finite number")
+        for name, (least, most) in BOUNDS.items():
+            value, title = getattr(self, name), name.replace("_", "-")
+            if not math.isfinite(value):
+                raise UserError(f"{title} is {value}: give a finite number")
+            if not least <= value <= most:
+                bounds = f"of at least {least}" if math.isinf(most) else f"from {least} to {most}"
+                raise UserError(f"{title} is {value}: give a number {bounds}")
 
     @property
     def cuts(self) -> bool:

@@ -141,8 +141,10 @@ def complete(
     Answer i is sampled with the seed (*sampling.seed, i), and ends at one of the tokenizer's stop ids.
 
     Raises:
-        UserError: a prompt leaves no room for an answer.
+        UserError: a prompt leaves no room for an answer, or `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: give at least 1")
     engine = Engine(trained.model, min(batch_size, len(prompts)))
     answers: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):

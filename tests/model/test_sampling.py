@@ -76,6 +76,10 @@ def test_random_numbers_follow_from_the_seed_and_the_place() -> None:
     assert Sampling(seed=(3,)).uniform(5) == 0.8011223222842768  # the same in every version
 
 
-def test_settings_are_finite() -> None:
+def test_settings_are_finite_and_within_bounds() -> None:
+    with pytest.raises(UserError, match=r"top-p is 1.5: give a number from 0 to 1"):
+        Sampling(top_p=1.5)
+    with pytest.raises(UserError, match="max-new-tokens is 0: give a number of at least 1"):
+        Sampling(max_new_tokens=0)
     with pytest.raises(UserError, match="repetition-penalty is nan: give a finite number"):
         Sampling(repetition_penalty=math.nan)
