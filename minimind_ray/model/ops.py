@@ -63,10 +63,12 @@ def compile_kernels(device: torch.device) -> None:
     """
     if compiled():
         return
+    from torch.compiler import config  # Changing it imports the compiler, which takes seconds.
+
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_cache_directory())
     # A process that trains many models, as in a sweep, compiles each kernel for each width.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # pyright: ignore[reportPrivateUsage]
+    config.recompile_limit = max(64, config.recompile_limit)
     try:
         torch.compile(torch.square, dynamic=True)(torch.ones(2, device=device))
     except Exception as error:  # The compiler raises exceptions of many classes.

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import read_json, require_own
+from minimind_ray.train.optim import AdamW
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     """Return the optimizer's current state, not copied, by the names in optimizer.safetensors."""
     return {
         f"{key}.{name}": value
@@ -43,7 +44,7 @@ def save_resume(directory: Path, tensors: Mapping[str, Tensor], state: dict[str,
     (directory / "resume" / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
-def load_resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_resume(directory: Path, model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
     """Restore the optimizer's state, and return the content of state.json.
 
     Raises:

@@ -111,8 +111,8 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # Torch has no public function for this; its own tests use these two.
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+        features = torch.cpu.get_capabilities()
+        has_bf16 = features.get("avx512_bf16", False) or features.get("amx_tile", False)
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -123,11 +123,23 @@ def arithmetic(dtype: torch.dtype) -> str:
     the grant torch silently computes bfloat16 products with AVX-512, which rounds differently.
     """
     instructions = torch.backends.cpu.get_cpu_capability()
-    # Torch has no public function that requests AMX from Linux and returns whether it was granted.
-    if dtype is torch.bfloat16 and torch.cpu._init_amx():  # pyright: ignore[reportPrivateUsage]
+    if dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile", False) and _amx_granted():
         instructions += " and AMX"
     threads = torch.get_num_threads()
     return f"{threads} {'thread' if threads == 1 else 'threads'}, {instructions}"
+
+
+def _amx_granted() -> bool:
+    """Ask Linux to let this process use AMX; return whether Linux does.
+
+    Torch has no public function for this question. To ask again changes nothing.
+    """
+    if sys.platform != "linux":
+        return False
+    return ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+
+
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Linux on x86-64
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from minimind_ray.model.fused_lora import AdapterStack, FusedTransformer
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import Step, TrainingRun
-from minimind_ray.train.optim import l2_norm
+from minimind_ray.train.optim import AdamW, l2_norm
 from minimind_ray.train.step import NonFiniteError, Objective, StepResult, autocast
 
 PASS_TOKENS = {"cpu": 0, "cuda": 32768}
@@ -93,7 +93,7 @@ class Member:
 
     model: Transformer
     objective: DocumentObjective
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     config: OptimConfig
     context: FusedContext
     run: TrainingRun

@@ -50,7 +50,7 @@ from minimind_ray.train.evaluate import Evaluation
 from minimind_ray.train.footprint import settle_pass_tokens
 from minimind_ray.train.ledger import Ledger
 from minimind_ray.train.meter import Meter
-from minimind_ray.train.optim import FlatGradients, build_adamw
+from minimind_ray.train.optim import AdamW, FlatGradients, build_adamw
 from minimind_ray.train.prefetch import ahead
 from minimind_ray.train.progress import Progress
 from minimind_ray.train.recorder import Recorder
@@ -97,7 +97,7 @@ class TrainingRun:
         self,
         model: Transformer,
         objective: Objective,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         weights: Weights,
         config: Config,
         context: Context,

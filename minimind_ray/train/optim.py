@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
-import inspect
+from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from minimind_ray.config.schema import OptimConfig
 
 NORM_PIECE = 4096
 
 
-class _AdamW(torch.optim.AdamW):
-    # Torch wraps these methods to keep its compiler out of them. The wrappers import the compiler, which takes seconds.
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+class AdamW:
+    """Torch's fused AdamW (Loshchilov & Hutter 2019) for groups of parameters, each with its own weight decay.
+
+    `lr` is the learning rate of the next step. From the first step on, `state` has `step`, `exp_avg` and `exp_avg_sq`
+    of each parameter: float32, on the parameter's device.
+
+    The class torch.optim.AdamW gives the same bits, but imports torch's compiler, which takes seconds. This class calls
+    the function that torch's class calls.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        self.groups, self.config, self.lr = groups, config, config.lr
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """Update the parameters, all of which have gradients. If `found_inf`, float32 [], is 1, change nothing."""
+        for group in self.groups:
+            parameters: list[Tensor] = group["params"]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p] |= {
+                        "step": torch.zeros((), device=p.device),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            states = [self.state[p] for p in parameters]
+            adamw(
+                parameters,
+                [p.grad for p in parameters if p.grad is not None],  # All: this only narrows the type.
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                found_inf=found_inf,
+                amsgrad=False,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
+                lr=self.lr,
+                weight_decay=group["weight_decay"],
+                eps=self.config.eps,
+                maximize=False,
+            )
 
 
-def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_adamw(model: nn.Module, config: OptimConfig) -> AdamW:
     """Return a fused AdamW for the trainable parameters. Weight decay applies to matrices, not to norms and biases."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return _AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    return AdamW([group for group in groups if group["params"]], config)
 
 
 def l2_norm(values_XP: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minimind_ray.config.schema import Config
@@ -23,6 +22,7 @@ from minimind_ray.track.registry import Trackers
 from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.train.checkpoint import optimizer_tensors, save_resume
 from minimind_ray.train.evaluate import Evaluation, drop_stale
+from minimind_ray.train.optim import AdamW
 from minimind_ray.train.progress import Progress
 from minimind_ray.train.run import VALIDATION, RunDirectory
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Weights, Write
@@ -87,7 +87,7 @@ class Recorder:
         self,
         weights: Weights,
         model: Transformer,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         evaluation: Evaluation | None,
         *,
         validates: bool,

@@ -18,7 +18,7 @@ from torch import Tensor
 from minimind_ray.data.batch import Batch
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
-from minimind_ray.train.optim import FlatGradients
+from minimind_ray.train.optim import AdamW, FlatGradients
 
 
 class Objective(Protocol):
@@ -95,7 +95,7 @@ def training_step(
     objective: Objective,
     packs: Sequence[Pack],
     batches: Iterable[Batch],
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     gradients: FlatGradients,
     *,
     step: int,
@@ -108,8 +108,7 @@ def training_step(
     """Train one step on this worker's `packs`; each of the `batches` made from them is one forward and backward pass.
 
     The loss of each batch is divided by the count over all packs of all workers. So the gradient does not depend on how
-    the step's packs are split over workers and micro-batches. A worker without packs adds nothing. `optimizer` must be
-    a fused one.
+    the step's packs are split over workers and micro-batches. A worker without packs adds nothing.
 
     Raises:
         NonFiniteError: the loss or the gradient is not finite. It is raised on every worker; no weight has changed.
@@ -127,11 +126,9 @@ def training_step(
             sums[name] = sums[name] + value
     gradients.all_reduce()
     norm, totals = gradients.clip(clip), all_reduce_sums(list(sums.values()), device)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.lr = lr
     # The optimizer itself skips the update if this is 1. A check by the host would make a GPU wait.
-    optimizer.found_inf = (~(norm.isfinite() & totals[0].isfinite())).float()  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.step()
+    optimizer.step(found_inf=(~(norm.isfinite() & totals[0].isfinite())).float())
     grad_norm, *found = torch.cat((norm.double().unsqueeze(0), totals)).tolist()
     means = dict(zip(sums, (total / count for total in found), strict=True))
     if not (math.isfinite(grad_norm) and math.isfinite(means["loss"])):
