@@ -68,6 +68,30 @@ def test_only_the_registry_knows_the_trackers() -> None:
             assert found <= known, path
 
 
+def is_private(path: Path) -> bool:
+    return path.name.startswith("private_")
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
+def test_private_parts_of_packages_are_used_in_the_files_for_them(path: Path) -> None:
+    """Each of these files is described in docs/private.md."""
+    if is_private(path):
+        document = (ROOT / "docs" / "private.md").read_text(encoding="utf-8")
+        assert f"`{path.relative_to(PACKAGE)}`" in document
+        return
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"\._private|\._internal|ray\.core\.generated|reportPrivateUsage|inspect\.unwrap", text)
+    assert not [name for name in imports(path) if re.search(r"(^|\.)_[a-z]", name)]
+
+
+def test_private_files_are_imported_where_they_are_used() -> None:
+    """Never at a file's start: with other versions of their packages they may not import."""
+    names = {module_name(path) for path in FILES if is_private(path)}
+    for path in FILES:
+        if not is_private(path):
+            assert not names & top_level_imports(path), path
+
+
 def test_files_do_not_import_in_a_circle() -> None:
     there = {module_name(path): path for path in FILES}
     waits = {name: sorted(imports(path) & there.keys() - {name}) for name, path in there.items()}

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import io
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from minimind_ray.config.cluster import ClusterFile
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.data.files import one_line
 from minimind_ray.on_ray.auth_token import TOKEN
+from minimind_ray.on_ray.versions import TESTED, private_parts
 
 SDKS = {"aws": ("boto3", "aws"), "gcp": ("googleapiclient", "gcp"), "azure": ("azure.identity", "azure")}
 EXAMPLES = re.compile(r"\b(192\.0\.2|198\.51\.100|203\.0\.113)\.\d+\b")  # RFC 5737: addresses for documents
@@ -61,6 +58,15 @@ def check_cluster(cluster: ClusterFile, asked: Sequence[ScaleConfig] = ()) -> li
 
 def _schema(cluster: ClusterFile) -> Iterator[Finding]:
     """Ray's defaults and JSON schema; for KubeRay what its autoscaler makes of the resource."""
+    if not private_parts():
+        yield Finding(
+            "the file is not compared with Ray's schema, nor the versions of Ray in it with each other: both need "
+            f"private parts of Ray, tested with Ray {' and '.join(TESTED)}",
+            f"check the file with ray=={TESTED[-1]} and without MINIMIND_PUBLIC_ONLY, or compare it with the one in "
+            "cluster/",
+            note=True,
+        )
+        return
     try:
         prepared(cluster)
     except (Exception, SystemExit) as error:
@@ -70,25 +76,10 @@ def _schema(cluster: ClusterFile) -> Iterator[Finding]:
 
 
 def prepared(cluster: ClusterFile) -> dict[str, Any]:
-    """The file with Ray's defaults filled in. Raises what Ray raises where it refuses the file."""
-    from ray.autoscaler._private.kuberay.autoscaling_config import (
-        _derive_autoscaling_config_from_ray_cr,  # pyright: ignore[reportPrivateUsage]
-    )
-    from ray.autoscaler._private.util import prepare_config, validate_config
+    """The file with Ray's defaults filled in; for `private_parts`. Raises what Ray raises where it refuses the file."""
+    from minimind_ray.on_ray.cluster.private_autoscaler import with_defaults
 
-    tree = deepcopy(dict(cluster.tree))
-    logging.disable(logging.WARNING)
-    try:
-        # Ray writes what it thinks to the terminal; we say it ourselves.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            if cluster.provider == "kuberay":
-                tree["metadata"].setdefault("namespace", "default")
-                return _derive_autoscaling_config_from_ray_cr(tree)
-            config = prepare_config(tree)
-            validate_config(config)
-            return config
-    finally:
-        logging.disable(logging.NOTSET)
+    return with_defaults(cluster.tree, kuberay=cluster.provider == "kuberay")
 
 
 def _secrets(cluster: ClusterFile) -> Iterator[Finding]:
@@ -154,6 +145,8 @@ def _commands(tree: Mapping[str, Any], *keys: str) -> str:
 
 def _setup(cluster: ClusterFile) -> Iterator[Finding]:
     """Which Ray gets installed where."""
+    if not private_parts():
+        return
     try:
         tree = prepared(cluster)
     except (Exception, SystemExit):

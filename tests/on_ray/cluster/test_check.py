@@ -36,6 +36,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
         path.chmod(0o600)
+    monkeypatch.delenv("MINIMIND_PUBLIC_ONLY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cluster_check, "_installed", lambda module: True)
@@ -74,6 +75,15 @@ def test_all_shipped_files_are_tested() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_shipped_file_is_right_once_it_is_edited(name: str, check: Check) -> None:
     assert check(edited(name)) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_without_private_parts_of_ray_only_the_schema_is_left_out(
+    name: str, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIMIND_PUBLIC_ONLY", "1")
+    [finding] = check(edited(name))
+    assert finding.note and finding.what.startswith("the file is not compared with Ray's schema")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -28,9 +28,10 @@ class NoNodes:
         raise AssertionError(node)
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
+@pytest.fixture(params=["private", "public"])
+def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
     """Which machines a demand would start, where AWS has just refused those of some types."""
+    monkeypatch.setenv("MINIMIND_PUBLIC_ONLY", str(int(request.param == "public")))
     (command,) = [c for c in CLUSTER["head_start_ray_commands"] if "--head" in c]
     (scorer,) = [word.split("=")[1] for word in command.split() if AUTOSCALER_UTILIZATION_SCORER_KEY in word]
     monkeypatch.setenv(AUTOSCALER_UTILIZATION_SCORER_KEY, scorer)
