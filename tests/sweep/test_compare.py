@@ -336,7 +336,7 @@ def test_json_and_csv_are_all_that_stdout_gets(tmp_path: Path, capsys: pytest.Ca
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 8
     assert float(rows[0]["val/loss"]) == parsed["points"][0]["metric"]["value"]
-    with pytest.raises(UserError, match="exclude"):
+    with pytest.raises(UserError, match="cannot be combined"):
         compare_command([path], json=True, csv=True)
 
 
