@@ -133,7 +133,7 @@ def test_overrides_name_a_key_or_a_stage_and_a_key(recipe: Path) -> None:
     assert config(1, optim__lr=0.5).optim.lr == 0.5
     with pytest.raises(UserError, match="nosuch"):
         config(1, sft__nosuch__key=1)
-    with pytest.raises(UserError, match="pretrian.optim.lr: .* stage of r, which are pretrain, sft, dpo"):
+    with pytest.raises(UserError, match="pretrian.optim.lr is neither .* the stages of r are pretrain, sft, dpo"):
         config(1, pretrian__optim__lr=1)
 
 
@@ -141,5 +141,5 @@ def test_a_config_or_a_sweep_is_no_recipe(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     for text, command in {"optim: {lr: 1}": "train STAGE --config", "axes: {}": "tune --sweep"}.items():
         file.write_text(text)
-        with pytest.raises(UserError, match=f"no recipe.*minimind-ray {command}"):
+        with pytest.raises(UserError, match=f"not a recipe.*minimind-ray {command}"):
             read_recipe(file)
