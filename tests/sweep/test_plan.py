@@ -352,7 +352,7 @@ def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
         reopen_sweep(tmp_path)
     check_same_inputs(jobs[0])
     write_jsonl(tmp_path / "lora.jsonl", rows_of("lora", 50, seed=1))
-    with pytest.raises(UserError, match="data.train and data.val has other content"):
+    with pytest.raises(UserError, match="data.train and data.val changed since the sweep began"):
         check_same_inputs(prepared(plan)[0])
 
 

@@ -204,7 +204,7 @@ def test_a_store_that_stays_down_loses_nothing(
     start(job)
     context = Failing(store, 4, 100)
     copy = tmp_path / "copies" / "work" / "s3" / "bucket" / "runs" / "x"
-    with pytest.raises(UserError, match=f"{URL}: the object store .*500.* kept in {copy} .*--resume"):
+    with pytest.raises(UserError, match=f"{URL}: the object store .*500.* missing files are in {copy} .*--resume"):
         job.run(context, job.data(context))
     store.failing = False
     bucket = store.open()
