@@ -82,7 +82,7 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 
 
 def with_options(make: Callable[[], list[Option]]) -> type[TyperCommand]:
-    """The class of a command that has the options of `make` in addition to those of its function.
+    """Return the class of a command that has the options of its function and the options of `make`.
 
     The function gets their values by `added` or `given`. `make` is called only when the command is parsed.
     """
@@ -124,7 +124,7 @@ def _click_options(options: Iterable[Option]) -> list[Any]:
 
 
 def added(context: typer.Context) -> dict[str, Any]:
-    """The given options among those that `with_options` added, by their names in Python."""
+    """Return the options that `with_options` added and the user gave, by their names in Python."""
     from minimind_ray.config.flags import without_unset
 
     return without_unset(context.meta[ADDED])

@@ -74,7 +74,7 @@ def import_(
 
 
 def _require_fitting(source: Path, tokenizer: str | None, base: str | None, settings: Mapping[str, object]) -> None:
-    """Check that the source is there and that the options are those of its kind."""
+    """Check that the source is there and that its kind has the given options."""
     from minimind_ray.config.errors import UserError
 
     of_model = {_flag(name): value for name, value in settings.items()}

@@ -245,7 +245,7 @@ def _rules_in(file: Path, base: Path | None = None) -> list[Rule]:
 
 
 def _rules_above(root: Path) -> list[list[Rule]]:
-    """Git's rules for `root` from outside of it: the user's own, and those of the repository that contains it."""
+    """Return Git's ignore rules from outside `root`: the user's rules, and the rules of the repository around it."""
     top = next((folder for folder in (root, *root.parents) if (folder / ".git").exists()), None)
     if not top:
         return [[], []]

@@ -5,8 +5,8 @@ operating system does: the process has limited memory, and it is ended when one 
 The next rendering starts another process. After MOST_OVERRUNS such ends the template is not rendered any more: else a
 template that loops on every row of a file would take hours.
 
-The process gets no environment variables but those that Python needs, and no signals from the terminal. It ends when
-this process ends, because its standard input ends then.
+The process gets only the environment variables that Python needs, and no signals from the terminal. It ends when this
+process ends, because its standard input ends then.
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ Json = dict[str, Any]
 
 
 class Rebuilt(NamedTuple):
-    """For a tokenizer class: the parts with which transformers replaces those of tokenizer.json, and default tokens."""
+    """The changes that transformers makes for a tokenizer class.
+
+    `parts` makes new parts of tokenizer.json from its content; `names` are the default special tokens.
+    """
 
     parts: Callable[[Json], Json]
     names: dict[str, str]

@@ -244,7 +244,7 @@ def _penalised(logits_AV: Tensor, requests: list[_Request]) -> Tensor:
 
 
 def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
-    """Yield the ids of the answer to a prompt, each as soon as it is generated, without the stop id.
+    """Yield each id of the answer to a prompt as soon as it is generated. The stop id is left out.
 
     The engine must have no other requests. Closing the iterator cancels the answer.
     """

@@ -113,7 +113,7 @@ class MixtureOfExperts(nn.Module):
         return out_NC
 
     def _experts(self, x: Tensor, counts_E: Tensor) -> Tensor:
-        """Return the experts' outputs. `x` has the tokens of the first expert, then those of the second, and so on."""
+        """Return the experts' outputs. `x` holds the tokens expert by expert, in the order of the experts."""
         if not self._grouped(x):
             blocks = x.split(counts_E.tolist())
             return torch.cat([expert(block) for expert, block in zip(self.experts, blocks)])

@@ -1,4 +1,4 @@
-"""Reserve all CPUs and GPUs of a Ray Train run at once, including those of Ray Data's tasks.
+"""Reserve all CPUs and GPUs of a Ray Train run at once, with the CPUs of Ray Data's tasks.
 
 Ray Data's tasks run inside the run's own placement group. So a run with workers has everything it needs, and a waiting
 run holds nothing. Any number of runs and sweeps can share a cluster without a deadlock.

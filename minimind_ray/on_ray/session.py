@@ -194,7 +194,7 @@ def require_resources(scale: ScaleConfig) -> None:
     Raises:
         UserError: there are too few, or the run's workers would share a GPU that the config does not ask for.
     """
-    # Ray Data hangs if it has no CPU besides those of the workers.
+    # Ray Data hangs if the workers take every CPU.
     require_cpus(scale.fewest * scale.cpus_per_worker + 1, scale.fewest * scale.gpus_per_worker, "this run")
     require_own_gpus(scale)
 

@@ -20,7 +20,7 @@ SHOWN = 80
 
 
 def trial_needs(scale: ScaleConfig) -> dict[str, float]:
-    """Return the CPUs and GPUs of a trial: those of its workers, and with several workers one CPU for Ray Data."""
+    """Return the CPUs and GPUs of a trial: its workers', and one CPU for Ray Data if there are several workers."""
     return {"CPU": scale.most * scale.cpus_per_worker + (scale.most > 1), "GPU": scale.most * scale.gpus_per_worker}
 
 
