@@ -43,7 +43,7 @@ class Kernel:
 
 
 SMALL = 2**15
-"""Kernels run eagerly on tensors with fewer values, as while generating: a compiled call would cost more than it saves."""
+"""Kernels run eagerly on tensors with fewer values: there a compiled call would cost more than it saves."""
 
 KERNELS: list[Kernel] = []
 
