@@ -21,7 +21,6 @@ from minimind_ray.config.reading import parse_yaml
 from minimind_ray.config.schema import ScaleConfig
 
 PRICE_ANNOTATION = "minimind-ray/price-per-hour"
-KUBERAY_HEAD = "headgroup"
 
 
 @dataclass(frozen=True)

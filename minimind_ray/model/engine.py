@@ -120,7 +120,7 @@ class Engine:
         tokens, log_probs = self._choose(logits_AV, [request for _, request in active])
         events: list[Event] = []
         for (slot, request), token, log_prob in zip(active, tokens, log_probs, strict=True):
-            slot.cached = list(request.tokens)
+            slot.cached += request.tokens[len(slot.cached) :]
             request.tokens.append(token)
             sampling = request.sampling
             end = "length" if request.written >= sampling.max_new_tokens else None

@@ -12,7 +12,10 @@ from minimind_ray.stages.start import require_base
 from minimind_ray.train.run import resolve_model
 
 _HERE: dict[str, Path] = {}
-"""Local copies, by URL, of the bases that this process has already fetched from an object store."""
+"""Local copies, by fingerprint, of the bases that this process has already fetched from an object store.
+
+Not by URL: a process of Ray outlives a run, and another model may lie at the same URL later.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class Base:
         """Return the directory on this machine. A process fetches the files from an object store only once."""
         if not is_url(self.where):
             return Path(self.where)
-        if self.where not in _HERE:
-            _HERE[self.where] = resolve_model(self.where)
-        return _HERE[self.where]
+        if self.fingerprint not in _HERE:
+            _HERE[self.fingerprint] = resolve_model(self.where)
+        return _HERE[self.fingerprint]
 
 
 def resolve_base(config: Config) -> Base | None:
@@ -46,7 +49,7 @@ def resolve_base(config: Config) -> Base | None:
 def base_at(path: Path) -> Base:
     """Return the whole model in a directory as a base. Raises UserError if the model is broken."""
     check_model(path)
-    where = url_of(path)
-    if is_url(where):
-        _HERE[where] = path
-    return Base(where, load_shape(path), model_fingerprint(path))
+    base = Base(url_of(path), load_shape(path), model_fingerprint(path))
+    if is_url(base.where):
+        _HERE[base.fingerprint] = path
+    return base

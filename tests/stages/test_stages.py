@@ -176,6 +176,17 @@ def test_a_base_is_found_and_hashed_once_for_a_job(base: Path, tmp_path: Path, m
     assert sorted(calls) == ["model_fingerprint", "resolve_model"]
 
 
+def test_a_base_at_the_url_of_an_earlier_base_is_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of Ray lives on after a run; by then another model may lie at the same URL."""
+    fetched: list[str] = []
+    monkeypatch.setattr(stages_base, "_HERE", {})
+    monkeypatch.setattr(stages_base, "resolve_model", lambda where: fetched.append(where) or tmp_path)
+    shape = ModelConfig(preset="tiny").shape(100)
+    for fingerprint in ("old", "old", "new"):
+        assert stages_base.Base("s3://bucket/base", shape, fingerprint).local() == tmp_path
+    assert fetched == ["s3://bucket/base"] * 2
+
+
 def test_a_reference_is_named_by_the_precision_that_auto_comes_to(base: Path, tmp_path: Path) -> None:
     found: list[str] = []
     for dtype in (torch.float32, torch.bfloat16):

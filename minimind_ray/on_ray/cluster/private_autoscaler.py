@@ -43,6 +43,6 @@ def rank(
     node_resources: Mapping[str, float], requests: Sequence[Mapping[str, float]], availability: Any
 ) -> tuple[Any, ...] | None:
     """Return Ray's own rank of a node type with these resources for the requests; None if no request fits."""
-    return _resource_based_utilization_scorer(
-        dict(node_resources), list(requests), node_availability_summary=availability
-    )
+    node: Any = dict(node_resources)  # Ray's own types ask for one of its message classes.
+    needs: Any = list(requests)
+    return _resource_based_utilization_scorer(node, needs, node_availability_summary=availability)
