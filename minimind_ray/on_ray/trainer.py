@@ -168,10 +168,10 @@ def train_on_ray(job: Job) -> None:
         if found := _user_error(error):
             run.fail(str(found))
             raise found from None
-        run.fail(told(error), traceback=traceback.format_exc())
+        run.fail(format_error(error), traceback=traceback.format_exc())
         again = f", after {scale.max_failures} restart(s) with no checkpoint between (scale.max_failures)"
         raise UserError(
-            f"a worker ended before the run did: {told(error)}{'' if files[0].exists() else again}; "
+            f"a worker ended before the run did: {format_error(error)}{'' if files[0].exists() else again}; "
             f"{run.where}/run.json has the traceback. Add --resume to the same command: {run.resume_point()}"
         ) from error
     finally:
@@ -205,7 +205,7 @@ def _keep_going(job: Job) -> None:
         except Exception as error:
             if _user_error(error) or stop_file.exists() or not ray.is_initialized():
                 raise
-            why, done = told(error), _steps_done(run)
+            why, done = format_error(error), _steps_done(run)
             if leave_file.exists():
                 why = changed[0]
             elif isinstance(error, NoRoomError):
@@ -413,7 +413,7 @@ def _shares() -> Iterator[Any]:
     return chain(list(islice(rows, 1)), rows)
 
 
-def told(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Return an error as one line, without the long lines about other processes with which Ray's errors begin."""
     if isinstance(error, UserError):
         return str(error)

@@ -61,7 +61,7 @@ from minimind_ray.on_ray.session import (
     require_cpus,
     worker_resources,
 )
-from minimind_ray.on_ray.trainer import STOP_FILE, told, train_on_ray
+from minimind_ray.on_ray.trainer import STOP_FILE, format_error, train_on_ray
 from minimind_ray.on_ray.waiting import lacking, starved, telling, trial_needs
 from minimind_ray.stages.run import Job
 from minimind_ray.train.best import best_validation
@@ -278,7 +278,7 @@ class _Trial(tune.Trainable):
             self._train()
         except BaseException as error:
             more = "" if isinstance(error, UserError) else f"; {self.run.where}/run.json has the traceback"
-            self.run.fail(f"{told(error)}{more}", traceback=traceback.format_exc())
+            self.run.fail(f"{format_error(error)}{more}", traceback=traceback.format_exc())
             self.error = error
         finally:
             self.context.reports.put(None)
@@ -610,7 +610,7 @@ class _Watcher(tune.Callback):
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
             error = trial.get_error()
-            run.fail(f"its process ended{f': {told(error)}' if error else ''}")
+            run.fail(f"its process ended{f': {format_error(error)}' if error else ''}")
             for group in self.groups:
                 group.leave.remote(trial.config["trial"]["job"].config.out)
         self.watch(run.path, "ended", {})
