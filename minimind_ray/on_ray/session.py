@@ -299,7 +299,7 @@ def _answers(node: dict[str, Any]) -> bool:
     return True
 
 
-def room(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) -> int:
+def workers_that_fit(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) -> int:
     """Return how many of `scale`'s workers fit on the cluster, if `spare_cpus` stay free on one node.
 
     Nodes with the ids `without` are not counted. Resources count even if other programs use them now.

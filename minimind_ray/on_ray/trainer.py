@@ -62,8 +62,8 @@ from minimind_ray.on_ray.session import (
     interruptible,
     notices_may_come,
     require_resources,
-    room,
     worker_resources,
+    workers_that_fit,
 )
 from minimind_ray.on_ray.versions import private_parts
 from minimind_ray.on_ray.waiting import starved, telling
@@ -232,7 +232,7 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> i
     """
     asked = False
     try:
-        while (workers := room(scale, spare_cpus=1, without=gone)) < scale.fewest:
+        while (workers := workers_that_fit(scale, spare_cpus=1, without=gone)) < scale.fewest:
             if stop_file.exists():
                 raise StoppedError(NO_ROOM)
             if not asked:
@@ -268,7 +268,7 @@ def _looking_for_room(
         pause = min(LOOK_SECONDS, scale.resize_seconds)
         due, lacking = time.monotonic() + scale.resize_seconds, 0
         while not ended.wait(pause):
-            found = min(room(scale, spare_cpus=1, without=gone), scale.most)
+            found = min(workers_that_fit(scale, spare_cpus=1, without=gone), scale.most)
             # Twice, since a node that is busy may be slow to answer.
             lacking = lacking + 1 if found < workers or broken() else 0
             if lacking == 2:

@@ -143,7 +143,7 @@ def test_room_is_looked_for_while_an_attempt_runs(
     rooms: list[int], why: str, files: set[str], broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, told = list(rooms), []
-    monkeypatch.setattr(trainer, "room", lambda *a, **k: left.pop(0))
+    monkeypatch.setattr(trainer, "workers_that_fit", lambda *a, **k: left.pop(0))
     monkeypatch.setattr(trainer, "request_resources", lambda bundles: None)
     monkeypatch.setattr(trainer, "LEAVE_SECONDS", 0.035)
     scale = ScaleConfig(workers="1:3", resize_seconds=0.01)
@@ -160,9 +160,9 @@ def test_an_attempt_that_had_to_leave_is_no_failure(
     monkeypatch.setattr(trainer, "LEAVE_SECONDS", 0.1)
 
     def lose_a_node_without_workers(reservation: Reservation) -> None:
-        monkeypatch.setattr(trainer, "room", lambda *a, **k: 1)
+        monkeypatch.setattr(trainer, "workers_that_fit", lambda *a, **k: 1)
         wait_for((tmp_path / "run-pretrain" / trainer.LEAVE_FILE).exists, 10)
-        monkeypatch.setattr(trainer, "room", lambda *a, **k: 2)
+        monkeypatch.setattr(trainer, "workers_that_fit", lambda *a, **k: 2)
         raise LOST
 
     settings = {"scale__workers": 2, "scale__max_failures": 0, "scale__resize_seconds": 0.01}
@@ -175,7 +175,7 @@ def test_waiting_for_nodes_can_be_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = iter([1, 1, 2, 1])
-    monkeypatch.setattr(trainer, "room", lambda *a, **k: next(found))
+    monkeypatch.setattr(trainer, "workers_that_fit", lambda *a, **k: next(found))
     monkeypatch.setattr(trainer, "request_resources", lambda bundles: None)
     monkeypatch.setattr(trainer.time, "sleep", lambda seconds: None)
     scale = ScaleConfig(workers="2:4")

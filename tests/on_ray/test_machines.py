@@ -22,8 +22,8 @@ from minimind_ray.on_ray.session import (
     require_cpus,
     require_own_gpus,
     require_resources,
-    room,
     start_ray,
+    workers_that_fit,
 )
 from minimind_ray.on_ray.versions import private_parts
 
@@ -49,9 +49,9 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("head")
 def test_workers_that_may_come_count_up_to_the_files_limit() -> None:
     assert machines().resources() == {"CPU": 16 + 16 + 8, "GPU": 3}
-    assert room(ScaleConfig(gpus_per_worker=1.0), spare_cpus=0) == 3
-    assert room(ScaleConfig(cpus_per_worker=8.0), spare_cpus=0) == 2 + 2 + 1
-    assert room(ScaleConfig(cpus_per_worker=8.0), spare_cpus=1) == 2 + 1 + 1
+    assert workers_that_fit(ScaleConfig(gpus_per_worker=1.0), spare_cpus=0) == 3
+    assert workers_that_fit(ScaleConfig(cpus_per_worker=8.0), spare_cpus=0) == 2 + 2 + 1
+    assert workers_that_fit(ScaleConfig(cpus_per_worker=8.0), spare_cpus=1) == 2 + 1 + 1
     require_cpus(40, 3, "a run")
     with pytest.raises(UserError, match="needs 4 GPUs and the cluster has 3"):
         require_cpus(1, 4, "a run")
@@ -81,8 +81,8 @@ def test_a_node_that_cannot_be_reached_has_no_room_whatever_ray_says(monkeypatch
         nodes += [{"NodeID": name, "NodeManagerPort": server.getsockname()[1]} for name in ("here", "noticed")]
         common = {"Alive": True, "Resources": {"CPU": 4}, "NodeManagerAddress": "127.0.0.1"}
         monkeypatch.setattr("ray.nodes", lambda: [node | common for node in nodes])
-        assert room(ScaleConfig(), spare_cpus=1) == 7
-        assert room(ScaleConfig(), spare_cpus=1, without={"noticed"}) == 3
+        assert workers_that_fit(ScaleConfig(), spare_cpus=1) == 7
+        assert workers_that_fit(ScaleConfig(), spare_cpus=1, without={"noticed"}) == 3
 
 
 def test_one_machine_is_alone_unless_others_are_there_or_may_come(
@@ -107,7 +107,7 @@ def test_one_machine_is_alone_unless_others_are_there_or_may_come(
 def test_on_kubernetes_the_head_is_told_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIMIND_NODE_TYPES", json.dumps([{"CPU": 7, "GPU": 1, "count": 4}]))
     assert machines().resources() == {"CPU": 28, "GPU": 4}
-    assert room(ScaleConfig(gpus_per_worker=0.5), spare_cpus=0) == 8
+    assert workers_that_fit(ScaleConfig(gpus_per_worker=0.5), spare_cpus=0) == 8
 
 
 @pytest.mark.parametrize(
