@@ -15,7 +15,7 @@ import torch
 from ray.util.annotations import RayDeprecationWarning
 
 from minimind_ray.data.store import PackStore
-from minimind_ray.on_ray.session import alone, machines, require_cpus
+from minimind_ray.on_ray.session import is_single_node, machines, require_cpus
 from minimind_ray.on_ray.waiting import lacking, rows_of, telling
 from minimind_ray.stages.columns import FrozenColumn, FrozenModel, compute_here, dtype_here
 from minimind_ray.train.context import default_device, resolve_precision
@@ -34,7 +34,7 @@ def granted_device() -> torch.device:
 
 def dtype_on_ray(precision: str, gpus: float) -> torch.dtype:
     """Return the dtype for `train.precision` (a `ResolveDtype`); on a cluster, ask a machine that can run workers."""
-    if precision != "auto" or alone():
+    if precision != "auto" or is_single_node():
         return dtype_here(precision, gpus)
     require_cpus(1, gpus, "computing columns of a frozen model")
     ask = ray.remote(num_cpus=1, num_gpus=gpus)(lambda: resolve_precision(precision, granted_device()))
@@ -62,7 +62,7 @@ def compute_on_ray(frozen: FrozenColumn) -> Iterator[np.ndarray]:
     """
     store, needs = PackStore(frozen.store), {"CPU": 1, "GPU": frozen.gpus}
     flops = store.n_tokens * training_flops_per_token(frozen.base.shape, 0) / 3
-    if alone() and not frozen.gpus and (flops < SMALL_FLOPS or default_device().type == "cuda"):
+    if is_single_node() and not frozen.gpus and (flops < SMALL_FLOPS or default_device().type == "cuda"):
         yield from compute_here(frozen)
         torch.cuda.empty_cache()  # Leave the GPU's memory to the workers, which start afterwards.
         return

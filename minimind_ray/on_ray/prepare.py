@@ -13,7 +13,7 @@ import ray
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.prepare import Encoding, Unit, encode_unit, run_units_here, worth_spreading
 from minimind_ray.data.store import UnitStats
-from minimind_ray.on_ray.session import alone, require_cpus
+from minimind_ray.on_ray.session import is_single_node, require_cpus
 from minimind_ray.on_ray.waiting import rows_of
 
 
@@ -26,7 +26,7 @@ def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[Unit
     Raises:
         UserError: as `encode_unit`; or the cluster has no CPU for the tasks.
     """
-    if alone() and not worth_spreading(units):
+    if is_single_node() and not worth_spreading(units):
         yield from run_units_here(units, encoding)
         return
     require_cpus(1, 0, "preparing data")

@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, s
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.util.placement_group import PlacementGroup
 
-from minimind_ray.on_ray.session import alone
+from minimind_ray.on_ray.session import is_single_node
 
 
 class _NoCollectives:
@@ -137,7 +137,7 @@ class Trainer(TorchTrainer):
         return [c for c in super()._create_default_callbacks() if not isinstance(c, tuple(unwanted))]
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
-        if alone() and not self.shares:
+        if is_single_node() and not self.shares:
             controller_init_kwargs["scaling_policy"] = _OneMachine(self.scaling_config)
         controller = _Controller(**controller_init_kwargs)
         try:

@@ -282,7 +282,7 @@ def _bootstrap_file() -> Path:
     return Path.home() / "ray_bootstrap_config.yaml"
 
 
-def alone() -> bool:
+def is_single_node() -> bool:
     """Whether this machine is the whole cluster, and no other nodes will be started, as far as can be known here."""
     import ray
 
@@ -314,7 +314,7 @@ def worker_resources(scale: ScaleConfig) -> dict[str, float]:
 
 def notices_may_come() -> bool:
     """Whether preemption notices are possible (only on a cluster)."""
-    return not alone() or "RAY_ADDRESS" in os.environ
+    return not is_single_node() or "RAY_ADDRESS" in os.environ
 
 
 def group_name() -> str:

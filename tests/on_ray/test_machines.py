@@ -17,7 +17,7 @@ from minimind_ray.on_ray import session
 from minimind_ray.on_ray.cluster.jobs import connect
 from minimind_ray.on_ray.session import (
     Machines,
-    alone,
+    is_single_node,
     machines,
     require_cpus,
     require_own_gpus,
@@ -92,15 +92,15 @@ def test_one_machine_is_alone_unless_others_are_there_or_may_come(
     monkeypatch.delenv("MINIMIND_NODE_TYPES", raising=False)
     nodes = [{"Alive": True}, {"Alive": False}]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert alone()
+    assert is_single_node()
     nodes[1]["Alive"] = True
-    assert not alone()
+    assert not is_single_node()
     nodes.pop()
     monkeypatch.setenv("MINIMIND_NODE_TYPES", "[]")
-    assert not alone()
+    assert not is_single_node()
     monkeypatch.delenv("MINIMIND_NODE_TYPES")
     request.getfixturevalue("head")
-    assert not alone()
+    assert not is_single_node()
 
 
 @pytest.mark.usefixtures("head")

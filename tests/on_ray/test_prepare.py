@@ -85,7 +85,7 @@ def test_few_bytes_are_encoded_where_they_are_asked_for(
     assert prepare("pretrain", config(tmp_path, source), "train", tokenizer, run_units_on_ray).made == 1
 
     # The nodes of a cluster may not see what this process writes.
-    monkeypatch.setattr("minimind_ray.on_ray.prepare.alone", lambda: False)
+    monkeypatch.setattr("minimind_ray.on_ray.prepare.is_single_node", lambda: False)
     with pytest.raises(TypeError):
         prepare("pretrain", config(tmp_path / "cluster", source), "train", tokenizer, run_units_on_ray)
     monkeypatch.setattr(ray.data, "from_items", spread)
