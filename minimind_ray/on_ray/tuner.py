@@ -352,7 +352,7 @@ def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float)
         run.update(state="early-stopped")
 
 
-def places(scale: ScaleConfig) -> int:
+def concurrent_trials(scale: ScaleConfig) -> int:
     """How many trials fit on the cluster at once.
 
     Raises:
@@ -403,7 +403,7 @@ def run_trials(
     stop_file, own = flag(url_of(directory), STOP_FILE), join(url_of(directory), ".ray")
     stop_file.unlink(missing_ok=True)
     count = len(trials) if isinstance(trials, Sequence) else trials.count
-    spread = layout(places(scale), count, fuse=fuse, concurrent=search.concurrent)
+    spread = layout(concurrent_trials(scale), count, fuse=fuse, concurrent=search.concurrent)
     groups = start_groups(spread.groups, spread.size, url_of(directory), scale)
     trainable = tune.with_parameters(_Trial, search=search, sweep=url_of(directory), bases=bases, groups=groups)
     resources = nested_driver() if scale.most > 1 or groups else worker_resources(scale)

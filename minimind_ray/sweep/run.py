@@ -15,7 +15,7 @@ from minimind_ray.on_ray import session
 from minimind_ray.on_ray.layout import layout
 from minimind_ray.on_ray.session import Ending
 from minimind_ray.on_ray.trainer import RAY_HOST
-from minimind_ray.on_ray.tuner import Search, Watch, is_done, places, put_bases, run_trials
+from minimind_ray.on_ray.tuner import Search, Watch, concurrent_trials, is_done, put_bases, run_trials
 from minimind_ray.stages.run import Job
 from minimind_ray.stages.start import require_sources
 from minimind_ray.sweep.axes import PlannedTrial
@@ -92,7 +92,9 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     """
     began = time.monotonic()
     fuse, why = fusing_decision(plan)
-    at_once = layout(places(plan.base.scale), plan.count, fuse=fuse, concurrent=plan.search.concurrent).at_once
+    at_once = layout(
+        concurrent_trials(plan.base.scale), plan.count, fuse=fuse, concurrent=plan.search.concurrent
+    ).at_once
     preparation = Preparation(plan.base, RAY_HOST, say)
     # Points that optuna will propose share the base's data.
     jobs = [preparation.job(trial.config) for trial in plan.trials] or [preparation.job(plan.base)]

@@ -277,7 +277,7 @@ def test_a_finished_sweep_is_resumed_by_doing_nothing(
     create_sweep(plan, jobs_of(plan), {})
     for trial in plan.trials:
         RunDirectory(trial.config.out).update(state="finished")
-    monkeypatch.setattr(module, "places", lambda scale: 2)
+    monkeypatch.setattr(module, "concurrent_trials", lambda scale: 2)
     monkeypatch.setattr(module, "run_trials", None)
     said: list[str] = []
     ending = module.run_sweep(reopen_sweep(plan.path), resume=True, say=said.append, watch=lambda *event: None)
@@ -441,23 +441,23 @@ def test_what_does_not_fit_is_refused(ray_session: None, monkeypatch: pytest.Mon
     import ray
 
     from minimind_ray.on_ray import session
-    from minimind_ray.on_ray.tuner import places
+    from minimind_ray.on_ray.tuner import concurrent_trials
 
-    assert places(ScaleConfig(cpus_per_worker=3.0)) == 2
-    assert places(ScaleConfig(cpus_per_worker=0.5)) == 16
-    assert places(ScaleConfig(workers=3, cpus_per_worker=1.0)) == 2
+    assert concurrent_trials(ScaleConfig(cpus_per_worker=3.0)) == 2
+    assert concurrent_trials(ScaleConfig(cpus_per_worker=0.5)) == 16
+    assert concurrent_trials(ScaleConfig(workers=3, cpus_per_worker=1.0)) == 2
     halves = {"CPU": 8.0, "GPU": 2.0}
     nodes = [{"NodeID": "a", "Alive": True, "Resources": halves}, {"NodeID": "b", "Alive": False, "Resources": {}}]
     with monkeypatch.context() as patched:
         patched.setattr(ray, "nodes", lambda: nodes)
         patched.setattr(session, "_answers", lambda node: True)
-        assert places(ScaleConfig(gpus_per_worker=0.25)) == 8
-        assert places(ScaleConfig(gpus_per_worker=2.0)) == 1
+        assert concurrent_trials(ScaleConfig(gpus_per_worker=0.25)) == 8
+        assert concurrent_trials(ScaleConfig(gpus_per_worker=2.0)) == 1
     for scale in (ScaleConfig(cpus_per_worker=9.0), ScaleConfig(workers=8)):
         with pytest.raises(UserError, match="one trial needs .* cannot give"):
-            places(scale)
+            concurrent_trials(scale)
     with pytest.raises(UserError, match="scale.gpus_per_worker asks for a GPU for a trial.* none; set it to 0"):
-        places(ScaleConfig(gpus_per_worker=0.25))
+        concurrent_trials(ScaleConfig(gpus_per_worker=0.25))
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:
