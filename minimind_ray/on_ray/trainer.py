@@ -213,7 +213,7 @@ def _keep_going(job: Job) -> None:
                 most, why = max(scale.fewest, workers - 1), str(error)
             elif isinstance(error, PreemptionError):
                 gone |= set(error.preemption_info.preempted_node_ids)
-            elif not any(getattr(cause, "preempted", False) for cause in causes(error)):
+            elif not any(getattr(cause, "preempted", False) for cause in error_chain(error)):
                 failures = failures + 1 if done == before else 1
                 if failures > scale.max_failures:
                     raise
@@ -417,13 +417,13 @@ def format_error(error: BaseException) -> str:
     """Return an error as one line, without the long lines about other processes with which Ray's errors begin."""
     if isinstance(error, UserError):
         return str(error)
-    for cause in causes(error):
+    for cause in error_chain(error):
         if isinstance(cause, ray.exceptions.OutOfMemoryError):
             return "a machine ran out of memory, and Ray ended the process"
     for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
-        if any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes(failure)):
+        if any(isinstance(cause, ray.exceptions.RayActorError) for cause in error_chain(failure)):
             return f"worker {rank}'s process, one of Ray Data's, or the node it was on, is gone"
-    if any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes(error)):
+    if any(isinstance(cause, ray.exceptions.RayActorError) for cause in error_chain(error)):
         return "a process of the run, or the node it was on, is gone"
     last = (str(error).strip() or "no message").splitlines()[-1]
     if "gloo" in last or "NCCL" in last:
@@ -433,16 +433,16 @@ def format_error(error: BaseException) -> str:
 
 def _user_error(error: BaseException) -> UserError | None:
     """Return the UserError that a worker raised, taken out of Ray's wrappers; None if there is none."""
-    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
+    return next((cause for cause in error_chain(error) if isinstance(cause, UserError)), None)
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def error_chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and the errors that Ray wrapped in it."""
     yield error
     inner = [error.__cause__, *(getattr(error, name, None) for name in ("cause", *WRAPPED))]
     for cause in [*inner, *getattr(error, "worker_failures", {}).values()]:
         if isinstance(cause, BaseException):
-            yield from causes(cause)
+            yield from error_chain(cause)
 
 
 WRAPPED = ("controller_failure", "health_check_failure")
