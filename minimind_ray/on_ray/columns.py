@@ -16,7 +16,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from minimind_ray.data.store import PackStore
 from minimind_ray.on_ray.session import is_single_node, machines, require_cpus
-from minimind_ray.on_ray.waiting import lacking, rows_of, telling
+from minimind_ray.on_ray.waiting import print_wait_reason, rows_of, wait_reason
 from minimind_ray.stages.columns import FrozenColumn, FrozenModel, compute_here, dtype_here
 from minimind_ray.train.context import default_device, resolve_precision
 from minimind_ray.train.throughput import training_flops_per_token
@@ -38,7 +38,7 @@ def dtype_on_ray(precision: str, gpus: float) -> torch.dtype:
         return dtype_here(precision, gpus)
     require_cpus(1, gpus, "computing columns of a frozen model")
     ask = ray.remote(num_cpus=1, num_gpus=gpus)(lambda: resolve_precision(precision, granted_device()))
-    with telling(lambda: lacking("computing columns of a frozen model needs", {"CPU": 1, "GPU": gpus})):
+    with print_wait_reason(lambda: wait_reason("computing columns of a frozen model needs", {"CPU": 1, "GPU": gpus})):
         return ray.get(ask.remote())
 
 

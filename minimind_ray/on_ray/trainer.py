@@ -66,7 +66,7 @@ from minimind_ray.on_ray.session import (
     workers_that_fit,
 )
 from minimind_ray.on_ray.versions import private_parts
-from minimind_ray.on_ray.waiting import starved, telling
+from minimind_ray.on_ray.waiting import print_wait_reason, workers_wait_reason
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
 from minimind_ray.train.run import RunDirectory, last_sound_checkpoint
@@ -159,7 +159,7 @@ def train_on_ray(job: Job) -> None:
         file.unlink(missing_ok=True)
     try:
         require_resources(scale)
-        with telling(starved):
+        with print_wait_reason(workers_wait_reason):
             interruptible(partial(_keep_going, job), files[0].touch)
     except Exception as error:
         if isinstance(error, StoppedError):

@@ -62,7 +62,7 @@ from minimind_ray.on_ray.session import (
     worker_resources,
 )
 from minimind_ray.on_ray.trainer import STOP_FILE, format_error, train_on_ray
-from minimind_ray.on_ray.waiting import lacking, starved, telling, trial_needs
+from minimind_ray.on_ray.waiting import print_wait_reason, trial_needs, wait_reason, workers_wait_reason
 from minimind_ray.stages.run import Job
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.checkpoint import read_state
@@ -413,7 +413,7 @@ def run_trials(
         at_once=spread.at_once, storage=own, stopped=stop_file.exists,
     )  # fmt: skip
     try:
-        with telling(lambda: watcher.waits_for(scale)):
+        with print_wait_reason(lambda: watcher.waits_for(scale)):
             ending = interruptible(tuner.fit, stop_file.touch, math.inf if seconds is None else seconds)
         if ending == "by itself" and not stop_file.exists() and search.scheduler != "pbt":
             for trial in watcher.ended:
@@ -573,8 +573,8 @@ class _Watcher(tune.Callback):
     def waits_for(self, scale: ScaleConfig) -> str | None:
         """What trials wait for, in a sentence, while none of them has what it needs."""
         if self.running and (not self.ready or ray.wait(self.ready, timeout=0)[0]):
-            return starved() if scale.most > 1 else None
-        return lacking("a trial needs", trial_needs(scale))
+            return workers_wait_reason() if scale.most > 1 else None
+        return wait_reason("a trial needs", trial_needs(scale))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's."""

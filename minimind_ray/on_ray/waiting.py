@@ -24,32 +24,32 @@ def trial_needs(scale: ScaleConfig) -> dict[str, float]:
     return {"CPU": scale.most * scale.cpus_per_worker + (scale.most > 1), "GPU": scale.most * scale.gpus_per_worker}
 
 
-def lacking(who: str, need: Mapping[str, float]) -> str | None:
+def wait_reason(who: str, need: Mapping[str, float]) -> str | None:
     """Return a sentence that says what `who` needs and waits for; None if enough CPUs and GPUs are free."""
     import ray
 
     free = ray.available_resources()
     if all(free.get(kind, 0) >= amount for kind, amount in need.items()):
         return None
-    return waiting(who, need, ray.cluster_resources(), free, other_programs())
+    return format_wait_reason(who, need, ray.cluster_resources(), free, other_programs())
 
 
 def rows_of(dataset: Any, who: str, need: Mapping[str, float]) -> Iterator[dict[str, Any]]:
-    """Yield the dataset's rows. While no row comes and the cluster has no room for a task, print why (`lacking`)."""
+    """Yield the dataset's rows. Print `wait_reason` while no row comes and the cluster has too few free resources."""
     came = looked = 0
 
     def why() -> str | None:
         nonlocal looked
         before, looked = looked, came
-        return lacking(who, need) if looked == before else None
+        return wait_reason(who, need) if looked == before else None
 
-    with telling(why):
+    with print_wait_reason(why):
         for row in dataset.iter_rows():
             came += 1
             yield row
 
 
-def waiting(
+def format_wait_reason(
     who: str,
     need: Mapping[str, float],
     have: Mapping[str, float],
@@ -65,14 +65,14 @@ def waiting(
     return f"waiting for room: {who} {wanted}, and {left} are free{holders}. Ctrl-C stops, a second one at once"
 
 
-def starved() -> str | None:
+def workers_wait_reason() -> str | None:
     """Return a sentence that says what this driver's Ray Train runs wait for; None if all have their workers."""
     import ray
 
     if not (need := pending_resources()):
         return None
     who = "workers and Ray Data's tasks need"
-    return waiting(who, need, ray.cluster_resources(), ray.available_resources(), other_programs())
+    return format_wait_reason(who, need, ray.cluster_resources(), ray.available_resources(), other_programs())
 
 
 def other_programs() -> list[str] | None:
@@ -92,7 +92,7 @@ def other_programs() -> list[str] | None:
 
 
 @contextmanager
-def telling(why: Callable[[], str | None], first: float = FIRST_S, again: float = AGAIN_S) -> Generator[None]:
+def print_wait_reason(why: Callable[[], str | None], first: float = FIRST_S, again: float = AGAIN_S) -> Generator[None]:
     """Inside, print the sentence of `why` after it has had one for `first` seconds, and then every `again` seconds."""
     ended = threading.Event()
 

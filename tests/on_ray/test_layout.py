@@ -19,7 +19,7 @@ from minimind_ray.on_ray import waiting
 from minimind_ray.on_ray.layout import layout, trials_that_fit
 from minimind_ray.on_ray.session import Machines
 from minimind_ray.on_ray.tuner import _Exchange, _Watcher
-from minimind_ray.on_ray.waiting import lacking, telling, trial_needs
+from minimind_ray.on_ray.waiting import print_wait_reason, trial_needs, wait_reason
 
 pytestmark = pytest.mark.unit
 
@@ -88,7 +88,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 def test_what_a_trial_waits_for_is_said(free: dict[str, float]) -> None:
     def said(**scale: Any) -> str:
-        return str(lacking("a trial needs", trial_needs(ScaleConfig(**scale))))
+        return str(wait_reason("a trial needs", trial_needs(ScaleConfig(**scale))))
 
     assert said() == "None"
     free["CPU"] = 0.0
@@ -122,15 +122,15 @@ def test_rows_that_do_not_come_are_told_of(
             yield {"id": 1}
 
     def say(who: str, need: Mapping[str, float]) -> str | None:
-        reason = lacking(who, need)
+        reason = wait_reason(who, need)
         if reason:
             said.set()
         return reason
 
     said = threading.Event()
     free["CPU"] = 0.0
-    monkeypatch.setattr(waiting, "lacking", say)
-    monkeypatch.setattr(waiting, "telling", partial(telling, first=0.01))
+    monkeypatch.setattr(waiting, "wait_reason", say)
+    monkeypatch.setattr(waiting, "print_wait_reason", partial(print_wait_reason, first=0.01))
     assert [row["id"] for row in waiting.rows_of(Slow(), "preparing data needs", {"CPU": 1})] == [0, 1]
     assert said.is_set()
 
@@ -142,11 +142,11 @@ def test_it_is_said_after_a_while_and_again(capsys: pytest.CaptureFixture[str]) 
         asked.release()
         return "waiting for room"
 
-    with telling(why, first=0.01, again=0.01):
+    with print_wait_reason(why, first=0.01, again=0.01):
         for _ in range(8):
             asked.acquire(timeout=10)
     assert capsys.readouterr().err.count("waiting for room\n") >= 2
-    with telling(why, first=60):
+    with print_wait_reason(why, first=60):
         time.sleep(0.02)
     assert not capsys.readouterr().err
 

@@ -275,7 +275,9 @@ def test_a_run_that_waits_for_workers_or_for_ray_datas_cpu_says_so(
             ray.kill(holder)
         return reason
 
-    monkeypatch.setattr(trainer, "telling", lambda why: waiting.telling(partial(why_and_release, why), first=1.0))
+    monkeypatch.setattr(
+        trainer, "print_wait_reason", lambda why: waiting.print_wait_reason(partial(why_and_release, why), first=1.0)
+    )
     job = make_job(tmp_path, scale__workers=2, data__direct_steps=1, train__max_steps=4)
     start(job)
     trainer.train_on_ray(job)
