@@ -92,7 +92,7 @@ class RayTrainContext:
         names = (STOP_FILE, AGAIN_FILE) if self.rank == 0 else ()
         self.flags = [watch_flag(flag(run_dir, name)) for name in names]
         if self.rank == 0:
-            threading.Thread(target=_leave_when_told, args=(run_dir,), daemon=True).start()
+            threading.Thread(target=_exit_on_flag, args=(run_dir,), daemon=True).start()
         self.steps, self.look_after, self.looked = 0, 1 if notices else math.inf, time.monotonic()
         self.noticed: list[str] = []
 
@@ -134,7 +134,7 @@ class RayTrainContext:
         """Return None: this host keeps no base weights in memory."""
 
 
-def _leave_when_told(run_dir: str) -> None:
+def _exit_on_flag(run_dir: str) -> None:
     up = watch_flag(flag(run_dir, LEAVE_FILE))
     while not up():
         time.sleep(1)
@@ -160,7 +160,7 @@ def train_on_ray(job: Job) -> None:
     try:
         require_resources(scale)
         with print_wait_reason(workers_wait_reason):
-            interruptible(partial(_keep_going, job), files[0].touch)
+            interruptible(partial(_run_attempts, job), files[0].touch)
     except Exception as error:
         if isinstance(error, StoppedError):
             run.update(state="stopped")
@@ -181,19 +181,19 @@ def train_on_ray(job: Job) -> None:
             request_resources(bundles=[])
 
 
-def _keep_going(job: Job) -> None:
+def _run_attempts(job: Job) -> None:
     """Attempts until the run has ended, as it should or by the last loss that `scale.max_failures` allows."""
     scale, run = job.config.scale, RunDirectory(job.config.out)
     stop_file, again_file, leave_file = (flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE))
     failures, most, gone, done = 0, scale.most, set[str](), _steps_done(run)
     while True:
         free_left_groups()
-        before, workers = done, min(_await_room(scale, gone, stop_file), most)
+        before, workers = done, min(_wait_for_capacity(scale, gone, stop_file), most)
         changed: list[str] = []
         try:
             with (
                 _reserve(job, workers, before) as reservation,
-                _looking_for_room(scale, workers, gone, again_file, leave_file, changed.append, reservation.broken),
+                _watch_capacity(scale, workers, gone, again_file, leave_file, changed.append, reservation.broken),
             ):
                 noticed = _attempt(job, workers, before, reservation)
             asked = noticed or changed
@@ -224,7 +224,7 @@ def _keep_going(job: Job) -> None:
         print(f"{why}; going on from step {done}", file=sys.stderr)
 
 
-def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> int:
+def _wait_for_capacity(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> int:
     """How many workers to start, once the cluster's nodes but those `gone` have room.
 
     Raises:
@@ -239,7 +239,7 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> i
                 asked = True
                 room_for = f"{workers} of {scale.workers} workers"
                 print(f"the cluster has room for {room_for}; waiting for nodes", file=sys.stderr)
-                _ask_for(scale)
+                _request_nodes(scale)
             time.sleep(1)
     finally:
         if asked and scale.fewest == scale.most:  # Else it is asked for as long as the run lasts.
@@ -248,7 +248,7 @@ def _await_room(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> i
 
 
 @contextmanager
-def _looking_for_room(
+def _watch_capacity(
     scale: ScaleConfig,
     workers: int,
     gone: Collection[str],
@@ -283,10 +283,10 @@ def _looking_for_room(
                     tell("the cluster has room for more workers")
                     again_file.touch()
                     return
-                _ask_for(scale)
+                _request_nodes(scale)
 
     if workers < scale.most:
-        _ask_for(scale)
+        _request_nodes(scale)
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try:
@@ -296,7 +296,7 @@ def _looking_for_room(
         thread.join()
 
 
-def _ask_for(scale: ScaleConfig) -> None:
+def _request_nodes(scale: ScaleConfig) -> None:
     """Ask Ray's autoscaler for the resources that the whole run can use."""
     request_resources(bundles=[worker_resources(scale)] * scale.most + [{"CPU": 1}])
 
@@ -394,7 +394,7 @@ def _worker(job: Job, first: int, notices: bool) -> list[str]:
             own = islice(job.steps(context.rank, context.world_size, start), first - start)
             yield from islice(own, 1)
             # Ray Data starts beside what is left of our own.
-            shares = beside.submit(_shares) if first < job.plan.steps else None
+            shares = beside.submit(_rows_of_worker) if first < job.plan.steps else None
             yield from own
             if shares:
                 yield from read_shares(shares.result(), job, first, context.rank)
@@ -403,7 +403,7 @@ def _worker(job: Job, first: int, notices: bool) -> list[str]:
     return context.noticed
 
 
-def _shares() -> Iterator[Any]:
+def _rows_of_worker() -> Iterator[Any]:
     """Return this worker's rows of the dataset, after waiting for the first row."""
     shard = ray.train.get_dataset_shard("train")
     assert shard

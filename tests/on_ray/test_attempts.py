@@ -147,7 +147,7 @@ def test_room_is_looked_for_while_an_attempt_runs(
     monkeypatch.setattr(trainer, "request_resources", lambda bundles: None)
     monkeypatch.setattr(trainer, "LEAVE_SECONDS", 0.035)
     scale = ScaleConfig(workers="1:3", resize_seconds=0.01)
-    with trainer._looking_for_room(
+    with trainer._watch_capacity(
         scale, 2, set(), tmp_path / ".again", tmp_path / ".leave", told.append, lambda: broken
     ):
         wait_for(lambda: not left, 10)
@@ -179,8 +179,8 @@ def test_waiting_for_nodes_can_be_stopped(
     monkeypatch.setattr(trainer, "request_resources", lambda bundles: None)
     monkeypatch.setattr(trainer.time, "sleep", lambda seconds: None)
     scale = ScaleConfig(workers="2:4")
-    assert trainer._await_room(scale, set(), tmp_path / "stop") == 2
+    assert trainer._wait_for_capacity(scale, set(), tmp_path / "stop") == 2
     assert capsys.readouterr().err == "the cluster has room for 1 of 2:4 workers; waiting for nodes\n"
     (tmp_path / "stop").touch()
     with pytest.raises(trainer.StoppedError, match="no room for the workers; --resume"):
-        trainer._await_room(scale, set(), tmp_path / "stop")
+        trainer._wait_for_capacity(scale, set(), tmp_path / "stop")
