@@ -4,9 +4,11 @@ A run is a sequence of attempts. Each attempt is a separate Ray Train run. It st
 checkpoint, with as many workers as the cluster has room for. An attempt ends, and the next attempt begins, if
 
 - a worker, a process of Ray Data or a node is lost;
-- a notice says that a node will be taken away (a checkpoint is written first, so that no step is done twice);
-- the cluster has room for more workers and `scale.workers` allows them (a checkpoint is written first);
-- the cluster has lost resources that the workers and Ray Data need, but no worker: Ray Data would wait silently.
+- a preemption notice says that a node will be taken away;
+- more workers fit on the cluster and `scale.workers` allows more;
+- the cluster lost resources that the run needs, but no worker. (Without a new attempt, Ray Data would wait silently.)
+
+In the last three cases the workers first write a checkpoint if they can, so that no step is done twice.
 
 Ray Train's own restarts and elastic sizes are not used. They take the CPU that Ray Data needs, retry after a user's
 error, and lose the steps since the last checkpoint whenever the size changes.
@@ -72,8 +74,8 @@ from minimind_ray.train.context import default_device
 from minimind_ray.train.run import RunDirectory, last_sound_checkpoint
 from minimind_ray.train.step import all_reduce_sums
 
-# Files in the run directory, which all nodes see. With them the driver asks for the end of the run, or of an attempt:
-# after the current step, or at once if no further step may finish.
+# The driver makes these files in the run directory, which all nodes see. STOP_FILE: end the run after the current step.
+# AGAIN_FILE: end the attempt after the current step. LEAVE_FILE: end the attempt at once.
 STOP_FILE, AGAIN_FILE, LEAVE_FILE = ".stop", ".again", ".leave"
 NOTICE_SECONDS = 2.0
 LOOK_SECONDS, LEAVE_SECONDS = 5.0, 60.0
@@ -88,7 +90,7 @@ class RayTrainContext:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else default_device()
-        # Rank 0 looks for the driver's files, and the step tells the other workers.
+        # Only rank 0 looks for the driver's files. The workers then agree within the training step.
         names = (STOP_FILE, AGAIN_FILE) if self.rank == 0 else ()
         self.flags = [watch_flag(flag(run_dir, name)) for name in names]
         if self.rank == 0:
@@ -108,7 +110,10 @@ class RayTrainContext:
         return bool(self.noticed) or any(up() for up in self.flags)
 
     def _look_for_notice(self) -> None:
-        """Ask Ray for notices about every two seconds. All workers must ask in the same steps, to agree."""
+        """Ask Ray for preemption notices, and set the step of the next look, about NOTICE_SECONDS later.
+
+        Asking is a collective operation, so all workers must ask in the same step.
+        """
         now = time.monotonic()
         (seconds,) = all_reduce_sums([(now - self.looked) / self.steps / self.world_size], self.device).tolist()
         self.steps, self.looked, self.look_after = 0, now, max(1, int(NOTICE_SECONDS / seconds))
@@ -135,6 +140,7 @@ class RayTrainContext:
 
 
 def _exit_on_flag(run_dir: str) -> None:
+    """End this process, without a checkpoint, as soon as LEAVE_FILE exists. Runs in a thread."""
     up = watch_flag(flag(run_dir, LEAVE_FILE))
     while not up():
         time.sleep(1)
@@ -145,13 +151,14 @@ RAY_HOST = Host(run_units_on_ray, compute_on_ray, dtype_on_ray)
 
 
 def train_on_ray(job: Job) -> None:
-    """Run the stage on `scale.workers` workers, through losses of workers and nodes; see the module's text.
+    """Train the job on `scale.workers` workers, and continue after losses of workers and nodes (see the module's text).
 
-    The first Ctrl-C stops after the step with a checkpoint, the second one at once.
+    The first Ctrl-C stops the run after the current step, with a checkpoint; the second stops it at once.
 
     Raises:
-        UserError: too few resources, what a worker found wrong, or losses with no checkpoint between them, more than
-            `scale.max_failures` in a row.
+        UserError: the cluster has too few resources; a worker raised a UserError; or more than `scale.max_failures`
+            attempts in a row failed without a new checkpoint.
+        StoppedError: the run was asked to stop before it had workers.
     """
     scale, run = job.config.scale, RunDirectory(job.config.out)
     files = [flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE)]
@@ -182,7 +189,7 @@ def train_on_ray(job: Job) -> None:
 
 
 def _run_attempts(job: Job) -> None:
-    """Attempts until the run has ended, as it should or by the last loss that `scale.max_failures` allows."""
+    """Start attempts until the run has ended. Raises the last error if `scale.max_failures` allows no more attempts."""
     scale, run = job.config.scale, RunDirectory(job.config.out)
     stop_file, again_file, leave_file = (flag(run.where, name) for name in (STOP_FILE, AGAIN_FILE, LEAVE_FILE))
     failures, most, gone, done = 0, scale.most, set[str](), _steps_done(run)
@@ -209,7 +216,7 @@ def _run_attempts(job: Job) -> None:
             if leave_file.exists():
                 why = changed[0]
             elif isinstance(error, NoRoomError):
-                # Others use the cluster too, or it does not know yet that a node is gone.
+                # Other programs use the cluster, or Ray has not noticed yet that a node is lost: try fewer workers.
                 most, why = max(scale.fewest, workers - 1), str(error)
             elif isinstance(error, PreemptionError):
                 gone |= set(error.preemption_info.preempted_node_ids)
@@ -221,14 +228,16 @@ def _run_attempts(job: Job) -> None:
         leave_file.unlink(missing_ok=True)
         restart = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": done, "why": why}
         run.update(restarts=[*run.info().get("restarts", []), restart])
-        print(f"{why}; going on from step {done}", file=sys.stderr)
+        print(f"{why}; continuing from step {done}", file=sys.stderr)
 
 
 def _wait_for_capacity(scale: ScaleConfig, gone: Collection[str], stop_file: Flag) -> int:
-    """How many workers to start, once the cluster's nodes but those `gone` have room.
+    """Wait until at least `scale.fewest` workers fit on the cluster. Return how many to start, at most `scale.most`.
+
+    Nodes with the ids `gone` are not counted.
 
     Raises:
-        StoppedError: asked to stop meanwhile.
+        StoppedError: `stop_file` was made while the run waited.
     """
     asked = False
     try:
@@ -242,7 +251,7 @@ def _wait_for_capacity(scale: ScaleConfig, gone: Collection[str], stop_file: Fla
                 _request_nodes(scale)
             time.sleep(1)
     finally:
-        if asked and scale.fewest == scale.most:  # Else it is asked for as long as the run lasts.
+        if asked and scale.fewest == scale.most:  # A run that can grow keeps its request until it ends.
             request_resources(bundles=[])
     return min(workers, scale.most)
 
@@ -254,13 +263,14 @@ def _watch_capacity(
     gone: Collection[str],
     again_file: Flag,
     leave_file: Flag,
-    tell: Callable[[str], object],
+    set_reason: Callable[[str], object],
     broken: Callable[[], bool],
 ) -> Generator[None]:
-    """While inside, end the attempt when the cluster has room for more workers, or no longer for these; `tell` why.
+    """Inside, end the attempt if more workers fit on the cluster, or if these `workers` no longer fit.
 
-    Workers that wait for Ray Data, whose CPU went with its node, come to no step after which they could stop: those
-    that are still there after LEAVE_SECONDS leave at once.
+    Calls `set_reason` with a sentence before it ends the attempt. `broken` says whether the attempt's placement group
+    has lost a node. If Ray Data's CPU is lost, the workers wait for data and never finish the step after which they
+    would stop. So after LEAVE_SECONDS they are ended at once.
     """
     ended = threading.Event()
 
@@ -269,10 +279,10 @@ def _watch_capacity(
         due, lacking = time.monotonic() + scale.resize_seconds, 0
         while not ended.wait(pause):
             found = min(workers_that_fit(scale, spare_cpus=1, without=gone), scale.most)
-            # Twice, since a node that is busy may be slow to answer.
+            # Require two looks in a row, because a busy node may answer too late.
             lacking = lacking + 1 if found < workers or broken() else 0
             if lacking == 2:
-                tell(f"the cluster no longer has room for {workers} worker(s)")
+                set_reason(f"the cluster no longer has room for {workers} worker(s)")
                 again_file.touch()
             elif lacking * pause > LEAVE_SECONDS:
                 leave_file.touch()
@@ -280,7 +290,7 @@ def _watch_capacity(
             if workers < scale.most and time.monotonic() >= due:
                 due += scale.resize_seconds
                 if found > workers:
-                    tell("the cluster has room for more workers")
+                    set_reason("the cluster has room for more workers")
                     again_file.touch()
                     return
                 _request_nodes(scale)
@@ -302,7 +312,11 @@ def _request_nodes(scale: ScaleConfig) -> None:
 
 
 def _reserve(job: Job, workers: int, start: int) -> AbstractContextManager[Reservation]:
-    """What an attempt from step `start` on takes. It waits without end where no smaller one is to be tried."""
+    """Reserve the resources of an attempt that begins at step `start`.
+
+    The reservation may raise NoRoomError after START_SECONDS if the attempt could do with fewer workers or fewer CPUs
+    for Ray Data; otherwise it waits without limit.
+    """
     scale = job.config.scale
     data_cpus = _data_cpus(job, workers) if start + own_steps(job, start) < job.plan.steps else 0
     seconds = START_SECONDS if workers > scale.fewest or data_cpus > 1 else math.inf
@@ -310,8 +324,11 @@ def _reserve(job: Job, workers: int, start: int) -> AbstractContextManager[Reser
 
 
 def _data_cpus(job: Job, workers: int) -> int:
-    """The CPUs to reserve for Ray Data: one, or for a stream, whose tasks encode, up to one for each worker where they
-    are free. A trial of a sweep takes one, as its layout has it."""
+    """Return how many CPUs to reserve for Ray Data.
+
+    The number is 1, except for a stream: its tasks encode text, so it gets one CPU for each worker if so many are free.
+    A trial of a sweep also gets 1, because its sweep's layout counts with 1.
+    """
     if not isinstance(job.train, Stream) or ray.get_runtime_context().get_actor_id():
         return 1
     free = ray.available_resources().get("CPU", 0) - workers * job.config.scale.cpus_per_worker
@@ -319,7 +336,7 @@ def _data_cpus(job: Job, workers: int) -> int:
 
 
 def _attempt(job: Job, workers: int, start: int, reservation: Reservation) -> list[str]:
-    """One Ray Train run, from step `start` on; the ids of nodes for which notice was given meanwhile."""
+    """Train from step `start` in one Ray Train run. Return the ids of nodes that got a preemption notice meanwhile."""
     scale, first, notices = job.config.scale, start + own_steps(job, start), notices_may_come()
     datasets: Any = None
     if first < job.plan.steps:
@@ -336,7 +353,7 @@ def _attempt(job: Job, workers: int, start: int, reservation: Reservation) -> li
         "datasets": datasets,
         "torch_config": TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
     }
-    # Ray Train's process that looks for notices: see `_draining_nodes`.
+    # Whether Ray Train starts its process that looks for preemption notices; `_draining_nodes` asks this process.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(notices and not private_parts()))
     if not private_parts():
         scaling_config = ray.train.ScalingConfig(**scaling)
@@ -350,7 +367,7 @@ def _attempt(job: Job, workers: int, start: int, reservation: Reservation) -> li
 
 def _run_config(job: Job) -> ray.train.RunConfig:
     return ray.train.RunConfig(
-        # Ray keeps its own bookkeeping per attempt; what is resumed from is our run directory.
+        # Ray writes its own records of each attempt here. A resume does not use them; it uses the run directory.
         name=f"attempt-{time.time_ns()}",
         storage_path=join(job.config.out, ".ray"),
         failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
@@ -360,10 +377,11 @@ def _run_config(job: Job) -> ray.train.RunConfig:
 
 
 def _fit(trainer: TorchTrainer, workers: int, out: str) -> list[str]:
-    """A run whose workers' placement group Ray Train makes itself; what the workers return.
+    """Run a trainer for which Ray Train makes the workers' placement group. Return the list that the workers return.
 
     Raises:
-        StoppedError, NoRoomError: somebody else took the room for the workers.
+        NoRoomError: the workers did not start in time, because another program took the resources first.
+        StoppedError: as NoRoomError, and the run was asked to stop meanwhile.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{START_SECONDS:.0f}")
     try:
@@ -382,9 +400,10 @@ def _steps_done(run: RunDirectory) -> int:
 
 
 def _worker(job: Job, first: int, notices: bool) -> list[str]:
-    """The train function, whose steps from `first` on come by Ray Data; see `_attempt` for what it returns.
+    """Train on one worker (Ray Train's train function). Return the ids of nodes that got a preemption notice.
 
-    `notices`: whether to look for some.
+    The worker reads the packs of the steps before `first` itself; Ray Data delivers the later packs. With `notices`,
+    the worker looks for preemption notices.
     """
     torch.set_num_threads(max(1, int(job.config.scale.cpus_per_worker)))
     context = RayTrainContext(job.config.out, notices=notices)
@@ -393,7 +412,7 @@ def _worker(job: Job, first: int, notices: bool) -> list[str]:
         def steps(start: int) -> Iterator[list[Pack]]:
             own = islice(job.steps(context.rank, context.world_size, start), first - start)
             yield from islice(own, 1)
-            # Ray Data starts beside what is left of our own.
+            # After the first own step, start Ray Data in a thread. Meanwhile the worker trains its other own steps.
             shares = beside.submit(_rows_of_worker) if first < job.plan.steps else None
             yield from own
             if shares:
@@ -407,7 +426,7 @@ def _rows_of_worker() -> Iterator[Any]:
     """Return this worker's rows of the dataset, after waiting for the first row."""
     shard = ray.train.get_dataset_shard("train")
     assert shard
-    # None: a block as it is, which the types leave out.
+    # A batch_size of None gives whole blocks. Ray's type annotations do not allow it.
     batches = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # pyright: ignore[reportArgumentType]
     rows = iter(batches)
     return chain(list(islice(rows, 1)), rows)
@@ -422,12 +441,12 @@ def format_error(error: BaseException) -> str:
             return "a machine ran out of memory, and Ray ended the process"
     for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
         if any(isinstance(cause, ray.exceptions.RayActorError) for cause in error_chain(failure)):
-            return f"worker {rank}'s process, one of Ray Data's, or the node it was on, is gone"
+            return f"worker {rank}'s process, a process of Ray Data, or the node of one of them is lost"
     if any(isinstance(cause, ray.exceptions.RayActorError) for cause in error_chain(error)):
-        return "a process of the run, or the node it was on, is gone"
+        return "a process of the run, or its node, is lost"
     last = (str(error).strip() or "no message").splitlines()[-1]
     if "gloo" in last or "NCCL" in last:
-        return "a worker's connection to the others broke, as when one of them ends"
+        return "a worker lost its connection to the other workers, as happens when one of them ends"
     return f"{type(error).__name__}: {last}"
 
 

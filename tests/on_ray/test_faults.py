@@ -131,7 +131,7 @@ def test_workers_killed_in_a_step_in_validation_and_while_they_write(scene: Scen
             wait_for(lambda lost=lost: len(restarts(run)) > lost)
         ends_well(scene, driver, "workers")
     assert [restart["step"] for restart in restarts(run)][:2] == [3, 6]
-    assert scene.output("workers").count("; going on from step") >= 3
+    assert scene.output("workers").count("; continuing from step") >= 3
     is_the_twin(scene, "workers")
     history = wandb_history(run)
     assert history == wandb_history(scene.twin)
