@@ -203,8 +203,8 @@ def tune(
     Raises:
         UserError: as the command says it.
     """
-    from minimind_ray.cli.board import Board
     from minimind_ray.data.storage import url_of
+    from minimind_ray.display.board import Board
     from minimind_ray.sweep.axes import parse_axis
     from minimind_ray.sweep.plan import check_free, reopen_sweep
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
@@ -247,7 +247,7 @@ def compare(*sweeps: Sweep | str | Path) -> Table:
     Raises:
         UserError: no sweep there, or sweeps that cannot be compared.
     """
-    from minimind_ray.cli.compare import print_comparison
+    from minimind_ray.display.comparison import print_comparison
     from minimind_ray.sweep.compare import compare as compare_sweeps
     from minimind_ray.sweep.compare import to_records
     from minimind_ray.sweep.trials import read_sweep
@@ -299,6 +299,6 @@ def _say(console: Console) -> Any:
 
 
 def _watch(job: Job, console: Console) -> AbstractContextManager[None]:
-    from minimind_ray.cli.progress import watching
+    from minimind_ray.display.progress import watching
 
     return nullcontext() if console.quiet else watching(job, console)

@@ -85,7 +85,7 @@ def run_recipe(
 
 def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> bool:
     """Run a stage unless it is finished. Returns whether it is finished now."""
-    from minimind_ray.cli.progress import print_result, watching
+    from minimind_ray.display.progress import print_result, watching
     from minimind_ray.stages.recipe import decide, set_aside
     from minimind_ray.stages.run import begun, prepare_job
     from minimind_ray.train.run import RunDirectory

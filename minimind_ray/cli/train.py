@@ -42,7 +42,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
     from rich.console import Console
 
-    from minimind_ray.cli.progress import print_result, watching
+    from minimind_ray.display.progress import print_result, watching
     from minimind_ray.on_ray.host import train_stage
 
     console = Console(markup=False)

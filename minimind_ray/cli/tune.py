@@ -125,8 +125,8 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     from rich.console import Console
 
-    from minimind_ray.cli.board import Board
     from minimind_ray.data.storage import url_of
+    from minimind_ray.display.board import Board
     from minimind_ray.sweep.run import sweep_on_ray
     from minimind_ray.train.run import RunDirectory
 
@@ -148,9 +148,9 @@ def print_results(path: Path, console: Console, title: str) -> None:
     """Print the table, the winner under `title`, and the next commands for it."""
     from functools import partial
 
-    from minimind_ray.cli.compare import print_comparison
     from minimind_ray.config.stages import STAGES
     from minimind_ray.data.storage import url_of
+    from minimind_ray.display.comparison import print_comparison
     from minimind_ray.sweep.compare import compare
     from minimind_ray.sweep.report import write_report
     from minimind_ray.sweep.trials import read_sweep

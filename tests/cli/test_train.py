@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from minimind_ray.cli.progress import watching
 from minimind_ray.config.load import to_yaml
 from minimind_ray.data.storage import StoreError
+from minimind_ray.display.progress import watching
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory
 from tests.cli.conftest import Command

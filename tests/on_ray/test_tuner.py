@@ -291,7 +291,7 @@ def test_the_board_sees_how_far_each_trial_is(tmp_path: Path, ray_session: None)
 
     from rich.console import Console
 
-    from minimind_ray.cli.board import Board
+    from minimind_ray.display.board import Board
     from minimind_ray.sweep.searchers import Explorer
 
     search = {"concurrent": 2, "scheduler": "pbt"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from minimind_ray.cli.board import Board, rows_that_fit, view
+from minimind_ray.display.board import Board, rows_that_fit, view
 from minimind_ray.sweep.progress import Reading, SweepProgress
 from minimind_ray.train.run import LONGEST_LINE, RunDirectory
 
@@ -142,7 +142,7 @@ def test_without_a_terminal_there_is_a_line_for_each_trial_that_ends(tmp_path: P
 
 
 def test_on_a_terminal_running_trials_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minimind_ray.cli import board as module
+    from minimind_ray.display import board as module
 
     monkeypatch.setattr(module, "REFRESH_S", 0.01)
     board, out = board_on(tmp_path, terminal=True)

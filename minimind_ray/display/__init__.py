@@ -1,0 +1,1 @@
+"""What a terminal shows of runs and sweeps, for the commands and the Python interface."""
