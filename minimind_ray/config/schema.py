@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from minimind_ray.config.errors import UserError
@@ -148,28 +149,31 @@ class ModelShape(Section):
     """A model's complete shape, with Hugging Face's names.
 
     Qwen3 with qk_norm and Llama without, Qwen2 with qkv_bias; with experts Qwen3-MoE and GraniteMoeShared, which is
-    MiniMind-2's MoE.
+    MiniMind-2's MoE. The fields are also keys of section model, where all are optional; the descriptions are for users
+    of that section.
     """
 
-    vocab_size: PositiveInt
+    vocab_size: PositiveInt = Field(description="default: the tokenizer's size")
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
+    head_dim: PositiveInt = Field(description="default: hidden_size / num_attention_heads")
     intermediate_size: PositiveInt
     max_position_embeddings: PositiveInt = 32768
     rope_theta: PositiveFloat = 1e6
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = True
-    initializer_range: PositiveFloat = 0.02
+    initializer_range: PositiveFloat = Field(default=0.02, description="standard deviation of the initial weights")
     qk_norm: bool = True
-    qkv_bias: bool = False
+    qkv_bias: bool = Field(default=False, description="biases of the projections to queries, keys and values")
     dropout: Probability = 0.0
     num_experts: Annotated[int, Field(ge=0)] = 0
     num_experts_per_tok: PositiveInt = 1
-    n_shared_experts: Annotated[int, Field(ge=0)] = 0
+    n_shared_experts: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="number of experts that process every token"
+    )
     moe_intermediate_size: PositiveInt | None = None
     norm_topk_prob: bool = True
     router_aux_loss_coef: NonNegativeFloat = 5e-4
@@ -234,39 +238,18 @@ PresetName = Literal[
 ]  # fmt: skip
 
 
-class ModelConfig(Section):
-    """The model to create: a preset, and values that override it. With init_from, the base determines the model."""
+class PresetConfig(Section):
+    """The part of section model that is not a field of `ModelShape`."""
 
     preset: Annotated[PresetName, Flag("--preset", vary=True)] = Field(
         default="minimind-3-small",
         description="shape of the model; with init_from, a preset other than the default must match the base",
     )
-    vocab_size: PositiveInt | None = Field(default=None, description="default: the tokenizer's size")
-    hidden_size: PositiveInt | None = None
-    num_hidden_layers: PositiveInt | None = None
-    num_attention_heads: PositiveInt | None = None
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = Field(default=None, description="default: hidden_size / num_attention_heads")
-    intermediate_size: PositiveInt | None = None
-    max_position_embeddings: PositiveInt | None = None
-    rope_theta: PositiveFloat | None = None
-    rope_scaling: RopeScaling | None = None
-    rms_norm_eps: PositiveFloat | None = None
-    tie_word_embeddings: bool | None = None
-    initializer_range: PositiveFloat | None = Field(
-        default=None, description="standard deviation of the initial weights"
-    )
-    qk_norm: bool | None = None
-    qkv_bias: bool | None = Field(default=None, description="biases of the projections to queries, keys and values")
-    dropout: Probability | None = None
-    num_experts: Annotated[int, Field(ge=0)] | None = None
-    num_experts_per_tok: PositiveInt | None = None
-    n_shared_experts: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="number of experts that process every token"
-    )
-    moe_intermediate_size: PositiveInt | None = None
-    norm_topk_prob: bool | None = None
-    router_aux_loss_coef: NonNegativeFloat | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields of the shape that are set."""
+        return {key: value for key, value in self.model_dump(exclude={"preset"}).items() if value is not None}
 
     def shape(self, vocab_size: int) -> ModelShape:
         """The complete shape: the preset, the given values, and derived values.
@@ -276,8 +259,7 @@ class ModelConfig(Section):
         Raises:
             UserError: the numbers do not divide, or the vocabulary is smaller than the tokenizer's.
         """
-        given = {k: v for k, v in self.model_dump().items() if v is not None and k != "preset"}
-        fields: dict[str, Any] = {**PRESETS[self.preset], **given}
+        fields: dict[str, Any] = {**PRESETS[self.preset], **self.given}
         fields.setdefault("vocab_size", vocab_size)
         if fields["vocab_size"] < vocab_size:
             raise UserError(
@@ -305,6 +287,32 @@ class ModelConfig(Section):
                     for each in error.errors()
                 )
             ) from None
+
+
+def _optional(field: FieldInfo) -> tuple[Any, Any]:
+    """The type and the value of a field of `ModelShape` that may be left out."""
+    kind: Any = field.annotation
+    for bound in field.metadata:
+        kind = Annotated[kind, bound]
+    return kind | None, Field(default=None, description=field.description)
+
+
+if TYPE_CHECKING:
+
+    class ModelConfig(PresetConfig):
+        """The model to create."""
+
+        def __init__(self, **settings: Any) -> None: ...
+
+else:
+    ModelConfig = create_model(
+        "ModelConfig",
+        __base__=PresetConfig,
+        __module__=__name__,
+        __doc__="The model to create: a preset, and values that override it. With init_from, the base determines the "
+        "model.",
+        **{name: _optional(field) for name, field in ModelShape.model_fields.items()},
+    )
 
 
 class BatchConfig(Section):

@@ -71,8 +71,7 @@ def model_shape(config: Config, tokenizer: Tokenizer, base: Path | None = None) 
 
 def _require_agreement(config: Config, shape: ModelShape) -> None:
     """Raise UserError if a setting of section model differs from the base's `shape`."""
-    found, preset = shape.model_dump(), config.model.preset
-    given = {k: v for k, v in config.model.model_dump(exclude={"preset"}).items() if v is not None}
+    found, preset, given = shape.model_dump(), config.model.preset, config.model.given
     for key, value in given.items():
         if found[key] != value:
             raise UserError(
@@ -106,7 +105,8 @@ def check_stage(config: Config, tokenizer: Tokenizer, base: Path | None = None) 
 
 def _has_experts(config: Config) -> bool:
     # Whether a base has experts is checked with its shape, in `model_shape`.
-    return bool(config.model.num_experts or config.init_from or PRESETS[config.model.preset].get("num_experts"))
+    model = config.model
+    return bool(model.given.get("num_experts") or config.init_from or PRESETS[model.preset].get("num_experts"))
 
 
 EXPERTS = ("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
