@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from minimind_ray.cli.flags import config_from_flags
+from minimind_ray.cli.flags import StageCommand, config_from_flags
 
 app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def show(
-    stage: Annotated[str, typer.Argument(help="pretrain, sft, lora or dpo")],
+    stage: Annotated[str, typer.Argument(help="{stages}")],
     config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
 ) -> None:

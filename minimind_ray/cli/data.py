@@ -28,9 +28,7 @@ def inspect(
     context: typer.Context,
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
     tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
-    stage: Annotated[
-        str | None, typer.Option(help="pretrain, sft, lora or dpo; default: recognised from the rows")
-    ] = None,
+    stage: Annotated[str | None, typer.Option(help="{stages}; default: recognised from the rows")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="read no more rows than this", show_default=False)] = None,
     samples: Annotated[int, typer.Option(min=0, help="documents to show")] = 3,
     set_: Annotated[
@@ -63,7 +61,7 @@ def inspect(
 def prepare(
     context: typer.Context,
     files: Annotated[list[str], typer.Argument(help="training files: paths, globs, folders or URLs")],
-    stage: Annotated[str, typer.Option(help="pretrain, sft, lora or dpo")],
+    stage: Annotated[str, typer.Option(help="{stages}")],
     tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
     val: Annotated[list[str] | None, typer.Option(help="validation files; default: hold out rows")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key")] = None,

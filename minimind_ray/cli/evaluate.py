@@ -18,7 +18,7 @@ def evaluate_(
     context: typer.Context,
     model: options.Model,
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
-    stage: Annotated[str, typer.Option(help="what the rows are: pretrain, sft, lora or dpo")],
+    stage: Annotated[str, typer.Option(help="what the rows are: {stages}")],
     adapter: options.Adapter = None,
     reference: Annotated[
         str | None,

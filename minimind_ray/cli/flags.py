@@ -81,13 +81,27 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield annotation if isinstance(annotation, type) else type(annotation)
 
 
-def with_options(make: Callable[[], list[Option]]) -> type[TyperCommand]:
+class StageCommand(TyperCommand):
+    """A command with a parameter for a stage. `{stages}` in the help of a parameter stands for the stages' names."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The command's parameters, with the stages' names in their help."""
+        from minimind_ray.config.stages import STAGES, one_of
+
+        found: list[Any] = super().get_params(ctx)
+        for parameter in found:
+            if parameter.help:
+                parameter.help = parameter.help.replace("{stages}", one_of(STAGES))
+        return found
+
+
+def with_options(make: Callable[[], list[Option]]) -> type[StageCommand]:
     """Return the class of a command that has the options of its function and the options of `make`.
 
     The function gets their values by `added` or `given`. `make` is called only when the command is parsed.
     """
 
-    class Command(TyperCommand):
+    class Command(StageCommand):
         @functools.cached_property
         def extra(self) -> list[Any]:
             return _click_options(make())

@@ -19,7 +19,7 @@ TrainCommand = with_options(lambda: key_options(lambda flag: "Short names for co
 
 def train(
     context: typer.Context,
-    stage: Annotated[str, typer.Argument(help="pretrain, sft, lora or dpo")],
+    stage: Annotated[str, typer.Argument(help="{stages}")],
     config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,

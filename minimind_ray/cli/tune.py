@@ -36,7 +36,7 @@ def _panel(flag: Flag) -> str:
 
 def tune(
     context: typer.Context,
-    stage: Annotated[str | None, typer.Argument(help="pretrain, sft, lora or dpo")] = None,
+    stage: Annotated[str | None, typer.Argument(help="{stages}")] = None,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
     sweep: Annotated[Path | None, typer.Option(help="YAML file of a sweep; flags override it")] = None,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from minimind_ray.cli.flags import StageCommand, config_from_flags
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,9 +35,9 @@ def checkpoint(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def resume(
-    stage: Annotated[str | None, typer.Option(help="pretrain, sft, lora or dpo; default: pretrain")] = None,
+    stage: Annotated[str | None, typer.Option(help="{stages}; default: the first of these")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers; with --ray")] = 1,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or a plain process")] = False,
     kills: Annotated[int, typer.Option(min=1, help="number of kills")] = 3,
@@ -51,7 +53,6 @@ def resume(
     import tempfile
     from contextlib import nullcontext
 
-    from minimind_ray.cli.flags import config_from_flags
     from minimind_ray.cli.options import require_local
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.stages import STAGES

@@ -51,7 +51,7 @@ class SearchConfig(Section):
     @classmethod
     def _known_metric(cls, value: Any) -> Any:
         if value is not None and not (isinstance(value, str) and value in METRICS):
-            raise ValueError(f"Input should be {one_of(METRICS)}")
+            raise ValueError(f"Input should be {one_of(map(repr, METRICS))}")
         return value
 
     def judged_by(self, stage: StageName) -> tuple[str, Mode]:

@@ -6,7 +6,7 @@ are a section of the config under the stage's name; the section is declared here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -81,7 +81,7 @@ STAGES: dict[str, StageRecord] = {record.name: record for record in (PRETRAIN, S
 
 def _require_known(name: Any) -> Any:
     if not isinstance(name, str) or name not in STAGES:
-        raise PydanticCustomError("stage", "Input should be {names}", {"names": one_of(STAGES)})
+        raise PydanticCustomError("stage", "Input should be {names}", {"names": one_of(map(repr, STAGES))})
     return name
 
 
@@ -89,7 +89,7 @@ StageName = Annotated[str, BeforeValidator(_require_known)]
 """The name of a stage in the table."""
 
 
-def one_of(names: Mapping[str, Any]) -> str:
-    """Names for a sentence: 'a', 'b' or 'c'."""
-    *most, last = map(repr, names)
+def one_of(names: Iterable[str]) -> str:
+    """Names for a sentence: a, b or c."""
+    *most, last = names
     return f"{', '.join(most)} or {last}" if most else last

@@ -13,6 +13,7 @@ from minimind_ray.config.flags import config_flags
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import ScaleConfig
 from minimind_ray.config.search import SearchConfig, SweepFile, read_sweep_file, search_config
+from minimind_ray.config.stages import STAGES, one_of
 from minimind_ray.sweep.axes import Axis, Grid, parse_axis
 from minimind_ray.sweep.plan import SweepPlan, plan_sweep
 
@@ -48,7 +49,7 @@ class SweepRequest:
             raise UserError(f"{self.file} is a sweep of {file.stage}, not of {self.stage}")
         stage = file.stage if file else self.stage
         if stage is None:
-            raise UserError("no stage given: give pretrain, sft, lora or dpo, or a --sweep file with a stage")
+            raise UserError(f"no stage given: give {one_of(STAGES)}, or a --sweep file with a stage")
         trees = {**({str(self.file): file.settings} if file else {}), **self.trees}
         settings = dict(self.settings)
         base = load_config(stage, self.config, settings, trees)

@@ -11,6 +11,7 @@ import yaml
 from minimind_ray.cli.flags import config_from_flags, search_options
 from minimind_ray.config.flags import config_flags, overrides_of
 from minimind_ray.config.search import SearchConfig
+from minimind_ray.config.stages import STAGES
 from tests.cli.conftest import Command
 
 pytestmark = pytest.mark.unit
@@ -35,6 +36,16 @@ def test_help_lists_the_flags_that_users_rely_on(command: Command, name: str) ->
     said = command(*name.split(), "--help")
     lines = (line[:40] for line in said.out.splitlines() if re.match(r"│ [* ] *--|│ --", line))
     assert sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", "\n".join(lines)))) == FLAGS[name].split()
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "tune", "eval", "data prepare", "data inspect", "verify resume", "config show"]
+)
+def test_help_names_the_stages_of_the_table(command: Command, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "parrot", STAGES["sft"])
+    said = " ".join(command(*name.split(), "--help").out.replace("│", " ").split())
+    assert "pretrain, sft, lora, dpo or parrot" in said
+    assert "{stages}" not in said
 
 
 def test_a_flag_sets_its_key(command: Command, tmp_path: Path) -> None:
