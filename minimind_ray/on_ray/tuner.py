@@ -1,13 +1,16 @@
-"""The trials of a sweep by Ray Tune.
+"""Run the trials of a sweep with Ray Tune.
 
-A trial is a run directory, and a stage's train-loop function fills it: with one worker in the Tune trial's own process,
-which is reused from trial to trial (a Ray Train run of its own costs ten times as much to start); with more workers
-as a Ray Train run that the trial's process starts and waits for; with `fuse` in a process that trains many trials
-together, which the trial's process asks for one validation after another (see fused.py).
+Each trial has its own run directory. Tune starts a process for each trial and reuses it for later trials. There are
+three ways to train a trial:
 
-Tune decides who runs when and who is stopped early; what it keeps for itself is thrown away. A sweep that goes on gives
-Tune all its trials again: those that are done only repeat their validations, so that scheduler and searcher know of
-them, and the others go on from their last checkpoint.
+- With one worker, the trial's process trains. (A separate Ray Train run would take ten times as long to start.)
+- With several workers, the trial's process starts a Ray Train run and waits for it.
+- With `fuse`, a group's process trains many trials together. The trial's process asks the group for one validation
+  after another (see fused.py).
+
+Tune decides when each trial runs and which trials are stopped early. Tune's own files are deleted after the sweep. A
+resumed sweep gives all its trials to Tune again. A finished trial only reports its old validations, so that scheduler
+and searcher know its results. Each other trial continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -68,10 +71,12 @@ from minimind_ray.train.best import best_validation
 from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.run import VALIDATION, RunDirectory, last_sound_checkpoint, read_jsonl
 
-# Ray refuses a process without resources, and a CPU, or a part of one, may not be left beside the workers.
+# The resources of a process that only waits: 1 MiB of memory. Ray refuses a process without any resource, and the
+# workers may need every CPU.
 NESTED_DRIVER = {"memory": 2.0**20}
 
-# Read by Tune in this process: our run directories and progress replace its loggers and its snapshots.
+# Environment variables that Tune reads in this process. Run directories and progress lines replace Tune's loggers and
+# snapshots.
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -86,26 +91,30 @@ PAUSED = "PAUSED"
 Point = dict[str, Any]
 Event = Literal["started", "paused", "validated", "ended"]
 Watch = Callable[[Path, Event, Mapping[str, Any]], None]
-"""Called with a trial's run directory. "started", also after a pause, brings its `steps` in all and, under pbt, the
-`point` it is at now; "validated" brings its metrics at its best validation so far."""
+"""A function to call at each event of a trial, with the trial's run directory and a mapping:
+
+- "started", also after a pause: the trial's number of `steps`, and with pbt its current `point`.
+- "validated": the metrics of its best validation so far.
+- "paused" and "ended": empty.
+"""
 
 
 class Explore(Protocol):
-    """What pbt moves in a run half-way: the values of some config keys."""
+    """Chooses new values for some config keys in the middle of a run, for population based training (pbt)."""
 
     @property
     def keys(self) -> Sequence[str]:
-        """Those config keys."""
+        """The config keys whose values change."""
         ...
 
     def __call__(self, point: Point) -> Point:
-        """A neighbour of a point."""
+        """Return a neighbour of `point`."""
         ...
 
 
 @dataclass(frozen=True)
 class Search:
-    """How trials are judged and scheduled. `concurrent`: most trials at once; None: as many as fit."""
+    """How trials are judged and scheduled. `concurrent` is the maximum number of trials at once; None: all that fit."""
 
     metric: str
     mode: Literal["min", "max"]
@@ -115,22 +124,25 @@ class Search:
 
 
 class Points(Protocol):
-    """A searcher, which learns from the trials that ended."""
+    """A searcher: proposes points, and learns from the results of ended trials."""
 
     count: int
-    """Trials in all."""
+    """The number of trials of the whole sweep."""
 
     def ask(self) -> list[Job] | None:
-        """The trials of the next point, one for each seed, with their run directories made; None: no more points."""
+        """Return the jobs of the next point, one for each seed; None if there are no more points.
+
+        The jobs' run directories are made.
+        """
         ...
 
     def tell(self, trial: Path, value: float | None) -> None:
-        """The metric of the trial in that run directory; None: it failed."""
+        """Receive the metric of the trial in the run directory `trial`; None if the trial failed."""
         ...
 
 
 class TuneContext:
-    """One trial's host: gives each validation to Tune and waits for its verdict."""
+    """The host of a trial's run: reports each validation to Tune and waits for Tune's verdict."""
 
     rank = 0
     world_size = 1
@@ -147,11 +159,11 @@ class TuneContext:
         self.stopping = self.closed = False
 
     def note(self, *lines: Mapping[str, Any]) -> None:
-        """Take validations into account that Tune is not asked about."""
+        """Update `best` with these validations (lines of metrics.jsonl), without a report to Tune."""
         self.best = best_validation([self.best, *lines]) or {}
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """Hand over how far the run is, and its best validation so far; Tune answers."""
+        """Report the run's step and its best validation so far to Tune. Return Tune's verdict: whether to continue."""
         if self.closed or self.metric not in metrics:
             return True
         self.note(metrics)
@@ -161,26 +173,26 @@ class TuneContext:
         return self.verdicts.get()
 
     def should_stop(self) -> bool:
-        """Whether the sweep is to stop."""
+        """Whether the sweep was asked to stop."""
         self.stopping = self.stopping or self.stopped()
         return self.stopping
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
-        """Out of the object store, where they were put once for the whole sweep."""
+        """Return a copy of the weights in Ray's object store; None if they are not there."""
         if str(directory) not in self.bases:
             return None
         arrays: Mapping[str, np.ndarray] = ray.get(self.bases[str(directory)])
-        # A copy, since the store's memory is shared and read-only.
+        # Copy the arrays, because the store's memory is shared and read-only.
         return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
     def close(self) -> None:
-        """Let the run come to its end without more questions."""
+        """Let the run end without further reports to Tune."""
         self.closed = True
         self.verdicts.put(True)
 
 
 class _Trial(tune.Trainable):
-    """The run goes on in a thread from one validation to the next, whenever Tune asks for a step."""
+    """Tune's side of a trial. The run trains in a thread; each `step` lets it continue to its next validation."""
 
     def setup(
         self,
@@ -190,14 +202,14 @@ class _Trial(tune.Trainable):
         bases: Mapping[str, ray.ObjectRef] | None = None,
         groups: Sequence[Any] = (),
     ) -> None:
-        """Tune's: the first trial of this process."""
+        """Begin the first trial of this process. Called by Tune."""
         assert search and sweep and bases is not None
         self.search, self.stopped, self.bases = search, watch_flag(flag(sweep, STOP_FILE)), bases
         self.groups = groups
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Tune's: the next trial, or the same one with another point."""
+        """Begin the next trial in this process, or the same trial with another point. Called by Tune."""
         self.cleanup()
         self._begin(new_config)
         return True
@@ -213,7 +225,7 @@ class _Trial(tune.Trainable):
         self.latest: dict[str, Any] = {"percent": 0.0}
 
     def step(self) -> dict[str, Any]:
-        """Tune's: train to the next validation; its metrics, with `done` after the last."""
+        """Train to the next validation. Return its metrics, with `done` after the last one. Called by Tune."""
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, name="trial", daemon=True)
             self.thread.start()
@@ -231,14 +243,17 @@ class _Trial(tune.Trainable):
         return {**self.latest, "done": True}
 
     def cleanup(self) -> None:
-        """Tune's: stop the run here, at its last report."""
+        """Stop the run after its last report. Called by Tune."""
         if self.thread and self.thread.is_alive():
             self.context.verdicts.put(False)
             self.thread.join()
         gc.collect()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Tune's, for pbt: what another trial goes on from, the last checkpoint and the best one, which it names."""
+        """Copy the files from which another trial can continue (for pbt). Called by Tune.
+
+        These are the last checkpoint, and the best checkpoint, which the last one refers to by name.
+        """
         run = RunDirectory(self.job.config.out, writes=True)
         last = run.checkpoints()[-1]
         best = run.checkpoint_path(_best(last))
@@ -250,7 +265,7 @@ class _Trial(tune.Trainable):
             shutil.copy(examples, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Tune's, for pbt: take another trial's checkpoints in place of one's own."""
+        """Replace this trial's checkpoints by another trial's (for pbt). Called by Tune."""
         directory = Path(str(checkpoint))
         donor = (directory / "trial").read_text()
         self.context.note(json.loads((directory / "best.json").read_text()))
@@ -262,7 +277,7 @@ class _Trial(tune.Trainable):
             shutil.rmtree(path)
         for path in directory.glob("step-????????"):
             shutil.copytree(path, run.checkpoint_path(path.name))
-        # It is of the best checkpoint, which may stay the best.
+        # This file belongs to the replaced best checkpoint. The donor's best checkpoint may stay the best: take its file.
         (run.path / VALIDATION).unlink(missing_ok=True)
         if (directory / VALIDATION).exists():
             shutil.copy(directory / VALIDATION, run.path)
@@ -287,12 +302,12 @@ class _Trial(tune.Trainable):
         done = is_done(self.run, self.search.scheduler)
         checkpoint = None if done else last_sound_checkpoint(self.run)
         known = math.inf if done else int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-        # Lines after the checkpoint will be made anew.
+        # The run will log the lines after the checkpoint again.
         lines = [line for line in self.run.metrics() if line["step"] <= known]
         if self.search.scheduler == "pbt" and not self.context.best:
             moves = [line["step"] for line in read_jsonl(self.run.file("lineage.jsonl"))]
             self.context.note(*(line for line in lines if line["step"] > max(moves, default=0)))
-        # What was found before: Tune hears of it again. (Under pbt Tune itself starts trials again and again.)
+        # Report the earlier validations to Tune again. (Not with pbt: there Tune itself restarts trials all the time.)
         for line in lines if self.search.scheduler != "pbt" else ():
             if not self.context.report(line, None):
                 if checkpoint:
@@ -311,18 +326,24 @@ class _Trial(tune.Trainable):
 
 
 def _best(checkpoint: Path) -> str:
-    """The name of the best checkpoint up to this one; this one's where none was validated, or it is gone."""
+    """Return the name of the best checkpoint that `checkpoint` refers to.
+
+    If there is none, or it was deleted, return the name of `checkpoint` itself.
+    """
     best = read_state(checkpoint)["best"]
     return best if best and checkpoint.with_name(best).exists() else checkpoint.name
 
 
 def is_done(run: RunDirectory, scheduler: SchedulerName) -> bool:
-    """Whether a trial is not to be run again. Under pbt no trial ends early; one that says so was waiting its turn."""
+    """Whether a trial has ended for good. With pbt, "early-stopped" only means that the trial waited for its turn."""
     return run.info().get("state") in (("finished",) if scheduler == "pbt" else ("finished", "early-stopped"))
 
 
 def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float) -> None:
-    """A Ray Train run, told to stop by its own file, so that it ends by itself and gives its placement group back."""
+    """Train a trial as a Ray Train run; report the validations after step `known` to Tune.
+
+    To stop the run, this function makes the run's STOP_FILE. So the run ends by itself and frees its placement group.
+    """
     configure_data()
     failure: list[BaseException] = []
 
@@ -335,7 +356,7 @@ def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float)
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
     thread.start()
     worth_it = ended = True
-    # Once more after the end: the last line may have come while Tune was asked about the one before.
+    # Read the lines once more after the end, because the last line may have come during the report of an earlier line.
     while thread.is_alive() or not ended:
         ended = not thread.is_alive()
         thread.join(run.poll_seconds)
@@ -353,22 +374,25 @@ def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float)
 
 
 def concurrent_trials(scale: ScaleConfig) -> int:
-    """How many trials fit on the cluster at once.
+    """Return how many trials fit on the cluster at the same time.
 
     Raises:
-        UserError: not one.
+        UserError: not even one trial fits.
     """
     require_cpus(0, scale.gpus_per_worker, "a trial")
     return trials_that_fit(machines(), scale)
 
 
 def nested_driver() -> dict[str, float]:
-    """The resources of a process that only waits for a trial's workers: on the head, where clusters give it room."""
+    """Return the resources of a process that only waits for a trial's workers.
+
+    A cluster's head may offer a resource `driver` for such processes, so that they run on the head.
+    """
     return {"driver": 0.001} if "driver" in ray.cluster_resources() else NESTED_DRIVER
 
 
 def put_bases(jobs: Sequence[Job]) -> dict[str, ray.ObjectRef]:
-    """The weights that trials start from, each put into the object store once."""
+    """Put the base weights of `jobs` into the object store, each base once. Return references by model directory."""
     directories = {str(job.base.local()) for job in jobs if job.base}
     return {
         directory: ray.put({name: tensor.numpy() for name, tensor in read_weights(directory).items()})
@@ -387,18 +411,19 @@ def run_trials(
     seconds: float | None = None,
     watch: Watch = lambda trial, event, metrics: None,
 ) -> Ending:
-    """Run trials, whose run directories are made, until each has ended, if only by an error.
+    """Run trials until each has finished, was stopped, or failed. Return how the sweep ended.
 
-    With `fuse` above 1 so many trials are trained together in each place that one would have alone.
+    The trials' run directories exist already. `scale` gives the resources of each trial. With `fuse` above 1, up to
+    `fuse` trials are trained together on the resources of one trial.
 
-    Ctrl-C, or the end of `seconds`, stops the running trials after their step with a checkpoint; a second Ctrl-C ends
-    at once. `scale` is what each trial takes.
+    The first Ctrl-C, or the end of `seconds`, stops each running trial after its current step, with a checkpoint. A
+    second Ctrl-C ends the sweep at once.
 
     Raises:
-        UserError: not one trial fits on the cluster.
+        UserError: not even one trial fits on the cluster.
     """
     os.environ.update(SETTINGS)
-    # A failed trial's error is in its run.json, and `watch` is called: no traceback on the terminal as well.
+    # Print no traceback of a failed trial: the error is in the trial's run.json, and `watch` is called.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     stop_file, own = flag(url_of(directory), STOP_FILE), join(url_of(directory), ".ray")
     stop_file.unlink(missing_ok=True)
@@ -436,7 +461,7 @@ def _tuner(
     storage: str,
     stopped: Callable[[], bool],
 ) -> tune.Tuner:
-    """A tuner that takes jobs one after another, or asks for points until the sweep is `stopped`."""
+    """Return a tuner for `trials`: it takes the jobs in order, or asks for points until the sweep is `stopped`."""
     if isinstance(trials, Sequence):
         keys = search.explore.keys if search.explore else ()
         configs = [{"job": job, "point": {key: attrgetter(key)(job.config) for key in keys}} for job in trials]
@@ -471,8 +496,10 @@ def _tuner(
 
 
 def _settle(run: RunDirectory) -> None:
-    """Note that a trial was stopped early, where its process was not given the time to: Tune kills the last ones some
-    ten seconds after its verdict."""
+    """Record that a trial was stopped early, if its process could not.
+
+    Tune kills the last trials' processes some ten seconds after its verdict, perhaps before they write their state.
+    """
     if run.info()["state"] == "running" and (checkpoint := last_sound_checkpoint(run)):
         state = read_state(checkpoint)
         result = f"checkpoints/{_best(checkpoint)}"
@@ -485,7 +512,8 @@ def _scheduler(search: Search) -> TrialScheduler:
             time_attr="percent", max_t=100, grace_period=ASHA_FIRST, reduction_factor=ASHA_KEEP
         )
     if search.scheduler == "median":
-        # Pause no trial to wait for others to compare with: its process would be left in the middle of a run.
+        # With an infinite `min_time_slice`, Tune pauses no trial to wait for others. A paused trial's process would be
+        # left in the middle of a run.
         return MedianStoppingRule(
             time_attr="percent",
             grace_period=ASHA_FIRST,
@@ -498,7 +526,7 @@ def _scheduler(search: Search) -> TrialScheduler:
 
 
 class _Exchange(PopulationBasedTraining):
-    """A trial that takes over another keeps its own job, and with it its own run directory."""
+    """Population based training, except that each trial keeps its own job and run directory."""
 
     def __init__(self, explore: Explore) -> None:
         def explored(config: dict[str, Any]) -> dict[str, Any]:
@@ -509,7 +537,7 @@ class _Exchange(PopulationBasedTraining):
         )
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Called by Tune, which may give the trial the whole config of a better one; the trial's job is put back."""
+        """Do as Tune does, but restore the trial's job if Tune gave the trial the config of a better trial."""
         job = trial.config["trial"]["job"]
         decision = super().on_trial_result(tune_controller, trial, result)
         if trial.config["trial"]["job"] is not job:
@@ -518,7 +546,7 @@ class _Exchange(PopulationBasedTraining):
 
 
 class _Asking(Searcher):
-    """Points behind Tune's interface, none any more once the sweep is `stopped`."""
+    """Offers `points` to Tune as a searcher. Ends the search when the sweep is `stopped`."""
 
     def __init__(self, points: Points, search: Search, stopped: Callable[[], bool]) -> None:
         super().__init__(metric=search.metric, mode=search.mode)
@@ -526,11 +554,11 @@ class _Asking(Searcher):
         self.waiting, self.trials = list[Job](), dict[str, Path]()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes its set-up down for a restore that is never asked for."""
+        """Return nothing: Tune pickles its searcher to restore a sweep, which is never done here."""
         return {}
 
     def suggest(self, trial_id: str) -> Any:
-        """Tune's: the next trial."""
+        """Return the config of the next trial. Called by Tune."""
         if self.stopped():
             return Searcher.FINISHED
         if not self.waiting:
@@ -543,21 +571,21 @@ class _Asking(Searcher):
         return {"trial": {"job": job, "point": {}}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tune's: what came out."""
+        """Pass the trial's metric on to the searcher. Called by Tune."""
         assert self.metric
         self.points.tell(self.trials[trial_id], None if error or not result else result.get(str(self.metric)))
 
     def save(self, checkpoint_path: str) -> None:
-        """Tune's: nothing, since the run directories say it all."""
+        """Write an empty file: the run directories hold all that a resume needs. Called by Tune."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Tune's: never called."""
+        """Never called."""
         raise NotImplementedError
 
 
 class _Watcher(tune.Callback):
-    """Passes events on, and marks trials whose process died before it could."""
+    """Passes Tune's events to `watch`, and records the failure of trials whose process died."""
 
     def __init__(self, watch: Watch, metric: str, groups: Sequence[Any]) -> None:
         self.watch, self.metric, self.groups = watch, metric, groups
@@ -571,20 +599,20 @@ class _Watcher(tune.Callback):
         return {}
 
     def waits_for(self, scale: ScaleConfig) -> str | None:
-        """What trials wait for, in a sentence, while none of them has what it needs."""
+        """Return a sentence that says which resources the sweep waits for; None if it does not wait."""
         if self.running and (not self.ready or ray.wait(self.ready, timeout=0)[0]):
             return workers_wait_reason() if scale.most > 1 else None
         return wait_reason("a trial needs", trial_needs(scale))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune's."""
+        """Note that a trial runs. Called by Tune."""
         self.running.add(trial.trial_id)
         self.paused.discard(trial.trial_id)
         job, point = trial.config["trial"]["job"], trial.config["trial"]["point"]
         self.watch(_path(trial), "started", {"steps": job.plan.steps, "point": point})
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tune's: the only call after pbt has paused a trial."""
+        """Note trials that pbt has paused. Called by Tune, which calls nothing else at a pause."""
         for trial in trials:
             if trial.status == PAUSED and trial.trial_id not in self.paused:
                 self.paused.add(trial.trial_id)
@@ -594,18 +622,18 @@ class _Watcher(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Tune's."""
-        if self.metric in result:  # A trial that was stopped before its first validation has nothing to tell.
+        """Pass a validation on. Called by Tune."""
+        if self.metric in result:  # Missing if the trial was stopped before its first validation.
             self.watch(_path(trial), "validated", result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune's."""
+        """Note the end of a trial. Called by Tune."""
         self.running.discard(trial.trial_id)
         self.ended.append(_path(trial))
         self.watch(_path(trial), "ended", {})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune's."""
+        """Note that a trial failed, and record the failure if the trial's process could not. Called by Tune."""
         self.running.discard(trial.trial_id)
         run = RunDirectory(_path(trial))
         if run.info()["state"] != "failed":
@@ -617,21 +645,21 @@ class _Watcher(tune.Callback):
 
 
 class _StoppedWhileWaiting(tune.Stopper):
-    """Ends a sweep that is `stopped` while no trial runs that could end by itself."""
+    """Ends a sweep that is `stopped` while no trial is running. (A running trial stops by itself.)"""
 
     def __init__(self, stopped: Callable[[], bool], watcher: _Watcher) -> None:
         self.stopped, self.watcher = stopped, watcher
 
     def __getstate__(self) -> dict[str, Any]:
-        """Not pickled, as `_Watcher`."""
+        """Return nothing: not pickled, because it holds a `_Watcher`."""
         return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Tune's: trials end by themselves."""
+        """Return False: trials end by themselves. Called by Tune after each result."""
         return False
 
     def stop_all(self) -> bool:
-        """Tune's."""
+        """Whether to end the sweep. Called by Tune."""
         return not self.watcher.running and self.stopped()
 
 
