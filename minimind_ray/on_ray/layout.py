@@ -1,8 +1,8 @@
 """How the trials of a sweep share a cluster: arithmetic without Ray.
 
-A trial takes the CPUs and GPUs of its workers. With several workers it takes one CPU more for Ray Data's tasks. Trials
-that are trained together in a group take what one trial takes. Processes that only wait for workers or for a group
-take no CPU, so they cannot keep one from whom they wait for.
+A trial takes the CPUs and GPUs of its workers. With several workers it takes one more CPU, for Ray Data's tasks. All
+trials of a group together take the resources of one trial. A process that only waits for workers or for a group takes
+no CPU, so it cannot block the processes that it waits for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from minimind_ray.on_ray.session import Machines
 
 @dataclass(frozen=True)
 class Layout:
-    """Trials at once, and the groups of `size` trials that train them (0 groups: each trial has its own process)."""
+    """The maximum number of trials `at_once`, and the number of `groups` that each train up to `size` trials together.
+
+    With 0 groups, each trial has its own process.
+    """
 
     at_once: int
     groups: int
@@ -44,13 +47,13 @@ def trials_that_fit(found: Machines, scale: ScaleConfig) -> int:
     return fit
 
 
-def layout(places: int, count: int, *, fuse: int = 1, concurrent: int | None = None) -> Layout:
-    """Distribute `count` trials over `places` concurrent trials or groups of up to `fuse` trials each.
+def layout(fitting: int, count: int, *, fuse: int = 1, concurrent: int | None = None) -> Layout:
+    """Distribute `count` trials over the cluster, where `fitting` trials or groups fit at the same time.
 
-    `concurrent` limits the number of trials at the same time.
+    With `fuse` above 1, up to `fuse` trials form a group. `concurrent` limits the number of trials at the same time.
     """
-    at_once = min(places * fuse, concurrent or count, count)
+    at_once = min(fitting * fuse, concurrent or count, count)
     if fuse == 1:
         return Layout(at_once, 0, 1)
-    size = -(-at_once // places)
+    size = -(-at_once // fitting)
     return Layout(at_once, -(-at_once // size), size)

@@ -1,8 +1,11 @@
-"""What Ray's documented interface does not offer and a correct run needs. Used only where `private_parts` says so.
+"""Functions that need private parts of Ray (see versions.py). They are used only if `versions.private_parts` is true.
 
-Without this module signals of a whole process group reach Ray's processes too; a wrong RAY_ADDRESS is refused after
-minutes, not seconds; a run that waits does not name the other programs; and what a killed trial held is found through
-Ray's dashboard (see `session.free_left_groups`).
+Without this module, four things are different:
+
+- A signal to the whole process group also reaches Ray's processes.
+- A wrong RAY_ADDRESS is refused after minutes instead of seconds.
+- The line about a waiting run does not name the other programs on the cluster.
+- The placement groups of killed trials are found through Ray's dashboard (see `session.free_left_groups`).
 """
 
 from __future__ import annotations
@@ -35,10 +38,11 @@ HEAD_SECONDS = 10.0
 
 @contextmanager
 def own_sessions() -> Generator[None]:
-    """While inside, Ray starts its processes in sessions of their own, and installs no handler of SIGTERM.
+    """Inside, Ray starts its processes in separate sessions, and installs no handler for SIGTERM.
 
-    A closed terminal, or `kill -TERM -GROUP`, would end Ray's processes before a run has written its checkpoint. They
-    still end when the command does, however it ends: Ray has asked the kernel for it.
+    In the command's session, a closed terminal or `kill -TERM -GROUP` would end Ray's processes before a run has
+    written its checkpoint. In separate sessions they still end with the command, even if it is killed, because Ray asks
+    the kernel to end them.
     """
     before = utils.set_sigterm_handler, services.ConsolePopen
     utils.set_sigterm_handler = lambda sigterm_handler: None
@@ -50,12 +54,12 @@ def own_sessions() -> Generator[None]:
 
 
 def require_head(address: str) -> None:
-    """Raises UserError if what answers at `address` is no Ray head, or one with another token."""
+    """Raise UserError if no Ray head answers at `address`, or if the head has another token."""
     try:
-        found = canonicalize_bootstrap_address(address)  # Of `auto`, too.
+        found = canonicalize_bootstrap_address(address)  # Also finds the address for `auto`.
     except (ConnectionError, ValueError) as error:
         raise UserError(f"RAY_ADDRESS={address}: {one_line(error)}") from None
-    if not found:  # `local`: Ray starts one here.
+    if not found:  # The address is `local`: Ray starts on this machine.
         return
     opened: Any = init_grpc_channel(found)
     with opened as channel:
@@ -74,17 +78,17 @@ def require_head(address: str) -> None:
 
 
 def jobs() -> list[dict[str, Any]]:
-    """The programs on the cluster, with JobID, DriverPid, DriverIPAddress, Entrypoint and IsDead."""
+    """Return the programs on the cluster, each with JobID, DriverPid, DriverIPAddress, Entrypoint and IsDead."""
     return state.job_table()
 
 
 def draining() -> bool:
-    """Whether notice was given that this process's node will be taken away."""
+    """Whether this process's node has a preemption notice."""
     return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
 
 
 def groups_of_dead_actors() -> Iterator[PlacementGroup]:
-    """The placement groups that actors of this driver made and left when they were killed."""
+    """Yield the placement groups of this driver's actors that were killed."""
     job = ray.get_runtime_context().get_job_id()
     for data in state._connect_and_get_accessor().get_placement_group_table():  # pyright: ignore[reportPrivateUsage]
         group = PlacementGroupTableData.FromString(data)

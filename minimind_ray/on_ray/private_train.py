@@ -4,7 +4,8 @@ An actor's process would have to start and import torch before the first worker 
 run's start. And the run would depend on one more process. This module replaces the few parts of Ray Train 2.60 that
 require the controller to be an actor. It also replaces the actor that synchronizes Ray Train's workers.
 
-Used only if `private_parts` says so. A plain TorchTrainer takes twice as long to its first step.
+The module is used only if `versions.private_parts` is true. Otherwise a plain TorchTrainer runs, which takes twice as
+long to its first step.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class _Workers(WorkerGroup):
         return DefaultPlacementGroupHandle(scaling_config.group)
 
     def _start(self) -> None:
-        """Start as Ray Train does, but free workers that fail just after their start; its actor would free them."""
+        """Start as Ray Train does, but free the workers if the start fails (the end of Ray's actor would free them)."""
         try:
             super()._start()
         except BaseException:
@@ -101,10 +102,10 @@ class _Workers(WorkerGroup):
 
 
 class _OneMachine(FixedScalingPolicy):
-    """Does not announce the workers' resources to Ray Data and the autoscaler.
+    """A scaling policy that does not announce the workers' resources to Ray Data and the autoscaler.
 
-    On one machine this decides only how many tasks Ray Data lets wait. And the actor that receives the announcement
-    would start before the workers.
+    On one machine the announcement would only change how many tasks Ray Data queues. And the actor that receives it
+    would have to start before the workers.
     """
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
@@ -127,9 +128,9 @@ class Trainer(TorchTrainer):
     shares = False
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Return Ray Train's callbacks without those for the controller's actor, and for datasets if there are none.
+        """Return Ray Train's callbacks without the cleaner of placement groups, and without datasets if there are none.
 
-        `session.free_left_groups` removes the placement groups.
+        `session.free_left_groups` replaces the cleaner.
         """
         unwanted: list[type] = [PlacementGroupCleanerCallback]
         if not self.datasets:

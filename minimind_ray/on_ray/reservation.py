@@ -3,10 +3,10 @@
 Ray Data's tasks run inside the run's own placement group. So a run with workers has everything it needs, and a waiting
 run holds nothing. Any number of runs and sweeps can share a cluster without a deadlock.
 
-With Ray Train's documented interface, Ray Train makes the workers' placement group itself (see versions.py). Then the
-run first waits for one group of everything, replaces it by a group of Ray Data's CPUs, and Ray Train takes the rest.
-Another program may take the rest first. So Ray Train waits only START_SECONDS; after that the run gives everything back
-and waits again.
+Without private parts of Ray (see versions.py), Ray Train makes the workers' placement group itself. Then the run
+first waits for a group with all its resources. It replaces this group by a group with only Ray Data's CPUs, and Ray
+Train reserves the workers' resources again. Another program may take them in between. So Ray Train waits only
+START_SECONDS; after that the run frees everything and waits again.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ NO_ROOM = "stopped while there was no room for the workers; --resume waits for r
 
 @dataclass(frozen=True)
 class Reservation:
-    """A placement group with a bundle of 1 CPU for each of `data_cpus`; before them, a bundle for each worker.
+    """A placement group with a bundle for each worker, followed by `data_cpus` bundles of 1 CPU for Ray Data.
 
-    Without private parts of Ray the workers' bundles are missing.
+    If Ray Train makes the workers' placement group itself, the workers' bundles are missing here.
     """
 
     group: PlacementGroup
     data_cpus: int
 
     def broken(self) -> bool:
-        """Whether a node of the group is gone, so that the group waits for resources that others may hold."""
+        """Whether a node of the group is lost. Then the group waits for new resources, which others may hold."""
         return _state(self.group) == "RESCHEDULING"
 
     def data_config(self) -> ray.train.DataConfig:
@@ -70,7 +70,8 @@ class Reservation:
     def dataset(self, make: Callable[[], ray.data.Dataset]) -> ray.data.Dataset:
         """Return the dataset of `make`, with all its tasks in the placement group."""
         context = deepcopy(DataContext.get_current())
-        # Any bundle: the workers fill theirs. Not by assignment, which warns that Ray will do without it in 2027.
+        # Tasks may use any bundle of the group; only Ray Data's bundles have free CPUs. Set the attributes through
+        # `vars`, because assigning them prints a deprecation warning of Ray.
         strategy = PlacementGroupSchedulingStrategy(self.group)
         vars(context).update(scheduling_strategy=strategy, scheduling_strategy_large_args=strategy)
         with DataContext.current(context):
@@ -81,11 +82,11 @@ class Reservation:
 def reserved(
     scale: ScaleConfig, workers: int, data_cpus: int, stopped: Callable[[], bool], seconds: float
 ) -> Generator[Reservation]:
-    """While inside, the CPUs and GPUs of so many workers and of Ray Data's tasks are the caller's.
+    """Inside, reserve the CPUs and GPUs of `workers` workers, and `data_cpus` CPUs for Ray Data's tasks.
 
     Raises:
-        StoppedError: `stopped` meanwhile.
-        NoRoomError: there was no room for `seconds`.
+        StoppedError: `stopped` returned true while the reservation waited.
+        NoRoomError: the resources were not free within `seconds`.
     """
     data_bundles = [{"CPU": 1.0}] * data_cpus
     with _made([worker_resources(scale)] * workers + data_bundles) as group:
@@ -103,7 +104,7 @@ def reserved(
 
 @contextmanager
 def _made(bundles: list[dict[str, float]]) -> Generator[PlacementGroup]:
-    """A placement group while inside, which need not be there yet."""
+    """Give a placement group, and remove it at the end. Its resources may not be reserved yet."""
     group = placement_group(bundles, name=group_name())
     try:
         yield group
@@ -114,7 +115,7 @@ def _made(bundles: list[dict[str, float]]) -> Generator[PlacementGroup]:
 
 def _wait(group: PlacementGroup, workers: int, stopped: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    # Not `group.wait`: each wait that ends without room leaves memory behind in Ray's head, megabytes in a second.
+    # Do not use `group.wait`: each call that times out leaks memory in Ray's head, some megabytes per second.
     while _state(group) != "CREATED":
         if stopped():
             raise StoppedError(NO_ROOM)

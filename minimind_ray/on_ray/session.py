@@ -1,4 +1,4 @@
-"""Connect to Ray (the cluster at RAY_ADDRESS, or a Ray started on this machine) and ask for its resources."""
+"""Connect to Ray (the cluster at RAY_ADDRESS, or a Ray started on this machine), and query its CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _join(address: str) -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise UserError(
-            f"RAY_ADDRESS={address}: the cluster cannot be used ({one_line(error)}); if one is there, is its token "
-            "this machine's (RAY_AUTH_TOKEN, ~/.ray/auth_token)?"
+            f"RAY_ADDRESS={address}: the cluster cannot be used ({one_line(error)}). Check that the cluster runs, and "
+            "that this machine has the cluster's token (in RAY_AUTH_TOKEN or ~/.ray/auth_token)"
         ) from None
 
 
@@ -91,10 +91,10 @@ def _start_here(cpus: int | None) -> None:
     for last in (False, True):
         try:
             ray.init(
-                address="local",  # Not another Ray that runs on this machine.
+                address="local",  # Without this, Ray would connect to a Ray that already runs on this machine.
                 num_cpus=cpus,
                 _temp_dir=str(folder),
-                # Without private parts the dashboard is asked which resources a killed trial held.
+                # `_groups_of_dead_actors` needs the dashboard.
                 include_dashboard=not private_parts(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -114,11 +114,11 @@ def _require_cluster(address: str) -> None:
     """Check that the cluster answers, because Ray itself would retry for minutes. Raises UserError if it does not."""
     if address.startswith(("http://", "https://")):
         raise UserError(
-            f"RAY_ADDRESS={address} is a dashboard, and this command is not one that is sent there as a job: use "
+            f"RAY_ADDRESS={address} is a dashboard, but this command cannot be sent to a dashboard as a job: use "
             "--cluster FILE, or run it on the cluster"
         )
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():  # Not `auto`, which is a cluster that this machine is part of.
+    if port.isdigit():  # False for `auto`, the cluster that this machine is part of.
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
@@ -139,7 +139,7 @@ def configure_data() -> None:
 
 
 def stop_ray() -> None:
-    """Leave the cluster. A Ray that `start_ray` started here ends."""
+    """Leave the cluster, or stop the Ray that `start_ray` started on this machine."""
     import ray
 
     leave_head()
@@ -165,7 +165,7 @@ def interruptible(work: Callable[[], object], stop: Callable[[], object], second
     threading.Thread(target=target, daemon=True).start()
     deadline = time.monotonic() + seconds
     ending: Ending = "by itself"
-    # Not `join`: if it is interrupted, Python 3.11 believes that the thread has ended.
+    # Do not use `join`: if it is interrupted, Python 3.11 believes that the thread has ended.
     while not ended.is_set():
         try:
             ended.wait(0.2)
@@ -225,8 +225,8 @@ def require_own_gpus(scale: ScaleConfig) -> None:
 
     if scale.most > 1 and not scale.gpus_per_worker and ray.cluster_resources().get("GPU"):
         raise UserError(
-            "scale.gpus_per_worker is 0, so that all workers of a machine would share its first GPU: set it to 1, or "
-            "CUDA_VISIBLE_DEVICES to nothing where Ray starts, to train on CPUs"
+            "scale.gpus_per_worker is 0, so all workers of a machine would share its first GPU: set it to 1; or, to "
+            "train on CPUs, start Ray with an empty CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -257,15 +257,15 @@ class Machines:
 def machines(without: Collection[str] = ()) -> Machines:
     """Return the nodes that can be reached, except those with the ids `without`.
 
-    If Ray starts nodes on demand, return the nodes that it may start. Ray has no function for them. On a cluster made
-    by `ray up` they are in a file in the head's home; on Kubernetes MINIMIND_NODE_TYPES of the head's pod repeats the
-    groups of cluster/kuberay.yaml.
+    If Ray starts nodes on demand, return the nodes that it may start. Ray has no function that lists these nodes. On a
+    cluster made by `ray up`, a file in the head's home directory lists them. On Kubernetes, the variable
+    MINIMIND_NODE_TYPES of the head's pod repeats the groups of cluster/kuberay.yaml.
     """
     import ray
 
     if "RAY_ADDRESS" in os.environ:
-        if told := os.environ.get("MINIMIND_NODE_TYPES"):
-            nodes = [dict(kind) for kind in json.loads(told) for _ in range(kind["count"])]
+        if node_types := os.environ.get("MINIMIND_NODE_TYPES"):
+            nodes = [dict(kind) for kind in json.loads(node_types) for _ in range(kind["count"])]
             return Machines(nodes, len(nodes))
         file = _bootstrap_file()
         if file.is_file() and (config := json.loads(file.read_text()))["provider"]["type"] != "local":
@@ -291,7 +291,7 @@ def is_single_node() -> bool:
 
 
 def _answers(node: dict[str, Any]) -> bool:
-    """Whether a node can be reached. Ray itself believes for some fifteen seconds that a lost node is alive."""
+    """Whether a node can be reached. Ray itself reports a lost node as alive for some fifteen seconds."""
     try:
         socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
     except OSError:
@@ -300,7 +300,7 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 def workers_that_fit(scale: ScaleConfig, *, spare_cpus: int, without: Collection[str] = ()) -> int:
-    """Return how many of `scale`'s workers fit on the cluster, if `spare_cpus` stay free on one node.
+    """Return how many of `scale`'s workers fit on the cluster, if `spare_cpus` stay free (see `Machines.workers`).
 
     Nodes with the ids `without` are not counted. Resources count even if other programs use them now.
     """
@@ -341,11 +341,11 @@ def free_left_groups() -> None:
 
 
 def _groups_of_dead_actors() -> Iterator[Any]:
-    """Yield the groups of killed actors, found through Ray's dashboard. Ray Train frees its own groups in this way."""
+    """Yield the placement groups of killed actors, found through Ray's dashboard. (Ray Train uses the same way.)"""
     import ray
     from ray.util.state import get_actor
 
-    address = ray.get_runtime_context().gcs_address  # The default is the Ray that this machine started last.
+    address = ray.get_runtime_context().gcs_address  # By default `get_actor` asks the Ray that was started here last.
     for group in _own_groups():
         maker = group["name"].split()[2]
         actor = None if maker == "driver" else get_actor(maker, address=address)

@@ -277,7 +277,8 @@ class _Trial(tune.Trainable):
             shutil.rmtree(path)
         for path in directory.glob("step-????????"):
             shutil.copytree(path, run.checkpoint_path(path.name))
-        # This file belongs to the replaced best checkpoint. The donor's best checkpoint may stay the best: take its file.
+        # This file belongs to the replaced best checkpoint. The donor's file belongs to the donor's best checkpoint,
+        # which may stay the best.
         (run.path / VALIDATION).unlink(missing_ok=True)
         if (directory / VALIDATION).exists():
             shutil.copy(directory / VALIDATION, run.path)

@@ -1,15 +1,19 @@
-"""Whether parts of Ray are used that Ray does not document: `private_ray.py` and `private_train.py`."""
+"""Decide whether to use private parts of Ray, which Ray does not document.
+
+Three modules use such parts: private_ray.py, private_train.py and cluster/private_autoscaler.py. Each caller of these
+modules can also do without them.
+"""
 
 from __future__ import annotations
 
 import os
 
 TESTED = ("2.60.0",)
-"""The versions of Ray with which those two modules were tested."""
+"""The versions of Ray with which the three modules were tested."""
 
 
 def private_parts() -> bool:
-    """True with a tested version of Ray, unless MINIMIND_PUBLIC_ONLY is 1. Each caller has a public way as well."""
+    """Whether to use private parts of Ray: this version of Ray was tested, and MINIMIND_PUBLIC_ONLY is not 1."""
     import ray
 
     return ray.__version__ in TESTED and os.environ.get("MINIMIND_PUBLIC_ONLY", "0") in ("", "0")

@@ -1,4 +1,4 @@
-"""A line on stderr for a run or a sweep that waits for room on the cluster."""
+"""Print a line on stderr while a run or a sweep waits for free resources on the cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minimind_ray.on_ray.versions import private_parts
 
 FIRST_S, AGAIN_S = 60.0, 300.0
 SHOWN = 80
-"""Characters of another program's command."""
+"""Show so many characters of another program's command."""
 
 
 def trial_needs(scale: ScaleConfig) -> dict[str, float]:
@@ -93,7 +93,10 @@ def other_programs() -> list[str] | None:
 
 @contextmanager
 def print_wait_reason(why: Callable[[], str | None], first: float = FIRST_S, again: float = AGAIN_S) -> Generator[None]:
-    """Inside, print the sentence of `why` after it has had one for `first` seconds, and then every `again` seconds."""
+    """Inside, call `why` every few seconds, and print its sentence if it has returned one for `first` seconds.
+
+    After that, print the sentence every `again` seconds, until `why` returns None.
+    """
     ended = threading.Event()
 
     def look() -> None:

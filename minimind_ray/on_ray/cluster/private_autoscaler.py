@@ -1,7 +1,7 @@
-"""What Ray's documented interface does not offer and a cluster file needs. Used only where `private_parts` says so.
+"""Functions for cluster files that need private parts of Ray's autoscaler (see versions.py).
 
-Without this module `cluster check` does not compare a file with Ray's schema (see `check.prepared`), and the rank of
-node types is a plainer one (see `spot.plain_rank`).
+They are used only if `versions.private_parts` is true. Without them, `cluster check` does not compare a file with Ray's
+schema (see `check.prepared`), and node types are ranked by a simpler rule (see `spot.plain_rank`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 
 def with_defaults(tree: Mapping[str, Any], kuberay: bool) -> dict[str, Any]:
-    """Return a cluster file's content with Ray's defaults. Raises what Ray raises if it refuses the file."""
+    """Return a cluster file's content with Ray's defaults. Raises Ray's own exception if Ray refuses the file."""
     config = deepcopy(dict(tree))
     logging.disable(logging.WARNING)
     try:
-        # Ray writes its own messages to the terminal; the caller writes them in one sentence.
+        # Hide Ray's own messages on the terminal; the caller reports the error in one sentence.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             if kuberay:
                 config["metadata"].setdefault("namespace", "default")
@@ -43,6 +43,6 @@ def rank(
     node_resources: Mapping[str, float], requests: Sequence[Mapping[str, float]], availability: Any
 ) -> tuple[Any, ...] | None:
     """Return Ray's own rank of a node type with these resources for the requests; None if no request fits."""
-    node: Any = dict(node_resources)  # Ray's own types ask for one of its message classes.
+    node: Any = dict(node_resources)  # Ray's type annotations expect one of its message classes here.
     needs: Any = list(requests)
     return _resource_based_utilization_scorer(node, needs, node_availability_summary=availability)

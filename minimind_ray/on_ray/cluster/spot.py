@@ -1,7 +1,8 @@
-"""Spot machines first, on-demand ones where the cloud has none: how the autoscaler of cluster.yaml ranks node types.
+"""Rank node types for Ray's autoscaler: spot machines first, and on-demand machines if the cloud has no spot machine.
 
-Autoscaler v2 has a `priority` for that, but takes notice only of Kubernetes pods that stay pending: a spot request that
-AWS refuses is made again and again. Version 1 notes refusals, and lets its rank be replaced.
+cluster.yaml uses this rank with version 1 of the autoscaler. Version 2 has a setting `priority` for the same purpose,
+but it notices only Kubernetes pods that stay pending. On AWS it would repeat a refused spot request again and again.
+Version 1 records refusals, and allows another function for the rank.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from minimind_ray.on_ray.versions import private_parts
 
 SPOT = "-spot"
-"""Names of node types that are spot machines end so."""
+"""The end of the name of every node type of spot machines."""
 
 
 def spot_first(
@@ -22,9 +23,11 @@ def spot_first(
     *,
     node_availability_summary: Any,
 ) -> tuple[Any, ...] | None:
-    """Ray's own rank of a type for the `resources` asked for; of equals, one not refused lately, then a spot one.
+    """Return the rank of a node type for the requested `resources`; None if no request fits.
 
-    The head's Ray is started with it in RAY_AUTOSCALER_UTILIZATION_SCORER. A refusal is forgotten after half an hour.
+    The first criterion is Ray's own rank. Of node types with equal rank, types that the cloud has not refused lately
+    come first, then spot types. Ray forgets a refusal after half an hour. The head's Ray finds this function through
+    the variable RAY_AUTOSCALER_UTILIZATION_SCORER.
     """
     if private_parts():
         from minimind_ray.on_ray.cluster import private_autoscaler
@@ -39,9 +42,9 @@ def spot_first(
 
 
 def plain_rank(node_resources: Mapping[str, float], requests: Sequence[Mapping[str, float]]) -> tuple[Any, ...] | None:
-    """Return the rank of a node type without Ray's own: the type whose resources the requests use best is highest.
+    """Return a rank that replaces Ray's own: the node type whose resources the requests use best ranks highest.
 
-    A type with GPUs ranks below all others if no request asks for a GPU. None if no request fits.
+    A type with GPUs ranks below all other types if no request asks for a GPU. Returns None if no request fits.
     """
     left = dict(node_resources)
     for request in requests:

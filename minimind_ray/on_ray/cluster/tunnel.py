@@ -1,7 +1,8 @@
-"""The way to a cluster's head: one ssh connection of Ray's own, with the cluster file's settings.
+"""Connect to a cluster's head through ssh. Ray itself opens the connection, with the cluster file's settings.
 
-`python -m minimind_ray.on_ray.cluster.tunnel FILE PORT` opens it, as the child process of `tunnel`: PORT on this
-machine's loopback leads to the dashboard on the head's loopback, which no other machine can reach.
+The head's dashboard listens only on the head's loopback address, so other machines cannot reach it directly. `tunnel`
+starts the child process `python -m minimind_ray.on_ray.cluster.tunnel FILE PORT`. The child opens the connection and
+forwards PORT on this machine's loopback address to the dashboard.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from minimind_ray.config.cluster import read_cluster
 from minimind_ray.config.errors import UserError
 
 DASHBOARD_PORT = 8265
-# Then nothing more happens: the connection stays for as long as this process does.
+# A shell command for the head: print the token, then sleep, so that the connection stays open.
 TELL_TOKEN = 'echo "token:$(cat ${RAY_AUTH_TOKEN_PATH:-~/.ray/auth_token}):"; while sleep 3600; do :; done'
 
 
 @contextmanager
 def tunnel(cluster: Path) -> Generator[tuple[str, str]]:
-    """While inside, the dashboard's address on loopback, and the cluster's token, which is kept in memory alone.
+    """Inside, give the dashboard's address on this machine and the cluster's token. The token is held only in memory.
 
     Raises:
-        UserError: not a file of `ray up`, no head is running, or it cannot be reached.
+        UserError: `cluster` is not a file for `ray up`, no head is running, or the head cannot be reached.
     """
     if read_cluster(cluster).provider == "kuberay":
         raise UserError(
-            f"{cluster}: Kubernetes has its own way in: kubectl port-forward to the head's service, and "
-            "RAY_ADDRESS=http://localhost:8265 in place of --cluster"
+            f"{cluster}: --cluster does not work with Kubernetes: run kubectl port-forward to the head's service, and "
+            "set RAY_ADDRESS=http://localhost:8265 in place of --cluster"
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +47,7 @@ def tunnel(cluster: Path) -> Generator[tuple[str, str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the command that uses the tunnel.
+        start_new_session=True,  # Ctrl-C must reach only the command that uses the tunnel.
     )
     assert process.stdin and process.stdout
     try:
@@ -66,7 +67,7 @@ def tunnel(cluster: Path) -> Generator[tuple[str, str]]:
 
 
 def reason(said: Sequence[str]) -> str:
-    """Of all that Ray and ssh say as the way there fails, the line that says why."""
+    """Return the line that explains a failed connection, from the output of Ray and ssh."""
     found = (line for pattern in REASONS for line in reversed(said) if re.search(pattern, line))
     return next(found, "ssh said nothing")
 
@@ -75,7 +76,7 @@ REASONS = (r"^ssh: ", r"Permission denied|Connection (closed|reset|timed out)", 
 
 
 def _main(cluster: str, port: int) -> None:
-    # The other end of standard input closes when the parent ends, however it does; ssh ends with this group.
+    # Standard input closes when the parent ends for any reason. Then end this process group, which includes ssh.
     parent = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
