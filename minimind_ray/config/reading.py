@@ -23,6 +23,7 @@ from minimind_ray.config.errors import UserError
 LARGEST_JSON, LARGEST_YAML = 64 << 20, 1 << 20  # bytes; tokenizers of 250,000 tokens take 35 MB
 DEEPEST = 64
 MOST_NODES = 100_000
+MERGE = "tag:yaml.org,2002:merge"
 WORD = range(-(2**63), 2**64)
 
 
@@ -214,6 +215,7 @@ def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
         elif isinstance(node, yaml.MappingNode):
             children = [part for pair in node.value for part in pair]
             _require_unique([key for key, _ in node.value])
+            _require_mergeable(node.value)
         size = sizes[id(node)] = 1 + sum(_measure(child, sizes, depth + 1) for child in children)
     if size > MOST_NODES:
         problem = f"more than {MOST_NODES:,} values, counted with every alias written out"
@@ -225,10 +227,19 @@ def _require_unique(keys: list[yaml.Node]) -> None:
     """Check that no key appears twice: YAML would silently use the last one. `<<` may appear twice."""
     seen: set[tuple[str, str]] = set()
     for key in keys:
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+        if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
             if (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value} appears twice", key.start_mark)
             seen.add((key.tag, key.value))
+
+
+def _require_mergeable(pairs: list[tuple[yaml.Node, yaml.Node]]) -> None:
+    """Check that each `<<` has a mapping, or a list of mappings."""
+    for key, value in pairs:
+        values = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if key.tag == MERGE and not all(isinstance(each, yaml.MappingNode) for each in values):
+            problem = "<< needs a mapping, such as *name, or a list of mappings"
+            raise yaml.constructor.ConstructorError(None, None, problem, value.start_mark)
 
 
 def _int(text: str) -> int:
