@@ -233,11 +233,12 @@ def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> 
             raise UserError(
                 f"data.train is not set for {config.out}: give the training files, such as --train 'data/*.jsonl'"
             )
-        require_files(config.data)
+        # The data may be in an object store, where an error may take minutes: check the other inputs first.
         if base is None and (config.init_from or config.record.needs_base):
             require_base(config)
         if config.data.tokenizer != tokenizer if config.data.tokenizer else base is None:
             load_tokenizer(config)
+        require_files(config.data)
 
 
 def whole_model(path: str, name: str) -> Path:

@@ -211,6 +211,15 @@ def test_stages_that_need_a_base_say_so(tmp_path: Path, stage: str) -> None:
             make_job(tmp_path, stage, 60, init_from=str(adapter), **tokenizer)
 
 
+def test_the_tokenizer_is_checked_before_an_object_store_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, data__train="gs://bucket/a.jsonl", data__tokenizer=str(tmp_path / "t"))
+    monkeypatch.setattr(stages_start, "require_files", lambda data: pytest.fail("asked"))
+    with pytest.raises(UserError, match="/t"):
+        stages_start.require_sources([config])
+
+
 def test_base_and_model_section_must_agree(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model.hidden_size is 128, but init_from"):
         make_job(tmp_path, "sft", 50, init_from=str(base / "run-pretrain"), model__hidden_size=128)
