@@ -22,6 +22,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import state
 from ray.core.generated.gcs_pb2 import (
+    JobTableData,  # pyright: ignore[reportAttributeAccessIssue] generated
     PlacementGroupTableData,  # pyright: ignore[reportAttributeAccessIssue] generated
 )
 from ray.core.generated.gcs_service_pb2 import (
@@ -34,6 +35,8 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.data.files import one_line
 
 HEAD_SECONDS = 10.0
+RAY_INTERNAL = "_ray_internal_"
+"""How the namespaces of Ray's own programs begin."""
 
 
 @contextmanager
@@ -77,9 +80,16 @@ def require_head(address: str) -> None:
             ) from None
 
 
-def jobs() -> list[dict[str, Any]]:
-    """Return the programs on the cluster, each with JobID, DriverPid, DriverIPAddress, Entrypoint and IsDead."""
-    return state.job_table()
+def other_jobs() -> list[Any]:
+    """Return the running programs on the cluster as `JobTableData`, without this program and Ray's own."""
+    own = ray.get_runtime_context().get_job_id()
+    accessor = state._connect_and_get_accessor()  # pyright: ignore[reportPrivateUsage]
+    table = accessor.get_job_table(skip_submission_job_info_field=True, skip_is_running_tasks_field=True)
+    return [
+        job
+        for job in map(JobTableData.FromString, table)
+        if not (job.is_dead or job.job_id.hex() == own or job.config.ray_namespace.startswith(RAY_INTERNAL))
+    ]
 
 
 def draining() -> bool:

@@ -77,17 +77,13 @@ def workers_wait_reason() -> str | None:
 
 def other_programs() -> list[str] | None:
     """Return the other drivers on the cluster: process, machine and the start of the command; None if unknown."""
-    import ray
-
     if not private_parts():
         return None
-    from minimind_ray.on_ray.private_ray import jobs
+    from minimind_ray.on_ray.private_ray import other_jobs
 
-    own = ray.get_runtime_context().get_job_id()
     return [
-        f"process {job['DriverPid']} on {job['DriverIPAddress']} ({masked(job['Entrypoint'])[:SHOWN]})"
-        for job in jobs()
-        if not job["IsDead"] and job["JobID"] != own
+        f"process {job.driver_pid} on {job.driver_address.ip_address} ({masked(job.entrypoint)[:SHOWN]})"
+        for job in other_jobs()
     ]
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import ray
+from ray.core.generated.gcs_pb2 import JobTableData
 from ray.tune.schedulers import PopulationBasedTraining
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
-from minimind_ray.on_ray import waiting
+from minimind_ray.on_ray import private_ray, waiting
 from minimind_ray.on_ray.layout import layout, trials_that_fit
 from minimind_ray.on_ray.session import Machines
 from minimind_ray.on_ray.tuner import _Exchange, _Watcher
@@ -97,6 +98,21 @@ def test_what_a_trial_waits_for_is_said(free: dict[str, float]) -> None:
     on_gpu = said(gpus_per_worker=1.0)
     assert "a trial needs 1 CPUs and 1 GPUs, and 2 of 2 CPUs and 0 of 1 GPUs are free" in on_gpu
     assert "needs 3 CPUs" in said(workers=2)  # One for Ray Data.
+
+
+def test_a_wait_names_other_programs_without_those_of_ray_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(number: int, namespace: str, *, dead: bool = False) -> bytes:
+        table = JobTableData(job_id=bytes([number]), is_dead=dead, driver_pid=number, entrypoint="minimind-ray tune")
+        table.driver_address.ip_address = "a"
+        table.config.ray_namespace = namespace
+        return table.SerializeToString()
+
+    table = [job(1, ""), job(2, "f00d"), job(3, "_ray_internal_dashboard"), job(4, "f00d", dead=True)]
+    accessor = SimpleNamespace(get_job_table=lambda **skipped: table)
+    monkeypatch.setattr(private_ray.state, "_connect_and_get_accessor", lambda: accessor)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "01"))
+    monkeypatch.setattr(waiting, "private_parts", lambda: True)
+    assert waiting.other_programs() == ["process 2 on a (minimind-ray tune)"]
 
 
 @pytest.mark.parametrize(("pending", "said"), [({}, False), ({"CPU": 3.0}, True)])
