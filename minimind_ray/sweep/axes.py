@@ -236,15 +236,19 @@ def points_on(axes: Sequence[Axis]) -> float:
     return math.prod(math.inf if axis.choices is None else len(axis.choices) for axis in axes)
 
 
+def all_points(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
+    """Every point on axes with finitely many points."""
+    for values in itertools.product(*(axis.choices or () for axis in axes)):
+        yield {axis.key: value for axis, value in zip(axes, values)}
+
+
 def untried_point(
     axes: Sequence[Axis], tried: Callable[[dict[str, Any]], bool], rng: np.random.Generator
 ) -> dict[str, Any] | None:
     """Draw a point that was not `tried`; None if every point was tried."""
     drawn = ({axis.key: axis.draw(rng) for axis in axes} for _ in range(DRAWS))
-    countable = math.isfinite(points_on(axes))
-    rest = itertools.product(*(axis.choices or () for axis in axes)) if countable else ()
-    points = itertools.chain(drawn, ({axis.key: v for axis, v in zip(axes, values)} for values in rest))
-    return next((point for point in points if not tried(point)), None)
+    rest = all_points(axes) if math.isfinite(points_on(axes)) else ()
+    return next((point for point in itertools.chain(drawn, rest) if not tried(point)), None)
 
 
 DRAWS = 200

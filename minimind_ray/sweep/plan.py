@@ -42,11 +42,10 @@ from minimind_ray.sweep.axes import (
     check_axes,
     parse_axis,
     plan_trials,
-    points_on,
     trial_config,
     trial_id,
 )
-from minimind_ray.sweep.searchers import Explorer, import_optuna
+from minimind_ray.sweep.searchers import Explorer, count_points, import_optuna
 from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
 from minimind_ray.train.run import RunDirectory
 
@@ -77,10 +76,10 @@ class SweepPlan:
         """The number of trials in all."""
         return self.points * self.search.seeds if self.search.searcher == "optuna" else len(self.trials)
 
-    @property
+    @functools.cached_property
     def points(self) -> int:
-        """The number of points for optuna to try: `--trials`, but at most the number of points on the axes."""
-        return int(min(self.search.trials or 0, points_on(self.axes)))
+        """The number of points for optuna to try: `--trials`, or all different points on the axes if they are fewer."""
+        return count_points(self.base, self.axes, self.search.trials or 0)
 
     @property
     def remark(self) -> str | None:
@@ -93,7 +92,8 @@ class SweepPlan:
             )
         if self.search.searcher != "optuna" or self.points == self.search.trials:
             return None
-        return f"the axes have {self.points} points, fewer than --trials {self.search.trials}: each point is tried once"
+        asked = f"--trials {self.search.trials}"
+        return f"the axes have {self.points} different points, fewer than {asked}: each is tried once"
 
     def in_place(self, trial: PlannedTrial) -> PlannedTrial:
         """The trial with its own directory inside the sweep's directory, and in the sweep's group for trackers."""

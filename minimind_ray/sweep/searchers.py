@@ -14,7 +14,17 @@ from minimind_ray.config.schema import Config
 from minimind_ray.data.storage import copy_of
 from minimind_ray.stages.run import Job
 from minimind_ray.stages.start import effect
-from minimind_ray.sweep.axes import Axis, Drawn, Grid, PlannedTrial, trial_at, trial_config, untried_point
+from minimind_ray.sweep.axes import (
+    Axis,
+    Drawn,
+    Grid,
+    PlannedTrial,
+    all_points,
+    points_on,
+    trial_at,
+    trial_config,
+    untried_point,
+)
 
 MOVABLE = (
     "optim.lr", "optim.weight_decay", "optim.clip", "optim.beta1", "optim.beta2",
@@ -24,6 +34,8 @@ RESAMPLE, FACTORS = 0.25, (0.8, 1.2)
 STARTUP = 10
 REPEATS = 10
 """After this many proposals in a row of points that were already tried, an untried point is drawn at random."""
+COMPARED = 1000
+"""On axes with more points than this, `count_points` does not compare the points."""
 
 
 class Explorer:
@@ -139,18 +151,11 @@ class OptunaPoints:
                 return None
             self.study.enqueue_trial({key: _inner(self.axes[key], value) for key, value in point.items()})
             proposal = self.study.ask(self.distributions)
-        self.tried.add(self._effect(point))
+        self.tried.add(run_key(self.base, point))
         return proposal, point
 
     def _is_tried(self, point: dict[str, Any]) -> bool:
-        return self._effect(point) in self.tried
-
-    def _effect(self, point: dict[str, Any]) -> str:
-        """A key that is equal for points with equal runs. For a point that cannot be run, it is the whole point."""
-        try:
-            return repr(effect(trial_config(self.base, point, self.base.train.seed), point))
-        except UserError:
-            return repr(point)
+        return run_key(self.base, point) in self.tried
 
     def tell(self, trial: Path, value: float | None) -> None:
         """Report a trial's metric. Once all seeds of its point have reported, Optuna gets their mean."""
@@ -163,6 +168,29 @@ class OptunaPoints:
                 self.study.tell(proposal, sum(found) / len(found))
             else:
                 self.study.tell(proposal, state=_state("FAIL"))
+
+
+def count_points(base: Config, axes: Sequence[Axis], most: int) -> int:
+    """The number of points on the axes with different runs, counted up to `most`.
+
+    On axes with more than COMPARED points it counts all of them: a comparison would take seconds.
+    """
+    if (size := points_on(axes)) > COMPARED:
+        return int(min(most, size))
+    found = set[str]()
+    for point in all_points(axes):
+        if len(found) == most:
+            break
+        found.add(run_key(base, point))
+    return len(found)
+
+
+def run_key(base: Config, point: Mapping[str, Any]) -> str:
+    """A key that is equal for points with equal runs. For a point that cannot be run, it is the whole point."""
+    try:
+        return repr(effect(trial_config(base, point, base.train.seed), point))
+    except UserError:
+        return repr(point)
 
 
 def import_optuna() -> Any:

@@ -128,6 +128,16 @@ def test_equal_trials_are_left_out_and_counted(tmp_path: Path) -> None:
     assert (whole.count, whole.remark) == (2, None)
 
 
+def test_optuna_counts_points_with_equal_runs_once(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    plan = planned(
+        tmp_path, {"dpo.lora": "true,false", "lora.rank": "2,4,8"},
+        {"searcher": "optuna", "trials": 5, "seeds": 2}, "dpo",
+    )  # fmt: skip
+    assert (plan.points, plan.count) == (4, 8)
+    assert plan.remark == "the axes have 4 different points, fewer than --trials 5: each is tried once"
+
+
 def test_the_workers_of_a_trial_share_its_gpus(tmp_path: Path) -> None:
     def gpus(**given: Any) -> float:
         plan = plan_of({"stage": "pretrain", "out": str(tmp_path), **given})
