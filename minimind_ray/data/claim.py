@@ -33,6 +33,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.data.background import in_background
 from minimind_ray.data.files import atomic_output, join, locate
 from minimind_ray.data.storage import WRITER, Mirror, copy_of, mirror_of, retry, url_of
 
@@ -240,7 +241,7 @@ def _leased(where: str, mirror: Mirror | None) -> Generator[None]:
     def write() -> None:
         _write(filesystem, path, own.model_copy(update={"until": time.time() + LEASE_S}).model_dump_json().encode())
 
-    def renew() -> None:
+    def renew(ended: threading.Event) -> None:
         while not ended.wait(RENEW_S):
             with suppress(OSError):  # Try again in RENEW_S.
                 if (there := read()) is None or there.token != own.token:
@@ -255,14 +256,10 @@ def _leased(where: str, mirror: Mirror | None) -> Generator[None]:
     time.sleep(SETTLE_S)
     if (there := retry(read, where)) is None or there.token != own.token:
         raise _in_use(where, there or Writer())
-    ended = threading.Event()
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
-    thread.start()
     try:
-        yield
+        with in_background(renew, "lease"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         with suppress(OSError):  # A lease that stays behind expires.
             filesystem.delete_file(path)
 

@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from minimind_ray.data.background import in_background
 from minimind_ray.data.files import join
 from minimind_ray.data.storage import StoreError
 from minimind_ray.stages.run import Job
@@ -30,16 +32,12 @@ def watching(job: Job, console: Console) -> Generator[None]:
         highlight=False,
         soft_wrap=True,
     )
-    stop = threading.Event()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        follower = threading.Thread(target=_follow, args=(job, bar, console, stop), daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            follower.join()
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar,
+        in_background(partial(_follow, job, bar, console), "follower"),
+    ):
+        yield
 
 
 def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) -> None:

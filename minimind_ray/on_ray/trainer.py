@@ -43,6 +43,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.data.background import in_background
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.plan import PackSource
@@ -272,9 +273,8 @@ def _watch_capacity(
     has lost a node. If Ray Data's CPU is lost, the workers wait for data and never finish the step after which they
     would stop. So after LEAVE_SECONDS they are ended at once.
     """
-    ended = threading.Event()
 
-    def look() -> None:
+    def look(ended: threading.Event) -> None:
         pause = min(LOOK_SECONDS, scale.resize_seconds)
         due, lacking = time.monotonic() + scale.resize_seconds, 0
         while not ended.wait(pause):
@@ -297,13 +297,8 @@ def _watch_capacity(
 
     if workers < scale.most:
         _request_nodes(scale)
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
+    with in_background(look, "room"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _request_nodes(scale: ScaleConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from minimind_ray.config.paths import masked
 from minimind_ray.config.schema import ScaleConfig
+from minimind_ray.data.background import in_background
 from minimind_ray.on_ray.session import pending_resources
 from minimind_ray.on_ray.versions import private_parts
 
@@ -93,9 +94,8 @@ def print_wait_reason(why: Callable[[], str | None], first: float = FIRST_S, aga
 
     After that, print the sentence every `again` seconds, until `why` returns None.
     """
-    ended = threading.Event()
 
-    def look() -> None:
+    def look(ended: threading.Event) -> None:
         due = time.monotonic() + first
         while not ended.wait(min(5.0, first)):
             try:
@@ -108,10 +108,5 @@ def print_wait_reason(why: Callable[[], str | None], first: float = FIRST_S, aga
                 print(reason, file=sys.stderr)
                 due = time.monotonic() + again
 
-    thread = threading.Thread(target=look, name="waiting", daemon=True)
-    thread.start()
-    try:
+    with in_background(look, "waiting"):
         yield
-    finally:
-        ended.set()
-        thread.join()
