@@ -1,19 +1,29 @@
-"""Draw the pictures of a sweep's report as inline SVG. They need no script, and follow the page's dark mode by CSS.
+"""The report's pictures, drawn by matplotlib once for the page and for report.png.
 
-Every mark has a class for its point's verdict (best, tied, worse, open) and a <title>, which a browser shows on hover.
-A picture is 400 units wide, so that its text stays readable on a phone. `report.py` puts the pictures on the page.
+Drawing functions take matplotlib's axes. `inline_svg` turns a figure into a part of the page that follows dark mode
+and shows texts on hover, without script. A picture is 400 units wide, so that its text stays readable at the width of
+a phone.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+from xml.etree import ElementTree
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from minimind_ray.sweep.axes import short_names
 from minimind_ray.sweep.compare import Comparison, Row, Verdict, trial_metric
@@ -21,7 +31,7 @@ from minimind_ray.sweep.text import count_text, number_text, shorten, value_text
 from minimind_ray.sweep.trials import Trial
 
 WIDTH, HEIGHT = 400, 270
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = MARGINS = 46, 12, 12, 40
 CURVE_POINTS = 40
 
 STANDING: dict[Verdict | None, str] = {
@@ -32,67 +42,115 @@ STANDING: dict[Verdict | None, str] = {
 ON_TOP = ("worse", "open", "tied", "best")
 """The classes in drawing order."""
 
+COLOURS = {
+    "best": "#0a7d4f", "tied": "#2f7fd1", "worse": "#98a1aa", "open": "#c07f12",
+    "ink": "#1a1f24", "soft": "#59636d", "line": "#e2e6ea", "card": "#ffffff",
+}  # fmt: skip
+"""The light colours of the page and of report.png, by the names of the page's CSS variables."""
 
-def element(name: str, *children: Any, **attributes: Any) -> Markup:
-    """An SVG element; text and attributes are escaped, numbers rounded, `class_` and `text_anchor` spelled right."""
-    parts = [Markup("<{}").format(Markup(name))]
-    for key, value in attributes.items():
-        text = f"{value:.5g}" if isinstance(value, float) else value
-        parts.append(Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), text))
-    return Markup("").join([*parts, Markup(">"), *children, Markup("</{}>").format(Markup(name))])
+LINES: dict[str, dict[str, Any]] = {
+    "best": {"linewidth": 2.8}, "tied": {"linewidth": 1.5}, "worse": {"linewidth": 1.5, "alpha": 0.75},
+    "open": {"linewidth": 1.5, "linestyle": (0, (3.3, 2))},
+}  # fmt: skip
 
+HIT: dict[str, Any] = {"linewidth": 12, "alpha": 0.001}
+"""A wide line for the mouse, as good as invisible; matplotlib leaves out what is wholly so."""
 
-def picture(*children: Any, label: str, width: float = WIDTH, height: float = HEIGHT, least: float = 0) -> Markup:
-    """An <svg> with these children, at least `least` pixels wide. `label` is for screen readers."""
-    style = f"min-width: {least:.0f}px"
-    return element("svg", *children, viewBox=f"0 0 {width} {height}", role="img", aria_label=label, style=style)
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True, "axes.edgecolor": COLOURS["soft"], "axes.facecolor": "none",
+    "axes.grid": True, "axes.grid.axis": "y", "axes.labelcolor": COLOURS["ink"], "axes.labelweight": "bold",
+    "axes.titlecolor": COLOURS["ink"], "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold",
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
+    "figure.facecolor": "none", "font.size": 12, "grid.color": COLOURS["line"], "grid.linewidth": 1,
+    "text.color": COLOURS["soft"], "xtick.color": COLOURS["soft"], "ytick.color": COLOURS["soft"],
+    "xtick.major.size": 4, "ytick.major.size": 0, "xaxis.labellocation": "right",
+    # Labels are others' text: a dollar sign is no mathematics. Browsers draw text; the same sweep gives the same page.
+    "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "report",
+}  # fmt: skip
+"""Matplotlib's settings while pictures are drawn and written."""
 
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps values from `low` to `high` to pixels from `start` to `end`."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """The pixel of a value. A value outside of the range gets the pixel at the edge."""
-        low, high, x = (math.log(v) if self.log else v for v in (self.low, self.high, self._clip(value)))
-        return self.start + (x - low) / (high - low) * (self.end - self.start)
-
-    def holds(self, value: float) -> bool:
-        """Whether the value is in range."""
-        return self._clip(value) == value
-
-    def _clip(self, value: float) -> float:
-        return min(max(value, self.low), self.high)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """About five round values with their text."""
-        values = log_ticks(self.low, self.high) if self.log else linear_ticks(self.low, self.high)
-        return [(v, number_text(float(f"{v:.6g}"))) for v in values]
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+SVG_SPACE = "{http://www.w3.org/2000/svg}"
+LINK = "{http://www.w3.org/1999/xlink}href"
 
 
-def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, about `count` of them."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.8 * rough)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def picture(width: float, height: float, margins: Sequence[float] = MARGINS) -> tuple[Figure, Axes]:
+    """An empty figure for the page, of so many units, and its axes; margins are left, right, top and bottom."""
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    left, right, top, bottom = margins
+    place = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    return figure, figure.add_axes(place)
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten; if there are few, also 2 and 5 times these."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 2, 5)):
-        values = [d * 10.0**e for e in exponents for d in digits if low * 0.999 <= d * 10.0**e <= high * 1.001]
-        if len(values) >= 3:
-            return values
-    return [low, high]
+def inline_svg(figure: Figure, label: str, least: float = 0) -> Markup:
+    """The figure as an <svg> without addresses, ids of its own and clip paths; all text is escaped.
+
+    `COLOURS` become the page's CSS variables, those of a verdict `--colour`, which the mark's class sets. What
+    `marked` wrote becomes classes and a <title>, one <g> for all parts of a mark.
+
+    Args:
+        figure: drawn under `STYLE`.
+        label: for screen readers.
+        least: the least width in pixels.
+    """
+    written = io.StringIO()
+    with warnings.catch_warnings():
+        # The browser draws the text, with its own fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(NOT_XML.sub("\ufffd", written.getvalue()))
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{SVG_SPACE}style", f"{SVG_SPACE}clipPath"):
+                parent.remove(child)
+        gather_marks(parent)
+    for node in root.iter():
+        node.tag = node.tag.removeprefix(SVG_SPACE)
+        node.text, node.tail = (node.text or "").strip(), None
+        node.attrib.pop("clip-path", None)
+        if target := node.attrib.pop(LINK, None):
+            node.set("xlink:href", target)
+        if style := node.get("style"):
+            node.set("style", with_variables(style))
+    view = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
+    root.attrib = {**view, "style": f"min-width: {least:.0f}px"}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def gather_marks(parent: ElementTree.Element) -> None:
+    """Merge a parent's groups that are parts of one mark; drop the ids that matplotlib numbers."""
+    last, mark = "", parent
+    for child in list(parent):
+        name = child.attrib.pop("id", "") if child.tag == f"{SVG_SPACE}g" else ""
+        classes, colon, title = name.partition(": ")
+        if name == last and colon:
+            mark.extend(child)
+            parent.remove(child)
+        elif colon:
+            mark = child
+            child.set("class", classes)
+            heading = ElementTree.Element("title")
+            heading.text = title
+            child[:0] = [heading] if title else []
+        last = name
+
+
+def with_variables(style: str) -> str:
+    """A style with the page's CSS variables instead of `COLOURS`."""
+    for name, colour in COLOURS.items():
+        style = style.replace(colour, "var(--colour)" if name in ON_TOP else f"var(--{name})")
+    return style
+
+
+def marked(kind: str, row: Row, title: str) -> dict[str, Any]:
+    """Matplotlib's arguments for parts of the mark of a row: its colour, and what `inline_svg` reads."""
+    standing = STANDING[row.verdict]
+    return {"color": COLOURS[standing], "gid": f"{kind} {standing}: {title}", "clip_on": False}
+
+
+def drawing_order(row: Row) -> int:
+    """The best is drawn last, on top."""
+    return ON_TOP.index(STANDING[row.verdict])
 
 
 def robust_range(values: Iterable[float]) -> tuple[float, float]:
@@ -114,20 +172,35 @@ class Dimension:
     number: Callable[[Any], float]
     low: float
     high: float
-    log: bool
-    marks: list[tuple[float, str]] | None
+    log: bool = False
+    marks: list[tuple[float, str]] | None = None
 
-    def scale(self, start: float, end: float) -> Scale:
-        """Onto pixels."""
-        return Scale(self.low, self.high, start, end, self.log)
+    def clip(self, number: float) -> float:
+        """Numbers outside land on the edge."""
+        return min(max(number, self.low), self.high)
 
-    def ticks(self, scale: Scale, apart: float) -> list[tuple[float, str]]:
-        """Ticks at the varied values, or at round values if there are too many; at least `apart` pixels apart."""
+    def share(self, number: float) -> float:
+        """Where a number lies between `low` (0) and `high` (1)."""
+        low, high, x = (math.log(v) if self.log else v for v in (self.low, self.high, self.clip(number)))
+        return (x - low) / (high - low)
+
+    def ticks(self, apart: float = 0) -> list[tuple[float, str]]:
+        """(share, text) of the varied values, or of round ones where those are drawn; at least `apart` apart."""
         kept: list[tuple[float, str]] = []
-        for value, text in self.marks or scale.ticks():
-            if not kept or abs(scale(value) - scale(kept[-1][0])) >= apart:
-                kept.append((value, text))
+        for number, text in self.marks or round_values(self.low, self.high, self.log):
+            share = self.share(number)
+            if not kept or share - kept[-1][0] >= apart:
+                kept.append((share, text))
         return kept
+
+
+def round_values(low: float, high: float, log: bool = False) -> list[tuple[float, str]]:
+    """About five round values from `low` to `high` with their text."""
+    locators = [LogLocator(), LogLocator(subs=(1, 2, 5))] if log else [MaxNLocator(6, steps=[1, 2, 5, 10])]
+    found = [[float(f"{v:.6g}") for v in locator.tick_values(low, high)] for locator in locators]
+    inside = [[v for v in values if low <= v <= high] for values in found]
+    ends = [float(f"{v:.6g}") for v in (low, high)]
+    return [(v, number_text(v)) for v in next((values for values in inside if len(values) >= 3), ends)]
 
 
 def axis_dimension(name: str, spec: list[Any] | str | None, values: Sequence[Any]) -> Dimension:
@@ -150,21 +223,25 @@ def axis_dimension(name: str, spec: list[Any] | str | None, values: Sequence[Any
     return Dimension(name, float, low - room, high + room, False, marks)
 
 
-def frame(
-    x: Scale, y: Scale, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], x_name: str
-) -> Markup:
-    """Grid lines, tick texts, and the name of x below. The name of y is the picture's heading."""
-    marks: list[Markup] = []
-    for value, text in y_ticks:
-        at = y(value)
-        marks.append(element("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
-        marks.append(element("text", text, x=x.start - 7, y=at + 4, text_anchor="end"))
-    for value, text in x_ticks:
-        marks.append(element("line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="tick"))
-        marks.append(element("text", shorten(text, 14), x=x(value), y=y.start + 17, text_anchor="middle"))
-    marks.append(element("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="tick"))
-    marks.append(element("text", x_name, x=x.end, y=y.start + 34, text_anchor="end", class_="name"))
-    return Markup("").join(marks)
+def metric_dimension(comparison: Comparison) -> Dimension:
+    """The scale of the metric, which includes the intervals."""
+    intervals = [row.metric for row in comparison.rows if row.metric]
+    values = [v for i in intervals for v in (i.value, i.low, i.high) if v is not None]
+    return Dimension(comparison.metric, float, *robust_range(values))
+
+
+def difference_dimension(comparison: Comparison) -> Dimension:
+    """The scale of the differences to the best, which includes zero and the intervals."""
+    known = [row.difference for row in comparison.rows if row.difference]
+    values = [v for d in known for v in (d.value, d.low, d.high, 0.0) if v is not None]
+    return Dimension("difference", float, *robust_range(values))
+
+
+def set_round_ticks(axes: Axes, way: Literal["x", "y"], low: float, high: float) -> None:
+    """Let an axis of a picture go from `low` to `high`, with round values on it."""
+    values, texts = zip(*round_values(low, high))
+    # The limits last, since ticks may widen them.
+    axes.set(**{f"{way}ticks": values, f"{way}ticklabels": texts, f"{way}lim": (low, high)})
 
 
 def curve_points(trial: Trial, metric: str) -> list[tuple[float, float]]:
@@ -179,98 +256,99 @@ def curve_points(trial: Trial, metric: str) -> list[tuple[float, float]]:
     return [(float(b[:, 0].mean()), float(b[:, 1].mean())) for b in np.array_split(np.array(points), CURVE_POINTS)]
 
 
-def learning_curves(rows: Sequence[Row], metric: str) -> Markup | None:
-    """The metric over tokens, one line per trial. A cross ends a failed trial. None if no trial logged the metric."""
+def learning_curves(axes: Axes, rows: Sequence[Row], metric: str) -> bool:
+    """Draw the metric over tokens, one line per trial; crosses end failed ones. False where nobody logged it."""
     curves = [(row, trial, curve_points(trial, metric)) for row in rows for trial in row.trials]
-    curves = [curve for curve in curves if curve[2]]
-    if not curves:
-        return None
-    values = [value for *_, points in curves for _, value in points]
-    x = Scale(0, max(tokens for *_, points in curves for tokens, _ in points), LEFT, WIDTH - RIGHT - 6)
-    low, high = robust_range(values)
-    y = Scale(low, high, HEIGHT - BOTTOM, TOP)
-    lines: list[Markup] = []
-    for row, trial, points in sorted(curves, key=lambda curve: ON_TOP.index(STANDING[curve[0].verdict])):
-        d = "M" + "L".join(f"{x(tokens):.1f},{y(value):.1f}" for tokens, value in points)
-        at_x, at_y = x(points[-1][0]), y(points[-1][1])
-        end = element("circle", cx=at_x, cy=at_y, r=2.5, class_="end")
-        if trial.state == "failed":
-            end = element("path", d=f"M{at_x - 4:.1f},{at_y - 4:.1f}l8,8m0,-8l-8,8", class_="cross")
+    curves = sorted((curve for curve in curves if curve[2]), key=lambda curve: drawing_order(curve[0]))
+    low, high = robust_range(value for *_, points in curves for _, value in points)
+    for row, trial, points in curves:
         title = f"{row.label}, seed {trial.seed}: {points[-1][1]:.4g} ({trial.state})"
-        lines.append(
-            element(
-                "g", element("title", title), element("path", d=d, class_="hit"), element("path", d=d), end,
-                class_=f"curve {STANDING[row.verdict]}",
-            )
-        )  # fmt: skip
-    x_ticks = [(tokens, count_text(tokens)) for tokens in linear_ticks(x.low, x.high, 4)]
-    return picture(frame(x, y, x_ticks, y.ticks(), "tokens"), *lines, label=f"{metric} over tokens")
+        tokens, values = zip(*points)
+        shown = np.clip(values, low, high)
+        marker, size, edge = ("x", 8, 2) if trial.state == "failed" else ("o", 5, 0)
+        arguments = marked("curve", row, title)
+        axes.plot(tokens, shown, **HIT, **arguments)
+        axes.plot(tokens, shown, **LINES[STANDING[row.verdict]], **arguments)
+        axes.plot(tokens[-1], shown[-1], marker=marker, markersize=size, markeredgewidth=edge, **arguments)
+    axes.set_xlabel("tokens")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda tokens, _: count_text(tokens))
+    set_round_ticks(axes, "y", low, high)
+    return bool(curves)
 
 
-def metric_against_axis(comparison: Comparison, key: str, spec: list[Any] | str | None) -> Markup:
-    """The metric of every point over an axis, with intervals. Hollow dots are single seeds.
+def draw_point(axes: Axes, comparison: Comparison, row: Row, at: float, *, flat: bool) -> None:
+    """Draw a point's metric with its interval and its seeds, `flat` along x or else along y, at `at` of the other.
 
-    Lines join points that differ only in this axis.
+    Hollow dots are single seeds; triangles lie outside.
     """
-    rows = [row for row in comparison.rows if row.metric]
-    name = short_names(comparison.keys)[key]
-    dimension = axis_dimension(name, spec, [row.point[key] for row in comparison.rows])
-    x = dimension.scale(LEFT, WIDTH - RIGHT)
-    y = metric_scale(comparison, HEIGHT - BOTTOM, TOP)
-    at = [x(dimension.number(row.point[key])) for row in rows]
-    at = dodge(at, 0.5 * (x.end - x.start) / len(set(at)))
+    assert row.metric
+    metric, arguments = metric_dimension(comparison), marked("point", row, describe(comparison, row))
 
+    def draw(values: Sequence[float], **options: Any) -> None:
+        places, shown = [at] * len(values), [metric.clip(v) for v in values]
+        axes.plot(*((shown, places) if flat else (places, shown)), **options, **arguments)
+
+    value, low, high = row.metric.value, row.metric.low, row.metric.high
+    if low is not None and high is not None:
+        draw((low, high), linewidth=3, alpha=0.5, solid_capstyle="round")
+    seeds = [trial_metric(t, comparison.metric) for t in row.compared]
+    draw(
+        [v for v in seeds if metric.clip(v) == v],
+        linestyle="", marker="o", markersize=4.8, markeredgewidth=1.2, markerfacecolor=COLOURS["card"],
+    )  # fmt: skip
+    outside = "<>" if flat else "v^"
+    shape = outside[value > metric.high] if metric.clip(value) != value else "o"
+    draw([value], marker=shape, markersize=9, markeredgewidth=0)
+
+
+def all_points(axes: Axes, comparison: Comparison) -> None:
+    """Draw every point's metric with its interval, best first."""
+    rows, metric = [row for row in comparison.rows if row.metric], metric_dimension(comparison)
+    for place, row in enumerate(rows):
+        draw_point(axes, comparison, row, place, flat=True)
+    axes.set_yticks(range(len(rows)), [shorten(row.label, 60) for row in rows])
+    set_round_ticks(axes, "x", metric.low, metric.high)
+    axes.set_xlabel(f"{comparison.metric} with 95 % interval")
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+
+
+def metric_against_axis(axes: Axes, comparison: Comparison, key: str, spec: list[Any] | str | None) -> None:
+    """Draw the metric of every point over one axis; lines join points that differ in this axis alone."""
+    rows = [row for row in comparison.rows if row.metric]
+    dimension = axis_dimension(short_names(comparison.keys)[key], spec, [row.point[key] for row in comparison.rows])
+    metric, width = metric_dimension(comparison), WIDTH - LEFT - RIGHT
+    at = [dimension.share(dimension.number(row.point[key])) for row in rows]
+    at = dodge(at, 12 / width, 0.5 / len(set(at)))
     lines: dict[str, list[tuple[float, float]]] = {}
-    marks: list[Markup] = []
-    for row, at_x in sorted(zip(rows, at), key=lambda pair: ON_TOP.index(STANDING[pair[0].verdict])):
+    for row, x in zip(rows, at):
         assert row.metric
         others = repr([(row.sweep, row.point[k]) for k in comparison.keys if k != key])
-        lines.setdefault(others, []).append((at_x, y(row.metric.value)))
-        seeds = [trial_metric(t, comparison.metric) for t in row.compared]
-        inside: list[Markup] = [element("title", describe(comparison, row))]
-        if row.metric.low is not None and row.metric.high is not None:
-            inside.append(
-                element("line", x1=at_x, x2=at_x, y1=y(row.metric.low), y2=y(row.metric.high), class_="interval")
-            )
-        inside += [element("circle", cx=at_x, cy=y(v), r=2.4, class_="seed") for v in seeds if y.holds(v)]
-        inside.append(dot(at_x, row.metric.value, y))
-        marks.append(element("g", *inside, class_=f"point {STANDING[row.verdict]}"))
-    joined = [
-        element("path", d="M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in sorted(points)), class_="join")
-        for points in lines.values()
-        if len(points) > 1
-    ]
-    ticks = dimension.ticks(x, 34 if len(dimension.marks or []) < 8 else 44)
-    return picture(frame(x, y, ticks, y.ticks(), name), *joined, *marks, label=f"{comparison.metric} against {name}")
+        lines.setdefault(others, []).append((x, metric.clip(row.metric.value)))
+    for points in lines.values():
+        axes.plot(*zip(*sorted(points)), color=COLOURS["soft"], alpha=0.28, linewidth=1)
+    for row, x in sorted(zip(rows, at), key=lambda pair: drawing_order(pair[0])):
+        draw_point(axes, comparison, row, x, flat=False)
+    xs, names = zip(*dimension.ticks((34 if len(dimension.marks or []) < 8 else 44) / width))
+    axes.set_xticks(xs, [shorten(name, 14) for name in names])
+    set_round_ticks(axes, "y", metric.low, metric.high)
+    axes.set(xlabel=dimension.name, xlim=(0, 1))
 
 
-def dodge(at: Sequence[float], room: float) -> list[float]:
-    """Move marks with the same position apart, within `room` pixels."""
+def dodge(at: Sequence[float], most: float, room: float) -> list[float]:
+    """Move marks at the same place apart, each by at most `most`, within `room`."""
     places: dict[float, list[int]] = {}
     for i, x in enumerate(at):
-        places.setdefault(round(x, 1), []).append(i)
+        places.setdefault(round(x, 3), []).append(i)
     moved = list(at)
     for x, indices in places.items():
-        step = min(12.0, room / len(indices))
+        step = min(most, room / len(indices))
         for rank, i in enumerate(indices):
             moved[i] = x + step * (rank - (len(indices) - 1) / 2)
     return moved
-
-
-def dot(x: float, value: float, y: Scale) -> Markup:
-    """A dot for a value, or a triangle at the edge if the value is outside of the scale."""
-    if y.holds(value):
-        return element("circle", cx=x, cy=y(value), r=4.5, class_="dot")
-    way = 1 if value > y.high else -1
-    return element("path", d=f"M{x:.1f},{y(value):.1f}l5,{8 * way}h-10z", class_="dot")
-
-
-def metric_scale(comparison: Comparison, start: float, end: float) -> Scale:
-    """The scale of the metric, which includes the intervals."""
-    intervals = [row.metric for row in comparison.rows if row.metric]
-    values = [v for i in intervals for v in (i.value, i.low, i.high) if v is not None]
-    low, high = robust_range(values)
-    return Scale(low, high, start, end)
 
 
 def describe(comparison: Comparison, row: Row) -> str:
@@ -281,90 +359,31 @@ def describe(comparison: Comparison, row: Row) -> str:
     return f"{row.label}: {comparison.metric} {value}{interval}, {row.verdict or row.status}"
 
 
-def parallel_coordinates(comparison: Comparison, specs: dict[str, list[Any] | str]) -> Markup:
-    """One line per point through its value on every axis and its metric. A better metric is higher."""
+def parallel_coordinates(axes: Axes, comparison: Comparison, specs: dict[str, list[Any] | str]) -> None:
+    """Draw one line per point through its value on every axis and its metric, the better the higher."""
     rows = [row for row in comparison.rows if row.metric]
-    names = short_names(comparison.keys)
+    names, metric = short_names(comparison.keys), metric_dimension(comparison)
     dimensions = [axis_dimension(names[k], specs.get(k), [row.point[k] for row in rows]) for k in comparison.keys]
-    height, top, bottom = 280, 36, 264
-    width = max(WIDTH, 110 * len(dimensions) + 80)
-    xs = np.linspace(44, width - 40, len(dimensions) + 1).tolist()
-    scales = [dimension.scale(bottom, top) for dimension in dimensions]
-    better_up = (bottom, top) if comparison.mode == "max" else (top, bottom)
-    metric = metric_scale(comparison, *better_up)
-    marks: list[Markup] = []
-    for row in sorted(rows, key=lambda row: ON_TOP.index(STANDING[row.verdict])):
+    last = len(dimensions)
+    for row in sorted(rows, key=drawing_order):
         assert row.metric
-        ys = [scale(d.number(row.point[k])) for k, d, scale in zip(comparison.keys, dimensions, scales)]
-        points = list(zip(xs, [*ys, metric(row.metric.value)]))
-        d = f"M{points[0][0]:.1f},{points[0][1]:.1f}" + "".join(
-            f"C{(a + c) / 2:.1f},{b:.1f} {(a + c) / 2:.1f},{e:.1f} {c:.1f},{e:.1f}"
-            for (a, b), (c, e) in zip(points, points[1:])
-        )
-        title = element("title", describe(comparison, row))
-        hit, line = element("path", d=d, class_="hit"), element("path", d=d)
-        marks.append(element("g", title, hit, line, class_=f"curve {STANDING[row.verdict]}"))
-    ticks = [(d.name, d.ticks(scale, 18), scale) for d, scale in zip(dimensions, scales)]
-    for x, (name, values, scale) in zip(xs, [*ticks, (comparison.metric, metric.ticks(), metric)]):
-        side, anchor = (7, "start") if x == xs[-1] else (-7, "end")
-        marks.append(element("line", x1=x, x2=x, y1=top, y2=bottom, class_="tick"))
-        name_x, name_anchor = (width - 4, "end") if x == xs[-1] else (x, "middle")
-        marks.append(element("text", name, x=name_x, y=top - 16, text_anchor=name_anchor, class_="name"))
-        marks += [
-            element("text", shorten(text, 14), x=x + side, y=scale(value) + 4, text_anchor=anchor, class_="halo")
-            for value, text in values
-        ]
-    # Do not shrink a picture with many axes: the page lets it scroll.
-    return picture(*marks, label="parallel coordinates", width=width, height=height, least=0.8 * width)
-
-
-def difference_scale(comparison: Comparison) -> Scale:
-    """The scale of the differences to the best, which includes zero and the intervals."""
-    known = [row.difference for row in comparison.rows if row.difference]
-    low, high = robust_range([b for d in known for b in (d.value, d.low, d.high, 0.0) if b is not None])
-    return Scale(low, high, 4, WIDTH - 4)
-
-
-def difference_bar(comparison: Comparison, row: Row) -> Markup:
-    """A point's paired difference to the best with its simultaneous interval. The vertical line is zero."""
-    assert row.difference and row.difference.low is not None and row.difference.high is not None
-    x, digits = difference_scale(comparison), comparison.digits
-    title = f"{row.label}: {row.difference.value:+.{digits}f} ({row.difference.text(digits)}), {row.verdict}"
-    return picture(
-        element("line", x1=x(0.0), x2=x(0.0), y1=0, y2=14, class_="zero"),
-        element(
-            "g",
-            element("title", title),
-            element("line", x1=x(row.difference.low), x2=x(row.difference.high), y1=7, y2=7, class_="interval"),
-            element("circle", cx=x(row.difference.value), cy=7, r=4.5, class_="dot"),
-            class_=f"point {STANDING[row.verdict]}",
-        ),
-        label=title,
-        height=14,
-    )
-
-
-def difference_ticks(comparison: Comparison) -> Markup:
-    """The scale under the bars."""
-    x = difference_scale(comparison)
-    marks = [element("line", x1=x.start, x2=x.end, y1=1, y2=1, class_="tick")]
-    for value, text in x.ticks():
-        marks.append(element("line", x1=x(value), x2=x(value), y1=1, y2=5, class_="tick"))
-        marks.append(element("text", text, x=x(value), y=19, text_anchor="middle"))
-    return picture(*marks, label="scale of the differences", height=24)
-
-
-def small_interval(comparison: Comparison, row: Row) -> Markup:
-    """The metric with its interval, for a cell of the table."""
-    assert row.metric
-    x = metric_scale(comparison, 4, 116)
-    low, high = row.metric.low, row.metric.high
-    line = "" if low is None or high is None else element(
-        "line", x1=x(low), x2=x(high), y1=7, y2=7, class_="interval"
-    )  # fmt: skip
-    mark = element("circle", cx=x(row.metric.value), cy=7, r=3.5, class_="dot")
-    title = element("title", describe(comparison, row))
-    return picture(
-        element("g", title, line, mark, class_=f"point {STANDING[row.verdict]}"),
-        label=describe(comparison, row), width=120, height=14,
-    )  # fmt: skip
+        quality = metric.share(row.metric.value)
+        ys = [d.share(d.number(row.point[k])) for k, d in zip(comparison.keys, dimensions)]
+        ys.append(quality if comparison.mode == "max" else 1 - quality)
+        bends = [p for x in range(last) for p in ((x + 0.5, ys[x]), (x + 0.5, ys[x + 1]), (x + 1, ys[x + 1]))]
+        path = Path([(0, ys[0]), *bends], [Path.MOVETO] + [Path.CURVE4] * len(bends))
+        arguments = marked("curve", row, describe(comparison, row))
+        axes.add_patch(PathPatch(path, fill=False, **HIT, **arguments))
+        axes.add_patch(PathPatch(path, fill=False, **LINES[STANDING[row.verdict]], **arguments))
+    for x, dimension in enumerate([*dimensions, metric]):
+        axes.axvline(x, color=COLOURS["soft"], alpha=0.6, linewidth=1)
+        side, anchor = (7, "left") if x == last else (-7, "right")
+        beside: dict[str, Any] = {"xytext": (side, 0), "ha": anchor, "va": "center_baseline", "gid": "halo: "}
+        for share, text in dimension.ticks(0.08):
+            y = 1 - share if dimension is metric and comparison.mode == "min" else share
+            axes.annotate(shorten(text, 14), (x, y), textcoords="offset points", **beside)
+        at, anchor = ((36, 16), "right") if x == last else ((0, 16), "center")
+        above: dict[str, Any] = {"xytext": at, "color": COLOURS["ink"], "weight": "bold", "ha": anchor}
+        axes.annotate(dimension.name, (x, 1), textcoords="offset points", **above)
+    axes.set(xlim=(0, last), ylim=(0, 1))
+    axes.set_axis_off()

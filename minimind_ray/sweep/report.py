@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 
 from minimind_ray.config.reading import dump_yaml
 from minimind_ray.data.storage import mirror_of
@@ -26,9 +29,6 @@ from minimind_ray.train.run import write_atomically
 
 MATRIX_POINTS = 24
 """With more points, the matrix of all pairs would be unreadable and is left out."""
-
-COLOURS = {"best": "#0a7d4f", "tied": "#2f7fd1", "worse": "#98a1aa", "open": "#c07f12"}
-"""The page's light colours, for the PNG."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def write_report(path: str | Path) -> Path:
     return page
 
 
+@rc_context(chart.STYLE)
 def render(sweep: Sweep, comparison: Comparison) -> str:
     """The page as HTML. Samples, errors and paths are untrusted texts: the template escapes them."""
     environment = Environment(
@@ -67,9 +68,9 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         "value": value_text,
         "shorten": shorten,
         "fact": fact_text,
+        "percent": "{:.2%}".format,
         "standing": chart.STANDING.__getitem__,
-        "bar": partial(chart.small_interval, comparison),
-        "difference_bar": partial(chart.difference_bar, comparison),
+        "describe": partial(chart.describe, comparison),
     }
     environment.filters.update(filters)
     rows, info = comparison.rows, sweep.info
@@ -85,27 +86,42 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         by_verdict={verdict: [row for row in measured if row.verdict == verdict] for verdict in chart.STANDING},
         failed=[trial for trial in sweep.trials if trial.state == "failed"],
         curves=learning_curves(comparison),
-        axes=[
-            Figure(f"{info.metric} against {key}", chart.metric_against_axis(comparison, key, spec))
-            for key, spec in info.axes.items()
-            if any(row.metric for row in rows)
-        ],
-        parallel=chart.parallel_coordinates(comparison, info.axes) if len(info.axes) > 1 and measured else None,
-        ticks=chart.difference_ticks(comparison) if len(measured) > 1 and judged else None,
+        axes=[axis_figure(comparison, key, spec) for key, spec in info.axes.items() if any(row.metric for row in rows)],
+        parallel=parallel_coordinates(comparison, info.axes) if len(info.axes) > 1 and measured else None,
+        colours=chart.COLOURS,
+        metric_dimension=chart.metric_dimension(comparison),
+        difference_dimension=chart.difference_dimension(comparison) if len(measured) > 1 and judged else None,
         matrix=matrix(comparison, measured) if 2 < len(measured) <= MATRIX_POINTS and judged else None,
         samples=samples(measured[0], worse[-1]) if worse else None,
         config=dump_yaml(info.config),
     )
 
 
+def axis_figure(comparison: Comparison, key: str, spec: list[Any] | str) -> Figure:
+    """The metric against one axis."""
+    canvas, axes = chart.picture(chart.WIDTH, chart.HEIGHT)
+    chart.metric_against_axis(axes, comparison, key, spec)
+    heading = f"{comparison.metric} against {key}"
+    return Figure(heading, chart.inline_svg(canvas, heading))
+
+
+def parallel_coordinates(comparison: Comparison, specs: dict[str, list[Any] | str]) -> str:
+    """All axes at once. Many need room: the page lets the picture scroll rather than shrink."""
+    width = max(chart.WIDTH, 110 * len(comparison.keys) + 80)
+    canvas, axes = chart.picture(width, 280, margins=(44, 40, 36, 16))
+    chart.parallel_coordinates(axes, comparison, specs)
+    return chart.inline_svg(canvas, "parallel coordinates", least=0.8 * width)
+
+
 def learning_curves(comparison: Comparison) -> list[Figure]:
     """Figures of the sweep's metric, the validation loss, and the training loss."""
-    captions = {"loss": "In training."}
-    return [
-        Figure(f"{metric} over tokens", svg, captions.get(metric, ""))
-        for metric in dict.fromkeys((comparison.metric, "val/loss", "loss"))
-        if (svg := chart.learning_curves(comparison.rows, metric))
-    ]
+    captions, figures = {"loss": "In training."}, list[Figure]()
+    for metric in dict.fromkeys((comparison.metric, "val/loss", "loss")):
+        canvas, axes = chart.picture(chart.WIDTH, chart.HEIGHT)
+        heading = f"{metric} over tokens"
+        if chart.learning_curves(axes, comparison.rows, metric):
+            figures.append(Figure(heading, chart.inline_svg(canvas, heading), captions.get(metric, "")))
+    return figures
 
 
 def matrix(comparison: Comparison, measured: list[Row]) -> list[list[tuple[str, str]]]:
@@ -143,41 +159,21 @@ def fact_text(value: Any) -> str:
     return value_text(value) if isinstance(value, int | float | str) else json.dumps(value, ensure_ascii=False)
 
 
+@rc_context(chart.STYLE)
 def write_png(comparison: Comparison, path: Path) -> None:
     """Write the main picture: every point's metric with its interval, best first, and the learning curves."""
-    from matplotlib.figure import Figure as Canvas
-
     rows = [row for row in comparison.rows if row.metric]
-    canvas = Canvas(figsize=(12, max(3.6, 0.32 * len(rows) + 1.4)), layout="constrained")
+    height = max(3.6, 0.32 * len(rows) + 1.4)
+    canvas = Canvas(figsize=(12, height), layout="constrained", facecolor=chart.COLOURS["card"])
     points, curves = canvas.subplots(1, 2)
-    for place, row in enumerate(rows):
-        assert row.metric
-        colour = COLOURS[chart.STANDING[row.verdict]]
-        if row.metric.low is not None:
-            points.plot([row.metric.low, row.metric.high], [place, place], color=colour, linewidth=2.5, alpha=0.55)
-        points.plot(row.metric.value, place, "o", color=colour, markersize=6)
-    # Matplotlib would read text between dollar signs as mathematics.
-    points.set_yticks(range(len(rows)), [shorten(row.label, 60).replace("$", r"\$") for row in rows])
-    points.invert_yaxis()
-    points.set_xlabel(f"{comparison.metric} with 95 % interval")
-    points.grid(axis="x", alpha=0.3)
-    drawn = [(row, trial, chart.curve_points(trial, comparison.metric)) for row in rows for trial in row.trials]
-    for row, _, curve in sorted(drawn, key=lambda c: chart.ON_TOP.index(chart.STANDING[c[0].verdict])):
-        standing = chart.STANDING[row.verdict]
-        curves.plot(*zip(*curve), color=COLOURS[standing], linewidth=2 if standing == "best" else 1)
-    curves.set_ylim(*chart.robust_range([value for *_, curve in drawn for _, value in curve]))
-    curves.set_xlabel("tokens")
-    curves.xaxis.set_major_formatter(lambda tokens, _: count_text(tokens))
-    curves.locator_params(axis="x", nbins=5)
-    curves.set_ylabel(comparison.metric)
-    curves.grid(alpha=0.3)
-    for axes in (points, curves):
-        axes.spines[["top", "right"]].set_visible(False)
+    chart.all_points(points, comparison)
+    chart.learning_curves(curves, rows, comparison.metric)
+    curves.set_title(f"{comparison.metric} over tokens")
     labels = {"best": "best", "tied": "not distinguishable from it", "worse": "worse", "open": "not compared"}
-    for standing in dict.fromkeys(chart.STANDING[row.verdict] for row in rows):
-        curves.plot([], [], color=COLOURS[standing], label=labels[standing])
-    if rows:
-        curves.legend(frameon=False)
+    standings = dict.fromkeys(chart.STANDING[row.verdict] for row in rows)
+    lines = [Line2D([], [], color=chart.COLOURS[standing], label=labels[standing]) for standing in standings]
+    if lines:
+        curves.legend(handles=lines, frameon=False)
     # Replace an existing link; do not write through it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     canvas.savefig(temporary, dpi=150, format="png")

@@ -8,10 +8,21 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib import rc_context
 
-from minimind_ray.sweep.chart import Scale, axis_dimension, dodge, linear_ticks, log_ticks, robust_range
+from minimind_ray.sweep.chart import (
+    STYLE,
+    Dimension,
+    axis_dimension,
+    dodge,
+    inline_svg,
+    picture,
+    robust_range,
+    round_values,
+)
 from minimind_ray.sweep.report import write_report
 from minimind_ray.sweep.text import count_text, duration_text, number_text, shorten, value_text
 from tests.sweep.synthetic import make_full_sweep, make_sweep
@@ -61,8 +72,14 @@ def test_everything_is_on_the_page(full: Path) -> None:
     assert "春风又绿江南岸" in page
     assert "weight_decay: 0.01" in page
     assert full.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    # 2 axes, parallel coordinates, 2 kinds of curves, the scale, and a bar for each point and each difference.
-    assert page.count("<svg") == 2 + 1 + 2 + 1 + 8 + 7
+    # 2 axes, parallel coordinates and 2 kinds of curves; a bar for each point and each difference, and their scale.
+    assert page.count("<svg") == 2 + 1 + 2
+    assert page.count('<span class="bar ') == 8 + 7
+    assert page.count('<div class="scale">') == 1
+    # On hover, each mark says what it is: 8 points against each axis and over all, 16 trials in each kind of curves.
+    assert page.count("<title>beta 0.1, lr 1e-5: val/loss 0.347 (0.313 to 0.385), best</title>") == 2 + 1
+    assert page.count('<g class="point ') == 8 * 2
+    assert page.count('<g class="curve ') == 8 + 16 * 2
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_runs(full: Path, crowded: Path) -> None:
@@ -72,6 +89,25 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs(full: Path, crowded: Path
         assert not re.search(r"https?://|<script|<link|<img|<[^>]*\s(src|href|on\w+)=|@import|url\(", page)
     assert html.escape("<script>throw") in crowded.read_text(encoding="utf-8")
     assert "{{ 7 * 7 }}" in crowded.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["$x_2$ and $", "<script>alert(1)</script>", '"&amp;"', "a\0b", "#0a7d4f: #fff", "长"])
+def test_hostile_texts_in_a_picture(text: str) -> None:
+    with rc_context(STYLE):
+        figure, axes = picture(400, 270)
+        axes.set_xlabel(text)
+        axes.plot([0, 1], [0, 1], color="#0a7d4f", gid=f"curve best: {text}")
+        svg = inline_svg(figure, "a picture")
+    shown = text.replace("\0", "\ufffd")
+    root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
+    assert shown in [node.text for node in root.iter("text")]
+    assert [(node.get("class"), node.findtext("title")) for node in root.iter("g") if node.get("class")] == [
+        ("curve best", shown)
+    ]
+    assert [node.tag for node in root.iter("script")] == []
+    # The four verdicts' colours are the page's, which dark mode changes.
+    assert "stroke: var(--colour)" in svg
+    assert not re.search(r"https?://|url\(|<style|#0a7d4f;", svg)
 
 
 def test_same_sweep_same_page(full: Path) -> None:
@@ -114,6 +150,8 @@ def in_chromium(page: Path, tmp_path: Path, *, width: int, dark: bool = False) -
             smallest: Math.min(...texts.map(e => e.getBoundingClientRect().height)),
             background: target.contentWindow.getComputedStyle(page.body).backgroundColor,
             ink: target.contentWindow.getComputedStyle(page.body).color,
+            best: [...page.querySelectorAll("svg .curve.best > path, .bar.best .dot")].map(e =>
+              target.contentWindow.getComputedStyle(e)[e.localName == "path" ? "stroke" : "backgroundColor"]),
           }});
         }};
         </script>""",
@@ -142,27 +180,30 @@ def test_in_a_browser(name: str, width: int, dark: bool, request: pytest.Fixture
     assert seen["wide"] == []
     assert seen["scripts"] == seen["images"] == 0
     assert seen["smallest"] >= 9
+    assert set(seen["best"]) == {"rgb(69, 207, 149)" if dark else "rgb(10, 125, 79)"}
     luminance = {key: sum(map(int, re.findall(r"\d+", seen[key])[:3])) / 3 for key in ("background", "ink")}
     assert (luminance["background"] < 60 and luminance["ink"] > 200) == dark
     assert (luminance["background"] > 200 and luminance["ink"] < 60) != dark
 
 
 def test_ticks() -> None:
-    assert linear_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert linear_ticks(-0.3, 0.3) == pytest.approx([-0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.3])
-    assert linear_ticks(0.75, 1.85) == pytest.approx([0.8, 1, 1.2, 1.4, 1.6, 1.8])
-    assert linear_ticks(3.21, 3.29) == pytest.approx([3.22, 3.24, 3.26, 3.28])
-    assert log_ticks(1e-6, 1e-3) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3])
-    assert log_ticks(0.02, 0.3) == pytest.approx([0.02, 0.05, 0.1, 0.2])
+    def ticks(low: float, high: float, log: bool = False) -> list[str]:
+        return [text for _, text in round_values(low, high, log)]
+
+    assert ticks(0, 1) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert ticks(-0.3, 0.3) == ["-0.3", "-0.2", "-0.1", "0", "0.1", "0.2", "0.3"]
+    assert ticks(0.75, 1.85) == ["0.8", "1", "1.2", "1.4", "1.6", "1.8"]
+    assert ticks(3.21, 3.29) == ["3.22", "3.24", "3.26", "3.28"]
+    assert ticks(1e-6, 1e-3, log=True) == ["1e-6", "1e-5", "1e-4", "0.001"]
+    assert ticks(0.02, 0.3, log=True) == ["0.02", "0.05", "0.1", "0.2"]
+    assert ticks(1.2e-5, 1.7e-5, log=True) == ["1.2e-5", "1.3e-5", "1.4e-5", "1.5e-5", "1.6e-5", "1.7e-5"]
 
 
-def test_scales() -> None:
-    log = Scale(1e-4, 1, 0, 100, log=True)
-    assert [log(x) for x in (1e-4, 1e-2, 1, 5)] == pytest.approx([0, 50, 100, 100])
-    assert log.holds(0.5)
-    assert not log.holds(5)
-    upside_down = Scale(0, 10, 200, 0)
-    assert upside_down(2.5) == 150
+def test_shares() -> None:
+    log = Dimension("lr", float, 1e-4, 1, log=True)
+    assert [log.share(x) for x in (1e-4, 1e-2, 1, 5)] == pytest.approx([0, 0.5, 1, 1])
+    assert [log.clip(x) for x in (0.5, 5, 1e-9)] == [0.5, 1, 1e-4]
+    assert Dimension("loss", float, 0, 10).share(2.5) == 0.25
     # One far value does not flatten the others, and equal ones still have a range.
     assert robust_range([1, 2, 3, 2, 1, 1000])[1] < 10
     low, high = robust_range([2.0, 2.0])
@@ -178,11 +219,11 @@ def test_dimensions() -> None:
     assert names.marks == [(0.0, "x.jsonl"), (1.0, "y.jsonl")]
     assert names.number("a/b/y.jsonl") == 1.0
     crowded = axis_dimension("rank", list(range(1, 60)), list(range(1, 60)))
-    scale = crowded.scale(0, 300)
-    at = [scale(v) for v, _ in crowded.ticks(scale, 30)]
+    at = [share for share, _ in crowded.ticks(0.1)]
     assert len(at) >= 3
-    assert all(b - a >= 30 for a, b in zip(at, at[1:]))
-    assert dodge([5, 9, 5], 20) == pytest.approx([0, 9, 10])
+    assert all(b - a >= 0.1 for a, b in zip(at, at[1:]))
+    assert dodge([0.5, 0.9, 0.5], 1, 0.2) == pytest.approx([0.45, 0.9, 0.55])
+    assert dodge([0.5, 0.9, 0.5], 0.05, 0.2) == pytest.approx([0.475, 0.9, 0.525])
 
 
 def test_texts() -> None:
