@@ -1,8 +1,8 @@
 """The report's pictures, drawn by matplotlib once for the page and for report.png.
 
 Drawing functions take matplotlib's axes. `inline_svg` turns a figure into a part of the page that follows dark mode
-and shows texts on hover, without script. A picture is 400 units wide, so that its text stays readable at the width of
-a phone.
+and shows texts on hover, without script. A picture is 400 units wide. On a phone, the page shrinks it but enlarges its
+text, so labels need room for that.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ from minimind_ray.sweep.text import count_text, number_text, shorten, value_text
 from minimind_ray.sweep.trials import Trial
 
 WIDTH, HEIGHT = 400, 270
-LEFT, RIGHT, TOP, BOTTOM = MARGINS = 46, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = MARGINS = 52, 12, 12, 46
+LETTER = 8
+"""The width of a label's letter on a phone, in units."""
 CURVE_POINTS = 40
+LONGEST_LABEL = 90
+"""The most letters of a point's label in report.png."""
 
 STANDING: dict[Verdict | None, str] = {
     "best": "best", "not distinguishable": "tied", "better": "tied", "worse": "worse", None: "open",
@@ -43,7 +47,7 @@ ON_TOP = ("worse", "open", "tied", "best")
 """The classes in drawing order."""
 
 COLOURS = {
-    "best": "#0a7d4f", "tied": "#2f7fd1", "worse": "#98a1aa", "open": "#c07f12",
+    "best": "#0a7d4f", "tied": "#2470c2", "worse": "#727c86", "open": "#9a6408",
     "ink": "#1a1f24", "soft": "#59636d", "line": "#e2e6ea", "card": "#ffffff",
 }  # fmt: skip
 """The light colours of the page and of report.png, by the names of the page's CSS variables."""
@@ -54,21 +58,24 @@ LINES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 HIT: dict[str, Any] = {"linewidth": 12, "alpha": 0.001}
-"""A wide line for the mouse, as good as invisible; matplotlib leaves out what is wholly so."""
+"""A wide, almost invisible line to hover over. Matplotlib would leave out a line that is wholly invisible."""
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True, "axes.edgecolor": COLOURS["soft"], "axes.facecolor": "none",
-    "axes.grid": True, "axes.grid.axis": "y", "axes.labelcolor": COLOURS["ink"], "axes.labelweight": "bold",
+    "axes.grid": True, "axes.grid.axis": "y",
+    "axes.labelcolor": COLOURS["ink"], "axes.labelpad": 6, "axes.labelweight": "bold",
     "axes.titlecolor": COLOURS["ink"], "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold",
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
     "figure.facecolor": "none", "font.size": 12, "grid.color": COLOURS["line"], "grid.linewidth": 1,
     "text.color": COLOURS["soft"], "xtick.color": COLOURS["soft"], "ytick.color": COLOURS["soft"],
-    "xtick.major.size": 4, "ytick.major.size": 0, "xaxis.labellocation": "right",
-    # Labels are others' text: a dollar sign is no mathematics. Browsers draw text; the same sweep gives the same page.
+    "xtick.major.pad": 5, "xtick.major.size": 4, "ytick.major.size": 0, "xaxis.labellocation": "right",
+    # Do not read users' dollar signs as mathematics. Let browsers draw text. Give the same page for the same sweep.
     "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "report",
 }  # fmt: skip
 """Matplotlib's settings while pictures are drawn and written."""
 
+FONT = re.compile("font-(family|size): [^;]*;? ?")
+NUMBER = re.compile(r"-?\d+\.\d+")
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 SVG_SPACE = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
@@ -83,7 +90,7 @@ def picture(width: float, height: float, margins: Sequence[float] = MARGINS) -> 
 
 
 def inline_svg(figure: Figure, label: str, least: float = 0) -> Markup:
-    """The figure as an <svg> without addresses, ids of its own and clip paths; all text is escaped.
+    """The figure as an <svg> without web addresses, fonts, clip paths and numbered ids; all text is escaped.
 
     `COLOURS` become the page's CSS variables, those of a verdict `--colour`, which the mark's class sets. What
     `marked` wrote becomes classes and a <title>, one <g> for all parts of a mark.
@@ -91,7 +98,7 @@ def inline_svg(figure: Figure, label: str, least: float = 0) -> Markup:
     Args:
         figure: drawn under `STYLE`.
         label: for screen readers.
-        least: the least width in pixels.
+        least: the smallest scale, in pixels per unit. The largest is 1.3.
     """
     written = io.StringIO()
     with warnings.catch_warnings():
@@ -111,9 +118,12 @@ def inline_svg(figure: Figure, label: str, least: float = 0) -> Markup:
         if target := node.attrib.pop(LINK, None):
             node.set("xlink:href", target)
         if style := node.get("style"):
-            node.set("style", with_variables(style))
-    view = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
-    root.attrib = {**view, "style": f"min-width: {least:.0f}px"}
+            node.set("style", with_variables(FONT.sub("", style)))
+        for name in {"d", "x", "y", "transform"} & node.attrib.keys():
+            node.set(name, " ".join(NUMBER.sub(lambda found: f"{float(found[0]):.4g}", node.attrib[name]).split()))
+    view, width = root.attrib["viewBox"], 72 * figure.get_figwidth()
+    style = f"min-width: {least * width:.0f}px; max-width: {1.3 * width:.0f}px"
+    root.attrib = {"viewBox": view, "role": "img", "aria-label": label, "style": style}
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
@@ -196,9 +206,12 @@ class Dimension:
 
 def round_values(low: float, high: float, log: bool = False) -> list[tuple[float, str]]:
     """About five round values from `low` to `high` with their text."""
-    locators = [LogLocator(), LogLocator(subs=(1, 2, 5))] if log else [MaxNLocator(6, steps=[1, 2, 5, 10])]
+    # Up to 6 steps may leave fewer than 3 values inside; up to 9 steps do not.
+    linear = [MaxNLocator(steps, steps=[1, 2, 5, 10]) for steps in (6, 9)]
+    locators = [LogLocator(), LogLocator(subs=(1, 2, 5)), *linear] if log else linear
     found = [[float(f"{v:.6g}") for v in locator.tick_values(low, high)] for locator in locators]
     inside = [[v for v in values if low <= v <= high] for values in found]
+    # Of values that differ after 6 digits alone, the ends remain.
     ends = [float(f"{v:.6g}") for v in (low, high)]
     return [(v, number_text(v)) for v in next((values for values in inside if len(values) >= 3), ends)]
 
@@ -210,7 +223,8 @@ def axis_dimension(name: str, spec: list[Any] | str | None, values: Sequence[Any
         texts = list(dict.fromkeys(value_text(v) for v in values))
         # Show the ends of paths: paths mostly differ in their file names.
         folder = os.path.commonprefix(texts).rpartition("/")[0] if len(texts) > 1 else ""
-        marks = [(float(i), text[len(folder) :].lstrip("/")) for i, text in enumerate(texts)]
+        labels = distinct_labels([text[len(folder) :].lstrip("/") for text in texts])
+        marks = [(float(i), label) for i, label in enumerate(labels)]
         return Dimension(name, lambda v: float(texts.index(value_text(v))), -0.4, len(texts) - 0.6, False, marks)
     distinct = sorted({float(v) for v in values})
     low, high = distinct[0], distinct[-1]
@@ -221,6 +235,17 @@ def axis_dimension(name: str, spec: list[Any] | str | None, values: Sequence[Any
         return Dimension(name, float, low / room, high * room, True, marks)
     room = 0.07 * (high - low) or abs(high) / 2 or 1.0
     return Dimension(name, float, low - room, high + room, False, marks)
+
+
+def distinct_labels(texts: list[str]) -> list[str]:
+    """The texts, short enough to stand side by side below a picture. What they have in common is left out first."""
+    longest = min(14, max(6, (WIDTH - LEFT - RIGHT) // LETTER // len(texts)))
+    if len(texts) > 1 and max(map(len, texts)) > longest:
+        start = len(os.path.commonprefix(texts))
+        rest = [text[start:] for text in texts]
+        end = len(os.path.commonprefix([text[::-1] for text in rest]))
+        texts = ["…" * (start > 0) + text[: len(text) - end] + "…" * (end > 0) for text in rest]
+    return [shorten(text, longest) for text in texts]
 
 
 def metric_dimension(comparison: Comparison) -> Dimension:
@@ -293,14 +318,13 @@ def draw_point(axes: Axes, comparison: Comparison, row: Row, at: float, *, flat:
     value, low, high = row.metric.value, row.metric.low, row.metric.high
     if low is not None and high is not None:
         draw((low, high), linewidth=3, alpha=0.5, solid_capstyle="round")
-    seeds = [trial_metric(t, comparison.metric) for t in row.compared]
-    draw(
-        [v for v in seeds if metric.clip(v) == v],
-        linestyle="", marker="o", markersize=4.8, markeredgewidth=1.2, markerfacecolor=COLOURS["card"],
-    )  # fmt: skip
+    seeds = [v for t in row.compared if metric.clip(v := trial_metric(t, comparison.metric)) == v]
+    if seeds:
+        small = {"markersize": 4.8, "markeredgewidth": 1.2, "markerfacecolor": COLOURS["card"]}
+        draw(seeds, linestyle="", marker="o", **small)
     outside = "<>" if flat else "v^"
     shape = outside[value > metric.high] if metric.clip(value) != value else "o"
-    draw([value], marker=shape, markersize=9, markeredgewidth=0)
+    draw([value], linestyle="", marker=shape, markersize=9, markeredgewidth=0)
 
 
 def all_points(axes: Axes, comparison: Comparison) -> None:
@@ -308,10 +332,12 @@ def all_points(axes: Axes, comparison: Comparison) -> None:
     rows, metric = [row for row in comparison.rows if row.metric], metric_dimension(comparison)
     for place, row in enumerate(rows):
         draw_point(axes, comparison, row, place, flat=True)
-    axes.set_yticks(range(len(rows)), [shorten(row.label, 60) for row in rows])
+    axes.set_yticks(range(len(rows)), [shorten(row.label, LONGEST_LABEL) for row in rows])
     set_round_ticks(axes, "x", metric.low, metric.high)
-    axes.set_xlabel(f"{comparison.metric} with 95 % interval")
-    axes.invert_yaxis()
+    # Leave the title room to the left, above the labels.
+    axes.set_title("95 % intervals; hollow dots are single seeds", loc="right")
+    axes.set_xlabel(comparison.metric)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x")
 
@@ -332,20 +358,20 @@ def metric_against_axis(axes: Axes, comparison: Comparison, key: str, spec: list
         axes.plot(*zip(*sorted(points)), color=COLOURS["soft"], alpha=0.28, linewidth=1)
     for row, x in sorted(zip(rows, at), key=lambda pair: drawing_order(pair[0])):
         draw_point(axes, comparison, row, x, flat=False)
-    xs, names = zip(*dimension.ticks((34 if len(dimension.marks or []) < 8 else 44) / width))
-    axes.set_xticks(xs, [shorten(name, 14) for name in names])
+    longest = max(len(text) for _, text in dimension.ticks())
+    axes.set_xticks(*zip(*dimension.ticks(LETTER * (longest + 0.5) / width)))
     set_round_ticks(axes, "y", metric.low, metric.high)
     axes.set(xlabel=dimension.name, xlim=(0, 1))
 
 
 def dodge(at: Sequence[float], most: float, room: float) -> list[float]:
-    """Move marks at the same place apart, each by at most `most`, within `room`."""
+    """Move marks at the same place apart, each by at most `most`, within `room` and within 0 to 1."""
     places: dict[float, list[int]] = {}
     for i, x in enumerate(at):
         places.setdefault(round(x, 3), []).append(i)
     moved = list(at)
     for x, indices in places.items():
-        step = min(most, room / len(indices))
+        step = min(most, min(room, 2 * x, 2 * (1 - x)) / len(indices))
         for rank, i in enumerate(indices):
             moved[i] = x + step * (rank - (len(indices) - 1) / 2)
     return moved
@@ -359,12 +385,17 @@ def describe(comparison: Comparison, row: Row) -> str:
     return f"{row.label}: {comparison.metric} {value}{interval}, {row.verdict or row.status}"
 
 
-def parallel_coordinates(axes: Axes, comparison: Comparison, specs: dict[str, list[Any] | str]) -> None:
-    """Draw one line per point through its value on every axis and its metric, the better the higher."""
+def parallel_coordinates(comparison: Comparison, specs: dict[str, list[Any] | str]) -> Figure:
+    """A figure of one line per point through its value on every axis and its metric, the better the higher.
+
+    Many axes need more width, as do long texts beside the first and the last one.
+    """
     rows = [row for row in comparison.rows if row.metric]
     names, metric = short_names(comparison.keys), metric_dimension(comparison)
     dimensions = [axis_dimension(names[k], specs.get(k), [row.point[k] for row in rows]) for k in comparison.keys]
-    last = len(dimensions)
+    ticks, last = [dimension.ticks(0.08) for dimension in (*dimensions, metric)], len(dimensions)
+    left, right = (22 + LETTER * max(len(text) for _, text in ticks[x]) for x in (0, last))
+    figure, axes = picture(left + max(120 * last, 280) + right, 280, margins=(left, right, 36, 16))
     for row in sorted(rows, key=drawing_order):
         assert row.metric
         quality = metric.share(row.metric.value)
@@ -379,11 +410,12 @@ def parallel_coordinates(axes: Axes, comparison: Comparison, specs: dict[str, li
         axes.axvline(x, color=COLOURS["soft"], alpha=0.6, linewidth=1)
         side, anchor = (7, "left") if x == last else (-7, "right")
         beside: dict[str, Any] = {"xytext": (side, 0), "ha": anchor, "va": "center_baseline", "gid": "halo: "}
-        for share, text in dimension.ticks(0.08):
+        for share, text in ticks[x]:
             y = 1 - share if dimension is metric and comparison.mode == "min" else share
-            axes.annotate(shorten(text, 14), (x, y), textcoords="offset points", **beside)
-        at, anchor = ((36, 16), "right") if x == last else ((0, 16), "center")
+            axes.annotate(text, (x, y), textcoords="offset points", **beside)
+        at, anchor = ((right - 2, 16), "right") if x == last else ((0, 16), "center")
         above: dict[str, Any] = {"xytext": at, "color": COLOURS["ink"], "weight": "bold", "ha": anchor}
-        axes.annotate(dimension.name, (x, 1), textcoords="offset points", **above)
+        axes.annotate(shorten(dimension.name, 12), (x, 1), textcoords="offset points", **above)
     axes.set(xlim=(0, last), ylim=(0, 1))
     axes.set_axis_off()
+    return figure

@@ -106,11 +106,9 @@ def axis_figure(comparison: Comparison, key: str, spec: list[Any] | str) -> Figu
 
 
 def parallel_coordinates(comparison: Comparison, specs: dict[str, list[Any] | str]) -> str:
-    """All axes at once. Many need room: the page lets the picture scroll rather than shrink."""
-    width = max(chart.WIDTH, 110 * len(comparison.keys) + 80)
-    canvas, axes = chart.picture(width, 280, margins=(44, 40, 36, 16))
-    chart.parallel_coordinates(axes, comparison, specs)
-    return chart.inline_svg(canvas, "parallel coordinates", least=0.8 * width)
+    """All axes at once. The page lets a wide picture scroll rather than shrink."""
+    canvas = chart.parallel_coordinates(comparison, specs)
+    return chart.inline_svg(canvas, "parallel coordinates", least=0.8)
 
 
 def learning_curves(comparison: Comparison) -> list[Figure]:
@@ -163,8 +161,10 @@ def fact_text(value: Any) -> str:
 def write_png(comparison: Comparison, path: Path) -> None:
     """Write the main picture: every point's metric with its interval, best first, and the learning curves."""
     rows = [row for row in comparison.rows if row.metric]
-    height = max(3.6, 0.32 * len(rows) + 1.4)
-    canvas = Canvas(figsize=(12, height), layout="constrained", facecolor=chart.COLOURS["card"])
+    # Long labels widen the picture instead of narrowing its axes.
+    longest = max((len(row.label) for row in rows), default=0)
+    size = 10 + 0.1 * min(longest, chart.LONGEST_LABEL), max(3.6, 0.32 * len(rows) + 1.4)
+    canvas = Canvas(figsize=size, layout="constrained", facecolor=chart.COLOURS["card"])
     points, curves = canvas.subplots(1, 2)
     chart.all_points(points, comparison)
     chart.learning_curves(curves, rows, comparison.metric)

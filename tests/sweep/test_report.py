@@ -17,6 +17,7 @@ from minimind_ray.sweep.chart import (
     STYLE,
     Dimension,
     axis_dimension,
+    distinct_labels,
     dodge,
     inline_svg,
     picture,
@@ -91,6 +92,13 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs(full: Path, crowded: Path
     assert "{{ 7 * 7 }}" in crowded.read_text(encoding="utf-8")
 
 
+def test_values_outside_a_picture_are_triangles(crowded: Path) -> None:
+    page = crowded.read_text(encoding="utf-8")
+    # The 4 points with the lowest learning rate, in the table and in the differences.
+    assert page.count('<i class="dot above"') == 4 * 2
+    assert page.count('<i class="dot below"') == 0
+
+
 @pytest.mark.parametrize("text", ["$x_2$ and $", "<script>alert(1)</script>", '"&amp;"', "a\0b", "#0a7d4f: #fff", "长"])
 def test_hostile_texts_in_a_picture(text: str) -> None:
     with rc_context(STYLE):
@@ -129,6 +137,8 @@ def test_same_sweep_same_page(full: Path) -> None:
 def test_small_and_unfinished_sweeps(tmp_path: Path, options: dict[str, Any]) -> None:
     page = write_report(make_sweep(tmp_path / "s", steps=10, examples=40, **options)).read_text(encoding="utf-8")
     assert ("No trial has been validated" in page) == ("running" in options)
+    # The legend names a verdict only if a point has it.
+    assert ('<li class="best">' in page) != ("running" in options)
     assert "nan" not in re.sub(r"<p class=.text.>.*?</p>", "", page)
 
 
@@ -143,11 +153,22 @@ def in_chromium(page: Path, tmp_path: Path, *, width: int, dark: bool = False) -
           const inScroller = e => e.closest(".scroll, pre") !== null;
           const wide = [...page.querySelectorAll("body *")].filter(e => !inScroller(e)
             && e.getBoundingClientRect().right > root.clientWidth + 1);
-          const texts = [...page.querySelectorAll("svg text")].filter(e => !inScroller(e));
+          const box = e => e.getBoundingClientRect();
+          const texts = [...page.querySelectorAll("svg text")];
+          const cut = texts.filter(e => inScroller(e)
+            && (box(e).left < box(e.ownerSVGElement).left || box(e).right > box(e.ownerSVGElement).right));
+          const overlap = (a, b) => Math.min(a.right, b.right) > Math.max(a.left, b.left) + 1
+            && Math.min(a.bottom, b.bottom) > Math.max(a.top, b.top) + 4;
+          const clash = texts.filter(a => texts.some(b =>
+            a !== b && a.ownerSVGElement === b.ownerSVGElement && overlap(box(a), box(b))));
+          const scale = page.querySelector(".scale");
+          const bars = [...page.querySelectorAll(".differences .bar")].filter(e =>
+            Math.abs(box(e).left - box(scale).left) + Math.abs(box(e).right - box(scale).right) > 1);
           document.querySelector("pre").textContent = JSON.stringify({{
             width: root.clientWidth, needed: root.scrollWidth, scripts: page.scripts.length,
             wide: wide.map(e => e.outerHTML.slice(0, 200)), images: page.images.length,
-            smallest: Math.min(...texts.map(e => e.getBoundingClientRect().height)),
+            smallest: Math.min(...texts.map(e => box(e).height)), bars_off_scale: bars.length,
+            cut: cut.map(e => e.textContent), clash: clash.map(e => e.textContent),
             background: target.contentWindow.getComputedStyle(page.body).backgroundColor,
             ink: target.contentWindow.getComputedStyle(page.body).color,
             best: [...page.querySelectorAll("svg .curve.best > path, .bar.best .dot")].map(e =>
@@ -179,7 +200,9 @@ def test_in_a_browser(name: str, width: int, dark: bool, request: pytest.Fixture
     assert seen["needed"] <= seen["width"] <= width
     assert seen["wide"] == []
     assert seen["scripts"] == seen["images"] == 0
-    assert seen["smallest"] >= 9
+    assert seen["smallest"] >= 13
+    assert seen["cut"] == seen["clash"] == []
+    assert seen["bars_off_scale"] == 0
     assert set(seen["best"]) == {"rgb(69, 207, 149)" if dark else "rgb(10, 125, 79)"}
     luminance = {key: sum(map(int, re.findall(r"\d+", seen[key])[:3])) / 3 for key in ("background", "ink")}
     assert (luminance["background"] < 60 and luminance["ink"] > 200) == dark
@@ -194,6 +217,9 @@ def test_ticks() -> None:
     assert ticks(-0.3, 0.3) == ["-0.3", "-0.2", "-0.1", "0", "0.1", "0.2", "0.3"]
     assert ticks(0.75, 1.85) == ["0.8", "1", "1.2", "1.4", "1.6", "1.8"]
     assert ticks(3.21, 3.29) == ["3.22", "3.24", "3.26", "3.28"]
+    assert ticks(0.52, 0.645) == ["0.52", "0.54", "0.56", "0.58", "0.6", "0.62", "0.64"]
+    assert ticks(1.0000001, 1.0000002) == ["1", "1"]
+    assert ticks(1.1e-5, 4e-5, log=True) == ["1.5e-5", "2e-5", "2.5e-5", "3e-5", "3.5e-5", "4e-5"]
     assert ticks(1e-6, 1e-3, log=True) == ["1e-6", "1e-5", "1e-4", "0.001"]
     assert ticks(0.02, 0.3, log=True) == ["0.02", "0.05", "0.1", "0.2"]
     assert ticks(1.2e-5, 1.7e-5, log=True) == ["1.2e-5", "1.3e-5", "1.4e-5", "1.5e-5", "1.6e-5", "1.7e-5"]
@@ -218,12 +244,17 @@ def test_dimensions() -> None:
     names = axis_dimension("train", None, ["a/b/x.jsonl", "a/b/y.jsonl"])
     assert names.marks == [(0.0, "x.jsonl"), (1.0, "y.jsonl")]
     assert names.number("a/b/y.jsonl") == 1.0
+    files = [f"set-{letter}-large.jsonl" for letter in "abcdefg"]
+    assert distinct_labels(files) == [f"…{letter}…" for letter in "abcdefg"]
+    assert distinct_labels(["aa" * 9, "aa" * 9 + "a"]) == ["…", "…a"]
+    assert distinct_labels(["cosine", "wsd"]) == ["cosine", "wsd"]
     crowded = axis_dimension("rank", list(range(1, 60)), list(range(1, 60)))
     at = [share for share, _ in crowded.ticks(0.1)]
     assert len(at) >= 3
     assert all(b - a >= 0.1 for a, b in zip(at, at[1:]))
     assert dodge([0.5, 0.9, 0.5], 1, 0.2) == pytest.approx([0.45, 0.9, 0.55])
     assert dodge([0.5, 0.9, 0.5], 0.05, 0.2) == pytest.approx([0.475, 0.9, 0.525])
+    assert dodge([0.1, 0.1, 0.96, 0.96], 1, 0.5) == pytest.approx([0.05, 0.15, 0.94, 0.98])
 
 
 def test_texts() -> None:
