@@ -43,7 +43,8 @@ def test_the_file_at_the_root_is_the_default_and_wants_a_bucket(command: Command
     outcome = command("cluster", "check")
     assert outcome.code == 1
     assert (
-        "error the storage is the example's: MINIMIND_STORAGE=s3://my-bucket\n      -> put your own in" in outcome.out
+        "error the storage is still that of the example: MINIMIND_STORAGE=s3://my-bucket\n      -> name your own"
+        in outcome.out
     )
 
 

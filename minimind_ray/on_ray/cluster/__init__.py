@@ -1,1 +1,1 @@
-"""Clusters: check a cluster file, reach the head, send jobs, examine the nodes, choose spot machines."""
+"""Clusters: check a cluster file, connect to the head, send jobs, examine the nodes, and prefer spot machines."""

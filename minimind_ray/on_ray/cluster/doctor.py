@@ -1,4 +1,4 @@
-"""What each node is, and whether it can do its part: on this machine alone, or on every node of a cluster."""
+"""Examine this machine, or every node of a cluster: hardware, versions, storage, clock and connections."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PROBE_SECONDS, COLLECTIVE_SECONDS = 60, 90
 
 @dataclass(frozen=True)
 class Node:
-    """What one node says of itself; sizes in bytes, `clock` in seconds ahead of the machine that asks.
+    """The properties of one node. Sizes are in bytes; `clock` is in seconds ahead of the machine that asks.
 
-    `storage` has what went wrong for each URL that could not be written and read; `gpus` what torch sees, `driver_gpus`
-    what the NVIDIA driver sees, `ray_gpus` what Ray counts.
+    `storage` has the error for each URL that could not be written and read. `gpus` are the names of the GPUs that torch
+    finds, `driver_gpus` is the number that the NVIDIA driver finds, `ray_gpus` the number that Ray counts.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Node:
 
 
 def probe(storage: Sequence[str] = ()) -> Node:
-    """Look at the machine that this runs on."""
+    """Return the properties of the machine that runs this function. `storage` are the URLs or folders to try."""
     import torch.cuda.nccl
     import torch.distributed
 
@@ -95,7 +95,7 @@ def _driver_gpus() -> int:
 
 
 def _storage_fault(url: str) -> str:
-    """Write a small file there, read it and delete it; what goes wrong."""
+    """Write a small file into the storage, read it and delete it. Return the error as text; empty if there is none."""
     try:
         filesystem, path = locate(url)
         filesystem.create_dir(path, recursive=True)
@@ -104,7 +104,7 @@ def _storage_fault(url: str) -> str:
             stream.write(b"here")
         try:
             with filesystem.open_input_stream(file) as stream:
-                return "" if stream.read() == b"here" else "what was written is not what is read"
+                return "" if stream.read() == b"here" else "a file that was written has other content when it is read"
         finally:
             filesystem.delete_file(file)
     except (OSError, UserError) as error:
@@ -112,14 +112,15 @@ def _storage_fault(url: str) -> str:
 
 
 def examine_here(storage: Sequence[str]) -> list[Node]:
-    """This machine, without Ray."""
+    """Examine this machine, without Ray."""
     return [probe(storage)]
 
 
 def examine_cluster(storage: Sequence[str]) -> tuple[list[Node], list[Finding]]:
-    """Every node of the cluster that this process is connected to, and what only a cluster can have.
+    """Examine every node of the cluster that this process is connected to, and the connections between the workers.
 
-    A storage that is a path is a folder that all nodes have to share: a file from here has to be seen there.
+    Returns the nodes that answered, and findings about the others and about the connections. If a storage is a path, it
+    must be a folder that all nodes share: each node looks for a file that this process writes there.
     """
     import ray
 
@@ -163,11 +164,11 @@ def _is_head(node: Mapping[str, Mapping[str, float]]) -> bool:
 
 
 class _Examiner:
-    """Lives on a node for a moment."""
+    """A short-lived Ray actor that examines its node."""
 
     def probe(self, storage: Sequence[str], marks: Mapping[str, str]) -> Node:
         found = probe(storage)
-        unseen = {url: "it is another folder here" for url, mark in marks.items() if not Path(mark).exists()}
+        unseen = {url: "the folder is not shared" for url, mark in marks.items() if not Path(mark).exists()}
         return replace(found, storage={**unseen, **found.storage})
 
     def clock(self) -> float:
@@ -204,7 +205,10 @@ def _probe_all(
 
 
 def _ahead(actor: Any) -> float:
-    """Seconds that its clock is ahead of ours, by the fastest of a few exchanges; 0 where that explains it."""
+    """Return how many seconds the clock of the actor's node is ahead of this machine's clock.
+
+    Of a few exchanges, the fastest counts. Returns 0 if its duration alone could explain the difference.
+    """
     import ray
 
     best = (float("inf"), 0.0)
@@ -217,7 +221,10 @@ def _ahead(actor: Any) -> float:
 
 
 def _collective(node_ids: Sequence[str], backend: str) -> list[Finding]:
-    """Let one process on each of these nodes add up a number with the others: it hangs where training would."""
+    """Test whether workers on these nodes can train together: one process on each node takes part in an all-reduce.
+
+    The all-reduce hangs in the same cases in which training would hang.
+    """
     import ray
     from ray.exceptions import GetTimeoutError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -241,7 +248,7 @@ def _collective(node_ids: Sequence[str], backend: str) -> list[Finding]:
     except Exception as error:
         fault = one_line(error)
     finally:
-        # None that has ended: Ray can abort this process where a task is cancelled as its result comes in.
+        # Cancel only tasks that have not ended: Ray can abort this process if a task is cancelled as its result comes.
         for task in ray.wait(work, num_returns=len(work), timeout=0)[1]:
             ray.cancel(task, force=True)
         ray.kill(store)
@@ -255,7 +262,7 @@ def _collective(node_ids: Sequence[str], backend: str) -> list[Finding]:
 
 
 class _Meeting:
-    """Where the first process says where the others find it."""
+    """A Ray actor through which the process with rank 0 gives its address to the others."""
 
     def __init__(self) -> None:
         self.place = ""
@@ -294,7 +301,7 @@ def _add_up(store: Any, rank: int, world: int, backend: str) -> float:
 
 
 def diagnose(nodes: Sequence[Node]) -> list[Finding]:
-    """What the nodes' answers mean; errors first."""
+    """Return findings about the nodes, errors first."""
     findings = [*_wrong_versions(), *_unlike(nodes)]
     for node in nodes:
         findings += _of_node(node)
@@ -302,19 +309,20 @@ def diagnose(nodes: Sequence[Node]) -> list[Finding]:
 
 
 def _wrong_versions() -> Iterator[Finding]:
-    """Packages of this environment that are not those that this package asks for."""
+    """Find packages of this environment whose version does not fit the requirements of minimind-ray."""
     for text in importlib.metadata.requires("minimind-ray") or ():
         wanted = Requirement(text)
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
             continue
         found = _version(wanted.name)
         if found == "none" or not wanted.specifier.contains(found, prereleases=True):
-            yield Finding(f"{wanted.name} is {found}, and {wanted.specifier} is needed", f"pip install '{wanted}'")
+            there = "not installed" if found == "none" else found
+            yield Finding(f"{wanted.name} is {there}, and {wanted.specifier} is needed", f"pip install '{wanted}'")
 
 
 def _unlike(nodes: Sequence[Node]) -> Iterator[Finding]:
     kinds = {"Python": {node.name: node.python.rpartition(".")[0] for node in nodes}}
-    # A build for CPUs and one for CUDA of one version get along.
+    # A build for CPUs and a build for CUDA of the same version can train together.
     kinds |= {name: {node.name: node.versions[name].partition("+")[0] for node in nodes} for name in ALIKE}
     for what, versions in kinds.items():
         if len(set(versions.values())) > 1:
@@ -325,32 +333,31 @@ def _unlike(nodes: Sequence[Node]) -> Iterator[Finding]:
 def _of_node(node: Node) -> Iterator[Finding]:
     for url, fault in node.storage.items():
         yield Finding(
-            f"{node.name}: cannot use {masked(url)}: {fault}", "give the node's role access to it, or share the folder"
+            f"{node.name}: cannot use {masked(url)}: {fault}",
+            "give the node's role access to the storage, or share the folder",
         )
     if node.driver_gpus > len(node.gpus):
         why = f"torch is for CUDA {node.cuda}" if node.cuda else "torch is a build for CPUs"
         yield Finding(
-            f"{node.name}: the driver has {node.driver_gpus} GPUs and torch sees {len(node.gpus)}; {why}",
-            "update the NVIDIA driver, or install torch for the one that is there",
+            f"{node.name}: the NVIDIA driver finds {node.driver_gpus} GPUs and torch finds {len(node.gpus)}; {why}",
+            "update the NVIDIA driver, or install a build of torch that fits it",
         )
     if node.ray_gpus is not None and node.ray_gpus > len(node.gpus):
         yield Finding(
-            f"{node.name}: Ray counts {node.ray_gpus:g} GPUs and torch sees {len(node.gpus)}",
-            "take the node's `resources` out of the cluster file or set them to what it has",
+            f"{node.name}: Ray counts {node.ray_gpus:g} GPUs and torch finds {len(node.gpus)}",
+            "correct the node's `resources` in the cluster file, or remove them",
         )
     full = 1 - node.disk_free / node.disk_size
     if full > 0.95:
         yield Finding(
-            f"{node.name}: the disk is {full:.0%} full, and Ray stops at 95 %", "delete, or take a larger disk"
+            f"{node.name}: the disk is {full:.0%} full, and Ray stops at 95 %", "delete files, or use a larger disk"
         )
     elif node.disk_free < 10 * GB:
-        yield Finding(
-            f"{node.name}: {node.disk_free / GB:.1f} GB are left on the disk", "take a larger disk", note=True
-        )
+        yield Finding(f"{node.name}: {node.disk_free / GB:.1f} GB are left on the disk", "use a larger disk", note=True)
     if node.shm < node.object_store or node.shm < 0.25 * GB:
         yield Finding(
-            f"{node.name}: /dev/shm has {node.shm / GB:.2f} GB, so objects go through the disk",
-            "make it larger: docker run --shm-size, or a memory-backed emptyDir at /dev/shm",
+            f"{node.name}: /dev/shm has {node.shm / GB:.2f} GB, so Ray keeps objects on the disk",
+            "make /dev/shm larger: docker run --shm-size, or a memory-backed emptyDir at /dev/shm",
             note=True,
         )
     if node.open_files < 4096:
@@ -360,7 +367,7 @@ def _of_node(node: Node) -> Iterator[Finding]:
     if abs(node.clock) > 1:
         yield Finding(
             f"{node.name}: its clock is {abs(node.clock):.1f} s {'ahead' if node.clock > 0 else 'behind'}; object "
-            "stores turn away what is 15 minutes off",
+            "stores refuse requests from a clock that is 15 minutes wrong",
             "turn on time synchronisation: timedatectl set-ntp true",
             note=abs(node.clock) < 60,
         )

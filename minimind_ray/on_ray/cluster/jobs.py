@@ -1,4 +1,4 @@
-"""Commands as Ray jobs on a cluster: sent from here with the working directory, followed, and their results fetched."""
+"""Send commands to a cluster as Ray jobs, together with the working directory; follow and stop them; fetch results."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from minimind_ray.train.bundle import unpack
 Client = JobSubmissionClient
 
 AGENT_SECONDS, DASHBOARD_SECONDS = 60.0, 10.0
-# To stop a job is to press Ctrl-C: a checkpoint is written first.
-STOP_AS_BY_HAND = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "300"}
+# Ray stops a job by SIGINT, as Ctrl-C does, and waits up to 300 s, so that the run can write a checkpoint.
+STOP_BY_SIGINT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "300"}
 
 
 @contextmanager
 def connect(cluster: Path | None) -> Generator[Client]:
-    """The jobs of the cluster that a file describes, through a tunnel; without one, of RAY_ADDRESS (http://…).
+    """Inside, give a client for the jobs of a cluster: through a tunnel for a `cluster` file, otherwise at RAY_ADDRESS.
 
     Raises:
-        UserError: no way there, or another token than the cluster's.
+        UserError: the cluster cannot be reached, or refuses this machine's token.
     """
     keep_token_private()
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if cluster:
-            # Ray's client would take it for the one that is meant.
+            # Ray's client would use RAY_ADDRESS instead of the tunnel's address.
             os.environ.pop("RAY_ADDRESS", None)
             with tunnel(cluster) as (address, token):
                 yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
@@ -52,21 +52,21 @@ def connect(cluster: Path | None) -> Generator[Client]:
             _require_dashboard(os.environ["RAY_ADDRESS"])
             yield JobSubmissionClient()
     except AuthenticationError as error:
-        raise UserError(f"the cluster does not take this token: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the cluster refuses this machine's token: {str(error).splitlines()[0]}") from None
     except ConnectionError as error:
         if cluster:
-            raise UserError(f"{cluster}: the head is there, but Ray does not answer on it: ray up {cluster}") from None
+            raise UserError(f"{cluster}: the head runs, but Ray does not answer there: ray up {cluster}") from None
         raise UserError(f"the cluster cannot be reached: {str(error).splitlines()[0]}") from None
 
 
 def _require_dashboard(address: str) -> None:
-    """Raises UserError if no Ray dashboard answers at `address`; Ray's client would wait for an answer for ever."""
+    """Raise UserError if no Ray dashboard answers at `address`; Ray's client would wait for an answer for ever."""
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=DASHBOARD_SECONDS) as answer:
             found = "ray_version" in answer.read().decode(errors="replace")
-        why = "something else does"
+        why = "the server there is not Ray's"
     except urllib.error.HTTPError as error:
-        found, why = error.code in (401, 403), str(error)  # It asks for the token first.
+        found, why = error.code in (401, 403), str(error)  # A dashboard that requires a token.
     except (OSError, http.client.HTTPException) as error:
         found, why = False, str(error)
     if not found:
@@ -77,10 +77,10 @@ def _require_dashboard(address: str) -> None:
 
 
 def submit(client: Client, command: Sequence[str], metadata: Mapping[str, str], package: Package) -> str:
-    """Send the package as the working directory and start `minimind-ray command` there; the job's name.
+    """Send the package as the working directory, and start `minimind-ray command` in it. Return the job's name.
 
     Raises:
-        UserError: the working directory is too large, or the cluster starts no jobs.
+        UserError: the working directory is too large, or the cluster does not start the job.
     """
     with TemporaryDirectory() as folder:
         archive = Path(folder, "working_dir.zip")
@@ -95,15 +95,15 @@ def _submit(client: Client, command: Sequence[str], metadata: Mapping[str, str],
             return client.submit_job(
                 entrypoint=shlex.join(["minimind-ray", *command]),
                 submission_id=job,
-                runtime_env={"working_dir": str(archive), "env_vars": STOP_AS_BY_HAND},
+                runtime_env={"working_dir": str(archive), "env_vars": STOP_BY_SIGINT},
                 metadata=dict(metadata),
             )
         except ValueError as error:
             raise _too_large(error) from None
         except RuntimeError as error:
-            if "status code 413" in str(error):  # Its dashboard takes less than Ray's client would send.
+            if "status code 413" in str(error):  # The dashboard's limit is lower than the limit of Ray's client.
                 raise _too_large(str(error).splitlines()[0]) from None
-            # A cluster that has just started answers before there is what starts jobs.
+            # A cluster that has just started may answer before its agent, which starts jobs, is ready: try again.
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise UserError(f"the cluster does not start this job: {str(error).splitlines()[0]}") from None
         time.sleep(1)
@@ -111,13 +111,13 @@ def _submit(client: Client, command: Sequence[str], metadata: Mapping[str, str],
 
 def _too_large(why: object) -> UserError:
     return UserError(
-        f"{Path.cwd()} cannot be sent to the cluster: {str(why).rstrip('.')}. Name in .rayignore what the command does "
-        "not need, and put large data into the cluster's storage"
+        f"{Path.cwd()} cannot be sent to the cluster: {str(why).rstrip('.')}. List in .rayignore the files that the "
+        "command does not need, and put large data into the cluster's storage"
     )
 
 
 def details(client: Client, job: str) -> JobDetails:
-    """What the cluster knows of a job. Raises UserError if there is none of that name."""
+    """Return the cluster's information about a job. Raises UserError if the cluster has no job with this name."""
     try:
         return client.get_job_info(job)
     except RuntimeError as error:
@@ -125,10 +125,12 @@ def details(client: Client, job: str) -> JobDetails:
 
 
 def follow(client: Client, job: str, write: Callable[[str], object]) -> JobDetails:
-    """Hand all output of the job to `write`, from its beginning and until it has ended; how it ended.
+    """Pass all output of a job to `write`, from its beginning until the job ends. Return the ended job's information.
+
+    KeyboardInterrupt leaves the job running.
 
     Raises:
-        UserError: the connection was lost. KeyboardInterrupt leaves the job running, too.
+        UserError: the connection was lost. The job may still run.
     """
 
     async def tail() -> None:
@@ -140,25 +142,25 @@ def follow(client: Client, job: str, write: Callable[[str], object]) -> JobDetai
         return _ended(client, job)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"the connection was lost ({error}). If the cluster is still up, job {job} goes on: minimind-ray logs "
-            f"{job} shows it. If its head is gone, so is the job: once the cluster is up again, the same command with "
-            "--resume goes on from the last checkpoint"
+            f"the connection was lost ({error}). If the cluster is still up, job {job} continues: minimind-ray logs "
+            f"{job} shows its output. If the cluster's head has ended, the job has ended too: start the cluster again, "
+            "and send the same command with --resume to continue from the last checkpoint"
         ) from None
 
 
 def stop(client: Client, job: str) -> bool:
-    """Ask a job to stop, as Ctrl-C does; whether it was running."""
+    """Ask a job to stop, as Ctrl-C does. Return whether it was running."""
     details(client, job)
     return client.stop_job(job)
 
 
 def fetch(client: Client, out: str, target: Path) -> list[Path]:
-    """Bring what `pack` takes of a job's directory `out` into `target`; the files.
+    """Copy the files of a job's directory `out`, as `pack` chooses them, into `target`. Return their paths.
 
-    A job of its own sends them, so it works wherever they lie, and after a job that failed, too.
+    A separate job on the cluster sends the files. So the copy works for every storage, and also after a failed job.
 
     Raises:
-        UserError: they cannot be read there.
+        UserError: the cluster cannot read the files.
     """
     packer = client.submit_job(entrypoint=shlex.join(["minimind-ray", "pack", out]))
     info = _ended(client, packer)
@@ -166,7 +168,7 @@ def fetch(client: Client, out: str, target: Path) -> list[Path]:
     client.delete_job(packer)
     if info.status != "SUCCEEDED":
         why = (text.strip() or info.message or "").splitlines()[-1:]
-        raise UserError(f"what the job made, in {out} on the cluster, was not fetched: {' '.join(why)}")
+        raise UserError(f"the job's results, in {out} on the cluster, were not fetched: {' '.join(why)}")
     return unpack(text, target)
 
 

@@ -101,7 +101,7 @@ def test_shipped_files_have_prices_an_idle_bill_and_a_highest(name: str) -> None
         ("cluster.yaml", ["s3://my-bucket"]),
         ("cluster/azure.yaml", ["AZURE_STORAGE_ACCOUNT_NAME=myaccount"]),
         ("cluster/gcp.yaml", ["project_id", "gs://my-bucket"]),
-        ("cluster/kuberay.yaml", ["the image is the example's", "s3://my-bucket"]),
+        ("cluster/kuberay.yaml", ["the image is still that of the example", "s3://my-bucket"]),
         ("cluster/local.yaml", ["192.0.2.10"]),
     ],
 )
@@ -128,7 +128,7 @@ def change(tree: Tree, path: str, value: object) -> Tree:
 RULES = [
     # (file, path, value, what the finding says, whether it is only a note)
     ("cluster.yaml", "setup_commands", None, "development version of Ray", False),
-    ("cluster.yaml", "setup_commands", ["pip install ray"], "any version of Ray gets onto the workers", False),
+    ("cluster.yaml", "setup_commands", ["pip install ray"], "no version of Ray is pinned for the workers", False),
     ("cluster.yaml", "setup_commands", ["bash ~/minimind-ray/cluster/setup.sh"], "MINIMIND_STORAGE is not set", True),
     ("cluster.yaml", "setup_commands", ["pip install 'ray[default]==2.40.0'"], "2.40.0 on the head", False),
     ("cluster.yaml", "head_setup_commands", ["pip install ray==2.59.0"], "2.59.0 on the head, 2.60.0 on", False),
@@ -146,14 +146,14 @@ RULES = [
     ("cluster.yaml", "available_node_types/gpu-1-spot/min_workers", 2, "2 gpu-1-spot are paid for all the time", True),
     ("cluster.yaml", "available_node_types/head/resources", {"CPU": 4}, "trials may run on the head", True),
     ("cluster.yaml", "available_node_types/gpu-1-ondemand", None, "gpu-1-spot has no on-demand type", True),
-    ("cluster.yaml", "available_node_types/head/node_config/IamInstanceProfile", None, "all of EC2 and S3", True),
-    ("cluster.yaml", "provider/cache_stopped_nodes", True, "disks still paid for", True),
+    ("cluster.yaml", "available_node_types/head/node_config/IamInstanceProfile", None, "rights for EC2 and S3", True),
+    ("cluster.yaml", "provider/cache_stopped_nodes", True, "disks are still paid for", True),
     ("cluster.yaml", "metadata/price_per_hour/gpu-1-spot", None, "no price for gpu-1-spot", True),
-    ("cluster.yaml", "metadata/price_per_hour/gpu", 1.0, "names gpu, which is no node type", False),
-    ("cluster.yaml", "metadata/key", "WANDB_API_KEY=0123456789abcdef", "a secret stands in the file", False),
+    ("cluster.yaml", "metadata/price_per_hour/gpu", 1.0, "names gpu, which is not a node type", False),
+    ("cluster.yaml", "metadata/key", "WANDB_API_KEY=0123456789abcdef", "contains a secret", False),
     ("cluster.yaml", "metadata/key", "AKIA" + "A" * 16, "an AWS access key", False),
     ("cluster.yaml", "docker", {"image": "rayproject/ray:latest-gpu", "container_name": "c"},
-     "the image of the workers, rayproject/ray:latest-gpu, changes", False),
+     "the image of the workers, rayproject/ray:latest-gpu, may change", False),
     ("cluster/local.yaml", "auth/ssh_user", None, "ssh_user is missing", False),
     ("cluster/local.yaml", "auth/ssh_private_key", None, "the head sets up the workers", False),
     ("cluster/local.yaml", "provider/worker_ips", ["10.1.0.10"], "named twice", False),
@@ -161,11 +161,11 @@ RULES = [
     ("cluster/local.yaml", "head_start_ray_commands", ["ray start --head"], "57153", False),
     ("cluster/kuberay.yaml", "spec/authOptions", None, "token authentication is off", False),
     ("cluster/kuberay.yaml", "spec/rayVersion", "2.52.0", "2.52.0 on the cluster", False),
-    ("cluster/kuberay.yaml", "spec/headGroupSpec/serviceType", "LoadBalancer", "opens the head to outside", False),
+    ("cluster/kuberay.yaml", "spec/headGroupSpec/serviceType", "LoadBalancer", "to other networks", False),
     ("cluster/kuberay.yaml", "spec/headGroupSpec/rayStartParams", {}, "trials may run on the head", True),
     ("cluster/kuberay.yaml", "spec/enableInTreeAutoscaling", False, "workers stay", False),
     ("cluster/kuberay.yaml", "spec/autoscalerOptions/idleTimeoutSeconds", 7200, "kept for 120 minutes", False),
-    ("cluster/kuberay.yaml", "spec/workerGroupSpecs", [], "not told which nodes", False),
+    ("cluster/kuberay.yaml", "spec/workerGroupSpecs", [], "MINIMIND_NODE_TYPES does not list", False),
     ("cluster/kuberay.yaml", "spec/workerGroupSpecs", None, "Ray refuses the file", False),
 ]  # fmt: skip
 
@@ -211,7 +211,7 @@ def test_token_and_keys_have_to_be_there_and_private(home: Path, check: Check) -
     (home / ".ssh/minimind-ray").chmod(0o600)
     (home / ".ray/auth_token").unlink()
     (finding,) = check(tree)
-    assert finding.fix == "ray get-auth-token --generate" and not finding.note
+    assert finding.fix == "make one: ray get-auth-token --generate" and not finding.note
 
 
 def test_the_cloud_package_has_to_be_there(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
@@ -296,7 +296,9 @@ def test_what_an_experiment_asks_for_is_found_in_each_kind_of_file(tmp_path: Pat
     ],
 )
 def test_a_section_of_another_shape_is_told_beside_the_rest(name: str, path: str, value: object, check: Check) -> None:
-    (finding,) = {f.fix: f for f in check(change(edited(name), path, value)) if "another shape" in f.what}.values()
+    (finding,) = {
+        f.fix: f for f in check(change(edited(name), path, value)) if "the expected structure" in f.what
+    }.values()
     assert "cluster/" in finding.fix and not finding.note
 
 

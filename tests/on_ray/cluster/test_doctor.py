@@ -25,7 +25,7 @@ WELL = Node(
     [
         ({"driver_gpus": 2}, "torch is for CUDA 13.0", False),
         ({"driver_gpus": 1, "gpus": (), "cuda": "", "ray_gpus": 0.0}, "torch is a build for CPUs", False),
-        ({"ray_gpus": 4.0}, "Ray counts 4 GPUs and torch sees 1", False),
+        ({"ray_gpus": 4.0}, "Ray counts 4 GPUs and torch finds 1", False),
         ({"disk_free": 5 * GB}, "97% full", False),
         ({"disk_free": 8 * GB, "disk_size": 100 * GB}, "8.0 GB are left", True),
         ({"shm": 64_000_000}, "/dev/shm has 0.06 GB", True),
