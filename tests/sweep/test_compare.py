@@ -16,8 +16,9 @@ import pytest
 from minimind_ray.cli.compare import compare as compare_command
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.claim import claimed
-from minimind_ray.sweep.compare import Comparison, Statistics, compare, split_seeds, statistics, to_json
+from minimind_ray.sweep.compare import Comparison, compare, to_json
 from minimind_ray.sweep.report import render
+from minimind_ray.sweep.statistics import Statistics, split_seeds, statistics
 from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 
