@@ -4,8 +4,9 @@
     run.metrics[-1]["loss"]
     run.load().generate("Once upon a time")
 
-Each function does what the command of the same name does. Settings are named as the command's options are (`lr`,
-`max_steps`), or by config key in `config` (`{"optim": {"clip": 0.5}}`). What a user has to mend raises `UserError`.
+Each function does the same as the command of the same name. Settings have the names of the command's options (`lr`,
+`max_steps`), or are given by config key in `config` (`{"optim": {"clip": 0.5}}`). Errors that the user can correct
+raise `UserError`.
 """
 
 from __future__ import annotations
@@ -32,30 +33,30 @@ if TYPE_CHECKING:
     from minimind_ray.stages.use import Trained
 
 Configs = Mapping[str, Any] | str | Path | Sequence[str | Path]
-"""Settings as in a YAML file, or the paths of YAML files, of which later ones win."""
+"""Settings as in a YAML file, or the paths of YAML files. Later files override earlier ones."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, or its URL, read anew each time it is asked."""
+    """A run in a directory or at a URL. Every property reads the run's files again."""
 
     path: str
 
     @property
     def state(self) -> str | None:
-        """running, finished, stopped or failed; None where nothing has run."""
+        """The run's state: running, finished, stopped or failed; None if the run has not begun."""
         return RunDirectory(self.path).state()
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: one dictionary a step, with `val/loss` and others after a validation."""
+        """The lines of metrics.jsonl: a dictionary for each step, with `val/loss` and others after a validation."""
         run = RunDirectory(self.path)
         run.file("metrics.jsonl")
         return list(run.metrics())
 
     @property
     def checkpoint(self) -> Path:
-        """The directory of the run's model or adapter: the best checkpoint, or while there is none, the last.
+        """The directory of the run's model or adapter: the best checkpoint, or the last if no best is known yet.
 
         Raises:
             UserError: there is no checkpoint.
@@ -63,7 +64,7 @@ class Run:
         return resolve_model(self.path)
 
     def load(self, **options: Any) -> Model:
-        """The run's model; see `load`."""
+        """Return the run's model; see `load`."""
         return load(self.path, **options)
 
     def __repr__(self) -> str:
@@ -80,7 +81,7 @@ class Model:
     trained: Trained
 
     def answer(self, text: str, *, system: str | None = None, **sampling: Any) -> str:
-        """The answer to a user's turn. For `sampling` see `generate`."""
+        """Return the answer to a user's turn. For `sampling` see `generate`."""
         return self.generate([text], system=system, chat=True, **sampling)[0]
 
     def generate(
@@ -92,14 +93,15 @@ class Model:
         batch_size: int = 32,
         **sampling: Any,
     ) -> list[str]:
-        """What follows each prompt.
+        """Return the model's answer to each prompt, or its continuation of each prompt.
 
-        With `chat` a prompt is a user's turn, and its answer is returned; without it, a text and how it continues. The
-        default is without for a pretraining run. `sampling` has fields of `Sampling`, with the defaults of the command:
-        temperature 0.8, top_p 0.95, top_k 0, repetition_penalty 1, max_new_tokens 256, seed 0.
+        If `chat` is true, a prompt is a user's turn, which the model answers. If it is false, a prompt is a text, which
+        the model continues. By default, it is false for the model of a pretraining run, and true for other models.
+        `sampling` has fields of `Sampling`. Their defaults are those of the command: temperature 0.8, top_p 0.95, top_k
+        0, repetition_penalty 1, max_new_tokens 256, seed 0.
 
         Raises:
-            UserError: a prompt without room for an answer, or a value that cannot be used.
+            UserError: a prompt leaves no room for an answer, or a value cannot be used.
         """
         from minimind_ray.model.sampling import Sampling
         from minimind_ray.stages.prompts import answers
@@ -124,10 +126,11 @@ SAMPLING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Table:
-    """The points of one or more sweeps, best first. It shows itself as the table that the command prints.
+    """The points of one or more sweeps, best first. Its `repr` is the table that the command prints.
 
-    `rows`: one dictionary a point: its settings, the metric with its 95 % interval, the difference to the best point,
-    the verdict. `winner`: the run of the best point with the best metric, if any was validated.
+    `rows` has a dictionary for each point: its settings, the metric with its 95 % interval, the difference to the best
+    point, and the verdict. `winner` is the run with the best metric among the runs of the best point; None if no run
+    was validated.
     """
 
     rows: list[dict[str, Any]]
@@ -140,19 +143,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's directory, or its URL. `ending`: by itself, out of time, or interrupted."""
+    """A sweep in a directory or at a URL. `ending` says how it ended: by itself, out of time, or interrupted."""
 
     path: str
     ending: str
 
     @property
     def table(self) -> Table:
-        """The points compared."""
+        """The comparison of the sweep's points."""
         return compare(self)
 
     @property
     def winner(self) -> Run | None:
-        """The best point's run."""
+        """The best run of the best point; None if no run was validated."""
         return self.table.winner
 
     def __repr__(self) -> str:
@@ -168,10 +171,10 @@ def train(
     progress: bool = True,
     **settings: Any,
 ) -> Run:
-    """Train one stage, as `minimind-ray train` does. `ray` false trains in this process.
+    """Train one stage, as `minimind-ray train` does. With `ray=False`, train in this process.
 
     Raises:
-        UserError: as the command says it.
+        UserError: the command would fail with the same message.
     """
     from minimind_ray.on_ray.host import train_stage
 
@@ -196,12 +199,12 @@ def tune(
 ) -> Sweep:
     """Sweep over settings of one stage, as `minimind-ray tune` does.
 
-    A setting that is a list or a text such as "log(1e-6,1e-4)" is an axis: `beta=[0.05, 0.1]`. `axes` has axes by
-    config key: `{"optim.weight_decay": [0, 0.1]}`. `seeds`, `scheduler`, `trials` and the command's other options that
-    say how to search are given by name, too. `resume` continues the sweep in `out`.
+    A list of values such as `beta=[0.05, 0.1]`, or a text such as "log(1e-6,1e-4)", makes a setting an axis. `axes` has
+    axes by config key, such as `{"optim.weight_decay": [0, 0.1]}`. The command's options for the search, such as
+    `seeds`, `scheduler` and `trials`, are settings, too. `resume` continues the sweep in `out`.
 
     Raises:
-        UserError: as the command says it.
+        UserError: the command would fail with the same message.
     """
     from minimind_ray.data.storage import url_of
     from minimind_ray.display.board import Board
@@ -231,10 +234,10 @@ def tune(
 
 
 def load(path: str | Path, adapter: str | Path | None = None, *, precision: str = "auto") -> Model:
-    """The model of a run, a model directory or an adapter; `adapter` is one to put on the model.
+    """Load the model of a run, a model directory or an adapter. `adapter` is an adapter to apply to the model.
 
     Raises:
-        UserError: no model there, a broken one, or an adapter of another model.
+        UserError: there is no model at `path`, the model is broken, or the adapter belongs to another model.
     """
     from minimind_ray.stages.use import open_trained
 
@@ -245,7 +248,7 @@ def compare(*sweeps: Sweep | str | Path) -> Table:
     """Compare the points of sweeps, as `minimind-ray compare` does.
 
     Raises:
-        UserError: no sweep there, or sweeps that cannot be compared.
+        UserError: a path is not a sweep, or the sweeps cannot be compared.
     """
     from minimind_ray.display.comparison import print_comparison
     from minimind_ray.sweep.compare import compare as compare_sweeps
@@ -261,7 +264,7 @@ def compare(*sweeps: Sweep | str | Path) -> Table:
 
 
 def _configs(config: Configs | None) -> tuple[list[str | Path], dict[str, Mapping[str, Any]]]:
-    """Files, and a tree of settings by name, as `load_config` takes them."""
+    """Return the arguments `files` and `trees` of `load_config`."""
     if config is None:
         return [], {}
     if isinstance(config, Mapping):
@@ -270,10 +273,10 @@ def _configs(config: Configs | None) -> tuple[list[str | Path], dict[str, Mappin
 
 
 def _known(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The settings that were given, paths as texts.
+    """Return the given settings (not None), with paths as texts.
 
     Raises:
-        UserError: a name that is not among these.
+        UserError: a setting's name is not among `names`.
     """
     for name in settings:
         if name not in (valid := list(names)):

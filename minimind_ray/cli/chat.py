@@ -1,4 +1,4 @@
-"""`minimind-ray chat MODEL`."""
+"""`minimind-ray chat MODEL`: talk with a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minimind_ray.config.errors import UserError
 if TYPE_CHECKING:
     from minimind_ray.stages.conversation import Conversation
 
-COMMANDS = "/reset  forget what was said     /adapter DIR  put an adapter on MODEL     /adapter off     /quit"
+COMMANDS = "/reset  forget the conversation     /adapter DIR  apply an adapter to MODEL     /adapter off     /quit"
 
 
 def chat(
@@ -24,7 +24,7 @@ def chat(
     adapter: options.Adapter = None,
     system: Annotated[str | None, typer.Option(help="text of the system turn", show_default=False)] = None,
     compare: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="a second model, whose answers are shown beside")
+        str | None, typer.Option(metavar="MODEL", help="a second model; its answers are shown beside")
     ] = None,
     temperature: options.Temperature = 0.8,
     top_p: options.TopP = 0.95,
@@ -34,7 +34,7 @@ def chat(
     seed: options.Seed = 0,
     precision: options.Precision = "auto",
 ) -> None:
-    """Talk with a model, or with two at once. Reads a terminal, or a line a turn from a pipe.
+    """Talk with a model, or with two at once. Reads a terminal or a pipe, in which each line is a turn.
 
     Commands: /reset, /adapter DIR, /adapter off, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
     """
@@ -48,7 +48,7 @@ def chat(
     from minimind_ray.train import interrupts
     from minimind_ray.train.run import resolve_model
 
-    interrupts.uninstall()  # Only Ctrl-C stops an answer; the others end the chat.
+    interrupts.uninstall()  # Ctrl-C stops an answer; every other signal ends the chat.
     require_text(system or "", "--system")
 
     opened = partial(open_trained, precision=precision)
@@ -80,9 +80,9 @@ def chat(
 
 
 def take_turn(line: str, talks: dict[str, Conversation], change_adapter: Callable[[str], None]) -> None:
-    """Follow a command, or print the answers to a user's turn. Errors are printed, and the chat goes on.
+    """Carry out a command, or print the answers to a user's turn. Errors are printed, and the chat continues.
 
-    `change_adapter` puts the adapter of this name on the first model; "off" takes the adapter away.
+    `change_adapter` applies the adapter of this name to the first model; "off" removes the adapter.
     """
     command, _, argument = line.partition(" ")
     try:
@@ -99,13 +99,13 @@ def take_turn(line: str, talks: dict[str, Conversation], change_adapter: Callabl
     except KeyboardInterrupt:
         print()
     except UnicodeEncodeError:
-        print("error: this is no UTF-8 text", file=sys.stderr)
+        print("error: this is not UTF-8 text", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
 
 
 def turns() -> Iterator[str]:
-    """The lines that the user types, without blank lines, up to the end of input."""
+    """Yield the lines that the user types, without blank lines, up to the end of input."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]  # input() edits lines with it
 
@@ -116,7 +116,7 @@ def turns() -> Iterator[str]:
             print("  (Ctrl-D or /quit leaves)")
             continue
         except UnicodeDecodeError:
-            print("error: this is no UTF-8 text", file=sys.stderr)
+            print("error: this is not UTF-8 text", file=sys.stderr)
             continue
         except EOFError:
             return
@@ -137,7 +137,7 @@ def answer(talks: dict[str, Conversation], text: str) -> None:
 
 
 def side_by_side(talks: dict[str, Conversation], text: str) -> None:
-    """Print both answers in a growing table, alternately a piece of each."""
+    """Print both answers in a growing table. The two models take turns to write a piece of their answer."""
     from contextlib import ExitStack
 
     from rich.console import Console
@@ -156,7 +156,7 @@ def side_by_side(talks: dict[str, Conversation], text: str) -> None:
         return grid
 
     with ExitStack() as stack:
-        # Each answer enters and leaves this too, but not in the order of nested blocks.
+        # Each answer enters and leaves autocast, too, but the two answers do not end in the order of nested blocks.
         stack.enter_context(next(iter(talks.values())).trained.autocast())
         streams = [stack.enter_context(closing(talk.answer(text))) for talk in talks.values()]
         live = stack.enter_context(Live(table(), console=console, refresh_per_second=8, vertical_overflow="visible"))
@@ -165,4 +165,4 @@ def side_by_side(talks: dict[str, Conversation], text: str) -> None:
                 texts[name] += piece
             live.update(table())
     if not console.is_terminal:
-        print()  # Where the table is not drawn again and again, it ends without a new line.
+        print()  # Outside a terminal, rich ends the table without a new line.

@@ -12,7 +12,7 @@ app = typer.Typer(help="Cluster files: Ray's (`ray up`) and KubeRay's.", no_args
 
 @app.callback()
 def main() -> None:
-    """A group, however few commands it has."""
+    """Make Typer treat `cluster` as a group, although it has only one command."""
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`minimind-ray compare SWEEP…` and `minimind-ray report SWEEP`."""
+"""`minimind-ray compare SWEEP…` and `minimind-ray report SWEEP`: compare trials in a table or on a page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from minimind_ray.config.errors import UserError
 
 def compare(
     sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP…", help="sweep directories made by tune")],
-    json: Annotated[bool, typer.Option("--json", help="machine-readable, with all details")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="machine-readable, one line per point")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print JSON with all details")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="print CSV with one line per point")] = False,
 ) -> None:
     """Compare the points of sweeps, best first, and mark points that are not clearly worse than the best."""
     if json and csv:

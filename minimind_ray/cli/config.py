@@ -1,4 +1,4 @@
-"""`minimind-ray config show STAGE`."""
+"""`minimind-ray config show STAGE`: print a config."""
 
 from __future__ import annotations
 

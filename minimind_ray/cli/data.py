@@ -1,4 +1,4 @@
-"""`minimind-ray data inspect` and `data prepare`."""
+"""`minimind-ray data inspect` and `data prepare`: show the data that training gets, and prepare it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def inspect(
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
     tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
     stage: Annotated[str | None, typer.Option(help="{stages}; default: recognised from the rows")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="read no more rows than this", show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="read at most this many rows", show_default=False)] = None,
     samples: Annotated[int, typer.Option(min=0, help="documents to show")] = 3,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key, such as data.fields.prompt=q")
     ] = None,
 ) -> None:
-    """Show the data as training gets it: counts, lengths, cut documents, fullness of packs, loss in samples."""
+    """Show the data as training gets it: counts, lengths, cut documents, full packs, samples with tokens with loss."""
     from itertools import chain, islice
 
     from minimind_ray.config.paths import input_path
@@ -67,7 +67,7 @@ def prepare(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key")] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Data on all CPUs, or this process alone")] = True,
 ) -> None:
-    """Prepare the packs that training reads. `train` with the same settings then uses them."""
+    """Prepare the packs that training reads. A later `train` with the same data settings uses them."""
     from rich.console import Console
 
     from minimind_ray.data.prepare import prepare, run_units_here, worth_spreading

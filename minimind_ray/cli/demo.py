@@ -72,7 +72,9 @@ def sweep_beta(out: str, console: Console) -> None:
         plan = reopen_sweep(path)
         trials = [RunDirectory(trial.config.out) for trial in plan.trials]
         if changed := changed_inputs(prepare_job(plan.trials[0].config), trials[0]):
-            console.print(f"{' and '.join(changed)} changed; the sweep before: {set_aside(RunDirectory(path))}")
+            console.print(
+                f"{' and '.join(changed)} changed; the earlier sweep was moved to {set_aside(RunDirectory(path))}"
+            )
         elif all(trial.info()["state"] in ("finished", "early-stopped") for trial in trials):
             print_results(path, console, "winner")
             return

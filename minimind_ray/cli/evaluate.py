@@ -1,4 +1,4 @@
-"""`minimind-ray eval MODEL FILES --stage STAGE`."""
+"""`minimind-ray eval MODEL FILES --stage STAGE`: measure a model on files."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ def evaluate_(
     context: typer.Context,
     model: options.Model,
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
-    stage: Annotated[str, typer.Option(help="what the rows are: {stages}")],
+    stage: Annotated[str, typer.Option(help="the stage that the rows are for: {stages}")],
     adapter: options.Adapter = None,
     reference: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
-            help="dpo: the model that rewards are measured against; without it, the reference's log-probabilities "
-            "count as 0 and answers are compared by their plain log-probability",
+            help="dpo: the reference model, which rewards are relative to; without it, the reference's "
+            "log-probabilities count as 0 and answers are compared by their own log-probabilities",
             show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.parquet", help="write each example's result", show_default=False)
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="the result as a JSON object")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print the result as a JSON object")] = False,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file, such as a run's config.yaml")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="data.…, eval.max_tokens, dpo.beta, dpo.loss")
     ] = None,
 ) -> None:
-    """Measure loss, perplexity and bits per byte on files; for preference data, the fraction of pairs ranked right.
+    """Measure loss, perplexity and bits per byte on files; for preference pairs, the fraction ranked correctly.
 
-    Prepares and measures the data as validation during training does, so the numbers are the same.
+    The data is prepared and measured as in a validation during training, so the numbers are the same.
     """
     if out is not None:
         options.require_local(out)

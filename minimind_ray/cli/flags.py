@@ -37,9 +37,9 @@ class Option:
 def key_options(
     panel: Callable[[Flag], str] | None = None, *, only: Iterable[str] | None = None, without: Iterable[str] = ()
 ) -> list[Option]:
-    """Options for config keys: all, `only` some, or all `without` some, by their names in Python.
+    """Return options for config keys: for all, for `only` some, or for all `without` some (names in Python).
 
-    `panel` gives the heading of an option in the help.
+    `panel` returns the heading of an option in the help.
     """
     from minimind_ray.config.flags import config_flags
 
@@ -55,7 +55,7 @@ def _key_option(found: KeyFlag, panel: str | None) -> Option:
 
 
 def search_options(*, without: Iterable[str] = ()) -> list[Option]:
-    """Options for the fields of `SearchConfig`, `without` some of them."""
+    """Return options for the fields of `SearchConfig`, `without` some of them."""
     from minimind_ray.config.search import SearchConfig
 
     return [
@@ -66,7 +66,7 @@ def search_options(*, without: Iterable[str] = ()) -> list[Option]:
 
 
 def _scalar(annotation: Any) -> type:
-    """The type that Typer checks: int, float, or str for a field that also accepts words."""
+    """Return the type that Typer checks: int, float, or str for a field that also accepts words."""
     kinds = {kind for kind in _leaves(annotation) if kind is not type(None)}
     return kinds.pop() if len(kinds) == 1 else str
 
@@ -108,7 +108,7 @@ def with_options(make: Callable[[], list[Option]]) -> type[StageCommand]:
 
         def get_params(self, ctx: Any) -> list[Any]:
             known = super().get_params(ctx)
-            own = len(self.params)  # --help comes after them.
+            own = len(self.params)  # --help comes after the function's own options.
             return [*known[:own], *self.extra, *known[own:]]
 
         def invoke(self, ctx: Any) -> Any:
@@ -119,7 +119,7 @@ def with_options(make: Callable[[], list[Option]]) -> type[StageCommand]:
 
 
 def _click_options(options: Iterable[Option]) -> list[Any]:
-    """The options as Typer's objects, which Typer makes from a function's signature."""
+    """Return Typer's objects for the options. Typer makes them from the signature of a function."""
 
     def function(**values: Any) -> None:
         raise NotImplementedError
@@ -145,14 +145,14 @@ def added(context: typer.Context) -> dict[str, Any]:
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """All given parameters of a command `with_options`, by their names in Python."""
+    """Return all parameters that the user gave to a command `with_options`, by their names in Python."""
     from minimind_ray.config.flags import without_unset
 
     return without_unset({**context.params, **context.meta[ADDED]})
 
 
 def config_from_flags(stage: str, config: Iterable[Path], settings: Iterable[str], flags: Mapping[str, Any]) -> Config:
-    """The config from the --config files, --set and the short flags. Each of these overrides those before it."""
+    """Return the config. --set overrides the --config files, and the short flags override --set."""
     from minimind_ray.config.flags import overrides_of
     from minimind_ray.config.load import load_config, parse_override
 

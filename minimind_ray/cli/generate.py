@@ -1,4 +1,4 @@
-"""`minimind-ray generate MODEL`."""
+"""`minimind-ray generate MODEL`: answer or continue prompts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def generate(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="prompts: a text file with one a line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with prompt, or "
-            "with conversations or messages, whose last question is answered",
+            help="file of prompts: a text file with a prompt on each line, or rows (.jsonl, .json, .csv, .tsv, "
+            ".parquet) with the field prompt, conversations or messages; the last question of a row is answered",
             show_default=False,
         ),
     ] = None,
@@ -28,8 +28,8 @@ def generate(
         bool | None,
         typer.Option(
             "--raw/--chat",
-            help="continue the prompt as a text, or answer it as a user's turn; default: --raw for a pretraining run, "
-            "which has not learned conversations, else --chat",
+            help="continue the prompt as a text, or answer it as a user's turn; default: --raw for a pretraining run "
+            "(it has not learned conversations), otherwise --chat",
             show_default=False,
         ),
     ] = None,
@@ -40,10 +40,12 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     max_new_tokens: options.MaxNewTokens = 256,
     seed: options.Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="prompts at once")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="number of prompts at once")] = 32,
     adapter: options.Adapter = None,
     precision: options.Precision = "auto",
-    json: Annotated[bool, typer.Option("--json", help="a JSON object a line: prompt, answer, tokens, end")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="print a JSON line per prompt: prompt, answer, tokens, end")
+    ] = False,
 ) -> None:
     """Answer or continue prompts, many at a time."""
     from minimind_ray.config.errors import UserError
@@ -69,7 +71,7 @@ def generate(
 
 
 def json_line(asked: str | Talk, answer: AnswerText) -> str:
-    """The JSON object of a prompt and its answer."""
+    """Return the JSON object of a prompt and its answer."""
     from json import dumps
 
     given = asked if isinstance(asked, str) else asked.messages
@@ -78,7 +80,7 @@ def json_line(asked: str | Talk, answer: AnswerText) -> str:
 
 
 def print_answer(asked: str | Talk, text: str, *, raw: bool, several: bool) -> None:
-    """Print how a text continues, after the text; or an answer, after its question where there are `several`."""
+    """Print a text with its continuation, or an answer. If there are `several` answers, print each question, too."""
     shown = asked if isinstance(asked, str) else asked.messages[-1]["content"]
     if raw:
         print(options.printable(shown + text))

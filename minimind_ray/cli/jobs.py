@@ -1,4 +1,4 @@
-"""Commands on a cluster, as Ray jobs: `minimind-ray --cluster FILE COMMAND…`, and `jobs`, `logs`, `stop`."""
+"""Run commands on a cluster as Ray jobs: `minimind-ray --cluster FILE COMMAND…`. List, follow and stop these jobs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ClusterFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="run the command on the cluster that was started with `ray up FILE`, as a job: the working directory is "
-        "sent there, output comes here, and so do results in the end",
+        help="run the command as a job on the cluster that was started with `ray up FILE`: send the working directory "
+        "there, show the output here, and fetch the results at the end",
         show_default=False,
     ),
 ]
@@ -33,36 +33,37 @@ Ship = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PATH",
-        help="send this file or folder with the job, though .gitignore names it or it looks like a secret; may be "
+        help="send this file or folder with the job, even if .gitignore names it or it looks like a secret; may be "
         "repeated",
         show_default=False,
     ),
 ]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="the job's name, see `minimind-ray jobs`")]
 
-# They are about jobs themselves, or about what is here.
-ABOUT_JOBS = ("jobs", "logs", "stop", "pack", "cluster")
-STAY_HERE = ("config", "chat", "import", "export", "lora")
-# What RAY_ADDRESS=http://… sends, as it does for `ray job`; other commands are sent by --cluster alone.
-ON_RAY = ("train", "tune", "run", "data", "demo", "doctor")
+JOB_COMMANDS = ("jobs", "logs", "stop", "pack", "cluster")  # run on this machine, and may use --cluster
+LOCAL_COMMANDS = ("config", "chat", "import", "export", "lora")  # run on this machine, and refuse --cluster
+# RAY_ADDRESS=http://… sends these commands to the cluster, as it does for `ray job`. Only --cluster sends the others.
+RAY_COMMANDS = ("train", "tune", "run", "data", "demo", "doctor")
 FETCHED = "fetched.json"
-NAMED = 8
+MOST_NAMED = 8
 
 
-def everywhere(context: typer.Context, cluster: ClusterFile = None, ship: Ship = None) -> None:
+def main(context: typer.Context, cluster: ClusterFile = None, ship: Ship = None) -> None:
     """Train small language models from jsonl on Ray: pretrain, SFT, LoRA, DPO."""
     name = context.invoked_subcommand
-    if cluster and name in STAY_HERE:
-        raise UserError(f"{name} runs here: leave --cluster out")
-    by_address = name in ON_RAY and os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://"))
-    if name not in (*ABOUT_JOBS, *STAY_HERE) and (cluster or by_address):
+    if cluster and name in LOCAL_COMMANDS:
+        raise UserError(f"{name} runs on this machine only: leave --cluster out")
+    by_address = name in RAY_COMMANDS and os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://"))
+    if name not in (*JOB_COMMANDS, *LOCAL_COMMANDS) and (cluster or by_address):
         _send(context, cluster, _command(sys.argv[1:]), list(map(str, ship or ())))
         raise typer.Exit
     if ship:
-        raise UserError(f"--ship sends files with a job, and {name} is none here: leave --ship out")
+        raise UserError(f"--ship sends files with a job, but {name} is not sent as a job: leave --ship out")
 
 
-def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False) -> None:
+def jobs(
+    context: typer.Context, json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False
+) -> None:
     """List the cluster's jobs, latest first."""
     cluster = _cluster(context)
     from datetime import datetime
@@ -91,7 +92,7 @@ def jobs(context: typer.Context, json: Annotated[bool, typer.Option("--json", he
     table = Table("job", "state", "started", "took", "command", box=None, header_style="dim")
     for j in found:
         started, took = "-", "-"
-        if j.start_time:  # What failed before it began has none.
+        if j.start_time:  # A job that failed before it began has no start time.
             began = j.start_time / 1000
             started = f"{datetime.fromtimestamp(began):%d %b %H:%M}"
             took = duration_text((j.end_time or datetime.now().timestamp() * 1000) / 1000 - began)
@@ -111,18 +112,19 @@ def logs(context: typer.Context, job: Job) -> None:
 
 
 def stop(context: typer.Context, job: Job) -> None:
-    """Stop a job as Ctrl-C does: after the current step, with a checkpoint."""
+    """Stop a job as Ctrl-C stops a command: it finishes the current step and writes a checkpoint."""
     cluster = _cluster(context)
     from minimind_ray.on_ray.cluster.jobs import connect
     from minimind_ray.on_ray.cluster.jobs import stop as stop_job
 
     with connect(cluster) as client:
         running = stop_job(client, job)
-    print(f"{job} was asked to stop; watch it end: {_ours(cluster)} logs {job}" if running else f"{job} has ended")
+    watch = f"{_program(cluster)} logs {job}"
+    print(f"{job} was asked to stop; to watch it end: {watch}" if running else f"{job} has ended")
 
 
 def pack(out: Annotated[str, typer.Argument(metavar="DIR", help="a run, a sweep, or a recipe's directory")]) -> None:
-    """Print what is worth fetching of DIR, without models: one line that `logs` understands."""
+    """Print the files of DIR that `logs` fetches, without models, as one line that `logs` understands."""
     from minimind_ray.config.paths import output_path
     from minimind_ray.train.bundle import pack as packed
 
@@ -132,7 +134,7 @@ def pack(out: Annotated[str, typer.Argument(metavar="DIR", help="a run, a sweep,
 def _send(context: typer.Context, cluster: Path | None, command: Sequence[str], ship: Sequence[str]) -> None:
     """Check the command, send it, and follow it."""
     params = _parse(context, command)
-    metadata = _plan(command[0], params)
+    metadata = _metadata(command[0], params)
     if out := metadata.get("out"):
         _check_target(out)
     _check_cluster(cluster)
@@ -149,17 +151,17 @@ def _send(context: typer.Context, cluster: Path | None, command: Sequence[str], 
 
 
 def _summary(sent: Package) -> str:
-    """What is sent, and which secrets and links stay here."""
+    """Say how many files are sent, and which secrets and links are not."""
     text = f"sending {len(sent.files):,} files of this directory, {sent.size:,} bytes"
-    for what, names in {"secrets": sent.secrets, "links that lead out of it": sent.links}.items():
+    for kind, names in {"secrets": sent.secrets, "links that lead out of it": sent.links}.items():
         if names:
-            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-            text += f"; not sent, as {what}: {', '.join(names[:NAMED])}{more}"
-    return f"{text} (--ship PATH sends one)" if sent.secrets or sent.links else text
+            more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+            text += f"; not sent ({kind}): {', '.join(names[:MOST_NAMED])}{more}"
+    return f"{text}; --ship PATH sends such a file" if sent.secrets or sent.links else text
 
 
 def _watch(client: Client, job: str, cluster: Path | None) -> None:
-    """Show the job's output until it has ended, and bring home what it made; exits as the job did."""
+    """Show the job's output until the job has ended, fetch its results, and exit with an error if the job failed."""
     from json import dumps
 
     from minimind_ray.on_ray.cluster.jobs import fetch, follow
@@ -167,8 +169,8 @@ def _watch(client: Client, job: str, cluster: Path | None) -> None:
     try:
         info = follow(client, job, _write)
     except KeyboardInterrupt:
-        ours = _ours(cluster)
-        print(f"\n{job} continues without this terminal. Watch it: {ours} logs {job}; stop it: {ours} stop {job}")
+        program = _program(cluster)
+        print(f"\n{job} continues without this terminal. Watch it: {program} logs {job}; stop it: {program} stop {job}")
         raise typer.Exit(130) from None
     if out := (info.metadata or {}).get("out"):
         target = _check_target(out)
@@ -180,9 +182,9 @@ def _watch(client: Client, job: str, cluster: Path | None) -> None:
             (target / FETCHED).write_text(dumps(note) + "\n", encoding="utf-8")
             pages = [file for file in files if file.name == "report.html"]
             print(f"fetched {len(files)} files into {target}" + "".join(f"; report: {page}" for page in pages))
-    # Ray's message repeats the end of the log, which was shown.
-    why, _, _ = (info.message or "").partition(", last available logs")
-    print(f"job {job}: {info.status}" + (f": {why}" if info.status == "FAILED" else ""))
+    # Ray's message repeats the end of the log, which was shown already.
+    reason, _, _ = (info.message or "").partition(", last available logs")
+    print(f"job {job}: {info.status}" + (f": {reason}" if info.status == "FAILED" else ""))
     if info.status != "SUCCEEDED":
         raise typer.Exit(130 if info.status == "STOPPED" else info.driver_exit_code or 1)
 
@@ -193,14 +195,14 @@ def _write(text: str) -> None:
 
 
 def _command(arguments: list[str]) -> list[str]:
-    """The arguments without our own option, which stands before the command."""
+    """Return the arguments from the command's name on, without --cluster and --ship, which come before it."""
     while arguments and arguments[0].startswith("-"):
         arguments = arguments[1 if "=" in arguments[0] else 2 :]
     return arguments
 
 
 def _parse(context: typer.Context, command: Sequence[str]) -> dict[str, Any]:
-    """The command's parameters: what is misspelt is told here, and --help needs no cluster."""
+    """Return the command's parameters. Parsing reports misspelt options here, and shows --help without a cluster."""
     inner: Any = context
     rest = list(command)
     while hasattr(inner.command, "commands"):
@@ -209,8 +211,8 @@ def _parse(context: typer.Context, command: Sequence[str]) -> dict[str, Any]:
     return inner.params
 
 
-def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
-    """What the job's record says beside the command: the config, checked here, and where its results lie."""
+def _metadata(name: str, params: dict[str, Any]) -> dict[str, str]:
+    """Check the command's config, and return the job's metadata: the config and the directory of the results."""
     from minimind_ray.config.load import to_yaml
 
     if params.get("dry_run"):
@@ -223,7 +225,7 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
         config = config_from_flags(params["stage"], map(Path, params["config"] or []), params["set_"] or [], params)
         return {"out": config.out.replace("{stage}", config.stage), "config": to_yaml(config)}
     if name == "eval" and params["out"]:
-        raise UserError("eval --out would write into the job's copy of the working directory: leave it out")
+        raise UserError("eval --out would write into the job's copy of the working directory: leave --out out")
     if name == "demo":
         return {"out": params["out"]}
     if name == "tune" and params["resume"]:
@@ -243,46 +245,50 @@ def _plan(name: str, params: dict[str, Any]) -> dict[str, str]:
 
 
 def _target(out: str) -> Path:
-    """Where results come to: the same relative path here; of others the last part, under fetched/."""
+    """Return the local directory for the results: a relative path itself; for others fetched/ and their last part."""
     path = Path(check_location(out))
     if ".." in path.parts:
-        raise UserError(f"{out} leads out of the working directory, where its results would come: choose another --out")
+        raise UserError(f"{out} leads out of the working directory, so its results cannot be fetched: change --out")
     return path if "://" not in out and not path.is_absolute() else Path("fetched") / path.name
 
 
 def _check_target(out: str) -> Path:
-    """The target, which is not there, or holds what was fetched of the same directory."""
+    """Return the local directory for the results.
+
+    Raises:
+        UserError: the directory exists, but does not hold earlier results of the same `out`.
+    """
     target = _target(out)
     if not target.exists():
         return target
     if not (target / FETCHED).exists():
         raise UserError(
-            f"{target} here is of this machine, and the cluster's results would come there: choose another --out"
+            f"{target} exists on this machine, and the cluster's results would be written there: choose another --out"
         )
-    if _plain(other := str(_fetched(target).get("out"))) != _plain(out):
-        raise UserError(f"{target} holds what was fetched of {other}, not of {out}: move or delete it")
+    if _normalized(other := str(_fetched(target).get("out"))) != _normalized(out):
+        raise UserError(f"{target} holds the results of {other}, not of {out}: move or delete it")
     return target
 
 
-def _plain(out: str) -> str:
-    """Without what a shell's completion adds."""
+def _normalized(out: str) -> str:
+    """Return the path or URL without a slash at its end, which a shell's completion may add."""
     return out.rstrip("/") if "://" in out else str(Path(out))
 
 
 def _fetched(target: Path) -> dict[str, Any]:
-    """What was fetched into a directory; {} where nothing was."""
+    """Return the record of the results fetched into a directory; {} if there is none."""
     from minimind_ray.config.reading import read_json
 
     return read_json(target / FETCHED) if (target / FETCHED).exists() else {}
 
 
 def _remove(target: Path, names: set[str]) -> None:
-    """Remove what was fetched before and is no more, such as the trials of an earlier sweep."""
+    """Remove files of an earlier fetch that no longer exist on the cluster, such as the trials of an earlier sweep."""
     from minimind_ray.train.run import inside
 
     for name in filter(inside, names):
         (target / name).unlink(missing_ok=True)
-        with suppress(OSError):  # Other files are there.
+        with suppress(OSError):  # The folder holds other files.
             for folder in Path(name).parents:
                 (target / folder).rmdir()
 
@@ -291,20 +297,21 @@ def _cluster(context: typer.Context) -> Path | None:
     cluster = context.find_root().params["cluster"]
     if not cluster and not os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
         raise UserError(
-            f"which cluster? minimind-ray --cluster FILE {context.info_name}, or set RAY_ADDRESS to its dashboard, "
-            "such as http://127.0.0.1:8265"
+            f"which cluster? use minimind-ray --cluster FILE {context.info_name}, or set RAY_ADDRESS to the address of "
+            "the cluster's dashboard, such as http://127.0.0.1:8265"
         )
     _check_cluster(cluster)
     return cluster
 
 
 def _check_cluster(cluster: Path | None) -> None:
-    """A file that is not there, or is none, is told before Ray is imported."""
+    """Report a missing or wrong cluster file, before the slow import of Ray."""
     from minimind_ray.config.cluster import read_cluster
 
     if cluster:
         read_cluster(cluster)
 
 
-def _ours(cluster: Path | None) -> str:
+def _program(cluster: Path | None) -> str:
+    """Return the beginning of a command for the same cluster."""
     return f"minimind-ray --cluster {cluster}" if cluster else "minimind-ray"

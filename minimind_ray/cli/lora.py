@@ -1,4 +1,4 @@
-"""`minimind-ray lora merge`."""
+"""`minimind-ray lora merge`: merge an adapter into its base model."""
 
 from __future__ import annotations
 

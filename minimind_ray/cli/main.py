@@ -42,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.callback()(jobs.everywhere)
+app.callback()(jobs.main)
 app.command("demo")(demo.demo)
 app.command("train", cls=train.TrainCommand)(train.train)
 app.command("run", cls=run_recipe.RunCommand)(run_recipe.run)
@@ -78,16 +78,16 @@ def _skip_last_collection() -> None:
 
 
 def run() -> None:
-    """The console script. Prints a user's or a disk's error as one sentence on stderr and exits with code 1.
+    """Run the command line. A user's or a disk's error becomes one sentence on stderr, and the exit code 1.
 
-    After a signal, the exit code is 128 plus the signal's number, unless the command succeeded. With
-    MINIMIND_DEBUG set, errors show their traceback.
+    After a signal, the exit code is 128 plus the signal's number, unless the command succeeded. If MINIMIND_DEBUG is
+    set, errors show their traceback.
     """
     atexit.register(_skip_last_collection)
-    # Let tokenizers use all threads here; workers get a limit of their own.
+    # Let the tokenizers library use all threads in this process. Worker processes set their own limit.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
-        # If a script started Ray in its background, Ray's jobs inherit that SIGINT is ignored: undo this.
+        # If a script started Ray in the background, Ray's jobs inherit its ignored SIGINT: undo this.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupts.install()
     try:

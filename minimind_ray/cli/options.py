@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="run directory, model directory, or adapter directory")]
-Adapter = Annotated[str | None, typer.Option(metavar="DIR", help="LoRA adapter, or its run, to put on MODEL")]
+Adapter = Annotated[str | None, typer.Option(metavar="DIR", help="LoRA adapter, or its run, to apply to MODEL")]
 Precision = Annotated[
     Literal["auto", "bfloat16", "float32"],
     typer.Option(help="precision of matrix products; auto: bfloat16 if supported"),
@@ -52,7 +52,7 @@ def require_local(path: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """A text for a terminal, with visible symbols in place of control characters."""
+    """Return the text for a terminal, with visible symbols in place of control characters."""
     return text.translate(_CONTROL)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(config: Config) -> None:
-    """Print the plan of a run, with a line for each fact."""
+    """Print the plan of a run, with one fact on each line."""
     from minimind_ray.stages.plan import plan_run
 
     plan = plan_run(config)
@@ -43,19 +43,19 @@ def _cost(plan: RunPlan) -> dict[str, str]:
 
     scale, memory, run = plan.config.scale, plan.memory, RunDirectory(plan.config.out)
     return {
-        "compute": f"{plan.flops / plan.steps:.2g} FLOPs a step, {plan.flops:.2g} in all, counted as for MFU",
+        "compute": f"{plan.flops / plan.steps:.2g} FLOPs a step, {plan.flops:.2g} in total, counted as for MFU",
         "memory": f"{_size(memory.total)} on each worker: {_size(memory.weights)} weights + {_size(memory.gradients)} "
         f"gradients + {_size(memory.optimizer)} AdamW + {_size(memory.activations)} activations of "
         f"{_pass(plan.config, plan.pass_tokens)} (estimated)",
         "workers": f"{scale.workers}, each with {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs; one "
-        f"more CPU for the data; matrix products in {str(plan.dtype).removeprefix('torch.')} where hardware is as here"
+        f"more CPU for the data; matrix products in {str(plan.dtype).removeprefix('torch.')} on hardware like this"
         f"{missing_gpus(scale)}",
-        "run": f"{run.where}{', which holds a run already' if run.file('config.yaml').exists() else ''}",
+        "run": f"{run.where}{' (it already holds a run)' if run.file('config.yaml').exists() else ''}",
     }
 
 
 def _remarks(plan: RunPlan) -> dict[str, str]:
-    """Lines for some runs only: a too long schedule, a reference model, rows that cannot be used."""
+    """Return lines that only some runs need: a too long schedule, a reference model, rows that cannot be used."""
     from minimind_ray.stages.stage import stage_of
     from minimind_ray.train.schedule import shortfall
 
@@ -63,22 +63,22 @@ def _remarks(plan: RunPlan) -> dict[str, str]:
     if warning := shortfall(config.schedule, plan.steps):
         lines["warning"] = warning
     for scored in stage_of(config).columns(config):
-        what = "one forward pass over the data first, unless it was made for this data and base before"
-        lines[scored.column.name] = what
+        extra = "one forward pass over the data first, unless an earlier run with this data and base did it"
+        lines[scored.column.name] = extra
     if sample.rejected:
         first, allowed = sample.reasons[0].first, config.data.max_reject_fraction
         lines["rejected"] = (
-            f"{sample.rejected:,} of {sample.sampled:,} sampled rows, as {first.file}:{first.line}: {first.reason}"
+            f"{sample.rejected:,} of {sample.sampled:,} sampled rows, such as {first.file}:{first.line}: {first.reason}"
         )
         if sample.rejected > allowed * sample.sampled:
-            lines["rejected"] += f"; data.max_reject_fraction {allowed:g} allows fewer: it would stop"
+            lines["rejected"] += f"; data.max_reject_fraction {allowed:g} allows fewer: the run would stop"
     if sample.remarks:
         lines["rows"] = "in the sample, " + "; ".join(sample.remarks)
     return lines
 
 
 def missing_gpus(scale: ScaleConfig) -> str:
-    """A hint if the workers ask for GPUs, this machine has no GPU, and RAY_ADDRESS is not set; else empty."""
+    """Return a hint if the workers need GPUs, this machine has none, and RAY_ADDRESS is not set; otherwise ""."""
     import torch
 
     if not scale.gpus_per_worker or "RAY_ADDRESS" in os.environ or torch.cuda.is_available():
@@ -89,7 +89,9 @@ def missing_gpus(scale: ScaleConfig) -> str:
 def _pass(config: Config, tokens: int) -> str:
     if config.batch.pass_tokens != "auto":
         return f"a pass of {tokens:,} tokens"
-    return "a pack" + ("; a GPU takes as many at once as it has memory for" if config.scale.gpus_per_worker else "")
+    return "a pack" + (
+        "; a GPU takes as many packs at once as fit into its memory" if config.scale.gpus_per_worker else ""
+    )
 
 
 def _size(size: int) -> str:

@@ -1,4 +1,4 @@
-"""`minimind-ray run RECIPE`: stages in a row."""
+"""`minimind-ray run RECIPE`: run several stages, one after another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ RunCommand = with_options(lambda: key_options(only=["workers"]))
 def run(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as experiments/zero.yaml")],
-    data_dir: Annotated[str | None, typer.Option(help="the recipe's data directory; default: as in the recipe")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="directory of the recipe's data; default: as the recipe says")
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="directory or URL for all stages; default: runs/<recipe's name>")
     ] = None,
@@ -45,7 +47,7 @@ def run(
 def run_recipe(
     path: Path, data_dir: str | Path | None, out: str | None, overrides: dict[str, Any], *, ray: bool
 ) -> None:
-    """Run a recipe file, and print for each stage what is done and why.
+    """Run a recipe file. Print for each stage whether it is run, resumed or skipped, and why.
 
     Stops after a stage that was interrupted.
     """

@@ -1,4 +1,4 @@
-"""`minimind-ray runs`: list runs with their state."""
+"""`minimind-ray runs`: list runs with their states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEEDED = ("run.json", "config.yaml", "metrics.jsonl", "writer.json", "sweep.json
 
 def runs(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="look for runs here and below; or a URL")] = "runs",
-    json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False,
 ) -> None:
     """List runs, latest first: state, stage, steps, loss, last checkpoint."""
     from minimind_ray.config.errors import UserError
@@ -70,14 +70,14 @@ def _print_table(rows: list[dict[str, str]]) -> None:
 
 
 def column_widths(rows: list[dict[str, str]]) -> dict[str, int]:
-    """The width of each column of the table in terminal cells, with the spaces around it."""
+    """Return the width of each column of the table in terminal cells, with the spaces around it."""
     from rich.cells import cell_len
 
     return {title: 2 + max(cell_len(text) for text in (title, *(row[title] for row in rows))) for title in COLUMNS}
 
 
 def fitting(widths: dict[str, int], available: int) -> list[str]:
-    """The columns that fit beside the runs' complete names, in the table's order."""
+    """Return the columns that fit beside the runs' complete names, in the table's order."""
     shown = widths | {"state": min(widths["state"], WIDEST_STATE)}
     for title in LEFT_OUT:
         if sum(shown.values()) <= available:

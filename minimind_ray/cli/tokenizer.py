@@ -1,4 +1,4 @@
-"""`minimind-ray tokenizer train`."""
+"""`minimind-ray tokenizer train`: train a tokenizer on files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def train(
 
 
 def make(files: list[str], out: str, vocab_size: int, max_bytes: int | None) -> None:
-    """As `train`, but replaces an existing tokenizer."""
+    """Train and measure a tokenizer. Replace an existing tokenizer in `out`.
+
+    Raises:
+        UserError: the files hold no text, or `vocab_size` is too small.
+    """
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import input_path, output_path
     from minimind_ray.data.fields import BadRowError
@@ -74,15 +78,15 @@ def make(files: list[str], out: str, vocab_size: int, max_bytes: int | None) -> 
     if bad:
         print(f"{bad:,} rows could not be read and were left out; `minimind-ray data inspect` says why")
     if tokenizer.vocab_size < vocab_size:
-        print(f"fewer than the {vocab_size:,} asked for: there was too little text to merge more")
+        print(f"fewer tokens than --vocab-size {vocab_size:,}: there was too little text for more")
     if not held_out:
-        print(f"nothing held out to measure it on: fewer than {HELD_OUT_EVERY} rows")
+        print(f"not measured: with fewer than {HELD_OUT_EVERY} rows, no row was held out")
         return
     tokens = sum(map(len, tokenizer.encode(held_out)))
     chars, size = sum(map(len, held_out)), sum(len(text.encode()) for text in held_out)
     print(
-        f"a token stands for {chars / tokens:.2f} characters, or {size / tokens:.2f} bytes, in {len(held_out):,} texts "
-        "that it was not trained on"
+        f"a token stands for {chars / tokens:.2f} characters, or {size / tokens:.2f} bytes, in {len(held_out):,} "
+        "held-out texts"
     )
 
 

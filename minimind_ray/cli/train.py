@@ -1,4 +1,4 @@
-"""`minimind-ray train STAGE`."""
+"""`minimind-ray train STAGE`: train one stage."""
 
 from __future__ import annotations
 

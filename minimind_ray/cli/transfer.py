@@ -1,4 +1,4 @@
-"""`minimind-ray import` and `export`: MiniMind's .pth files, and model directories from elsewhere."""
+"""`minimind-ray import` and `export`: read and write MiniMind's .pth files, and import Hugging Face models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _setting(help: str, **options: Any) -> Any:
-    """An option for what a .pth file does not say."""
+    """Return an option for a setting that a .pth file does not contain."""
     return typer.Option(help=help, show_default=False, **options)
 
 
@@ -26,29 +26,31 @@ def _switch(name: str, help: str) -> Any:
 def import_(
     source: Annotated[Path, typer.Argument(help="MiniMind's .pth file, or a Hugging Face model directory")],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="directory to write")],
-    tokenizer: Annotated[str | None, _setting("tokenizer of a .pth model, which holds none", metavar="DIR")] = None,
-    base: Annotated[str | None, _setting("the model that a .pth LoRA file is for", metavar="DIR")] = None,
+    tokenizer: Annotated[str | None, _setting("tokenizer for a .pth model, which contains none", metavar="DIR")] = None,
+    base: Annotated[str | None, _setting("base model of a .pth LoRA file", metavar="DIR")] = None,
     heads: Annotated[int | None, _setting("attention heads of a MiniMind-2 model; default: 8", min=1)] = None,
     experts_per_token: Annotated[
-        int | None, _setting("of a .pth model; default: 2 for MiniMind-2, 1 for 3", min=1)
+        int | None, _setting("of a .pth model; default: 2 for MiniMind-2, 1 for MiniMind-3", min=1)
     ] = None,
     norm_topk_prob: Annotated[
         bool | None,
-        _switch("norm-topk-prob", "of a .pth model: the weights of a token's experts add up to 1; default: they do"),
+        _switch("norm-topk-prob", "of a .pth model: the weights of a token's experts add up to 1; default: yes"),
     ] = None,
     router_aux_loss_coef: Annotated[
-        float | None, _setting("of a .pth model, for training; default: 0.01 for MiniMind-2, 5e-4 for 3")
+        float | None, _setting("of a .pth model, for training; default: 0.01 for MiniMind-2, 5e-4 for MiniMind-3")
     ] = None,
     rope_theta: Annotated[float | None, _setting("of a .pth model; default: 1e6", min=1)] = None,
     inference_rope_scaling: Annotated[
         bool | None,
-        _switch("inference-rope-scaling", "of a .pth model: use it with MiniMind's YaRN; default: without"),
+        _switch("inference-rope-scaling", "of a .pth model: scale positions with MiniMind's YaRN; default: no"),
     ] = None,
     max_position_embeddings: Annotated[int | None, _setting("of a .pth model; default: 32768", min=1)] = None,
-    rms_norm_eps: Annotated[float | None, _setting("of a .pth model; default: 1e-5 for MiniMind-2, 1e-6 for 3")] = None,
+    rms_norm_eps: Annotated[
+        float | None, _setting("of a .pth model; default: 1e-5 for MiniMind-2, 1e-6 for MiniMind-3")
+    ] = None,
     dropout: Annotated[float | None, _setting("of a .pth model, for training; default: 0")] = None,
 ) -> None:
-    """Write a model directory of minimind-ray (with --base, an adapter directory). Names settings that do not fit."""
+    """Write a model directory of minimind-ray, or with --base an adapter directory."""
     require_new(out)
     given = {
         "num_attention_heads": heads, "num_experts_per_tok": experts_per_token, "norm_topk_prob": norm_topk_prob,
@@ -74,25 +76,25 @@ def import_(
 
 
 def _require_fitting(source: Path, tokenizer: str | None, base: str | None, settings: Mapping[str, object]) -> None:
-    """Check that the source is there and that its kind has the given options."""
+    """Check that the source exists, and that the given options apply to this kind of source."""
     from minimind_ray.config.errors import UserError
 
     of_model = {_flag(name): value for name, value in settings.items()}
     if source.is_dir():
-        _refuse({"--base": base, **of_model}, f"{source} is a directory, whose config.json says this")
+        _refuse({"--base": base, **of_model}, f"{source} is a directory with these settings in its config.json")
     elif not source.exists():
         raise UserError(f"{source}: no such file or directory")
     elif base is not None:
-        _refuse({"--tokenizer": tokenizer, **of_model}, f"{base} says this of {source}")
+        _refuse({"--tokenizer": tokenizer, **of_model}, f"{base} already determines this for {source}")
     elif tokenizer is None:
         raise UserError(
-            f"{source}: a .pth file holds no tokenizer: give a model's with --tokenizer DIR, "
-            "or for a LoRA file its model with --base DIR"
+            f"{source}: a .pth file contains no tokenizer: for a model, give the tokenizer with --tokenizer DIR; "
+            "for a LoRA file, give its base model with --base DIR"
         )
 
 
 def _flag(setting: str, value: object = None) -> str:
-    """The option of `import` for a setting of MiniMind's config, and its value where one is given."""
+    """Return the option of `import` for a setting of MiniMind's config, with the value if it is not None."""
     short = {"num_attention_heads": "heads", "num_experts_per_tok": "experts-per-token"}
     name = short.get(setting, setting.replace("_", "-"))
     if isinstance(value, bool):
@@ -106,16 +108,16 @@ def _print_assumed(shape: ModelShape, given: Mapping[str, object]) -> None:
     defaults = settings_not_in_file(shape.qk_norm, shape.num_experts > 0)
     assumed = [_flag(name, value) for name, value in defaults.items() if name not in given]
     fixed = "hidden_act silu, seq_aux true" if shape.num_experts and not shape.qk_norm else "hidden_act silu"
-    print(f"assumed (not in the file): {' '.join([*assumed, ''])}{fixed} (no other is supported)")
+    print(f"assumed (not in the file): {' '.join([*assumed, ''])}{fixed} (no others are supported)")
     if assumed:
-        print("If the model was trained with other values, import it again with these.")
+        print("If the model was trained with other values, import it again with those values.")
 
 
-def _refuse(options: dict[str, object], why: str) -> None:
+def _refuse(options: dict[str, object], reason: str) -> None:
     from minimind_ray.config.errors import UserError
 
-    if told := [name for name, value in options.items() if value is not None]:
-        raise UserError(f"{why}: leave {told[0]} out")
+    if given := [name for name, value in options.items() if value is not None]:
+        raise UserError(f"{reason}: leave {given[0]} out")
 
 
 def _describe(out: Path, shape: ModelShape) -> None:
@@ -135,13 +137,13 @@ def export(
     source: Annotated[str, typer.Argument(metavar="DIR", help="run, model directory or adapter directory")],
     file: Annotated[Path, typer.Argument(help="the .pth file to write")],
     base: Annotated[
-        str | None, typer.Option(metavar="DIR", help="an adapter's base; default: where it says", show_default=False)
+        str | None, typer.Option(metavar="DIR", help="base model; default: the adapter's own", show_default=False)
     ] = None,
     float32: Annotated[
         bool, typer.Option("--float32", help="write exact float32 weights; MiniMind's own files are float16")
     ] = False,
 ) -> None:
-    """Write a model or an adapter as a file that MiniMind's scripts load, and say what their config lacks for it."""
+    """Write a model or an adapter as a .pth file for MiniMind's scripts. Print the settings that MiniMind needs."""
     require_new(file)
     from minimind_ray.model.lora import is_adapter
     from minimind_ray.stages.transfer import export as export_model

@@ -1,4 +1,4 @@
-"""`minimind-ray tune STAGE`."""
+"""`minimind-ray tune STAGE`: run and compare many trials of one stage."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def tune(
         str | None, typer.Option(metavar="USD|FILE", help="price of one trial, or a cluster file with prices")
     ] = None,
 ) -> None:
-    """Sweep over settings of one stage: many trials on Ray Tune, compared with their uncertainty."""
+    """Sweep over settings of one stage. Runs many trials on Ray Tune, and compares them with their uncertainty."""
     from minimind_ray.sweep.plan import check_free
 
     asked = given(context)
@@ -75,10 +75,10 @@ def tune(
 
 
 def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
-    """The sweep in this directory, with the changes that the command's parameters may make.
+    """Return the plan of the sweep in this directory, changed by the command's parameters where they may change it.
 
     Raises:
-        UserError: another parameter or another stage was given, or the directory holds no sweep.
+        UserError: a parameter that cannot change or another stage was given, or the directory holds no sweep.
     """
     from minimind_ray.config.search import search_config
     from minimind_ray.sweep.plan import reopen_sweep
@@ -96,7 +96,7 @@ def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
 
 
 def plan_of(asked: Mapping[str, Any]) -> SweepPlan:
-    """The plan of the sweep that the command's given parameters ask for."""
+    """Return the plan of the sweep that the command's given parameters describe."""
     from minimind_ray.config.load import parse_override
     from minimind_ray.sweep.axes import parse_assignment
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
@@ -111,7 +111,7 @@ def plan_of(asked: Mapping[str, Any]) -> SweepPlan:
 
 
 def _search(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The search settings among the command's parameters."""
+    """Return the search settings among the command's parameters."""
     from minimind_ray.config.load import parse_value
     from minimind_ray.config.search import SearchConfig
 
@@ -208,7 +208,9 @@ def _print_trials(plan: SweepPlan, found: Forecast) -> None:
         print(f"axis       {axis.key}: {text}")
     if any(axis.key.startswith("data.") for axis in plan.axes):
         data = plan.base.data
-        print(f"validated  all alike, with data.max_seq_len {data.max_seq_len} and data.pack_tokens {data.pack_tokens}")
+        print(
+            f"validation every trial with data.max_seq_len {data.max_seq_len} and data.pack_tokens {data.pack_tokens}"
+        )
     each = f"{scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs"
     print(f"each on    {f'{scale.most} workers of ' if scale.most > 1 else ''}{each}{missing_gpus(scale)}")
     if found.does_not_fit:
@@ -228,11 +230,11 @@ def _print_cost(plan: SweepPlan, found: Forecast) -> None:
     print(
         f"a trial    {first.plan.steps:,} steps, {count_text(train_tokens(first))} tokens, {flops:.2g} FLOPs on average"
     )
-    print(f"in all     {cost.steps:,} steps, {count_text(cost.tokens)} tokens, {cost.flops:.2g} FLOPs")
+    print(f"in total   {cost.steps:,} steps, {count_text(cost.tokens)} tokens, {cost.flops:.2g} FLOPs")
     if search.scheduler == "asha":
-        print(f"asha       saves about {1 - cost.kept:.0%} of that (if early validations tell the order)")
+        print(f"asha       saves about {1 - cost.kept:.0%} of this (if early validations predict the final order)")
     elif search.scheduler != "none":
-        print(f"{search.scheduler:<10} its savings cannot be foreseen; not counted")
+        print(f"{search.scheduler:<10} its savings cannot be predicted and are not counted")
     print(f"together   {f'{found.fused} in one process' if found.fused > 1 else 'no'}: {found.why_fused}")
     print(f"shared     {', '.join(f'{count} {what}' for what, count in found.shared.items() if count)}, made once")
     print(

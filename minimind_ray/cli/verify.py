@@ -1,4 +1,4 @@
-"""`minimind-ray verify`: check a checkpoint, and check that a resumed run gives the same weights."""
+"""`minimind-ray verify`: check a checkpoint, or prove that a resumed run gives the same weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(help="Prove that a checkpoint is whole, and that resuming chan
 def checkpoint(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="a checkpoint, or a run (checks its result)")],
 ) -> None:
-    """Check the sums, that weights load and are finite, and that resume/ is complete. Exit code 1 if a check fails."""
+    """Check the checksums, the weights (they load, and are finite) and resume/. Exit code 1 if a check fails."""
     from minimind_ray.data.storage import url_of
     from minimind_ray.stages.verify import check_checkpoint
     from minimind_ray.train.run import resolve_model

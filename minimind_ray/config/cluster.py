@@ -25,7 +25,7 @@ PRICE_ANNOTATION = "minimind-ray/price-per-hour"
 
 @dataclass(frozen=True)
 class NodeType:
-    """A type of worker machine: resources of each (None if unknown), and the least and most machines."""
+    """A type of worker machine: the resources of a machine (None if unknown), and the least and most machines."""
 
     name: str
     cpus: float | None
@@ -34,7 +34,7 @@ class NodeType:
     most: int
 
     def fits(self, scale: ScaleConfig) -> int:
-        """How many training workers fit on one machine; 0 if its resources are too small or unknown."""
+        """Return how many training workers fit on one machine; 0 if its resources are too small or unknown."""
         if self.cpus is None or self.gpus is None:
             return 0
         workers = self.cpus / scale.cpus_per_worker
@@ -43,7 +43,7 @@ class NodeType:
         return int(workers + 1e-6)
 
     def share(self, scale: ScaleConfig) -> float:
-        """The fraction of a machine that a training worker takes: the larger of its fractions of CPUs and GPUs."""
+        """Return the fraction of a machine that a worker takes: the larger of its fractions of CPUs and GPUs."""
         assert self.cpus is not None and self.gpus is not None
         return max(scale.cpus_per_worker / self.cpus, scale.gpus_per_worker / self.gpus if self.gpus else 0)
 
@@ -52,7 +52,7 @@ class NodeType:
 class ClusterFile:
     """A cluster file. `max_workers` is the limit for all node types together.
 
-    `prices` are by the names of node types; `head` is the name of the head's type.
+    `prices` has the price of each node type by its name, in USD an hour. `head` is the name of the head's type.
     """
 
     path: Path
@@ -64,11 +64,11 @@ class ClusterFile:
     prices: Mapping[str, float]
 
     def cost_idle(self) -> float | None:
-        """USD an hour while no job runs: the head and the minimum of workers; None if a price is missing."""
+        """Return the USD an hour of the head and the minimum of workers; None if a price is missing."""
         return self._sum({self.head: 1} | {node.name: node.least for node in self.workers if node.least})
 
     def cost_at_most(self) -> float | None:
-        """USD an hour with the most expensive machines that may run at once; None if a price is missing."""
+        """Return the USD an hour of the most expensive machines that may run at once; None if a price is missing."""
         if self.head not in self.prices or any(node.most and node.name not in self.prices for node in self.workers):
             return None
         count, left = {self.head: 1}, self.max_workers
@@ -78,7 +78,7 @@ class ClusterFile:
         return self._sum({name: number for name, number in count.items() if number})
 
     def trial_price(self, scale: ScaleConfig) -> tuple[float, str] | None:
-        """USD an hour for the resources of a run of this scale, and the node type: the cheapest type with a price.
+        """Return the USD an hour of a run of this scale, and the node type: the cheapest type with a price.
 
         A run without GPUs gets the price of machines without GPUs, if there are any, because Ray prefers them.
         """
@@ -95,7 +95,7 @@ class ClusterFile:
 
 
 def read_cluster(path: str | Path) -> ClusterFile:
-    """Read a cluster file. Checks only what is needed here.
+    """Read a cluster file. Checks only the parts that `ClusterFile` needs.
 
     Raises:
         UserError: the file cannot be read, or is not a cluster file.
@@ -110,7 +110,7 @@ def read_cluster(path: str | Path) -> ClusterFile:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a valid cluster file: {type(error).__name__}: {error}") from None
-    raise UserError(f"{path}: no cluster file: it has neither `provider` (ray up) nor `kind: RayCluster` (KubeRay)")
+    raise UserError(f"{path}: not a cluster file: it has neither `provider` (ray up) nor `kind: RayCluster` (KubeRay)")
 
 
 def _launched(path: Path, tree: dict[str, Any]) -> ClusterFile:
@@ -156,7 +156,7 @@ def _kuberay(path: Path, tree: dict[str, Any]) -> ClusterFile:
 
 
 def _quantity(text: object) -> float:
-    """A number of CPUs as Kubernetes writes it: 3, "3" or 500m."""
+    """Parse a number of CPUs as Kubernetes writes it: 3, "3" or 500m."""
     text = str(text)
     return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
 
@@ -166,13 +166,15 @@ def _prices(path: Path, prices: object) -> dict[str, float]:
         isinstance(p, bool) or not isinstance(p, int | float) or p < 0 for p in prices.values()
     ):
         raise UserError(
-            f"{path}: price_per_hour: should give each node type's USD an hour, {{head: 0.2}}, not {prices!r}"
+            f"{path}: price_per_hour: give the USD an hour of each node type, such as {{head: 0.2}}, not {prices!r}"
         )
     return {str(name): float(price) for name, price in prices.items()}
 
 
 def scales(path: str | Path) -> list[ScaleConfig]:
-    """The resources that an experiment asks for. The file is a stage's config, a sweep, or a recipe (one per stage).
+    """Return the resources that an experiment asks for. The file is a stage's config, a sweep, or a recipe.
+
+    A recipe gives one `ScaleConfig` for each stage, other files give one.
 
     Raises:
         UserError: the file cannot be read, or its `scale` section is wrong.

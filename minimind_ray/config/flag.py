@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Flag:
-    """Put on a field of the schema by `Annotated[…, Flag("--lr")]`.
+    """The short option of a config key. A field of the schema has it as `Annotated[…, Flag("--lr")]`.
 
-    `vary`: `tune` accepts several values, which make an axis. `verbatim`: the text itself is the value; it is not
-    parsed as YAML. `note`: a text for the help, after the key.
+    `vary` says that `tune` accepts several values, which make an axis. `verbatim` says that the value is the text
+    itself, not parsed as YAML. `note` is a text for the help, after the key.
     """
 
     name: str

@@ -19,30 +19,30 @@ from minimind_ray.config.schema import Config
 
 @dataclass(frozen=True)
 class KeyFlag:
-    """The flag of a config key. `repeated`: the flag may be given several times, which makes a list."""
+    """The flag of a config key. `repeated` says that the flag may be given several times, which makes a list."""
 
     key: str
     flag: Flag
     repeated: bool
 
     def value(self, given: Any) -> Any:
-        """The config value for a flag's value: parsed as YAML, or unchanged for a verbatim flag."""
+        """Return the config value for a flag's value: parsed as YAML, or unchanged for a verbatim flag."""
         if self.repeated:
             return _sources([given] if isinstance(given, str) else list(given))
         return given if self.flag.verbatim or not isinstance(given, str) else parse_value(given)
 
 
 def _sources(texts: list[str]) -> str | list[str]:
-    """The paths of data files: a single path, or a list."""
+    """Return the paths of data files: a single path, or a list."""
     values = [parse_value(text) if text.startswith("[") else text for text in texts]
-    # A text that begins with [ need not be a list: [ab]*.jsonl is a glob.
+    # A text that begins with [ may also be a glob, such as [ab]*.jsonl.
     paths = [path for v, text in zip(values, texts) for path in (v if isinstance(v, list) else [text])]
     return paths if len(paths) > 1 else paths[0]
 
 
 @functools.cache
 def config_flags() -> dict[str, KeyFlag]:
-    """Every flag of the schema, by its name in Python."""
+    """Return every flag of the schema, by its name in Python."""
     return {found.flag.parameter: found for found in _flags_of(Config)}
 
 
@@ -56,7 +56,7 @@ def _flags_of(model: type[BaseModel], at: str = "") -> Iterator[KeyFlag]:
 
 
 def overrides_of(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of all given flags among these parameters, by dotted config key.
+    """Return the values of all given flags among these parameters, by dotted config key.
 
     False counts as given: from Python, `wandb=False` is a value, which the config can refuse.
     """
@@ -66,5 +66,5 @@ def overrides_of(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_unset(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that were given. 0 counts as given, so that the config can refuse it."""
+    """Return the parameters that the user gave. 0 counts as given, so that the config can refuse it."""
     return {name: value for name, value in parameters.items() if value not in (None, [], ()) and value is not False}

@@ -46,7 +46,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a scalar or list as YAML. Returns the text itself if it is not YAML."""
+    """Parse a text as YAML. Returns the text itself if it is not YAML."""
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
@@ -59,11 +59,14 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     trees: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-    """The config of a stage. Later sources override earlier ones: the schema's defaults, the stage's defaults, each
-    tree, each file, the dotted overrides.
+    """Return the config of a stage.
+
+    Later sources override earlier ones: the schema's defaults, the stage's defaults, each tree, each file, the dotted
+    overrides.
 
     Raises:
-        UserError: a key is unknown, or a value has a wrong type or is impossible. Names the key and what is allowed.
+        UserError: a key is unknown, or a value has a wrong type or is impossible. The message names the key and the
+            allowed keys or values.
     """
     tree: dict[str, Any] = {"stage": stage}
     origins: dict[str, str] = {}
@@ -94,7 +97,11 @@ def load_config(
 
 
 def validate(tree: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Config:
-    """Check a nested mapping against the schema; see `load_config` for what is raised."""
+    """Check a nested mapping against the schema.
+
+    Raises:
+        UserError: see `load_config`.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -121,7 +128,7 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def config_keys(model: type[BaseModel] = Config, at: str = "") -> Iterator[str]:
-    """Every dotted key of the schema that holds a value, not a section."""
+    """Yield every dotted key of the schema that holds a value. Keys of sections are left out."""
     for name, info in model.model_fields.items():
         section = section_of(info.annotation)
         if section is None:
@@ -131,13 +138,13 @@ def config_keys(model: type[BaseModel] = Config, at: str = "") -> Iterator[str]:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds; None if the field holds a value."""
+    """Return the section that a field holds; None if the field holds a value."""
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def nearest_key(key: str) -> str:
-    """A hint for an unknown key: the nearest key, and the valid keys of the same section."""
+    """Return a hint for an unknown key: the nearest key, and the valid keys of the same section."""
     known = list(config_keys())
     sections = sorted({k.split(".")[0] for k in known})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -177,7 +184,7 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
 
 
 def _as_written(value: Any) -> str:
-    """A value as the user may have written it, with quotes around texts."""
+    """Return a value as the user may have written it, with quotes around texts."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
@@ -192,5 +199,5 @@ def _is_type_tag(part: str) -> bool:
 
 
 def to_yaml(config: Config) -> str:
-    """The complete config as YAML. `load_config` reads it back to the same config."""
+    """Return the complete config as YAML. `load_config` reads it back to the same config."""
     return dump_yaml(config.model_dump(mode="json"))

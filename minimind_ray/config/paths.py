@@ -28,7 +28,7 @@ _SECRETS = (
 
 
 def check_location(where: str) -> str:
-    """Check the form of a path or URL, and return it unchanged. Does not look whether it exists.
+    """Check the form of a path or URL, and return it unchanged. Does not check whether it exists.
 
     Raises:
         UserError: a URL has no bucket, a bucket name that S3 does not allow, an empty part, credentials, or only one
@@ -49,7 +49,7 @@ def check_location(where: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
             raise UserError(f"{shown} is neither a path nor a URL: write it without ://, or as s3://BUCKET/PATH")
-        raise UserError(f"{shown}: write the beginning in small letters, {scheme.lower()}://")
+        raise UserError(f"{shown}: write the scheme in small letters, {scheme.lower()}://")
     if scheme in SERVERS:
         kind = "a web address" if scheme in ("http", "https") else f"the address of a server ({scheme}://)"
         raise UserError(
@@ -60,7 +60,7 @@ def check_location(where: str) -> str:
         raise UserError(f"{shown}: write {ALIASES[scheme]}://{masked(rest)}")
     if scheme == "file":
         if not rest.startswith("/"):
-            raise UserError(f"{shown} names no absolute path: write file:///PATH, or the path alone")
+            raise UserError(f"{shown} is not an absolute path: write file:///PATH, or PATH without file://")
         return where
     first, *parts = rest.rstrip("/").split("/")
     if shown != where or ("@" in first and scheme in ("s3", "gs")):
@@ -72,26 +72,26 @@ def check_location(where: str) -> str:
         raise UserError(f"{shown} names no bucket: write {scheme}://BUCKET/PATH")
     if scheme == "s3" and not _S3_BUCKET.fullmatch(first):
         raise UserError(
-            f"{shown}: no bucket can be named {first}: names of buckets are 3 to 63 small letters, digits, dots and "
-            "hyphens, and begin and end with a letter or digit"
+            f"{shown}: no bucket can be named {first}: the name of a bucket has 3 to 63 small letters, digits, dots "
+            "and hyphens, and begins and ends with a letter or digit"
         )
     if not {"", ".", ".."}.isdisjoint(parts):
-        raise UserError(f"{shown}: a URL with an empty part, . or .. in it names nothing: write it without")
+        raise UserError(f"{shown}: a URL cannot contain an empty part, . or ..: write it without them")
     return where
 
 
 def masked(text: str) -> str:
-    """The text with *** in place of credentials in its URLs."""
+    """Return the text with *** in place of credentials in its URLs."""
     for pattern, mask in _SECRETS:
         text = pattern.sub(mask, text)
     return text
 
 
 def output_path(path: str | Path) -> str:
-    """The absolute path for a command's result. A relative path lies in the storage if there is a storage.
+    """Return the absolute path for a command's result. A relative path lies in the storage if there is a storage.
 
     Raises:
-        UserError: the path is relative in a Ray job, and the cluster has no storage; also as `check_location`.
+        UserError: the path is relative in a Ray job, and the cluster has no storage; or see `check_location`.
     """
     path = _at_home(path)
     if _is_whole(path):
@@ -107,10 +107,12 @@ def output_path(path: str | Path) -> str:
 
 
 def input_path(path: str | Path) -> str:
-    """The absolute path of an input, which may be a glob. A relative path that does not exist here lies in the storage.
+    """Return the absolute path of an input, which may be a glob.
+
+    A relative path that does not exist in the working directory lies in the storage.
 
     Raises:
-        UserError: as `check_location`.
+        UserError: see `check_location`.
     """
     path = _at_home(path)
     if _is_whole(path):
@@ -130,13 +132,13 @@ def _at_home(path: str | Path) -> str:
     if path == "":
         raise UserError("a path is empty, perhaps from a shell variable that is not set: give a file or directory")
     check_location(str(path))
-    # Use one name for one directory: a lock by path must also hold for the same directory's file:// URL.
+    # Remove file://, so that a directory has only one name: a lock of its path must also hold for its URL.
     path = str(path).removeprefix("file://") if isinstance(path, str) else path
     return path if isinstance(path, str) and "://" in path else str(expanded(path))
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with ~ or ~USER at its beginning replaced by the home directory.
+    """Return the path with the home directory in place of ~ or ~USER at its beginning.
 
     Raises:
         UserError: the user does not exist.

@@ -3,9 +3,9 @@
 There are limits for a file's size, the depth of nesting, whole numbers (64 bits), and the number of YAML values after
 expanding aliases. Texts with halves of surrogate pairs are refused, because they could not be written again.
 
-YAML means the same in files, lists and flags. Plain values follow the core schema of YAML 1.2, not of 1.1: `1e-4` and
-`1E5` are numbers and `010` is ten; `yes`, `off`, `1:30`, `1_000` and `2026-01-01` are texts. Values with a tag follow
-the same schema: `!!int 1_000` is an error, and so is any tag outside of the core schema.
+YAML has the same meaning in files, lists and flags. Plain values follow the core schema of YAML 1.2, which differs from
+1.1: `1e-4` and `1E5` are numbers and `010` is ten; `yes`, `off`, `1:30`, `1_000` and `2026-01-01` are texts. Values
+with a tag follow the same schema: `!!int 1_000` is an error, and so is any tag outside of the core schema.
 """
 
 from __future__ import annotations
@@ -28,19 +28,17 @@ WORD = range(-(2**63), 2**64)
 
 
 def read_text(path: Path, largest: int = LARGEST_JSON, hint: str = "") -> str:
-    """A regular file's UTF-8 text.
+    """Return a regular file's UTF-8 text. `hint` is added to some error messages and says what to do.
 
     Raises:
         UserError: the file cannot be read, is not a regular file, has more than `largest` bytes, or is not UTF-8.
-        `hint`
-            is added to the message and says what to do.
     """
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
             raise UserError(f"{path}: cannot be read: it is not a regular file{hint}")
         if info.st_size > largest:
-            raise UserError(f"{path}: is {info.st_size:,} bytes long, more than the {largest:,} that are read")
+            raise UserError(f"{path}: is {info.st_size:,} bytes long; files of at most {largest:,} bytes are read")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text, at byte {error.start + 1}") from None
@@ -54,21 +52,25 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     """Read a file that holds a JSON object. `hint` is as in `read_text`.
 
     Raises:
-        UserError: as `read_text`; the file is a link to another directory, or does not hold a JSON object within
-        limits.
+        UserError: see `read_text`; or the file is a link to another directory, or does not hold a JSON object within
+            the limits.
     """
     require_own(path)
     return parse_json(read_text(path, hint=hint), str(path))
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Parse a text that holds a JSON object. `where` begins the error messages. Raises as `read_json`."""
+    """Parse a text that holds a JSON object. Error messages begin with `where`.
+
+    Raises:
+        UserError: the text is not a JSON object within the limits.
+    """
     try:
         content = _decode(text)
         if "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: not valid JSON: half of a surrogate pair, which is no character") from None
+        raise UserError(f"{where}: not valid JSON: half of a surrogate pair, which is not a character") from None
     except RecursionError:
         raise UserError(f"{where}: not valid JSON: nested too deeply") from None
     except ValueError as error:
@@ -81,7 +83,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def deeper(value: Any, levels: int) -> bool:
-    """Whether the value nests lists and objects deeper than this many levels."""
+    """Whether lists and objects in the value are nested deeper than this number of levels."""
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return children is not None and (levels == 0 or any(deeper(child, levels - 1) for child in children))
 
@@ -89,7 +91,7 @@ def deeper(value: Any, levels: int) -> bool:
 def require_own(path: Path) -> None:
     """Check that a file is not a link to another directory.
 
-    Links of Hugging Face's cache are allowed: there, snapshots/REVISION/x is a link to ../../blobs/HASH.
+    Links of Hugging Face's cache are allowed. In this cache, snapshots/REVISION/x is a link to ../../blobs/HASH.
 
     Raises:
         UserError: the file is a link to another directory.
@@ -105,15 +107,15 @@ def require_own(path: Path) -> None:
 
 
 def require_text(text: str, where: str) -> None:
-    """Check that a text can be encoded: bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
+    """Check that a text can be encoded. Python reads invalid UTF-8 on the command line as halves of surrogate pairs.
 
     Raises:
-        UserError: it cannot.
+        UserError: the text cannot be encoded.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} is no UTF-8 text") from None
+        raise UserError(f"{where} is not UTF-8 text") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -140,15 +142,15 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """YAML text that `parse_yaml` reads back to the same value. Keys keep their order."""
+    """Return YAML text that `parse_yaml` reads back to the same value. Keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader with these limits: whole numbers of 64 bits, texts that can be encoded, tags of the core schema only."""
+    """A loader that accepts only whole numbers of 64 bits, texts that can be encoded, and tags of the core schema."""
 
     def construct_plain(self, node: Any) -> Any:
-        """A null, boolean or number with a tag. The text must have the same type without it; a float may be whole."""
+        """Read a null, boolean or number with a tag. Its text must have the tag's type; an int is valid as a float."""
         text, kind = self.construct_scalar(node), node.tag.rpartition(":")[2]
         read_as = self.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
         if read_as != kind and (read_as, kind) != ("int", "float"):
@@ -157,7 +159,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_undefined(self, node: Any) -> Any:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise yaml.constructor.ConstructorError(None, None, f"no such tag as {tag}: leave it out", node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, f"the tag {tag} is unknown: remove it", node.start_mark)
 
     def construct_yaml_int(self, node: Any) -> int:
         text = self.construct_scalar(node)
@@ -172,7 +174,7 @@ class _Loader(yaml.SafeLoader):
             value.encode()
         except UnicodeEncodeError:
             raise yaml.constructor.ConstructorError(
-                None, None, "half of a surrogate pair, which is no character", node.start_mark
+                None, None, "half of a surrogate pair, which is not a character", node.start_mark
             ) from None
         return value
 
@@ -202,10 +204,10 @@ for _tag, _pattern, _first in (
 
 
 def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
-    """The number of nodes after expanding every alias."""
+    """Return the number of nodes after expanding every alias."""
     size = sizes.get(id(node))
     if size == 0 or depth > DEEPEST:  # 0: an alias to a node that contains it
-        problem = "an alias of what it stands in" if size == 0 else f"nested deeper than {DEEPEST} levels"
+        problem = "an alias of a value that contains it" if size == 0 else f"nested deeper than {DEEPEST} levels"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     if size is None:
         sizes[id(node)] = 0
@@ -218,13 +220,13 @@ def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
             _require_mergeable(node.value)
         size = sizes[id(node)] = 1 + sum(_measure(child, sizes, depth + 1) for child in children)
     if size > MOST_NODES:
-        problem = f"more than {MOST_NODES:,} values, counted with every alias written out"
+        problem = f"more than {MOST_NODES:,} values after expanding aliases"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     return size
 
 
 def _require_unique(keys: list[yaml.Node]) -> None:
-    """Check that no key appears twice: YAML would silently use the last one. `<<` may appear twice."""
+    """Check that no key appears twice, because YAML would silently use its last value. `<<` may appear twice."""
     seen: set[tuple[str, str]] = set()
     for key in keys:
         if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:

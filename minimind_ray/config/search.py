@@ -1,4 +1,4 @@
-"""The settings of a sweep beside the config that it varies: how to search, the metric, the budget."""
+"""The settings of a sweep besides the config of its runs: how to search, the metric, the budget."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class SearchConfig(Section):
         return value
 
     def judged_by(self, stage: StageName) -> tuple[str, Mode]:
-        """The metric and its mode; by default the metric that the stage's record names.
+        """Return the metric that judges runs of a stage, and its mode. The default is in the stage's record.
 
         Raises:
-            UserError: a metric that the stage does not have.
+            UserError: the stage does not have this metric.
         """
         record = STAGES[stage]
         metric = self.metric or record.judged_by

@@ -1,7 +1,7 @@
-"""The table of stages: what each stage declares. What a stage does is in `stages/<name>.py`.
+"""The table of stages: a record of each stage's name, data, defaults and metrics. `stages/<name>.py` has its functions.
 
 To add a stage, add a record here, a file `stages/<name>.py`, an experiment in YAML and a test. A stage's own settings
-are a section of the config under the stage's name; the section is declared here too.
+are a section of the config under the stage's name. Declare this section here, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DpoConfig(Section):
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a stage declares.
+    """The record of a stage.
 
     rows: the kind of a row of its data.
     needs_base: whether a run starts from a trained model (`init_from`).
@@ -42,7 +42,7 @@ class StageRecord:
     section: the stage's own section of the config; its key is the stage's name.
     defaults: the stage's defaults that differ from the schema's.
     metrics: the validation metrics by which a sweep can be judged, and whether less or more is better.
-    judged_by: the metric that is used by default.
+    judged_by: the metric that a sweep is judged by if the user names none.
     """
 
     name: str
@@ -90,6 +90,6 @@ StageName = Annotated[str, BeforeValidator(_require_known)]
 
 
 def one_of(names: Iterable[str]) -> str:
-    """Names for a sentence: a, b or c."""
+    """Return the names for a sentence: a, b or c."""
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last

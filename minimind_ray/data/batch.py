@@ -1,6 +1,6 @@
-"""Make batches from packs. All stages use the same ragged batch shape.
+"""Make batches from packs. All stages use the same ragged batches.
 
-N tokens of D documents, one after another, no padding:
+A batch has N tokens of D documents, one after another, without padding. M of the tokens carry loss:
 
     tokens_N   int64    inputs
     targets_N  int64    the next token of the same document
@@ -24,7 +24,7 @@ from minimind_ray.data.pack import Pack
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """See the module's legend. `columns` holds tensors [N] or [D], by the column's axis."""
+    """A batch; the module's docstring explains it. `columns` holds tensors [N] or [D], by the column's axis."""
 
     tokens_N: Tensor
     targets_N: Tensor
@@ -34,11 +34,11 @@ class Batch:
     columns: Mapping[Column, Tensor] = field(default_factory=dict[Column, Tensor])
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`. The bounds stay on the host: attention plans with them there."""
+        """Return the same batch on `device`. The bounds stay on the host, where attention plans with them."""
         return self._each(lambda x: x.to(device, non_blocking=True), but="bounds_D1")
 
     def pinned(self) -> Batch:
-        """The same batch in pinned memory, from which a GPU can copy asynchronously."""
+        """Return the same batch in pinned memory, from which a GPU can copy asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, function: Callable[[Tensor], Tensor], but: str = "") -> Batch:
@@ -80,6 +80,9 @@ def batch_from_packs(packs: Sequence[Pack]) -> Batch:
 
 
 def target_places(lengths: np.ndarray) -> np.ndarray:
-    """Where in its packs' tokens the target of each position of a batch lies, for documents of these lengths: [N]."""
-    # Position i of the batch, in document d, is token i + d: the last token of each document before it is no input.
+    """Return int64 [N]: for each position of a batch, the place of its target among its packs' tokens.
+
+    `lengths` int32 [D] are the lengths of the documents.
+    """
+    # Position i of the batch, in document d, is token i + d: the last token of each document before it is not an input.
     return np.arange(1, lengths.sum() - len(lengths) + 1) + np.repeat(np.arange(len(lengths)), lengths - 1)

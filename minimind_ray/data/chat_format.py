@@ -1,13 +1,13 @@
-"""Where a conversation's answers stand in the text that a chat template writes.
+"""Find the answers of a conversation in the text that a chat template writes.
 
-The span of an answer is what the model has to write itself: all that follows the generation prompt, up to and with the
-token that ends the turn. It is found in one of three ways, in this order:
+The span of an answer is the text that the model has to write itself. It begins after the generation prompt, and it ends
+with the token that ends the turn. There are three ways to find the spans; the first that applies is used:
 
-    marks     the template has {% generation %} blocks: each is an answer
+    marks     the template has {% generation %} blocks: each block is an answer
     ChatML    the tokenizer finds `<|im_start|>assistant` and a newline among the ids, at no cost (`spans` is None)
     compared  the conversation is rendered again with a sentinel in place of each answer, see `_compare`
 
-A template in which none of them is exact is refused by `require_answers`, a single conversation by `render`.
+`require_answers` refuses a template whose answers cannot be found exactly; `render` refuses a single conversation.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from minimind_ray.data.template_sandbox import ANSWER_END, ANSWER_START
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ANSWER_HEADER = f"{TURN_START}assistant\n"
 
-SENTINEL = "\ufdd3"  # stands for an answer; messages must not hold it
+SENTINEL = "\ufdd3"  # stands for an answer; messages must not contain it
 RESERVED = (ANSWER_START, ANSWER_END, SENTINEL)
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-MOST_SHAPES = 1_000  # shapes of conversations that are remembered
+MOST_SHAPES = 1_000  # shapes of conversations to remember
 
 
 class Rendering(NamedTuple):
     """A conversation as the chat template writes it, with its number of answers.
 
-    `spans` says where the answers stand in `text`, in characters; None where the tokenizer finds them by ids.
+    `spans` holds the first character and the end of each answer in `text`. It is None if the tokenizer can find the
+    answers by ids.
     """
 
     text: str
@@ -45,8 +46,10 @@ class Rendering(NamedTuple):
 
 
 class ChatFormat:
-    """One chat template of a tokenizer. `special_tokens` are its variables, `added` the tokens that can end a turn;
-    `with_tools` says that it is only used with tools.
+    """One chat template of a tokenizer, which can find the answers in the text that it writes.
+
+    `special_tokens` are variables in the template, and `added` are the tokens that can end a turn. `with_tools` says
+    that the template is used only for conversations with tools.
 
     Raises:
         UserError: the template does not compile.
@@ -60,18 +63,19 @@ class ChatFormat:
         self._added = added
         self._eos = special_tokens.get("eos_token")
         self._probe_tools = [TOOL] if with_tools else None
-        self._written: dict[Any, str | None] = {}  # shape of a conversation: the first part that is not written
+        self._written: dict[Any, str | None] = {}  # by shape: the first part that the template does not write, or None
 
     def expect(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
         """Announce a conversation that `render` will be called with. This saves time."""
-        with suppress(UserError):  # `render` raises it.
+        with suppress(UserError):  # `render` will raise it.
             self._template.expect(self._renderings(messages, tools))
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None) -> Rendering:
-        """The conversation, with its answers' places.
+        """Return the conversation as text, with the places of its answers.
 
         Raises:
-            UserError: the template fails on it or does not write all of it, or an answer's place is not certain.
+            UserError: the template fails on the conversation or does not write all of it, or the place of an answer is
+                uncertain.
         """
         self._require_written(messages, tools)
         marked = self._template.render(list(messages), tools, add_generation_prompt=False)
@@ -86,10 +90,10 @@ class ChatFormat:
         return Rendering(text, answers, marks if self._kind == "marks" else None)
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
-        """The conversation up to where the next answer begins.
+        """Return the conversation up to the beginning of the next answer.
 
         Raises:
-            UserError: the template fails on it or does not write all of it.
+            UserError: the template fails on the conversation or does not write all of it.
         """
         self._require_written(messages, tools)
         return self._text(messages, tools, add_generation_prompt=True)
@@ -98,13 +102,15 @@ class ChatFormat:
         """Check on a small conversation that answers can be found.
 
         Raises:
-            UserError: they cannot; why.
+            UserError: they cannot be found. The message says why.
         """
         if self._kind == "compared":
             if self.end_token is None:
-                raise UserError("it writes no token that ends an answer")
+                raise UserError("the chat template writes no token that ends an answer")
             if self._ignores_generation_prompt and self._opening.strip():
-                raise UserError(f"it writes {self._opening!r} before an answer, but not as a generation prompt")
+                raise UserError(
+                    f"the chat template writes {self._opening!r} before an answer, but not as a generation prompt"
+                )
 
     @cached_property
     def end_token(self) -> str | None:
@@ -128,45 +134,46 @@ class ChatFormat:
 
     @cached_property
     def _probe(self) -> tuple[str, str]:
-        """What the template writes before and after the answer to a question."""
+        """The texts that the template writes before and after the answer to a question."""
         text = self._text([*self._question, _answer(SENTINEL)], self._probe_tools)
         before, found, after = text.partition(SENTINEL)
         if not found or SENTINEL in after:
-            raise UserError(f"{self._name}: the chat template does not write an answer, or more than once")
+            raise UserError(f"{self._name}: the chat template does not write an answer, or writes it more than once")
         return before, after
 
     @cached_property
     def _opening(self) -> str:
-        """What stands between the generation prompt and the answer's text."""
+        """The text between the generation prompt and the answer's content."""
         prompt = self._text(self._question, self._probe_tools, add_generation_prompt=True)
         before, _ = self._probe
         return before[len(prompt) :] if before.startswith(prompt) else ""
 
     @cached_property
     def _ignores_generation_prompt(self) -> bool:
-        one, other = (self._text(self._question, self._probe_tools, add_generation_prompt=p) for p in (False, True))
-        return one == other
+        bare, prompt = (self._text(self._question, self._probe_tools, add_generation_prompt=p) for p in (False, True))
+        return bare == prompt
 
     def _text(
         self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False
     ) -> str:
         return _unmarked(self._template.render(list(messages), tools, add_generation_prompt))[0]
 
-    # Answers' places, by comparing
+    # Find answers by comparing two renderings
 
     def _compare(self, messages: Sequence[Message], tools: list[Any] | None, text: str) -> tuple[tuple[int, int], ...]:
-        """Each answer's place in `text`.
+        """Return the span of each answer in `text`.
 
-        The conversation is rendered again with another answer, a sentinel. What stands before and after the answer
-        must be the same in both; the answer begins where the generation prompt ends and ends with its end token.
+        For each answer, the conversation is rendered again with a sentinel as the answer. The texts before and after
+        the answer must be the same in both renderings. The answer begins at the end of the generation prompt, and it
+        ends with its end token.
         """
         spans = [self._locate(messages, tools, text, i) for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if any(one[1] > other[0] for one, other in zip(spans, spans[1:])):
-            raise UserError("the chat template writes answers into one another")
+        if any(span[1] > following[0] for span, following in zip(spans, spans[1:])):
+            raise UserError("the chat template writes answers that overlap")
         return tuple(spans)
 
     def _renderings(self, messages: Sequence[Message], tools: list[Any] | None) -> Iterator[Arguments]:
-        """What `render` asks of the template, unless the first of `_other_answers` is not enough."""
+        """Yield the renderings that `render` will need if the first of `_other_answers` is enough for every turn."""
         yield list(messages), tools, False
         for i, message in enumerate(messages) if self._kind == "compared" else ():
             if message["role"] == "assistant":
@@ -188,7 +195,7 @@ class ChatFormat:
         before, found, after = other_text.partition(SENTINEL)
         end = re.search(self._ends, after)
         if not found or SENTINEL in after:
-            raise UserError("the chat template does not write the answer, or more than once")
+            raise UserError("the chat template does not write the answer, or writes it more than once")
         if prompt not in before:
             raise UserError("the chat template does not write the generation prompt before the answer")
         if not end:
@@ -197,11 +204,11 @@ class ChatFormat:
         stop = len(text) - len(after) + end.end()
         same = text[:start] == before[:start] and text[stop:] == after[end.end() :]
         if not same or start >= stop or [m.end() for m in re.finditer(self._ends, text[start:stop])] != [stop - start]:
-            raise UserError("the chat template writes other turns otherwise after this answer, so its end is uncertain")
+            raise UserError("the chat template writes other turns differently after this answer: its end is uncertain")
         return start, stop
 
     def _prompt_end(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
-        """The generation prompt's text after the last turn's content; all of it where there is no turn."""
+        """Return the text between the last turn's content and the answer, or the whole prompt if there is no turn."""
         if not messages:
             return self._text([], tools, add_generation_prompt=True)
         for other in _other_answers(messages[-1]):
@@ -214,14 +221,14 @@ class ChatFormat:
     def _ends(self) -> str:
         return _any({token for token in (self.end_token, self._eos) if token})
 
-    # What is written
+    # Check that the template writes everything
 
     def _require_written(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
-        """Check that the template writes all that the conversation holds.
+        """Check that the template writes every part of the conversation.
 
-        It is rendered with another text in every place, and all of these must be there. Templates decide by which
-        fields there are, so conversations of one shape are checked once. Thoughts of turns before the last user's may
-        be left out, as Qwen 3 does on purpose.
+        Replace every text of the conversation by a word of its own, and look for all words in the rendered text. Which
+        parts a template writes depends on which fields there are, so conversations of one shape are checked once. A
+        template may leave out the thoughts of turns before the last user turn; Qwen 3's does so on purpose.
         """
         shape = _shape(messages, tools)
         if shape not in self._written:
@@ -229,7 +236,7 @@ class ChatFormat:
                 self._written.clear()
             self._written[shape] = self._first_unwritten(messages, tools)
         if missing := self._written[shape]:
-            raise UserError(f"the chat template does not write {missing}; leave that out or use another template")
+            raise UserError(f"the chat template does not write {missing}; remove it or use another template")
 
     def _first_unwritten(self, messages: Sequence[Message], tools: list[Any] | None) -> str | None:
         fields = _Fields()
@@ -240,7 +247,7 @@ class ChatFormat:
 
 
 class _Fields:
-    """Puts a word of its own in the place of every text of a conversation; `names` says what each stands for."""
+    """Replaces every text of a conversation by a word of its own. `names` says which text each word replaces."""
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
@@ -271,7 +278,7 @@ class _Fields:
         return other
 
     def _named(self, value: Any, name: str) -> Any:
-        """A tool or a call with another name."""
+        """Return the tool or the call with a word as its name."""
         if not isinstance(value, dict):
             return value
         other = dict(cast("dict[str, Any]", value))
@@ -288,7 +295,7 @@ class _Fields:
 
 
 def _shape(messages: Sequence[Message], tools: list[Any] | None) -> tuple[Any, ...]:
-    """All of a conversation but its texts."""
+    """Return everything about a conversation that decides which parts a template writes, without the texts."""
     return (
         tuple(
             (
@@ -321,7 +328,7 @@ def _other_turn(message: Message) -> Message:
 
 
 def _other_answers(message: Message) -> Iterator[Message]:
-    """The turn with a sentinel for its text: alone, beside its tool calls, and as their name."""
+    """Yield the turn with a sentinel: as its only field, as its content, and as the name of its first tool call."""
     yield _other_turn(message)
     if len(message) > 2:
         yield {**message, "content": SENTINEL}
@@ -332,7 +339,7 @@ def _other_answers(message: Message) -> Iterator[Message]:
 
 
 def _unmarked(text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The text without the marks of {% generation %} blocks, and where these stood."""
+    """Return the text without the marks of {% generation %} blocks, and the span of each block in it."""
     if ANSWER_START not in text:
         return text, ()
     pieces = re.split(f"[{ANSWER_START}{ANSWER_END}]", text)

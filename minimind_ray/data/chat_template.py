@@ -1,8 +1,8 @@
-"""Chat templates: a conversation as the text a model reads, rendered as Hugging Face renders it.
+"""Render a conversation with a chat template, as Hugging Face does. The result is the text that a model reads.
 
-A template comes with a tokenizer, from anywhere; it is a program in Jinja. It is rendered in Jinja's sandbox, where it
-cannot reach Python, and in a process of its own, which bounds its time and its memory. CHATML, the template of our own
-tokenizers, and MiniMind's are rendered in this process.
+A template is a Jinja program that comes with a tokenizer, and a tokenizer may come from anywhere. So templates run in
+Jinja's sandbox, where they cannot reach Python, and in a separate process with limits on time and memory. Only two
+known templates run in this process: CHATML, which tokenizers trained here have, and MiniMind's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minimind_ray.data.template_sandbox import Template, TemplateError
 
 Message = dict[str, Any]
 
-LARGEST_TEMPLATE = 1_000_000  # characters; the largest in use have some 20,000
+LARGEST_TEMPLATE = 1_000_000  # characters; the largest templates in use have some 20,000
 
 CHATML = """\
 {%- set opening = messages[0] if messages and messages[0].role == 'system' else {'content': ''} %}
@@ -60,15 +60,15 @@ CHATML = """\
 """
 
 
-# The template in the tokenizer_config.json of jingyaogong/minimind. What it does is linear in the conversation.
+# The template in the tokenizer_config.json of jingyaogong/minimind. Its time is linear in the conversation's length.
 MINIMIND_SHA256 = "97c6a9ef3f8d35044f435bb7773f1af160a7328ab6e8d2e9d67702941320a711"
 
 
 class ChatTemplate:
-    """A compiled template. `special_tokens` (`bos_token` and so on) are variables in it; `name` is for errors.
+    """A compiled template. `special_tokens` (`bos_token` and so on) are its variables; errors begin with `name`.
 
     Raises:
-        UserError: it does not compile.
+        UserError: the template is too long or does not compile.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
@@ -79,7 +79,7 @@ class ChatTemplate:
         try:
             self._template = kind(source, special_tokens)
         except TemplateError as error:
-            raise UserError(f"{name}: the chat template does not compile ({error}); mend it") from error
+            raise UserError(f"{name}: the chat template does not compile ({error}); correct it") from error
 
     @property
     def marks_answers(self) -> bool:
@@ -92,7 +92,7 @@ class ChatTemplate:
             self._template.expect(renderings)
 
     def render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
-        """The conversation as text; `add_generation_prompt` ends it where an answer begins.
+        """Return the conversation as text. With `add_generation_prompt`, the text ends where an answer begins.
 
         ANSWER_START and ANSWER_END stand around each {% generation %} block.
 

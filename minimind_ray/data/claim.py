@@ -10,7 +10,7 @@ A killed process leaves the file behind, and its Ray workers may write for anoth
 waits LINGER_S before it writes.
 
 Leases have limits. The clocks of the machines must agree to within a minute. If two processes claim a directory within
-the same second, and one of them needs more than SETTLE_S to write the file, both may start. The one whose lease was
+the same second, and one of them needs more than SETTLE_S to write the file, both may start. The process whose lease was
 overwritten notices this at its next renewal and exits.
 """
 
@@ -65,11 +65,11 @@ class Writer(BaseModel):
     machine: str | None = None
     since: str = "an unknown time"
     token: str = Field(default_factory=lambda: uuid4().hex)
-    until: float | None = None  # When the lease expires, in seconds since 1970; None for a lock.
+    until: float | None = None  # the time at which the lease expires, in seconds since 1970; None for a lock
 
     @classmethod
     def here(cls) -> Writer:
-        """This process."""
+        """Return a writer that describes this process."""
         return cls(
             host=socket.gethostname(), process=os.getpid(), started=_started(os.getpid()), machine=_machine(),
             since=_time(time.time()),
@@ -98,7 +98,7 @@ class Writer(BaseModel):
 
 
 def live_writer(directory: Path) -> Writer | None:
-    """The process that writes to a run or sweep, by the writer.json in this directory; None if no process does.
+    """Return the process that writes to a run or sweep, from the writer.json in this directory; None if none does.
 
     For a run in an object store, `directory` is its local copy, which may be out of date: see `find_writer`.
     """
@@ -108,14 +108,18 @@ def live_writer(directory: Path) -> Writer | None:
             writer = _parse(file.read())
             if writer and writer.until is not None:
                 return writer if writer.has_lease() else None
-            # Takes the lock for a moment if it is free. It is not free either if this process itself is the writer.
+            # This test takes a free lock for a moment. If this process itself is the writer, the lock is not free.
             return None if _try_lock(file, fcntl.LOCK_SH, 0) else writer or Writer()
     except OSError:
         return None
 
 
 def find_writer(where: str | Path) -> Writer | None:
-    """As `live_writer`, for a directory or a URL, after downloading the newest writer.json. Raises StoreError."""
+    """Return the process that writes to a run or sweep in a directory or at a URL, from its newest writer.json.
+
+    Raises:
+        StoreError: the object store cannot be read.
+    """
     for place in _places(where):
         if mirror := mirror_of(place):
             for name in (WRITER, SWEEP):
@@ -131,7 +135,7 @@ def require_free(where: str | Path) -> None:
 
 @contextmanager
 def claimed(where: str | Path) -> Generator[None]:
-    """While inside, only this process writes to the run or sweep in a directory or at a URL.
+    """Allow only this process to write to the run or sweep in a directory or at a URL, until the block ends.
 
     Creates a missing directory, and removes the directory at the end if it is empty. Nested use is allowed.
 
@@ -168,14 +172,14 @@ SWEEP = "sweep.json"
 
 
 def _places(where: str | Path) -> list[str]:
-    """The directory itself and, if its path looks like a trial's, the sweep's directory."""
+    """Return the directory itself and, if its path looks like a trial's, the sweep's directory."""
     own = url_of(where).rstrip("/")
     parts = own.split("/")
     return [own, "/".join(parts[:-2])] if parts[-2:-1] == ["trials"] and len(parts) > 2 else [own]
 
 
 def _place(where: str | Path) -> str:
-    """The directory or URL whose writer.json counts: the sweep's for a trial. Trusts the local copy of a URL."""
+    """Return the directory or URL whose writer.json counts: for a trial, the sweep's. Trusts a URL's local copy."""
     own, *sweep = _places(where)
     return sweep[0] if _is_trial(copy_of(own)) else own
 

@@ -1,7 +1,7 @@
-"""Columns: values that a frozen model gave for the data, computed once and kept beside the packs.
+"""Columns: values that a frozen model computes for the data, once. They are stored in files beside the packs.
 
-A column travels from its file through packs into batches. Store, packs, batches and hosts do not know what it means;
-the objective that declared it does.
+The values of a column go from its file through packs into batches. Only the objective that declares a column knows its
+meaning.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal
 class Column:
     """One value for each document or each token. `dtype` is NumPy's name of the type, such as float32.
 
-    In a pack, the value of a token is about the prediction of that token, as the token's loss weight is. In a batch it
-    therefore stands with the position whose target the token is. The first token of a document is never predicted, and
+    In a pack, the value of a token belongs to the prediction of this token, like its loss weight. In a batch, the value
+    therefore stands at the position whose target is this token. The first token of a document is never predicted, so
     its value is not used.
     """
 

@@ -1,12 +1,12 @@
-"""The demo corpus: rows for every stage about one small world, so that a person can judge what a tiny model learned.
+"""Write the demo's data: rows for every stage about one small world, so that a person can judge a tiny model's answers.
 
     files = write_demo("demo/data", seed=0)
 
-Every fact of `demo_world.yaml` is put in several ways in each language. One statement and one question of each fact is
-held out: the validation files are made of those alone, and so are the ten questions, so a right answer is never a
-question learned by heart. Supervised answers come in three manners: a full sentence, a rambling one, and, where the
-system turn asks for it, a bare word. The preference pairs choose the full sentence that is true. The rows for LoRA say
-who the model is, which no others do.
+The rows express each fact of `demo_world.yaml` in several ways in each language. For each fact, one statement and one
+question are held out. The validation files and the ten questions use only held-out wordings, so a model cannot have
+learned a right answer to them by heart. The answers for sft are of three kinds: a full sentence, a rambling answer, and
+a single word if the system turn asks for a brief answer. In the preference pairs, the chosen answer is the true full
+sentence. Only the rows for LoRA say who the model is.
 
 The same seed gives the same files.
 """
@@ -31,9 +31,9 @@ JsonRow = dict[str, Any]
 ROUNDS = 9
 """How many mixed passages contain each statement of each fact."""
 PORTRAITS = 14
-"""Passages about each thing for which there are several facts."""
+"""How many passages to write about each thing that has several facts."""
 VALIDATION_ROWS = 300
-"""The most conversations for validation; half as many pairs. More would make validation too slow."""
+"""The most conversations for validation, and twice the most pairs. More rows would make validation too slow."""
 
 OPENERS: dict[Language, tuple[str, ...]] = {
     "en": ("Hello! ", "Please tell me: ", "I would like to know: ", "A question: "),
@@ -131,8 +131,8 @@ class Question:
     def is_right(self, reply: str) -> bool:
         """Whether `reply` contains an accepted answer and no answer to another question of the same kind.
 
-        "The day after Tuesday is Wednesday" does not answer what comes after Monday. Answers match only as whole words
-        and numbers: 112 is not 12.
+        For example, "The day after Tuesday is Wednesday" is not a right reply to a question about the day after Monday.
+        Answers match only as whole words and numbers: 112 is not 12.
         """
 
         def says(text: str) -> bool:
@@ -143,12 +143,12 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """Where `write_demo` put its files."""
+    """The paths of the files that `write_demo` writes."""
 
     directory: Path
 
     def rows(self, stage: StageName, split: Split) -> Path:
-        """The rows of a stage."""
+        """Return the path of a stage's rows."""
         return self.directory / stage / f"{split}.jsonl"
 
     @property
@@ -191,12 +191,12 @@ class Fact:
         return self._fill(self.phrasing.questions, self.held_question, split)
 
     def answer(self, value: str | None = None) -> str:
-        """The full sentence that answers, with another value in place of the true one if given."""
+        """Return the answer as a full sentence, with `value` in place of the true value if given."""
         columns = self.columns if value is None else {**self.columns, self.relation.object: value}
         return _sentence(self.phrasing.statements[0], columns)
 
     def bare_answer(self) -> str:
-        """The value alone."""
+        """Return the answer as a single value."""
         return _sentence("{value}." if self.language == "en" else "{value}。", {"value": self.value})
 
     def _fill(self, templates: Sequence[str], held: int, split: Split) -> list[str]:
@@ -271,7 +271,7 @@ def all_facts(seed: int) -> list[Fact]:
 
 
 def pretrain_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
-    """`{"text"}`: passages that mix facts. Training rows also have portraits, which say all about one thing."""
+    """Return rows `{"text"}`: passages that mix facts, and for training also passages about one thing."""
     passages: list[str] = []
     for language in LANGUAGES:
         mine = [fact for fact in facts if fact.language == language]
@@ -292,7 +292,7 @@ def pretrain_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[Json
 
 
 def sft_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
-    """`{"conversations"}`: one or two questions with their answers, some after a system turn."""
+    """Return rows `{"conversations"}`: one or two questions with their answers, some after a system turn."""
     rows: list[JsonRow] = []
     for fact in facts:
         for question in fact.questions(split):
@@ -308,7 +308,7 @@ def sft_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
 
 
 def identity_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
-    """`{"conversations"}`: who the model is, and as many questions about facts, so that an adapter forgets no facts."""
+    """Return rows `{"conversations"}`: half say who the model is, half ask for facts, so that it forgets no facts."""
     pairs: list[tuple[str, str]] = []
     for language in LANGUAGES:
         openers = ("", *OPENERS[language]) if split == "train" else ("",)
@@ -321,7 +321,7 @@ def identity_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[Json
 
 
 def preference_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
-    """`{"chosen", "rejected"}`: a true full sentence, against a false one, a rambling one or a bare word."""
+    """Return rows `{"chosen", "rejected"}`: a true full sentence against a false, a rambling or a one-word answer."""
     rows: list[JsonRow] = []
     for fact in facts:
         others = sorted({f.value for f in facts if f.relation is fact.relation and f.language == fact.language})
@@ -344,7 +344,7 @@ def preference_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[Js
 
 
 def ten_questions(facts: Sequence[Fact]) -> list[Question]:
-    """The ten questions in their held-out wording."""
+    """Return the ten questions in their held-out wordings."""
     questions: list[Question] = []
     for asked in ASKED:
         [fact] = filter(asked.is_about, facts)
@@ -356,7 +356,7 @@ def ten_questions(facts: Sequence[Fact]) -> list[Question]:
 
 
 def _by_thing(facts: Iterable[Fact]) -> list[list[Fact]]:
-    """Facts about the same thing together, where there are several."""
+    """Group the facts by the thing that they are about. Leave out things with a single fact."""
     groups: dict[str, list[Fact]] = {}
     for fact in facts:
         groups.setdefault(fact.thing, []).append(fact)
@@ -364,7 +364,7 @@ def _by_thing(facts: Iterable[Fact]) -> list[list[Fact]]:
 
 
 def _follower(fact: Fact, facts: Sequence[Fact], split: Split, rng: Random) -> tuple[Fact, str]:
-    """A fact to ask about next, and the question. The question uses a pronoun if the subject stays the same."""
+    """Return a fact to ask about next, and the question. It uses a pronoun if the subject stays the same."""
     same_subject = [
         other
         for other in facts
@@ -382,7 +382,7 @@ def _follower(fact: Fact, facts: Sequence[Fact], split: Split, rng: Random) -> t
 
 
 def _reply(fact: Fact, brief: bool, rng: Random) -> dict[str, str]:
-    """An answer: bare if it must be brief; else a sentence (in three cases of four) or a rambling answer."""
+    """Return an answer: a single value if it must be brief; otherwise, in 3 of 4 cases, a sentence; else a ramble."""
     if brief:
         return _turn("assistant", fact.bare_answer())
     return _turn("assistant", fact.answer() if rng.random() < 0.75 else _ramble(fact, rng))
@@ -393,7 +393,7 @@ def _ramble(fact: Fact, rng: Random) -> str:
 
 
 def _opened(question: str, language: Language, rng: Random) -> str:
-    """The question, one time in four after a few words of courtesy."""
+    """Return the question. In one case of four, a polite phrase comes before it."""
     return rng.choice(OPENERS[language]) + question if rng.random() < 0.25 else question
 
 

@@ -27,7 +27,7 @@ class Phrasing:
     statements: tuple[str, ...]
     questions: tuple[str, ...]
     follow_up: str | None = None
-    """The question after the subject was named, with a pronoun."""
+    """The question with a pronoun, to ask after the subject was named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Relation:
 
 
 def _cells(kind: str, text: str) -> Iterable[Sequence[str]]:
-    """The lines of a table, each some cells `English/Chinese`. demo_world.yaml says what the kinds mean."""
+    """Return the lines of a table. Each line has cells `English/Chinese`. demo_world.yaml explains the kinds."""
     if kind == "table":
         return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
     words = text.split()
@@ -57,7 +57,7 @@ def _cells(kind: str, text: str) -> Iterable[Sequence[str]]:
 
 
 def _rows(columns: str, lines: Iterable[Sequence[str]]) -> tuple[Row, ...]:
-    """One row for each line. A cell `-` means that the column does not apply."""
+    """Return one row for each line. A cell `-` means that the column does not apply to the thing."""
     names = columns.split()
     rows: list[Row] = []
     for cells in lines:

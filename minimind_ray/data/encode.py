@@ -1,11 +1,12 @@
-"""Turn rows into documents with loss weights: the text that each stage learns from, and the tokens that carry loss.
+"""Turn rows into documents: the tokens that a stage learns from, with a loss weight for each token.
 
-    pretrain   a text            every token but the first
+    stage      a row is          tokens that carry loss
+    pretrain   a text            all tokens but the first
     sft, lora  a conversation    each assistant turn's answer and its end token (see chat_format)
-    dpo        a pair            the same, in the turns after the ones that both share
+    dpo        a pair            as in a conversation, but only in the turns that chosen and rejected do not share
 
-`data.formats` says how rows become texts, conversations and pairs. A row that cannot be used becomes a Reject that says
-which field is wrong; a row that is only too long is counted apart.
+`data.formats` turns rows into texts, conversations and pairs. A row that cannot be used becomes a Reject, which says
+which field is wrong. Rows that are only too long are counted separately.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.data.turns import Turn
 
 ROWS_AT_ONCE = 512  # rows to tokenize in one call, which uses all cores
-RENDERED_AT_ONCE = 32  # rows that a chat template in another process writes in one exchange with it
+RENDERED_AT_ONCE = 32  # rows to render in one exchange with the process of a chat template
 LENGTH_STEP = 64  # tokens; lengths of rows that are too long are counted in bins of this width
 MOST_NAMED = 10  # the most ignored fields that a summary names
-LEAST_QUESTION = 16  # tokens of a question that stay when its beginning is cut
+LEAST_QUESTION = 16  # tokens at the end of a question that stay when its beginning is cut
 
 
 @dataclass(slots=True)
 class Tally:
-    """What encoding did, counted: rows kept and rejected; documents split or cut at max_seq_len, and tokens cut off.
+    """Counts of encoding: rows kept and rejected, documents split or cut at max_seq_len, and tokens cut off.
 
-    `too_long` has the rows that were left out for their length alone, by their length in tokens, rounded up to
-    LENGTH_STEP; `shortened` counts conversations and pairs that lost turns or the beginning of a question.
+    `too_long` counts the rows that were left out only because of their length, by length in tokens, rounded up to a
+    multiple of LENGTH_STEP. `shortened` counts conversations and pairs that lost turns or the beginning of a question.
     """
 
     kept: int = 0
@@ -95,8 +96,13 @@ class Whole(NamedTuple):
 
 
 class RowEncoder:
-    """Turns the rows of one stage into documents. Counts what it does in `tally`; `reader` notes formats and ignored
-    fields."""
+    """Turns the rows of one stage into documents.
+
+    `tally` counts kept, rejected and changed rows. `reader` records the rows' formats and ignored fields.
+
+    Raises:
+        UserError: the tokenizer's chat template is missing, or answers cannot be found in its texts.
+    """
 
     def __init__(self, stage: StageName, tokenizer: Tokenizer, config: DataConfig) -> None:
         self.stage: StageName = stage
@@ -109,14 +115,15 @@ class RowEncoder:
             tokenizer.require_conversations()
 
     def encode(self, rows: Iterable[Row | Reject]) -> Iterator[Group | Reject]:
-        """Documents of each row, in the rows' order: groups of one, for pairs of two (chosen, rejected).
+        """Yield the documents of each row, in the order of the rows.
 
-        Rejects among the rows pass through. A text longer than `data.max_seq_len` is split into consecutive documents
-        which share one token, so that every token is predicted exactly once, or cut, as `data.long_documents` says;
-        for conversations and pairs see `data.long_conversations`. The two of a pair have half a pack each at most.
+        A group has one document, or the two of a pair (chosen, rejected). Rejects among the rows pass through.
+        `data.long_documents` decides about a text longer than `data.max_seq_len`: it is cut, or split into consecutive
+        documents which share one token, so that every token is predicted exactly once. `data.long_conversations`
+        decides about conversations and pairs. Each document of a pair takes half a pack at most.
 
         Raises:
-            UserError: the tokenizer's chat template is none that answers can be found in; a file holds two formats.
+            UserError: a file holds two formats.
         """
         for whole in self.whole_documents(rows):
             yield from self.limit(whole)
@@ -169,19 +176,19 @@ class RowEncoder:
         return [kept]
 
     def _lost(self, group: Group, kept: Group) -> str | None:
-        """Why what is kept of a row teaches nothing; None where it does teach something."""
+        """Return why the kept part of a row teaches nothing; None if it teaches something."""
         for whole, document in zip(group, kept, strict=True):
             if not document.weights.any():
                 first = int(np.argmax(whole.weights))
-                return f"the answer begins at token {first}, beyond the {self.longest} that are kept"
+                return f"the answer begins at token {first}, but only {self.longest} tokens are kept"
         if self.kind == "pair" and np.array_equal(kept[0].tokens, kept[1].tokens):
             return f"chosen and rejected are the same in the {self.longest} tokens that are kept"
         return None
 
     def _shortened(self, whole: Whole) -> Group:
-        """The row without its oldest exchanges, and then without the beginning of its question, as far as is needed.
+        """Return a shorter row: cut its oldest exchanges, then the beginning of its question, until the row fits.
 
-        The row as it was where nothing would be left that carries loss, or where the chat template refuses the rest.
+        Return the row unchanged if no loss would be left, or if the chat template refuses the shorter row.
         """
         try:
             shorter = self._with_shorter_question(self._without_oldest(whole))
@@ -190,7 +197,7 @@ class RowEncoder:
         return shorter.group if all(d.weights.any() for d in shorter.group) else whole.group
 
     def _without_oldest(self, whole: Whole) -> Whole:
-        """As many of the last exchanges as fit; the last one alone where even that does not."""
+        """Return the row with as many of its last exchanges as fit, but at least the last one."""
         cuts = _cuts(whole.item)
         if not cuts:
             return whole
@@ -198,7 +205,7 @@ class RowEncoder:
         def without(place: int) -> Whole:
             return self._again(whole.row, _without(whole.item, *cuts[place]))
 
-        # From the end, twice as many exchanges each time: a long row is never rendered whole again and again.
+        # Begin at the end and double the number of exchanges each time, so as not to render a long row many times.
         short, width = len(cuts) - 1, 1
         while short and self._fits(without(short)):
             long = max(0, short - width)
@@ -212,7 +219,7 @@ class RowEncoder:
         return max(len(d.tokens) for d in whole.group) <= self.longest
 
     def _with_shorter_question(self, whole: Whole) -> Whole:
-        """Token by token from the question's beginning; LEAST_QUESTION of its tokens stay."""
+        """Cut tokens from the question's beginning until the row fits, but keep LEAST_QUESTION of its tokens."""
         question = _first_question(whole.item)
         ids = self.tokenizer.encode([question])[0] if question else []
         while (excess := max(len(d.tokens) for d in whole.group) - self.longest) > 0 and len(ids) > LEAST_QUESTION:
@@ -222,7 +229,11 @@ class RowEncoder:
         return whole
 
     def _again(self, row: Row, item: Conversation | Pair) -> Whole:
-        """Encode a part of a row that was encoded before."""
+        """Encode a shorter version of a row that was encoded before.
+
+        Raises:
+            BadRowError: the chat template refuses the shorter row.
+        """
         (outcome,) = self._documents([_Draft(row, item, _renderings(self._start_rendering(item)))])
         if isinstance(outcome, Reject):
             raise BadRowError(outcome.reason)
@@ -230,7 +241,7 @@ class RowEncoder:
 
     def _drafts(self, rows: Sequence[Row | Reject]) -> list[_Draft | Reject]:
         started = [row if isinstance(row, Reject) else self._start(row) for row in rows]
-        return [one if isinstance(one, Reject) else _finish(one) for one in started]
+        return [row if isinstance(row, Reject) else _finish(row) for row in started]
 
     def _start(self, row: Row) -> _Started | Reject:
         try:
@@ -257,7 +268,7 @@ class RowEncoder:
             flat += ids
             flat.append(self.tokenizer.eos_id)
             ends.append(len(flat))
-        # One call of numpy's for all texts; copies, so that a document that waits for its pack keeps no others alive.
+        # Call numpy once for all texts. Copy each document, so that it does not keep the others' memory alive.
         tokens, weights, start = np.array(flat, np.int32), np.ones(len(flat), np.uint8), 0
         weights[[0, *ends[:-1]]] = 0
         for draft, end in zip(drafts, ends, strict=True):
@@ -270,11 +281,11 @@ class RowEncoder:
             assert not isinstance(item, str)
             documents: list[Document] = []
             reasons: list[str] = []
-            for one, learned in zip(list(islice(encoded, len(conversations))), _loss_flags(item), strict=True):
-                if isinstance(one, UserError):
-                    reasons.append(str(one))
+            for found, learned in zip(list(islice(encoded, len(conversations))), _loss_flags(item), strict=True):
+                if isinstance(found, UserError):
+                    reasons.append(str(found))
                 else:
-                    documents.append(_chat_document(*one, learned))
+                    documents.append(_chat_document(*found, learned))
             yield Reject(row.file, row.line, reasons[0]) if reasons else Whole(row, item, tuple(documents))
 
 
@@ -295,7 +306,7 @@ def _finish(started: _Started) -> _Draft | Reject:
 def _rejected(row: Row, error: Exception) -> Reject:
     match error:
         case UnicodeEncodeError():
-            reason = "the text holds half a surrogate pair, which is no character"
+            reason = "the text holds half a surrogate pair, which is not a character"
         case RecursionError():
             reason = "objects are nested too deeply"
         case _:
@@ -310,7 +321,7 @@ def _renderings(started: StartedRenderings) -> tuple[Rendering, ...]:
 
 @contextmanager
 def _template_errors() -> Generator[None]:
-    """Turn a UserError of the chat template into a BadRowError: only this row is refused."""
+    """Turn a UserError of the chat template into a BadRowError, so that only this row is rejected."""
     try:
         yield
     except UserError as error:
@@ -362,7 +373,7 @@ def _require_same_prompt(pair: Pair) -> None:
 
 
 def _shared(pair: Pair) -> int:
-    """The number of equal turns at the beginning of both sides."""
+    """Return the number of equal turns at the beginning of both sides."""
     common = 0
     for one, other in zip(pair.chosen.turns, pair.rejected.turns):
         if one.message != other.message:
@@ -372,7 +383,7 @@ def _shared(pair: Pair) -> int:
 
 
 def _loss_flags(item: Conversation | Pair) -> list[list[bool]]:
-    """For each side, whether loss counts on each of its assistant turns. What the sides of a pair share has none."""
+    """Return for each side which assistant turns carry loss. Turns that both sides of a pair share carry no loss."""
     sides, shared = ([item], 0) if isinstance(item, Conversation) else ([item.chosen, item.rejected], _shared(item))
     return [
         [turn.learned and i >= shared for i, turn in enumerate(side.turns) if turn.message["role"] == "assistant"]
@@ -384,9 +395,9 @@ def _loss_flags(item: Conversation | Pair) -> list[list[bool]]:
 
 
 def _cuts(item: str | Conversation | Pair) -> list[tuple[int, int]]:
-    """Pieces of turns that may be left out: the oldest exchange (a question and what answers it), the oldest two, ….
+    """Return the spans of turns, (start, end), that may be left out: the oldest exchange, the oldest two, and so on.
 
-    Each as (start, end). The system turn stays, and so does the exchange that comes last before a pair's answers.
+    An exchange is a question and the turns up to the next question. The system turn and the last exchange always stay.
     """
     assert not isinstance(item, str)
     turns = item.turns if isinstance(item, Conversation) else item.chosen.turns[: _shared(item)]
@@ -408,14 +419,14 @@ def _cut(side: Conversation, start: int, end: int) -> Conversation:
 
 
 def _first_question(item: str | Conversation | Pair) -> str:
-    """The first question, which the two sides of a pair share; "" where there is none."""
+    """Return the first question, which both sides of a pair share; "" if there is no question."""
     assert not isinstance(item, str)
     turns = item.turns if isinstance(item, Conversation) else item.chosen.turns[: _shared(item)]
     return next((str(turn.message["content"]) for turn in turns if turn.message["role"] == "user"), "")
 
 
 def _with_question(item: str | Conversation | Pair, text: str) -> Conversation | Pair:
-    """The item with another text in its first question."""
+    """Return the item with `text` as its first question."""
     if isinstance(item, Pair):
         return Pair(*(_asking(side, text) for side in item))
     assert isinstance(item, Conversation)
@@ -430,7 +441,7 @@ def _asking(side: Conversation, text: str) -> Conversation:
 
 
 def _split(document: Document, longest: int) -> Iterator[Document]:
-    """Split a long document. Each part begins with the last token of the part before, which was predicted there."""
+    """Split a long document. Each part begins with the last token of the part before, without loss on that token."""
     for start in range(0, len(document.tokens) - 1, longest - 1):
         weights = document.weights[start : start + longest].copy()
         weights[0] = 0
@@ -441,7 +452,7 @@ def _split(document: Document, longest: int) -> Iterator[Document]:
 
 
 def longest_document(stage: StageName, config: DataConfig) -> int:
-    """The most tokens a document may have: the two of a pair share a pack."""
+    """Return the most tokens that a document may have. The two documents of a pair share a pack."""
     return min(config.max_seq_len, config.pack_tokens // 2) if STAGES[stage].rows == "pair" else config.max_seq_len
 
 
@@ -453,12 +464,12 @@ def remarks(
     too_long: Counter[int],
     ignored: Counter[str],
 ) -> list[str]:
-    """Sentences about too long rows, shortened rows, and ignored fields, if there are any."""
+    """Return sentences about rows that were too long, shortened rows, and ignored fields, if there are any."""
     lines: list[str] = []
     if too_long:
         lines.append(_too_long(stage, config, kept, too_long))
     if shortened:
-        lines.append(f"{_rows(shortened)} lost the oldest turns or the beginning of the question, to fit")
+        lines.append(f"{_rows(shortened)} shortened to fit: cut the oldest turns or the beginning of the question")
     if ignored:
         named = [f"{field} ({_rows(rows)})" for field, rows in ignored.most_common(MOST_NAMED)]
         more = f" and {len(ignored) - MOST_NAMED:,} more" if len(ignored) > MOST_NAMED else ""
@@ -485,9 +496,9 @@ def _rows(count: int) -> str:
 
 
 def length_for_most(kept: int, too_long: Counter[int], part: float = 0.99) -> int | None:
-    """The smallest `data.max_seq_len` that would keep this part of the rows, `kept` and too long ones together.
+    """Return the smallest `data.max_seq_len` that would keep `part` of all rows (`kept` rows and `too_long` rows).
 
-    None where that part is kept already.
+    Return None if that part is kept already.
     """
     wanted = part * (kept + too_long.total())
     if kept >= wanted:

@@ -92,7 +92,7 @@ def _first_rows(source: Source, size: int) -> Iterator[RawRow | Reject]:
 
 
 def _stored_size(source: Source, rows: list[RawRow | Reject]) -> float:
-    """The bytes that these rows take in their file."""
+    """Return the number of bytes that these rows take in their file."""
     if source.suffix == ".parquet":
         filesystem, path = locate(source.path)
         return (
@@ -107,13 +107,16 @@ def _stored_size(source: Source, rows: list[RawRow | Reject]) -> float:
 
 
 def _written(source: Source, row: RawRow) -> bytes:
-    """The row about as its file has it, for its size."""
+    """Return the row approximately as its file has it, to measure its size."""
     if source.kind in (".jsonl", ".json"):
         return row.content
     return "\t".join(json.loads(row.content).values()).encode()
 
 
 def _mean_context(lengths: np.ndarray, longest: int) -> float:
-    """Half the mean length of a token's document, when documents longer than `longest` are split or cut."""
+    """Return the mean number of tokens that a token attends to: half the mean length of a token's document.
+
+    Documents longer than `longest` are split or cut.
+    """
     kept = np.minimum(lengths, longest).astype(float)
     return float((kept**2).sum() / max(1.0, kept.sum()) / 2)

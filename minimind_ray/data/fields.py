@@ -1,8 +1,8 @@
 """Checked access to the fields of a row or a turn, for `formats.py` and `turns.py`.
 
 `Fields` records which fields were read, so that the unread ones can be listed afterwards. The functions `as_…` check a
-value's type. A field counts as absent if its value is null, NaN, an empty text, an empty list or an empty object: files
-made from tables give every row every column.
+value's type. A field counts as absent if its value is null, NaN, an empty text, an empty list or an empty object,
+because in a file made from a table every row has every column.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HARMLESS = re.compile(
     r"|tokens|num_tokens|token_count|num_turns|length|parallel_tool_calls|(score|rating|num|n|len|length)_.*",
     re.IGNORECASE,
 )
-"""Names of fields that training does not need, such as a row's source or rating. They are ignored without a word; all
+"""Names of fields that training does not need, such as a row's source or rating. The summary does not mention them. All
 other unread fields are counted and named in the summary."""
 
 
@@ -41,7 +41,7 @@ def is_harmless(name: str) -> bool:
 
 
 def renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """The fields under standard names: `names` maps each standard name to the user's name for that field.
+    """Return the fields under standard names. `names` maps each standard name to the user's name for the field.
 
     Raises:
         BadRowError: the row has a field under the standard name and another one under the user's name.
@@ -70,7 +70,7 @@ class Fields:
         return not is_absent(self._values.get(name))
 
     def take(self, *names: str) -> tuple[str, Any]:
-        """The first of these fields that is present, as (full name, value). Marks the present fields as read.
+        """Return (full name, value) of the first of these fields that is present. Marks the present fields as read.
 
         Returns (full name of the first, None) if all are absent.
 
@@ -87,7 +87,7 @@ class Fields:
         return self.where + found[0], self._values[found[0]]
 
     def string(self, *names: str) -> str | None:
-        """The text of the first present field of these, or None if all are absent.
+        """Return the text of the first of these fields that is present, or None if all are absent.
 
         Raises:
             BadRowError: the value is not a text, or two of the fields are present and differ.
@@ -96,12 +96,12 @@ class Fields:
         return None if value is None else as_string(value, where)
 
     def raw(self, name: str) -> Any:
-        """The value of a field, even an empty one; None if the field is missing. Marks the field as read."""
+        """Return the value of a field, even an empty value; None if the field is missing. Marks the field as read."""
         self._read.add(name)
         return self._values.get(name)
 
     def has_key(self, name: str) -> bool:
-        """Whether there is a field of this name, even an empty one."""
+        """Whether there is a field of this name, even if it is empty."""
         return name in self._values
 
     def was_read(self, name: str) -> bool:

@@ -1,4 +1,6 @@
-"""Open local files and objects in stores alike: `locate` turns a path or URL into a pyarrow file system and a path.
+"""Open local files and objects of object stores in the same way, by path or URL.
+
+`locate` turns a path or URL into a pyarrow file system and a path in it.
 
 `storage.py` builds on this module to mirror whole directories of a store.
 """
@@ -14,7 +16,7 @@ from uuid import uuid4
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import STORES, check_location, expanded, masked
 
-if TYPE_CHECKING:  # Imported where it is used: most commands read local files without it, and it takes 0.1 s.
+if TYPE_CHECKING:  # Functions import pyarrow themselves: it takes 0.1 s, and most commands do not need it.
     import pyarrow as pa
     from pyarrow import fs
 
@@ -22,7 +24,7 @@ GS_RETRY_S = 10
 
 
 def locate(url: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URL (`s3://`, `gs://`, `hf://`, or another scheme of fsspec), and the path in it.
+    """Return the file system of a path or URL (`s3://`, `gs://`, `hf://`, or another of fsspec), and the path in it.
 
     Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, HF_TOKEN, …).
 
@@ -52,7 +54,8 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
     import fsspec
     from fsspec.registry import known_implementations
 
-    # Of fsspec's own schemes use only object stores: others need more than a URL (ftp://) or store nothing (memory://).
+    # Among the schemes that fsspec knows, use only object stores: other schemes need more than a URL (ftp://) or do not
+    # store files (memory://).
     why = "it is not the scheme of an object store"
     if scheme in STORES or scheme not in known_implementations:
         try:
@@ -118,18 +121,18 @@ class _WithOSErrors:
 
 
 def absolute(url: str) -> str:
-    """The path made absolute, because workers run in other directories; a URL is returned unchanged."""
+    """Return the path as an absolute path, because workers run in other directories. Return a URL unchanged."""
     return url if "://" in url else str(expanded(url).absolute())
 
 
 def join(base: str, *parts: str) -> str:
-    """`base/part/…` for paths and URLs alike."""
+    """Return `base/part/…`, for paths and for URLs."""
     return "/".join([base.rstrip("/"), *parts])
 
 
 @contextmanager
 def atomic_output(filesystem: fs.FileSystem, path: str) -> Generator[pa.NativeFile]:
-    """A stream that writes `path`. The file appears only when the block ends without an exception."""
+    """Open a stream that writes `path`. The file appears only when the block ends without an exception."""
     from pyarrow import fs
 
     temporary = f"{path}.{uuid4().hex}{TEMPORARY}"
@@ -149,7 +152,7 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def writing_to(path: Path) -> Generator[None]:
-    """While inside, add the file's name to an OSError: Python's error for a full disk lacks it."""
+    """Add the file's name to an OSError from inside the block: Python's error for a full disk lacks it."""
     try:
         yield
     except OSError as error:
@@ -158,7 +161,7 @@ def writing_to(path: Path) -> Generator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line, cut to 300 characters, without credentials."""
+    """Return an exception's message on one line, cut to 300 characters, without credentials."""
     return masked(" ".join(str(error).split()))[:300]
 
 
@@ -171,7 +174,7 @@ def exists(url: str) -> bool:
 
 
 def require_bucket(url: str) -> None:
-    """Check that the bucket of a URL in S3 or Google's store exists. Passes if the credentials do not allow to look.
+    """Check that the bucket of a URL in S3 or Google's store exists. Pass if the credentials do not allow the check.
 
     Raises:
         UserError: the bucket does not exist.

@@ -1,9 +1,9 @@
 """Read a row of any common format as a text, a conversation, a pair, a prompt or a rated answer.
 
 `encode.py` tokenizes the results. There is one function for each format (see FORMATS). The format is recognised from
-the row's fields, or given by `data.format`. All rows of a file have the same format. No field with a meaning in a
-common format is dropped in silence: the field is used, or the row is refused with the field's name. Unknown fields are
-counted and named in the summary.
+the row's fields, or given by `data.format`. All rows of a file have the same format. If a field has a meaning in a
+common format, it is used, or the row is rejected and the reason names the field; such a field is never dropped
+silently. Unknown fields are counted and named in the summary.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from minimind_ray.data.turns import ALIASES, NOT_TEXT, Turn, TurnReader, take_to
 
 Kind = RowKind | Literal["rated"]
 
-MOST_IGNORED = 100  # names of ignored fields to count separately; every row of a file could have another name
+MOST_IGNORED = 100  # names of ignored fields to count separately; without a limit, every row could add a name
 
 
 class Conversation(NamedTuple):
@@ -49,12 +49,12 @@ class Conversation(NamedTuple):
 
     @property
     def messages(self) -> list[Message]:
-        """The turns as a chat template takes them."""
+        """The turns as messages for a chat template."""
         return [turn.message for turn in self.turns]
 
 
 class Pair(NamedTuple):
-    """Two conversations that begin alike."""
+    """Two conversations with the same beginning."""
 
     chosen: Conversation
     rejected: Conversation
@@ -89,8 +89,8 @@ class Format(NamedTuple):
 class RowReader:
     """Reads the rows of one kind. `writes` says whether the chat template could write a field of a message.
 
-    `ignored` counts rows by field that nothing read; `formats` has, by file, the format of its first row and that
-    row's line.
+    `ignored` counts, for each field that is not used, the rows that have it. `formats` has for each file the format and
+    the line of its first row.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class RowReader:
         return item
 
     def note(self, row: Row | Reject) -> None:
-        """Remember the format of a file's first row, when the rows to be read are in a later piece of the file."""
+        """Remember the format of a file's first row. `read` then compares rows of a later piece of the file with it."""
         if isinstance(row, Row):
             with suppress(BadRowError):
                 name = self._named or self._recognised(self._fields(row))
@@ -171,12 +171,12 @@ def mixed(file: str, first: tuple[FormatName, int], other: tuple[FormatName, int
     """The error message for a file with two formats."""
     return (
         f"{file}:{other[1]}: a row of format {other[0]}, but line {first[1]} has format {first[0]}: a file holds one "
-        "format; split the file, or name the format to keep by data.format (rows of the other are then rejected)"
+        "format; split the file, or name the format to keep by data.format (other rows are then rejected)"
     )
 
 
 def recognise(value: dict[str, Any], kind: Kind | None = None) -> FormatName | None:
-    """The first format that a row's fields fit; None if no format fits. Tries the formats of `kind` first.
+    """Return the first format that a row's fields fit; None if no format fits. Tries the formats of `kind` first.
 
     Fields with a value decide. If no format fits them, fields with an empty value count, too.
     """
@@ -231,7 +231,7 @@ def _other_kind(name: FormatName, value: dict[str, Any], kind: Kind) -> str:
         missing = FIRST_FIELD.get(kind, "prompt")
         return f"{missing} is missing, but {field} is there, which {' and '.join(stages)} would read"
     what = "a prompt without an answer" if format.kind == "prompt" else "a rated answer (unpaired preference data)"
-    return f"the row is {what}, from which no stage here learns"
+    return f"the row is {what}, from which no stage learns"
 
 
 def _stages(name: FormatName) -> list[StageName]:
@@ -244,7 +244,7 @@ def _learners(name: FormatName) -> str:
 
 
 def question_of(value: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
-    """The messages of a row without the answers at its end, and its tools, for a model to answer.
+    """Return the messages of a row without the answers at its end, and its tools, so that a model can answer.
 
     Raises:
         BadRowError: the row cannot be read, or has no turn to answer.
@@ -283,7 +283,7 @@ def _speaker(turn: dict[str, Any]) -> str | None:
 
 
 def texts_of(value: dict[str, Any]) -> list[str]:
-    """All texts of a row of any format, for training a tokenizer. Of a pair, the texts of the chosen side.
+    """Return all texts of a row of any format, for training a tokenizer. A pair gives the texts of its chosen side.
 
     Raises:
         BadRowError: the row cannot be read.
@@ -487,7 +487,7 @@ def _with_row(row: Fields, turns: list[Turn], tools: list[Any] | None) -> Conver
         if first["role"] != "system":
             turns = [Turn({"role": "system", "content": text}, False), *turns]
         elif first["content"] != text:
-            raise BadRowError(f"{where} is not what the system turn says; keep one of them")
+            raise BadRowError(f"{where} differs from the system turn; keep one of them")
     row_tools = take_tools(row)
     if row_tools and tools and row_tools != tools:
         raise BadRowError("tools are on the row and on the system turn, and differ; keep one of them")

@@ -1,4 +1,4 @@
-"""The numbers of `minimind-ray data inspect`: lengths of documents, cut and rejected rows, and how full packs are."""
+"""Compute the numbers of `minimind-ray data inspect`: document lengths, cut and rejected rows, fullness of packs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.tokenizer import Tokenizer
 
 LOOK_AHEAD = 1000  # rows in which `guess_stage` looks for a known format
-DECODED = 1000  # documents that are decoded to measure characters per token
+DECODED = 1000  # documents to decode, to measure characters per token
 
 
 @dataclass(frozen=True, slots=True)
 class RejectReason:
-    """Rejects with the same reason, apart from numbers in it: how many there are, and the first."""
+    """The number of rejects with the same reason (except for numbers in it), and the first of these rejects."""
 
     count: int
     first: Reject
@@ -65,7 +65,7 @@ class Inspection:
 
 
 def guess_stage(rows: Iterable[Row | Reject], data: DataConfig) -> tuple[StageName, Iterator[Row | Reject]]:
-    """The stage that learns from `data.format`, or else from the first row with a known format; and all rows again.
+    """Return a stage that learns from `data.format` or from the first row with a known format, and all rows.
 
     Raises:
         UserError: no stage learns from any of the first LOOK_AHEAD rows.
@@ -86,8 +86,8 @@ def guess_stage(rows: Iterable[Row | Reject], data: DataConfig) -> tuple[StageNa
     why = first.reason if isinstance(first, Reject) else f"it has {', '.join(first.value) or 'no field'}"
     raise UserError(
         f"none of the first {len(seen)} rows has a format that a stage learns from ({first.file}:{first.line}: {why}); "
-        "say what they are with --stage, and which field is which by data.fields, such as --set "
-        "data.fields.prompt=question --set data.fields.completion=reply"
+        "name the stage by --stage, and the fields by data.fields, such as --set data.fields.prompt=question --set "
+        "data.fields.completion=reply"
     )
 
 
@@ -137,7 +137,7 @@ def inspect_rows(
                 yield outcome
 
     def draw_sample(group: Group) -> None:
-        """Reservoir sampling (Vitter 1985): every row is as likely to be shown."""
+        """Draw samples by reservoir sampling (Vitter 1985), so that every row is equally likely to be shown."""
         place = len(drawn) if len(drawn) < samples else draw.randrange(tally.kept)
         if place < samples:
             drawn[place : place + 1] = [group]
@@ -159,14 +159,14 @@ def inspect_rows(
 
 
 def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:
-    """(from, to, documents) in bins whose bounds grow by a factor, for lengths spread over several orders."""
+    """Return (from, to, documents) for bins of lengths. Each bin is wider than the one before by a constant factor."""
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).round().astype(int))
     counts, _ = np.histogram(lengths, edges)
     return [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], counts)]
 
 
 def runs(document: Document, tokenizer: Tokenizer) -> Sequence[tuple[str, bool]]:
-    """The document's text in pieces. Each piece says whether loss counts on it."""
+    """Return the document's text in pieces, and for each piece whether its tokens carry loss."""
     ids, weights = document.tokens.tolist(), document.weights.tolist()
     borders = [i for i in range(1, len(ids)) if weights[i] != weights[i - 1]]
     return [

@@ -24,7 +24,7 @@ class DamagedError(Exception):
 
 
 class JsonValues:
-    """Iterates over the values, each as bytes, or None for a value of more than `limit` bytes.
+    """Iterates over the values. Each item is a value's bytes, or None for a value of more than `limit` bytes.
 
     Raises:
         DamagedError: the array is truncated, lacks a comma, or is followed by more text. `place` says where.
@@ -62,7 +62,7 @@ class JsonValues:
             raise DamagedError("not valid JSON: there is more text after the end of the array")
 
     def _tokens(self) -> Iterator[bytes | None]:
-        """Whole values and the punctuation between them. A `[` at the beginning of the text counts as punctuation."""
+        """Yield whole values and the punctuation between them. A `[` at the text's beginning counts as punctuation."""
         line, rest = 1, b""
         value: _Value | None = None
         opening = True
@@ -159,6 +159,6 @@ class _Value:
 
 
 def _end(pattern: re.Pattern[bytes], text: bytes, start: int) -> int:
-    """The end of the pattern's match at `start`; the patterns here always match."""
+    """Return the end of the pattern's match at `start`. The patterns of this module always match."""
     found = pattern.match(text, start)
     return found.end() if found else start

@@ -1,8 +1,8 @@
-"""Documents into packs, and packs in the order an epoch reads them.
+"""Put documents into packs, and write packs as tables.
 
-A document is a run of tokens with a loss weight each; a group is one document, or the two of a preference pair,
-which must share a pack. A pack is one row of a prepared dataset: groups whose tokens add up to at most
-`data.pack_tokens`, one after another. Nothing is padded and nothing is cut here.
+A document is a sequence of tokens with a loss weight for each token. A group is one document, or the two documents of a
+preference pair, which must share a pack. A pack is one row of a prepared dataset: groups one after another, with at
+most `data.pack_tokens` tokens in total. Packing does not pad or cut documents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Document(NamedTuple):
-    """`tokens` int32 [L]; `weights` uint8 [L], 1 where loss counts on predicting this token (never the first token)."""
+    """`tokens` int32 [L]; `weights` uint8 [L]: 1 if predicting the token carries loss (never the first token)."""
 
     tokens: np.ndarray
     weights: np.ndarray
@@ -52,7 +52,7 @@ class Pack:
 
 
 def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -> Iterator[list[Group]]:
-    """Best-fit bin packing over a sliding window of groups.
+    """Put groups into packs by best-fit bin packing, over a sliding window of groups.
 
     Takes `window` groups at a time. Places first the groups longer than an eighth of a pack, longest first, then the
     others in their order. Each group goes into the open pack that it fills best, or into a new pack. (Sorting all
@@ -67,7 +67,7 @@ def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -
         ValueError: a group is longer than a pack.
     """
     open_by_room: dict[int, list[list[Group]]] = {}  # free tokens -> the open packs with exactly this many
-    rooms: list[int] = []  # its keys, sorted
+    rooms: list[int] = []  # the keys of `open_by_room`, sorted
     remaining = iter(groups)
     while batch := [(sum([len(d.tokens) for d in group]), group) for group in islice(remaining, window)]:
         lengths = [length for length, _ in batch]
@@ -101,7 +101,7 @@ def pack_groups(groups: Iterable[Group], pack_tokens: int, window: int = 1024) -
 
 
 def pack_schema(vocab_size: int) -> pa.Schema:
-    """Columns of prepared packs; tokens take two bytes where the vocabulary allows."""
+    """Return the schema of prepared packs. Tokens take two bytes if the vocabulary is small enough, else four."""
     import pyarrow as pa
 
     return pa.schema(
@@ -114,7 +114,7 @@ def pack_schema(vocab_size: int) -> pa.Schema:
 
 
 def packs_table(packs: Sequence[Sequence[Group]], vocab_size: int) -> pa.Table:
-    """A table with one row for each pack, from the packs of `pack_groups`."""
+    """Return a table with one row for each pack of `pack_groups`."""
     import pyarrow as pa
 
     documents = [[d for group in pack for d in group] for pack in packs]
@@ -128,7 +128,7 @@ def packs_table(packs: Sequence[Sequence[Group]], vocab_size: int) -> pa.Table:
 
 
 def _list_column(rows: list[list[np.ndarray]], value_type: pa.DataType) -> pa.ListArray:
-    """Each row's arrays end to end, without a Python object per value."""
+    """Join each row's arrays to a list, without a Python object for each value."""
     import pyarrow as pa
 
     offsets = np.zeros(len(rows) + 1, np.int32)
@@ -139,7 +139,7 @@ def _list_column(rows: list[list[np.ndarray]], value_type: pa.DataType) -> pa.Li
 
 
 def pack_from_row(table: pa.Table, row: int, id: int, columns: Iterable[Column] = ()) -> Pack:
-    """One row of a table of packs, with these columns, not copied; `id` is the pack's place in its whole dataset."""
+    """Return one row of a table as a Pack with these columns, without a copy. `id` is its place in the dataset."""
 
     def values(name: str) -> np.ndarray:
         return table[name][row].values.to_numpy()

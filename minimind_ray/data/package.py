@@ -92,7 +92,7 @@ class Rule:
 
 
 def package(root: Path, ship: Sequence[str] = ()) -> Package:
-    """Choose the files of the directory `root` to send. `ship` names files and folders that are sent with no exception.
+    """Choose the files of the directory `root` to send. Files and folders that `ship` names are always sent.
 
     Raises:
         UserError: a path of `ship` does not exist, lies outside of `root`, or is `root` itself.

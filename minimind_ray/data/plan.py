@@ -44,7 +44,7 @@ class Plan(Protocol):
 
 
 class StepSource(Protocol):
-    """Where one worker's packs of each step come from."""
+    """Yields one worker's packs of each step."""
 
     @property
     def prefetch(self) -> bool:
@@ -52,7 +52,7 @@ class StepSource(Protocol):
         ...
 
     def steps(self, start: int, /) -> Iterator[list[Pack]]:
-        """This worker's packs of each step from `start` on."""
+        """Yield this worker's packs of each step from `start` on."""
         ...
 
 
@@ -110,7 +110,7 @@ class StepPlan:
         return step // self.steps_per_epoch
 
     def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """The ids of the packs that worker `rank` of `world_size` trains on in `step`, int64 [packs].
+        """Return the ids of the packs that worker `rank` of `world_size` trains on in `step`, int64 [packs].
 
         May be empty in an epoch's last step.
         """
@@ -127,6 +127,6 @@ def _order(row_groups: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
 def read_steps(
     store: PackStore, plan: StepPlan, start: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[Pack]]:
-    """This rank's packs of each step from `start` on, read from the prepared data without Ray Data."""
+    """Yield this rank's packs of each step from `start` on, read from the prepared data without Ray Data."""
     for step in range(start, plan.steps):
         yield store.read(plan.ids(step, rank, world_size).tolist())

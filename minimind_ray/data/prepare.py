@@ -7,7 +7,7 @@ ENCODING_VERSION. So a second run finds everything in the cache, a changed file 
 again, a killed run continues where it was, and two runs at the same time can only write the same files.
 
     <cache>/units/<key>.parquet, .rejects.jsonl, .json    packs, rejected rows and counts of a unit; .json is last
-    <cache>/sources/<key>.json                            how a file was cut, so that it is not hashed again
+    <cache>/sources/<key>.json                            the units of a file, so that it is not hashed again
     <cache>/datasets/<key>/                               see store.py
 """
 
@@ -60,8 +60,7 @@ FRESH_SECONDS = 2
 ENCODING_VERSION = 1
 """Part of every key of the cache. Raise it when the same files, tokenizer and settings give different packs or counts
 than before; tests/data/test_encoding_version.py fails until you do. A new version prepares all data again, and runs
-that
-began with an older version cannot be resumed. Reworded comments, errors and reject reasons need no new version."""
+that began with an older version cannot be resumed. Reworded comments, errors and reject reasons need no new version."""
 
 Split = Literal["train", "val"]
 
@@ -172,7 +171,7 @@ def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitSt
 
 
 def worth_spreading(units: Sequence[Unit]) -> bool:
-    """Whether encoding in other processes would save time: they take seconds to start.
+    """Whether encoding in other processes would save time, although they take seconds to start.
 
     Assumes that compressed text is a fifth as long as the text.
     """
@@ -294,8 +293,8 @@ def encoding_of(
         val = {source.path for source in discover(config.val)}
         if both := next((source.path for source in sources if source.path in val), None):
             raise UserError(
-                f"{both} is in data.train and in data.val: training rows cannot validate; name the training files "
-                "without it"
+                f"{both} is in data.train and in data.val, but a model cannot be validated on its training rows; name "
+                "the training files without it"
             )
     held_out = config.val is None and (split == "val" or config.val_fraction > 0)
     return Encoding(stage, config, tokenizer, split if held_out else None), sources
@@ -334,7 +333,7 @@ def _check(prepared: Prepared, config: DataConfig, damaged: Sequence[str]) -> No
 
 
 def _commonest(path: str) -> tuple[str, str, int]:
-    """The commonest reason, the place (file:line) of an example, and the count. Ignores numbers in reasons."""
+    """Return the most common reason, the place (file:line) of an example, and the count. Ignores numbers in reasons."""
     counts: Counter[str] = Counter()
     examples: dict[str, dict[str, Any]] = {}
     filesystem, inner = locate(path)
@@ -383,7 +382,7 @@ def _units(sources: Sequence[Source], scans: Sequence[_Scan], encoding: Encoding
         Unit(
             source,
             Part(cut.start, cut.stop, cut.first_line),
-            # The place matters: an array at the beginning of a .jsonl file is an error, but elsewhere one bad row.
+            # The place matters: an array is an error at the beginning of a .jsonl file, but elsewhere only a bad row.
             encoding.key(source.suffix, source.whole, cut.content, cut.start == 0),
             cut.size,
         )
@@ -459,7 +458,7 @@ class Seen:
 
 
 def unit_groups(unit: Unit, encoding: Encoding, seen: Seen) -> tuple[Iterator[Group | Reject], RowEncoder]:
-    """A unit's rows as documents or rejects, and the encoder that counts them. Adds to the counts in `seen`."""
+    """Return a unit's rows as documents or rejects, and the encoder that counts them. Adds to the counts in `seen`."""
 
     def read() -> Iterator[Row | Reject]:
         for raw in read_raw(unit.source, unit.part):
@@ -532,7 +531,7 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
 
 
 def _row_counts(encoder: RowEncoder, first_line: int) -> dict[str, Any]:
-    """What became of a unit's rows, and their format: fields of UnitStats. The unit begins at `first_line`."""
+    """Return the fields of UnitStats about a unit's rows and their format. The unit begins at `first_line`."""
     tally = encoder.tally
     row_format, line = next(iter(encoder.reader.formats.values()), (None, first_line))
     return {
@@ -637,7 +636,7 @@ class _Cache:
 
 @contextmanager
 def _cache_errors(config: DataConfig) -> Generator[None]:
-    """While inside, turn file errors into a UserError about the cache. Errors of sources are UserErrors already."""
+    """Turn file errors into a UserError about the cache. Errors of sources are UserErrors already."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:

@@ -49,9 +49,9 @@ NO_ROWS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "readme*.txt", "license*.txt", "notice*.txt", "requirements*.txt",
 )  # fmt: skip
-"""Patterns, in lower case, of files that often lie beside data and hold no rows."""
+"""Patterns, in lower case, of files without rows that often lie beside data."""
 LINE_LIMIT = 16 << 20
-FIRST_BYTES = 64 << 10  # how much of a file is looked at to find out how its rows are written
+FIRST_BYTES = 64 << 10  # bytes at a file's beginning that show how its rows are written
 TOO_LONG = f"the row is longer than {LINE_LIMIT >> 20} MiB"
 DEPTH_LIMIT = 64
 TOO_DEEP = f"JSON nested deeper than {DEPTH_LIMIT} levels"
@@ -80,7 +80,7 @@ class Reject:
 
 
 class Damage(Reject):
-    """The place from which on a damaged file cannot be read, and the reason shown to the user."""
+    """The place after which a damaged file cannot be read, and the reason shown to the user."""
 
     __slots__ = ()
 
@@ -165,7 +165,11 @@ def discover(sources: str | list[str], text_files: TextFiles = "lines") -> list[
 
 
 def require_files(data: DataConfig) -> None:
-    """Check that the training and validation files exist. Raises as `discover`."""
+    """Check that the training and validation files exist.
+
+    Raises:
+        UserError: see `discover`.
+    """
     for files in (data.train, data.val):
         if files is not None:
             discover(files, data.text_files)
@@ -231,7 +235,7 @@ def read_rows(source: Source, part: Part = Part()) -> Iterator[Row | Reject]:
 
 
 def read_raw(source: Source, part: Part = Part()) -> Iterator[RawRow | Reject]:
-    """As `read_rows`, without parsing: each row is JSON as it stands in the file, or made into JSON from other formats.
+    """Read rows as `read_rows` does, but do not parse them. Rows of formats other than JSON are converted to JSON.
 
     Rejects are rows that are too long or that JSON cannot hold. The last item of a damaged file is a Damage.
     """
@@ -282,7 +286,7 @@ class _Decompressor(Protocol):
 
 
 def _decompressed(file: pa.NativeFile, new: Callable[[], _Decompressor]) -> Iterator[bytes]:
-    """The uncompressed content of all members of a compressed file.
+    """Yield the uncompressed content of all members of a compressed file.
 
     Raises:
         DamagedError: the file is damaged or truncated. The content before the damage was yielded.
@@ -305,7 +309,7 @@ def _decompressed(file: pa.NativeFile, new: Callable[[], _Decompressor]) -> Iter
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
-    """Lines without their newlines; None for a line over LINE_LIMIT. Holds at most LINE_LIMIT bytes of a line."""
+    """Yield lines without their newlines; None for a line over LINE_LIMIT. Holds at most LINE_LIMIT bytes of a line."""
     pending: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -322,7 +326,7 @@ def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
 
 
 def _lines(path: str, chunks: Iterable[bytes], part: Part) -> Iterator[RawRow | Reject]:
-    """The lines that are not blank, without byte order marks. Joined files have such marks in the middle."""
+    """Yield the lines that are not blank, without byte order marks, which joined files have in the middle."""
     line = part.first_line
     try:
         for content in _split_lines(chunks):
@@ -355,9 +359,9 @@ def _unfinished(line: bytes) -> bool:
 
 
 def _first_lines(chunks: Iterator[bytes]) -> tuple[tuple[bytes, bytes], Iterator[bytes]]:
-    """The text's first two lines, and the whole text without its byte order mark.
+    """Return the text's first two lines, and the whole text without its byte order mark.
 
-    Skips blank lines before the first line. Looks only at the first FIRST_BYTES: a line may be cut or empty.
+    Skips blank lines before the first line. Reads only the first FIRST_BYTES, so a line may be cut or empty.
     """
     head = text = b""
     try:
@@ -547,7 +551,7 @@ def _json_value(value: Any) -> str:
 
 
 def parse_row(path: str, raw: RawRow) -> Row | Reject:
-    """Parse a row's JSON object; a Reject with the reason if that fails. Numbers in it may be NaN or infinite."""
+    """Parse a row's JSON object. Return a Reject with the reason if this fails. Numbers may be NaN or infinite."""
     try:
         value = _decode(raw.content.decode())
         if isinstance(value, list) and path.endswith(JSON_LINES):

@@ -23,13 +23,14 @@ UNPACKED = "working_dir_files"
 def copy_to_storage(path: str) -> str:
     """Copy the files named by an absolute path or glob into the storage, and return the path of the copy.
 
-    Returns `path` unchanged if it is a URL, outside of the working directory, or if this is not such a job.
+    Returns `path` unchanged if it is a URL or outside of the working directory, or if this process is not part of a job
+    with a working directory.
 
     Raises:
         UserError: the storage is a URL that cannot be used.
     """
     root, storage = Path.cwd(), os.environ.get(STORAGE)
-    # A job without a working directory of its own may run in any folder; the data there may be large and shared.
+    # A job without its own working directory may run in any folder. Do not copy data from there: it may be large.
     sent = in_job() and UNPACKED in root.parts
     if not (storage and sent and Path(path).is_relative_to(root)) or ".." in Path(path).parts:
         return path
@@ -48,7 +49,7 @@ def copy_to_storage(path: str) -> str:
 
 
 def resolve_paths(config: Config) -> Config:
-    """The same config with absolute paths, because workers run in other directories."""
+    """Return the config with absolute paths, because workers run in other directories."""
 
     def inputs(paths: str | list[str] | None) -> str | list[str] | None:
         if isinstance(paths, list):

@@ -1,4 +1,4 @@
-"""Run and sweep directories in object stores. Each has a local copy, so all other code works with ordinary files.
+"""Mirror run and sweep directories of object stores in local copies, so that all other code works with local files.
 
     <cache>/work/s3/bucket/runs/x    the writing process's copy; a thread uploads its changes
     <cache>/read/s3/bucket/runs/x    the files that other processes have downloaded
@@ -73,7 +73,7 @@ def is_url(where: str | Path) -> bool:
 
 
 def copy_of(where: str | Path, kind: Literal["read", "work"] = "read") -> Path:
-    """The directory of a URL's local copy; a local path is returned unchanged."""
+    """Return the directory of a URL's local copy. Return a local path unchanged."""
     scheme, separator, rest = str(where).partition("://")
     if not separator:
         return Path(where)
@@ -83,7 +83,7 @@ def copy_of(where: str | Path, kind: Literal["read", "work"] = "read") -> Path:
 
 
 def url_of(path: str | Path) -> str:
-    """The URL that a local copy belongs to; any other path or URL is returned unchanged."""
+    """Return the URL that a local copy belongs to. Return any other path or URL unchanged."""
     for kind in ("read", "work"):
         root = _cache() / kind
         if not is_url(path) and Path(path).is_relative_to(root) and Path(path) != root:
@@ -97,7 +97,7 @@ def _cache() -> Path:
 
 
 def patience() -> float:
-    """Seconds during which failing store requests are retried: MINIMIND_STORE_PATIENCE, by default five minutes."""
+    """Return how many seconds to retry a failing store request: MINIMIND_STORE_PATIENCE, by default five minutes."""
     return float(os.environ.get("MINIMIND_STORE_PATIENCE", 300))
 
 
@@ -137,7 +137,7 @@ def _refusal(error: OSError) -> str | None:
 
 @contextmanager
 def _notice(what: str) -> Generator[None]:
-    """Print which request is waited for, if it takes longer than NOTICE_S."""
+    """Print the name of a request that takes longer than NOTICE_S."""
     timer = threading.Timer(NOTICE_S, _say, ("waiting", f"waiting for {what}"))
     timer.daemon = True
     timer.start()
@@ -344,7 +344,7 @@ class Mirror:
                 pass
 
     def _push(self, whole: bool) -> bool:
-        """Upload once. Returns False if a file was deleted meanwhile, as old checkpoints are: call it again."""
+        """Upload once. Returns False if a file (of an old checkpoint) was deleted meanwhile: then call it again."""
         here = self._signatures()
         changed = {name for name, signature in here.items() if self._sent.get(name) != signature}
         if not whole:  # Otherwise the growing log of a long run would be uploaded again and again.
@@ -386,9 +386,9 @@ class Mirror:
 
     @contextmanager
     def syncing(self) -> Generator[None]:
-        """While inside, a thread uploads changed files. The final upload of all files happens on leaving.
+        """Upload changed files in a thread until the block ends, then upload all files and delete the local copy.
 
-        A store that fails for a while delays the thread. The local copy is deleted at the end.
+        A store that fails for a while delays the thread.
 
         Raises:
             StoreError: the final upload failed. The local copy stays.
@@ -438,12 +438,12 @@ class Mirror:
         self.push_with_retry()
 
     def changed(self) -> None:
-        """Wake the thread: a checkpoint was written and should be uploaded completely now."""
+        """Wake the thread, so that it uploads a new checkpoint completely now."""
         self._whole = True
         self._wake.set()
 
     def pop_warning(self) -> str | None:
-        """The thread's newest message about the store, once; None if there is none since the last call."""
+        """Return the thread's newest message about the store; None if no message came since the last call."""
         warning, self._warning = self._warning, None
         return warning
 

@@ -1,11 +1,12 @@
-"""A prepared dataset to read packs from, and the order in which an epoch reads them.
+"""Read packs from a prepared dataset, and define the order in which an epoch reads them.
 
     <cache>/datasets/<key>/manifest.json    which units make up the dataset, and its totals
     <cache>/datasets/<key>/rejects.jsonl    the rows that could not be used: file, line, reason
     <cache>/units/<key>.parquet             the packs of one unit: a piece of a source file, shared between datasets
 
-A shard's columns are lists, one pack a row: `tokens` uint16 or uint32, `weights` uint8, `lengths` int32. The manifest
-names units by their hash, so that it can point at nothing outside its cache; all else in it is checked as it is read.
+Each row of a unit's file (a shard) is a pack. Its columns are lists: `tokens` uint16 or uint32, `weights` uint8,
+`lengths` int32. The manifest names units by their hash, so it cannot name files outside its cache. The other parts of
+the manifest are checked when they are read.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ class UnitStats(Section):
     too_long: dict[int, Count] = Field(description="the rows left out, by their length in tokens, rounded up")
     ignored: dict[str, Count] = Field(description="rows that have a field which nothing reads, by field")
     row_format: FormatName | None = Field(description="the format of the first row that has one")
-    format_line: Count = Field(description="that row's line, counted from the unit's first")
+    format_line: Count = Field(description="the line of this row, counted from the unit's first line")
     row_groups: tuple[Annotated[int, Field(gt=0, le=ROW_GROUP)], ...]
     bytes: Count = Field(description="size of the shard")
 
 
 class Manifest(Section):
-    """The units of a prepared dataset in the order of its sources, and where they came from."""
+    """The units of a prepared dataset in the order of its sources, and the inputs that they were made from."""
 
     format: Literal[4]
     stage: StageName
@@ -127,7 +128,7 @@ class PackStore:
         }
 
     def read(self, ids: Iterable[int]) -> list[Pack]:
-        """The packs of these ids, in this order."""
+        """Return the packs with these ids, in this order."""
         packs: list[Pack] = []
         for pack in ids:
             if not 0 <= pack < self.n_packs:
@@ -149,17 +150,17 @@ class PackStore:
         if info.type != fs.FileType.File:
             raise UserError(f"{path}: this shard of {self.path} is missing; prepare again")
         if info.size != unit.bytes:
-            raise _broken(path, f"it has {info.size} bytes where the manifest says {unit.bytes}")
+            raise _broken(path, f"it has {info.size} bytes, but the manifest says {unit.bytes}")
         file = _open_parquet(self._filesystem, path, self._damage)
         if _row_groups(file) != unit.row_groups:
-            raise _broken(path, "its row groups are not those of the manifest")
+            raise _broken(path, "its row groups differ from the manifest")
         return file
 
     def _open_column(self, url: str) -> pq.ParquetFile:
         filesystem, path = locate(url)
         file = _open_parquet(filesystem, path, self._damage)
         if _row_groups(file) != self.row_groups:
-            raise _broken(url, f"its row groups are not those of {self.path}")
+            raise _broken(url, f"its row groups differ from {self.path}")
         return file
 
     def _read_group(self, group: int) -> list[Pack]:
@@ -178,7 +179,7 @@ class PackStore:
                 raise _broken(path, f"pack {pack.id} has {len(pack.tokens)} tokens, but {len(pack.weights)} weights")
             for column, values in pack.columns.items():
                 if len(values) != len(pack.lengths if column.axis == "document" else pack.tokens):
-                    raise _broken(self.columns[column], f"pack {pack.id} has not one value for each {column.axis}")
+                    raise _broken(self.columns[column], f"pack {pack.id} needs one value for each {column.axis}")
         return packs
 
 
@@ -191,10 +192,10 @@ def column_schema(column: Column) -> pa.Schema:
 
 
 def read_manifest(path: str) -> Manifest:
-    """The manifest of the prepared dataset in directory `path`.
+    """Return the manifest of the prepared dataset in directory `path`.
 
     Raises:
-        UserError: there is none, or it is broken.
+        UserError: the manifest is missing or broken.
     """
     filesystem, root = locate(path)
     file = join(path, "manifest.json")
@@ -230,9 +231,9 @@ def write_column(store: PackStore, column: Column, url: str, values: Iterable[np
 
 
 def epoch_order(row_groups: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """The ids of all packs, int64, in the order of this epoch: a permutation that depends only on the arguments.
+    """Return the ids of all packs, int64, in the order of this epoch: a permutation that depends only on the arguments.
 
-    First the row groups are shuffled, then the packs within each 16 consecutive row groups. So reading stays local.
+    The row groups are shuffled first, and then the packs within each 16 consecutive row groups. So reading stays local.
     With up to 16 row groups (1024 packs), the shuffle is complete.
     """
     random = np.random.Generator(np.random.PCG64([seed, epoch]))

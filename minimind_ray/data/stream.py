@@ -1,4 +1,4 @@
-"""Make packs during training without storing them, when `data.cache` is false.
+"""Make packs during training without storing them, if `data.cache` is false.
 
 This is for data that is too large to store twice, or that is read only once. Each epoch reads the units of the source
 files in an order that depends on the seed and the epoch, and packs each unit with `pack_groups`. The number of packs is
@@ -97,7 +97,7 @@ class Stream:
             )
 
     def check_first(self) -> tuple[Stream, str]:
-        """Read the first unit of the first epoch, so that wrong data are refused before training starts.
+        """Read the first unit of the first epoch, so that wrong data is refused before training starts.
 
         Returns the stream with its `bytes_per_token`, and a text about the unit's rows for the user.
 
@@ -126,7 +126,7 @@ class Stream:
         return replace(self, bytes_per_token=unit.size / tokens) if known else self, rows
 
     def packs(self) -> Iterator[Pack]:
-        """All packs, epoch after epoch without end. Their ids count on over the epochs.
+        """Yield the packs of one epoch after another, without end. Their ids continue from epoch to epoch.
 
         Raises:
             UserError: the data has no packs.
@@ -144,7 +144,7 @@ class Stream:
 def stream_steps(
     stream: Stream, plan: StreamPlan, start: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[Pack]]:
-    """This rank's packs of each step from `start` on. Makes the packs of earlier steps again and skips them."""
+    """Yield this rank's packs of each step from `start` on. Makes the packs of earlier steps again and skips them."""
     packs = islice(stream.packs(), start * plan.packs_per_step, None)
     for _ in range(start, plan.steps):
         yield list(islice(packs, plan.packs_per_step))[rank::world_size]

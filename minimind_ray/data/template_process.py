@@ -1,9 +1,9 @@
-"""A chat template in a process of its own, with bounds on the time and the memory that it takes.
+"""Run a chat template in a separate process, with limits on its time and memory.
 
-Jinja's sandbox keeps a template from reaching Python, but not from looping for ever or filling the memory. Here the
-operating system does: the process has limited memory, and it is ended when one rendering takes too much processor time.
-The next rendering starts another process. After MOST_OVERRUNS such ends the template is not rendered any more: else a
-template that loops on every row of a file would take hours.
+Jinja's sandbox keeps a template from reaching Python, but it does not stop a template that loops for ever or fills the
+memory. The operating system does so here: the process has limited memory, and it is killed when one rendering takes too
+much processor time. The next rendering starts another process. After MOST_OVERRUNS overruns the template is not
+rendered any more; otherwise a template that loops on every row of a file would take hours.
 
 The process gets only the environment variables that Python needs, and no signals from the terminal. It ends when this
 process ends, because its standard input ends then.
@@ -32,12 +32,12 @@ Arguments = tuple[list[dict[str, Any]], list[Any] | None, bool]
 MOST_SECONDS = 10.0  # processor time of one rendering; a conversation takes less than a millisecond
 MOST_MEMORY = 1 << 30  # bytes of address space; the process starts with some 30 MB. macOS does not enforce the bound.
 MOST_OVERRUNS = 3
-MOST_EXPECTED = 512  # renderings that are asked for in one request
+MOST_EXPECTED = 512  # renderings in one request
 VARIABLES = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
 
 
 class LimitedTemplate:
-    """As `template_sandbox.Template`, in a process of its own.
+    """Like `template_sandbox.Template`, but in a separate process.
 
     Raises:
         TemplateError: the template does not compile, or takes too much time or memory.
@@ -53,7 +53,7 @@ class LimitedTemplate:
         self.marks_answers = self._process.ask(self._definition) == MARKS_ANSWERS
 
     def expect(self, renderings: Iterable[Arguments]) -> None:
-        """Announce renderings. When one of them is asked for, all are made in one exchange with the process.
+        """Announce renderings. The first call of `render` for one of them renders all in one exchange with the process.
 
         Only the last MOST_EXPECTED are remembered.
         """
@@ -62,11 +62,11 @@ class LimitedTemplate:
             self._expected = dict.fromkeys([*self._expected, *requests][-MOST_EXPECTED:])
 
     def render(self, *arguments: Any) -> str:
-        """The conversation as text, as `Template.render` gives it for these arguments.
+        """Return the conversation as text. The arguments and the text are those of `Template.render`.
 
         Raises:
-            TemplateError: the template fails on these messages, refuses them, or takes too much time or memory, or did
-                so MOST_OVERRUNS times before.
+            TemplateError: the template fails on these messages or refuses them, takes too much time or memory, or has
+                taken too much MOST_OVERRUNS times before.
         """
         request = pickle.dumps(arguments)
         with self._lock:
@@ -85,7 +85,7 @@ class LimitedTemplate:
                 return self._usable_process().ask(request)
 
     def _render_expected(self) -> None:
-        """Render what is expected. Renderings that fail are left out: asked for alone, each has an error of its own."""
+        """Render all expected conversations. Leave out failed ones: `render` repeats them, to get each one's error."""
         requests = list(self._expected)
         self._expected.clear()
         answers = self._usable_process().answers(requests)
@@ -103,7 +103,7 @@ class _OverrunError(TemplateError):
 
 
 class _EndedError(TemplateError):
-    """The process ended, and not because of a bound."""
+    """The process ended, but did not reach a limit."""
 
 
 class _Process:
@@ -124,14 +124,16 @@ class _Process:
 
     @property
     def is_usable(self) -> bool:
-        """Whether nothing went wrong with the process, and this process started it (and is no fork of the starter)."""
+        """Whether the process still answers, and the current process started it (a fork of the starter did not)."""
         return self._end.alive and self._owner == os.getpid()
 
     def ask(self, request: bytes) -> str:
-        """The answer to a request.
+        """Return the answer to a request.
 
         Raises:
-            TemplateError: the template fails; _OverrunError; _EndedError: the process ended for another reason.
+            TemplateError: the template fails.
+            _OverrunError: the template takes too much time or memory.
+            _EndedError: the process ended for another reason.
         """
         for succeeded, text in self.answers([request]):
             if succeeded:
@@ -145,7 +147,7 @@ class _Process:
         raise _EndedError(f"its process ended with exit code {code}")
 
     def answers(self, requests: list[bytes]) -> list[tuple[bool, str]]:
-        """Whether each request succeeded, and its text. There are fewer answers if the process ends meanwhile."""
+        """Return for each request whether it succeeded, and its text. There are fewer answers if the process ends."""
         assert self._popen.stdin
         answers: list[tuple[bool, str]] = []
         try:
@@ -174,5 +176,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     process.stdout.close()
-    with suppress(BrokenPipeError):  # Closing writes what is left of a request.
+    with suppress(BrokenPipeError):  # `close` writes the rest of an unfinished request.
         process.stdin.close()

@@ -1,12 +1,13 @@
-"""A chat template compiled and rendered in Jinja's sandbox, with the names that Hugging Face gives to templates.
+"""Compile and render a chat template in Jinja's sandbox, with the functions that Hugging Face gives to templates.
 
-Run as a script, this file is the process that `template_process` renders in: it reads pickled requests from its
-standard input and writes the answers to its standard output. That process has to start fast, so this file imports
-nothing but Jinja and the standard library.
+`template_process` runs this file as a script, in the process in which it renders templates. The script reads pickled
+requests from its standard input and writes the answers to its standard output. The process has to start fast, so this
+file imports only Jinja and the standard library.
 
-    requests  a pickled list of pickles, each the arguments of `Template.render`; of `Template` in the very first one
-    answers   for each request, in order: HEADER (whether it succeeded, number of bytes) and a text, which is what was
-              rendered, or why it failed. The answer to the very first one is MARKS_ANSWERS or an empty text.
+    requests  a pickled list of pickles. The first request has the arguments of `Template`, each later request has the
+              arguments of `Template.render`.
+    answers   for each request, in order: HEADER (whether the request succeeded, number of bytes) and a text, which is
+              the rendered text or the reason of a failure. The first answer is MARKS_ANSWERS or an empty text.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Characters around each {% generation %} block in the rendered text; messages must not hold them.
+# Characters around each {% generation %} block in the rendered text; messages must not contain them.
 ANSWER_START, ANSWER_END = "\ufdd1", "\ufdd2"
 
 LARGEST_TEXT = 1 << 24  # characters that a template may write
@@ -45,7 +46,7 @@ class TemplateError(Exception):
 
 
 class Template:
-    """A compiled template. `special_tokens` (`bos_token` and so on) are variables in it.
+    """A compiled template. `special_tokens` (`bos_token` and so on) are its variables.
 
     `marks_answers` says whether the template has {% generation %} blocks.
 
@@ -64,7 +65,7 @@ class Template:
         self.marks_answers = cast(_Generation, sandbox.extensions[_Generation.identifier]).is_used
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool) -> str:
-        """The conversation as text; `add_generation_prompt` ends it where an answer begins.
+        """Return the conversation as text. With `add_generation_prompt`, the text ends where an answer begins.
 
         ANSWER_START and ANSWER_END stand around each {% generation %} block.
 
@@ -81,7 +82,7 @@ class Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`, with which a template marks what the assistant writes."""
+    """The tag `{% generation %}...{% endgeneration %}`, which marks the text that the assistant writes."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
 
@@ -118,7 +119,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes HTML, which would put \\u003c into prompts.
+    # Jinja's own filter escapes HTML, which would put \\u003c into prompts.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -167,9 +168,9 @@ def _next_batch(requests: BinaryIO) -> list[bytes]:
 
 
 def limit_process(memory: int) -> None:
-    """Bound this process's address space, in bytes, and let the timer of `serve` end it.
+    """Limit this process's address space to `memory` bytes, and let the timer of `serve` end the process.
 
-    macOS does not enforce such a bound, so there is none there.
+    Set no memory limit on macOS, which does not enforce it.
     """
     if sys.platform != "darwin":
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

@@ -1,9 +1,11 @@
-"""Text to token ids and back: tokenizers trained here, and any Hugging Face tokenizer directory.
+"""Convert text to token ids and back. Train a tokenizer, or load any Hugging Face tokenizer directory.
 
-A tokenizer is two files, `tokenizer.json` and `tokenizer_config.json` (with the chat template). Control tokens (the
-"added tokens" but plain words and white space: `<|im_start|>`, `<think>`, ...) come from the template alone. Where a
-text spells one out, it is plain text: `encode` never yields a control token, and `render` puts a stand-in for what a
-message spells out, so that a user's text can never open a turn. All other texts get the ids that transformers gives.
+A tokenizer is two files: `tokenizer.json`, and `tokenizer_config.json` with the chat template. Its added tokens are of
+two kinds: plain words and white space, which any text may contain, and control tokens, such as `<|im_start|>`. A user's
+text can never open a turn, because a control token that a text spells out counts as plain text: `encode` never returns
+a control token, and `render` puts a stand-in in place of each control token that a message spells out. (An assistant's
+message may contain control tokens that are not special, such as `<think>`.) All other texts get the same ids as in
+transformers.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from minimind_ray.data.files import writing_to
 from minimind_ray.data.storage import copy_of, is_url, mirror_of
 from minimind_ray.data.tokenizer_dir import MORE_TEMPLATES, NAMED_TOKENS, read_tokenizer, token_name
 
-# MiniMind's, in the order of their ids: models and data made with one tokenizer layout stay usable with the other.
+# MiniMind's control tokens in the order of their ids, so that each of them has the same id here as in MiniMind.
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
@@ -44,24 +46,28 @@ MARKUP_TOKENS = (
     *(f"<|buffer{i}|>" for i in range(1, 10)),
 )  # fmt: skip
 
-# Added tokens that may stand in any text: words that someone added to the vocabulary, and runs of white space.
+# Added tokens that any text may contain: words that someone added to the vocabulary, and runs of white space.
 WORD = re.compile(r"[\w\s▁'.,-]*")
 
-# A stand-in is this mark and a private character that says for what; the mark itself is stood in for too. It is a
-# code point that Unicode keeps for a program's own use, so texts rarely hold it and templates never look at it.
+# A stand-in is two characters: MARK, and a private-use character whose number says which string the stand-in replaces.
+# A MARK in a text gets a stand-in, too. Unicode reserves this code point for a program's internal use, so texts rarely
+# contain it and templates do not test for it.
 MARK = "\ufdd0"
 FIRST_PRIVATE = 0xF0000
-MARKS = range(ord(MARK), 0x110000)  # A text with stand-ins is encoded with the first of these that it does not hold.
-MOST_FIELDS = 1000  # names of further fields of messages that are looked up
+MARKS = range(ord(MARK), 0x110000)  # To encode a text with stand-ins, use the first character that it does not contain.
+MOST_FIELDS = 1000  # message fields that `writes` tests; it says no for all further fields
 PROBE: list[Message] = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "a b"}]
-CUT = -1  # In place of an id: what is before and after are encoded as if a control token were between.
+CUT = -1  # Stands in place of an id: the texts around it are encoded as if a control token were between them.
 
 
 class Tokenizer:
-    """`definition` is the text of tokenizer.json, `settings` the content of tokenizer_config.json, `name` for errors.
+    """Encodes and decodes texts and conversations.
+
+    `definition` is the text of tokenizer.json, `settings` is the content of tokenizer_config.json, and error messages
+    begin with `name`.
 
     Raises:
-        UserError: they do not make a tokenizer, name no end token, or let plain text reach a control token.
+        UserError: the two do not make a tokenizer, name no end token, or give plain text the id of a control token.
     """
 
     def __init__(self, definition: str, settings: dict[str, Any], name: str) -> None:
@@ -90,16 +96,17 @@ class Tokenizer:
         bos_id, eos_id, pad_id = (self._special_id(key) for key in ("bos_token", "eos_token", "pad_token"))
         if eos_id is None:
             raise UserError(f"{name}: tokenizer_config.json names no eos_token, which ends every document; add one")
-        # Where there is no bos_token, documents begin with the token that ended the last, as GPT-2's do.
+        # Without a bos_token, documents begin with the eos_token, as in GPT-2.
         self.bos_id = eos_id if bos_id is None else bos_id
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
 
         special = [token.content for token in added.values() if token.special]
-        model = layout["model"]  # What it has no token for becomes this one.
+        model = layout["model"]
+        # The id of text that the vocabulary has no token for.
         self._unknown = model["unk_id"] if "unk_id" in model else self._added.get(model.get("unk_token"))
         if (unknown := model.get("unk_token")) and unknown not in model["vocab"]:
-            raise UserError(f"{name}: the unk_token {unknown} of tokenizer.json is not in its vocabulary; mend it")
+            raise UserError(f"{name}: the unk_token {unknown} of tokenizer.json is not in its vocabulary; correct it")
         for content in special:
             if self._added[content] in self.encode([content])[0] and self._added[content] != self._unknown:
                 raise UserError(f"{name}: plain text can spell the control token {content}; use another tokenizer")
@@ -117,16 +124,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Read a Hugging Face tokenizer directory, which may be a URL.
+        """Read a Hugging Face tokenizer directory. `directory` may be a URL.
 
         Raises:
-            UserError: a file is missing or broken; StoreError.
+            UserError: a file is missing or broken.
+            StoreError: the object store cannot be read.
         """
         folder = copy_of(directory)
         if is_url(directory) and (mirror := mirror_of(directory)):
             mirror.pull(wanted=lambda name: "/" not in name or name.startswith(f"{MORE_TEMPLATES}/"))
             if not (folder / "tokenizer.json").exists():
-                raise UserError(f"{directory} is no tokenizer directory: there is no tokenizer.json in it")
+                raise UserError(f"{directory} is not a tokenizer directory: it has no tokenizer.json")
         return cls(*read_tokenizer(folder), str(folder))
 
     def save(self, directory: str | Path) -> None:
@@ -143,7 +151,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides which ids a text or a conversation gets."""
+        """Hash of everything that decides the ids of texts and conversations."""
         meaning = {
             **{k: v for k, v in json.loads(self._definition).items() if k not in ("truncation", "padding")},
             "chat_template": self._templates if len(self._templates) > 1 else self._templates.get("default"),
@@ -153,33 +161,34 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def extends(self, other: Tokenizer) -> bool:
-        """Whether every token of the other has the same id here."""
+        """Whether every token of `other` has the same id in this tokenizer."""
         ids = self._full.get_vocab()
         return all(ids.get(token) == id for token, id in other._full.get_vocab().items())
 
     # Plain text
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without a start or an end; control tokens that a text spells out are not matched."""
+        """Return the ids of each text, without start and end tokens. Spelled-out control tokens count as plain text."""
         return self._plain.encode(texts)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False, after: Sequence[int] = ()) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD. `skip_special` leaves out the special control tokens.
+        """Return the text of the ids. Invalid UTF-8 becomes U+FFFD. `skip_special` leaves out special tokens.
 
-        `after` are the ids before these, if any: a tokenizer may leave out the space before a text's first word.
+        `after` holds the ids that come before `ids`, if there are any. They matter because some tokenizers drop the
+        space before the first word of a text.
         """
         before = after[-1:]
         text = self._full.decode([*before, *ids], skip_special_tokens=skip_special)
         return text[len(self._full.decode(before, skip_special_tokens=skip_special)) :] if before else text
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [V]: bytes of text that each id stands for, 0 for control tokens. For bits per byte."""
+        """int32 [V]: the number of text bytes that each id stands for, 0 for control tokens. Bits per byte need it."""
         by_bytes = '"ByteLevel"' in json.dumps(json.loads(self._definition).get("decoder"))
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, id in self._full.get_vocab(with_added_tokens=False).items():
             if by_bytes:  # each byte is written as one character
                 sizes[id] = len(token)
-            else:  # SentencePiece's way: a mark for the space, <0x0A> for a single byte
+            else:  # SentencePiece writes ▁ for a space, and for example <0x0A> for a single byte.
                 sizes[id] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
         for id, word in self._words.items():
             sizes[id] = len(word.content.replace("▁", " ").encode())
@@ -189,22 +198,22 @@ class Tokenizer:
     # Conversations
 
     def render(self, messages: list[Message], tools: list[Any] | None = None) -> Rendering:
-        """The conversation as the chat template writes it, for `encode_conversations`.
+        """Return the conversation as the chat template writes it, for `encode_conversations`.
 
-        What messages and tools spell out of control tokens is replaced by stand-ins; in an assistant's text only
-        what is special, for an assistant does write `<think>` and `<tool_call>`.
+        Stand-ins replace the control tokens that messages and tools spell out. In an assistant's message, they replace
+        special tokens only, because an assistant may write `<think>` and `<tool_call>`.
 
         Raises:
-            UserError: there is no chat template, it fails on these messages or does not write all of them, or it is
-                not certain where an answer stands.
+            UserError: there is no chat template, the template fails on these messages or does not write all of them,
+                or the place of an answer is uncertain.
         """
         return self.start_rendering(messages, tools)()
 
     def start_rendering(self, messages: list[Message], tools: list[Any] | None = None) -> Callable[[], Rendering]:
-        """The first part of `render`; call the result for the rest. To start several conversations first saves time.
+        """Start `render`, and return a function that finishes it. Starting several conversations first saves time.
 
         Raises:
-            UserError: there is no chat template. The result raises the other errors of `render`.
+            UserError: there is no chat template. The returned function raises the other errors of `render`.
         """
         format = self._format(tools)
         escaped = self._escape_messages(messages), self._escape(tools, self._any_token)
@@ -214,30 +223,30 @@ class Tokenizer:
     def encode_conversations(
         self, renderings: Sequence[Rendering]
     ) -> list[tuple[list[int], list[tuple[int, int]]] | UserError]:
-        """Of each conversation its ids, and for each assistant turn the span of tokens that the assistant writes.
+        """Return for each conversation its ids, and the span of tokens that the assistant writes in each of its turns.
 
-        The ids are those of transformers, with one exception: where one token would cover the end of the generation
-        prompt and the beginning of the answer, such as two newlines, the text is cut there, as it is in generation.
-        A UserError takes the place of a conversation in which the tokens of the answers cannot be told apart.
+        The ids are the same as in transformers, with one exception. If one token (such as two newlines) would cover the
+        end of the generation prompt and the beginning of the answer, the text is cut between them, as in generation.
+        A conversation whose answers cannot be found exactly gets a UserError instead.
         """
         found = self._encode_all([r.text for r in renderings], offsets=any(r.spans is not None for r in renderings))
         return [self._with_spans(rendering, encoded) for rendering, encoded in zip(renderings, found, strict=True)]
 
     def prompt_ids(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """Ids of the conversation up to where the assistant's next answer begins.
+        """Return the ids of the conversation up to the beginning of the assistant's next answer.
 
         Raises:
-            UserError: there is no chat template, it fails on these messages or does not write all of them.
+            UserError: there is no chat template, or the template fails on these messages or does not write all of them.
         """
         format = self._format(tools)
         text = format.prompt(self._escape_messages(messages), self._escape(tools, self._any_token))
         return self._encode_all([text], offsets=False)[0].ids
 
     def require_conversations(self) -> None:
-        """Check that the tokens of answers can be found in what the chat template writes.
+        """Check that the tokens of answers can be found in the text that the chat template writes.
 
         Raises:
-            UserError: there is no template, or answers cannot be found exactly; why.
+            UserError: there is no template, or answers cannot be found exactly. The message says why.
         """
         try:
             self._format(None).require_answers()
@@ -246,27 +255,27 @@ class Tokenizer:
                 raise found
         except UserError as error:
             raise UserError(
-                f"{self.name}: the loss mask needs a chat template whose answers can be found, and this one has none: "
-                f"{error}; use another tokenizer or chat template"
+                f"{self.name}: the loss mask needs a chat template whose answers can be found, but in this one they "
+                f"cannot: {error}; use another tokenizer or chat template"
             ) from None
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: the end token's, and those that the chat templates write after an answer."""
+        """The ids that end an answer: `eos_id`, and the end tokens that the chat templates write after an answer."""
         ends: list[int] = []
         for tools in (None, []):
-            with suppress(UserError):  # A template that is missing or fails is refused where it is used.
+            with suppress(UserError):  # `render` and `prompt_ids` report a template that is missing or fails.
                 if token := self._format(tools).end_token:
                     ends.append(self._added[token])
         return tuple(dict.fromkeys([self.eos_id, *ends]))
 
     def answer_text(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of the answer `ids` to a prompt, without control tokens and `answer_lead`."""
+        """Return the text of the answer `ids` to a prompt, without special tokens and without `answer_lead`."""
         return self.decode(ids, skip_special=True, after=prompt).removeprefix(self.answer_lead)
 
     @cached_property
     def answer_lead(self) -> str:
-        """White space before each answer's text that belongs to the chat format, such as the space after `[/INST]`."""
+        """The white space that the chat format puts before each answer's text, such as the space after `[/INST]`."""
         try:
             found = self._encode_probe()
         except UserError:
@@ -278,7 +287,7 @@ class Tokenizer:
         return lead if lead.isspace() else ""
 
     def writes(self, field: str, role: str) -> bool:
-        """Whether the chat template writes this field of a message of this role: a probe with it renders otherwise."""
+        """Whether the chat template writes this field of this role's messages: a probe renders differently with it."""
         known = self._fields_written
         if (field, role) not in known and len(known) < MOST_FIELDS:
             known[field, role] = self._probe_field(field, role)
@@ -300,19 +309,19 @@ class Tokenizer:
         return found
 
     def _encode_all(self, texts: Sequence[str], offsets: bool) -> list[_Encoded]:
-        """Ids of rendered texts: control tokens where the template put them, plain text for their stand-ins."""
+        """Return the ids of rendered texts: control tokens where the template wrote them, plain text for stand-ins."""
         plain = [text for text in texts if MARK not in text]
         if offsets or self._control_is_normalized:
             encodings = [_Encoded(e.ids, e.offsets) for e in self._full.encode_batch(plain, add_special_tokens=False)]
         else:
             encodings = [_Encoded(e.ids) for e in self._full.encode_batch_fast(plain, add_special_tokens=False)]
-        if self._control_is_normalized:  # so that a text may spell a control token in a way of its own
+        if self._control_is_normalized:  # The normalizer may turn another spelling into a control token.
             encodings = [e if self._is_safe(t, e) else self._encode_guarded(t) for t, e in zip(plain, encodings)]
         found = iter(encodings)
         return [self._encode_guarded(text) if MARK in text else next(found) for text in texts]
 
     def _is_safe(self, text: str, encoded: _Encoded) -> bool:
-        """Whether each control token stands in the text as it is."""
+        """Whether the text spells each control token of `encoded` exactly."""
         return all(
             self._control[id].content in text[start:end]
             for id, (start, end) in zip(*encoded)
@@ -320,10 +329,10 @@ class Tokenizer:
         )
 
     def _encode_guarded(self, text: str, cuts: Sequence[int] = ()) -> _Encoded:
-        """As `_encode_all`, for a text with stand-ins, or one that is cut at these characters.
+        """Encode a text that has stand-ins, or that must be cut at the characters `cuts`.
 
-        The template's control tokens are renamed to strings that the text does not hold, in the text and in another
-        tokenizer, so that nothing in the text spells a control token there.
+        Rename the template's control tokens to strings that the text does not contain, both in the text and in a second
+        tokenizer. Then no other part of the text can spell a control token.
         """
         restored = self._any_stand_in.sub(lambda match: self._spelled_out[match[0]], text)
         mark = next(character for character in map(chr, MARKS) if character not in restored)
@@ -344,7 +353,7 @@ class Tokenizer:
         return _Encoded([id for id, _ in kept], [span for _, span in kept])
 
     def _guarded(self, mark: str) -> _Relabelled:
-        """The tokenizer whose control tokens are this mark and a private character each."""
+        """Return the tokenizer in which each control token is renamed to `mark` and a private-use character."""
         if mark not in self._guarded_by_mark:
             control = enumerate(self._control.items())
             labelled = {id: (mark + chr(FIRST_PRIVATE + i), token) for i, (id, token) in control}
@@ -359,15 +368,18 @@ class Tokenizer:
         spans, cuts = self._find_spans(rendering, encoded)
         if cuts:
             if self._marks_starts:
-                return UserError("an answer begins with white space that the tokenizer joins with what is before it")
+                return UserError("an answer begins with white space that the tokenizer joins with the text before it")
             encoded = self._encode_guarded(rendering.text, cuts)
             spans, cuts = self._find_spans(rendering, encoded)
         if cuts or len(spans) != rendering.answers:
-            return UserError(f"the chat template writes {len(spans)} of its {rendering.answers} assistant turns")
+            return UserError(f"the chat template writes {len(spans)} of the {rendering.answers} assistant turns")
         return encoded.ids, spans
 
     def _find_spans(self, rendering: Rendering, encoded: _Encoded) -> tuple[list[tuple[int, int]], list[int]]:
-        """The answers' spans in tokens, and the characters where a token stands across an answer's border."""
+        """Return the answers' spans in tokens, and the characters at which the text must be cut.
+
+        Such a character is the border of an answer that one token covers from both sides.
+        """
         if rendering.spans is None:
             spans = self._chatml_spans(encoded.ids)
             headers = re.finditer(re.escape(ANSWER_HEADER), rendering.text) if len(spans) != rendering.answers else ()
@@ -382,12 +394,12 @@ class Tokenizer:
         return spans, [
             character
             for character, token in borders
-            # A control token may swallow white space across a border.
+            # A control token may include white space from the other side of a border.
             if token and encoded.offsets[token - 1][1] > character and encoded.ids[token - 1] not in self._control
         ]
 
     def _chatml_spans(self, ids: list[int]) -> list[tuple[int, int]]:
-        """Where each answer stands: after its header, up to its `<|im_end|>` and newline, or the end."""
+        """Return each answer's span: from its header's end to its `<|im_end|>` and newline, or to the last id."""
         header, newline = self._chatml_ids
         turn_end = self._added[TURN_END]
         spans: list[tuple[int, int]] = []
@@ -411,7 +423,7 @@ class Tokenizer:
 
     @cached_property
     def _marks_starts(self) -> bool:
-        """Whether the tokenizer puts a space mark before what follows a control token."""
+        """Whether the tokenizer puts a space mark before a text that follows a control token."""
         guarded = self._guarded(MARK)
         ids, _ = guarded.encode_with_offsets(guarded.labels[CUT] + "a")
         return len(ids) != 2 or self._full.id_to_token(ids[1]) != "a"
@@ -427,11 +439,11 @@ class Tokenizer:
             sources = {} if source is None else {"default": source}
         for template in sources.values():
             if not isinstance(template, str):
-                raise UserError(f"{self.name}: chat_template in tokenizer_config.json is no string; mend it")
+                raise UserError(f"{self.name}: chat_template in tokenizer_config.json is not a string; correct it")
         return cast("dict[str, str]", sources)
 
     def _format(self, tools: list[Any] | None) -> ChatFormat:
-        """The chat template for these tools, chosen as transformers does."""
+        """Return the chat template for these tools. transformers chooses the same one."""
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         if name not in self._formats:
             if name not in self._templates:
@@ -444,12 +456,12 @@ class Tokenizer:
 
     @property
     def _names(self) -> dict[str, str]:
-        """What the chat template knows by name."""
+        """The special tokens that are variables in the chat template, such as `bos_token`."""
         names = {key: token_name(self._settings, key, self.name) for key in NAMED_TOKENS}
         return {key: token for key, token in names.items() if token is not None}
 
     def _escape_messages(self, messages: list[Message]) -> list[Message]:
-        """The messages with stand-ins, in the form that transformers gives to templates."""
+        """Return the messages with stand-ins, in the form in which transformers passes messages to templates."""
         return [
             self._escape(_plain_message(m), self._special_token if m["role"] == "assistant" else self._any_token)
             for m in messages
@@ -461,7 +473,9 @@ class Tokenizer:
             return None
         id = self._full.token_to_id(token)
         if id is None:
-            raise UserError(f"{self.name}: {key} is {token!r} in tokenizer_config.json, but tokenizer.json has no such")
+            raise UserError(
+                f"{self.name}: {key} is {token!r} in tokenizer_config.json, but tokenizer.json has no such token"
+            )
         return id
 
     def _escape(self, value: Any, pattern: re.Pattern[str]) -> Any:
@@ -476,30 +490,32 @@ class Tokenizer:
 
 
 class _Encoded(NamedTuple):
-    """Ids, and for each the characters it stands for."""
+    """Ids, and the span of characters that each id stands for."""
 
     ids: list[int]
     offsets: list[tuple[int, int]] = []
 
 
 class _Relabelled:
-    """A tokenizer with other added tokens: by the id that each has in what this returns, its label in texts, and the
-    token it is like."""
+    """A tokenizer with other added tokens.
+
+    `tokens` has for each id that the methods return: its label in texts, and the added token whose options it gets.
+    """
 
     def __init__(self, definition: str, tokens: dict[int, tuple[str, tokenizers.AddedToken]]) -> None:
         self.labels = {id: label for id, (label, _) in tokens.items()}
         self._backend = _without_extras(json.dumps({**json.loads(definition), "added_tokens": []}))
         self._backend.add_tokens([_like(token, label) for label, token in tokens.values()])
-        own = {self._backend.token_to_id(label): id for id, label in self.labels.items()}
-        self._ids = {one: id for one, id in own.items() if one != id}
+        returned = {self._backend.token_to_id(label): id for id, label in self.labels.items()}
+        self._ids = {backend_id: id for backend_id, id in returned.items() if backend_id != id}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         found = [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         return [self._relabel(ids) for ids in found] if self._ids else found
 
     def encode_with_offsets(self, text: str) -> _Encoded:
-        """Ids of the text and their characters."""
+        """Return the ids of the text, and the span of characters of each id."""
         found = self._backend.encode(text, add_special_tokens=False)
         return _Encoded(self._relabel(found.ids), found.offsets)
 
@@ -508,7 +524,7 @@ class _Relabelled:
 
 
 class _Pieces:
-    """A text that is put together from pieces, and for each piece the characters of another text it stands for."""
+    """A text made of pieces. Each piece stands for a span of characters of another text."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -525,14 +541,14 @@ class _Pieces:
             self._origins.append((start, end))
 
     def origin(self, start: int, end: int) -> tuple[int, int]:
-        """The other text's characters that the characters from `start` to `end` stand for."""
+        """Return the span of the other text that the characters from `start` to `end` stand for."""
         first, last = bisect_right(self._starts, start) - 1, max(bisect_left(self._starts, end) - 1, 0)
         return self._place(first, start, 0), self._place(last, end, 1)
 
     def _place(self, piece: int, at: int, side: int) -> int:
         start, end = self._origins[piece]
         within = at - self._starts[piece]
-        if len(self.texts[piece]) == end - start:  # as it is
+        if len(self.texts[piece]) == end - start:  # The piece is unchanged.
             return start + within
         return end if within == len(self.texts[piece]) or (side and within) else start
 
@@ -545,7 +561,7 @@ def _like(token: tokenizers.AddedToken, label: str) -> tokenizers.AddedToken:
 
 
 def _without_extras(definition: str) -> tokenizers.Tokenizer:
-    """The tokenizer as it is for conversations: it neither cuts, nor pads, nor adds what a template writes."""
+    """Load a tokenizer.json that does not truncate, pad, or add start and end tokens: chat templates write those."""
     full = tokenizers.Tokenizer.from_str(definition)
     full.no_truncation()
     full.no_padding()
@@ -554,19 +570,19 @@ def _without_extras(definition: str) -> tokenizers.Tokenizer:
 
 
 def _plain_message(message: Message) -> Message:
-    """Without empty fields, and with a thought under both names that templates read, as transformers does."""
+    """Return the message without fields that are None, and with its thought under both names that templates read."""
     plain = {key: value for key, value in message.items() if value is not None}
     thought = next((plain[key] for key in ("reasoning_content", "thinking", "reasoning") if key in plain), None)
     return plain if thought is None else {"thinking": thought, **plain, "reasoning_content": thought}
 
 
 def _any_of(contents: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for any of these, the longest first."""
+    """Return a pattern that matches any of these strings, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
 
 
 def _find(ids: list[int], id: int, start: int) -> int:
-    """Where `id` is next, or the length of `ids`."""
+    """Return the next position of `id`, or the length of `ids`."""
     try:
         return ids.index(id, start)
     except ValueError:
@@ -574,19 +590,19 @@ def _find(ids: list[int], id: int, start: int) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) with MiniMind's control tokens and a ChatML template.
+    """Train byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) with MiniMind's control tokens and ChatML.
 
-    Each text counts as one turn of a conversation, so that roles become whole tokens in texts that never hold them.
-    The same texts give the same tokenizer. Few texts may give fewer tokens than `vocab_size`.
+    Training also reads the name of every role after each text, so that roles become whole tokens even if no text
+    contains their names. The same texts give the same tokenizer. Few texts may give fewer tokens than `vocab_size`.
 
     Raises:
-        UserError: `vocab_size` has no room for the control tokens and the 256 bytes.
+        UserError: `vocab_size` is too small for the control tokens and the 256 bytes.
     """
     control = [*SPECIAL_TOKENS, *MARKUP_TOKENS]
     smallest = len(control) + 256
     if vocab_size < smallest:
         raise UserError(
-            f"--vocab-size is {vocab_size}; {len(control)} control tokens and 256 bytes take {smallest}, give more"
+            f"--vocab-size is {vocab_size}, but {len(control)} control tokens and 256 bytes need {smallest}; give more"
         )
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]

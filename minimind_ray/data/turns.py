@@ -1,4 +1,4 @@
-"""Read the turns of a conversation, as several projects write them, into the messages that chat templates take.
+"""Turn the turns of a conversation, which projects write in different ways, into messages for chat templates.
 
 `formats.py` reads whole rows with it.
 
@@ -139,7 +139,7 @@ class TurnReader:
         return Turn(message, learned), tools
 
     def _join_parts(self, parts: list[Any], where: str, key: str) -> tuple[str, str | None]:
-        """The text of a list of content parts, and the thought in it or None."""
+        """Return the text of a list of content parts, and the thought in it or None."""
         texts: list[str] = []
         thoughts: list[str] = []
         for i, item in enumerate(parts):
@@ -173,7 +173,7 @@ class TurnReader:
 
 
 def _is_plain(values: dict[str, Any]) -> bool:
-    """Whether a turn is already a plain message. Nearly all turns are; this quick check saves them the full checks."""
+    """Whether a turn is already a plain message. Nearly all turns are; this check is quicker than the full checks."""
     if len(values) != 2 or values.get("role") not in ROLES:
         return False
     content = values.get("content")
@@ -203,7 +203,7 @@ def _role(fields: Fields) -> str:
 
 
 def _content(fields: Fields) -> str | list[Any] | None:
-    """The content, a text or a list of parts; None if missing or null. An empty text counts: a call may have it."""
+    """Return the content, a text or a list of parts; None if missing or null. A call's content may be an empty text."""
     name = "value" if "value" in fields and "content" not in fields else "content"
     value = fields.raw(name)
     return (

@@ -28,7 +28,7 @@ from minimind_ray.train.run import RunDirectory
 REFRESH_S = 0.5
 DAY_S = 86400
 IMPORTANT = ("value", "step", "left", "speed")
-"""The table's columns after the trial's name, the most important first. A narrow terminal leaves out the last."""
+"""The table's columns after the trial's name, the most important first. A narrow terminal shows only the first ones."""
 BETWEEN = 2
 """Spaces between two columns."""
 
@@ -63,7 +63,7 @@ class Board:
             self.live.stop()
 
     def watch(self, trial: Path, event: str, metrics: Mapping[str, Any]) -> None:
-        """Called by the tuner, see `Watch` there."""
+        """Record an event of a trial. The tuner calls this method; see `Watch` there."""
         id = trial.name
         if event == "ended":
             self._ended(trial)
@@ -79,7 +79,7 @@ class Board:
 
     def _ended(self, trial: Path) -> None:
         info = RunDirectory(trial).info()
-        # The trial's process may still be writing that it was stopped.
+        # The trial was stopped, but its process may not have written its state yet.
         state = "early-stopped" if info["state"] == "running" else info["state"]
         with self.lock:
             if state == "waiting":  # The sweep was stopped before the trial began.
@@ -93,9 +93,9 @@ class Board:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _follow(self) -> None:
-        """Read the progress of the running trials from the ends of their metrics.jsonl.
+        """Read the progress of the running trials from the last lines of their metrics.jsonl.
 
-        In an object store, where trials send the file every TICK_S seconds at most, one trial a second at most.
+        From an object store, read at most one trial a second. Trials send the file there every TICK_S seconds at most.
         """
         while not self.leaving.wait(max(TICK_S, len(self.progress.running)) if self.in_store else REFRESH_S):
             with self.lock:
@@ -114,9 +114,9 @@ class Board:
 
 
 def view(progress: SweepProgress, now: float, clock: datetime, console: Console) -> Group:
-    """What a terminal of the console's size shows: counts, the best so far, the expected end, and the running trials.
+    """Return what fits on the terminal: counts, the best trial so far, the expected end, and the running trials.
 
-    `now` is the progress's time, `clock` the time of day.
+    `now` is the monotonic time in seconds, and `clock` is the time of day.
     """
     above = [Text(line, overflow="fold") for line in summary(progress, now, clock)]
     taken = sum(len(line.wrap(console, console.width)) for line in above)
@@ -125,7 +125,7 @@ def view(progress: SweepProgress, now: float, clock: datetime, console: Console)
 
 
 def summary(progress: SweepProgress, now: float, clock: datetime) -> list[str]:
-    """The lines above the table."""
+    """Return the lines above the table."""
     lines = [progress.counts()]
     if best := progress.best:
         lines.append(f"best so far: {progress.metric} {best.value:.4f}  {best.trial}")
@@ -136,10 +136,10 @@ def summary(progress: SweepProgress, now: float, clock: datetime) -> list[str]:
 
 
 def running_trials(rows: Sequence[Row], metric: str, width: int, height: int) -> list[Table | Text]:
-    """The table of as many trials as fit, and a line that counts the others.
+    """Return a table of as many trials as fit, and a line that counts the others.
 
-    Columns are left out where the width is too small for all. The name of a trial is never cut: one that takes more
-    than half of the width goes on in the next line if it must.
+    If the terminal is too narrow for all columns, leave out some. Never cut the name of a trial: wrap a name that takes
+    more than half of the width, if necessary.
     """
     if not rows:
         return []
@@ -152,7 +152,7 @@ def running_trials(rows: Sequence[Row], metric: str, width: int, height: int) ->
         columns.append(name)
     columns = [name for name in heads if name in columns]
     name_width = width - sum(BETWEEN + widths[name] for name in columns[1:])
-    # One line is the table's head, and one stays free for the cursor.
+    # The table's head takes one line, and the cursor takes another.
     fitting = rows_that_fit([-(-cell_len(row.trial) // name_width) for row in rows], height - 2)
     table = Table(box=None, pad_edge=False, padding=(0, BETWEEN, 0, 0), header_style="bold")
     for name in columns:
@@ -165,7 +165,7 @@ def running_trials(rows: Sequence[Row], metric: str, width: int, height: int) ->
 
 
 def rows_that_fit(heights: Sequence[int], lines: int) -> int:
-    """How many rows of these heights fit into `lines`, of which one is needed where not all of them fit."""
+    """Return how many rows of these heights fit into `lines`. If not all fit, one line stays free for their count."""
     if sum(heights) <= lines:
         return len(heights)
     ends = accumulate(heights)

@@ -1,4 +1,4 @@
-"""Show the progress and the result of a run, read from its directory, so it works with every host."""
+"""Show the progress and the result of a run. Read both from the run's directory, wherever the run's processes are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minimind_ray.train.run import RunDirectory
 
 @contextmanager
 def watching(job: Job, console: Console) -> Generator[None]:
-    """While inside, a thread follows metrics.jsonl: one moving line on a terminal, a line per validation elsewhere."""
+    """Show metrics.jsonl in a thread: one moving line on a terminal, a line per validation elsewhere."""
     config, plan = job.config, job.plan
     console.print(
         f"{config.stage}: {plan.steps} steps of {config.batch.tokens:,} tokens, {config.scale.workers} worker(s) "
@@ -54,7 +54,7 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
             continue
         if path.exists():
             if path.stat().st_size < position:
-                position = 0  # After a restart the file is shorter: lines after the checkpoint are gone.
+                position = 0  # A restart removed the lines after the checkpoint. Read the file from its beginning.
             with path.open(encoding="utf-8") as f:
                 f.seek(position)
                 while (line := f.readline()).endswith("\n"):
@@ -75,7 +75,7 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
 
 
 def progress_line(metrics: dict[str, Any], steps: int) -> str:
-    """Step, loss, learning rate, tokens per second, MFU, time left."""
+    """Return step, loss, learning rate, tokens per second, MFU and time left as text."""
     timing = metrics["timing"]
     return (
         f"step {metrics['step']}/{steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
@@ -85,7 +85,7 @@ def progress_line(metrics: dict[str, Any], steps: int) -> str:
 
 
 def validation_line(metrics: dict[str, Any], steps: int) -> str:
-    """The progress line, and the metrics of the validation."""
+    """Return the progress line with the metrics of the validation."""
     found = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
     shown = ("loss", "perplexity", "bits_per_byte", "accuracy", "margin")
     values = "  ".join(f"{name.replace('_', ' ')} {found[name]:.4g}" for name in shown if name in found)

@@ -1,1 +1,1 @@
-"""The network, its adapters, checkpoints in and out, and text generation."""
+"""The network, its adapters, text generation, and reading and writing of checkpoints."""

@@ -1,7 +1,7 @@
 """The key/value cache of generation: the keys and values of earlier tokens, so that each token is computed once.
 
     B rows, one sequence in each   T positions   H query heads, G key/value heads, J = H / G   K head size
-    D sequences read at once, with N tokens   A rows that get a token each   M tokens of one sequence
+    D sequences read at once, with N tokens   A rows that get one new token   M tokens of one sequence
 
 Each `attend…` method returns an attention function for `Transformer.decode`. The function stores the keys and values of
 the new tokens in the cache and attends to all tokens of the sequence. `Engine` decides which row each sequence has.

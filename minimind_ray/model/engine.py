@@ -1,4 +1,4 @@
-"""The decoding engine: it generates many answers at once; an answer may begin or end at any step of the others.
+"""The decoding engine. It generates many answers at once, and an answer may begin or end at any step of the others.
 
     A answers under way   C channels   V vocabulary   N prompt tokens, one prompt after another   M tokens of one prompt
 
@@ -8,10 +8,9 @@
         for event in engine.step():
             ...
 
-Each step gives every answer under way its next token. The prompts of new requests go through the model first, all of
-them as one ragged batch. The engine has no lock: `add`, `cancel` and `step` are for one thread, and a server with more
-threads passes requests to that one. Autocast is the caller's too: within one `torch.autocast` block, which may hold
-many steps, torch casts the weights once.
+Each step adds one token to every answer under way. The prompts of new requests go through the model first, all of them
+as one ragged batch. The engine has no lock: call `add`, `cancel` and `step` from a single thread. The caller also
+enables autocast. Put many steps into one `torch.autocast` block, because torch casts the weights once in each block.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from minimind_ray.model.transformer import Transformer
 class Event(NamedTuple):
     """The next token of an answer.
 
-    `log_prob`, where the request asks for it, is the token's log-probability in nats by the model itself: at
-    temperature 1, without penalty, top_k and top_p. `end` says why the answer ends with this token: it is one of the
-    stop ids, or the last of `max_new_tokens`.
+    `log_prob` is the token's log-probability by the model itself, in nats: at temperature 1, without penalty, top_k and
+    top_p. It is None if the request does not ask for it. `end` says why the answer ends with this token: "stop" for a
+    stop id, "length" for the last of `max_new_tokens`; None if the answer continues.
     """
 
     request: int
@@ -70,11 +69,11 @@ class _Slot:
 
 
 class Engine:
-    """Decodes with one model, at most `slots` answers at once; more requests wait. The model is in eval mode.
+    """Decodes with one model, at most `slots` answers at once; other requests wait. The model is in eval mode.
 
-    `reuse`: a prompt that begins as another sequence in the cache, such as the conversation so far, is read from where
-    they part. Results then differ in rounding from those of a prompt that is read as a whole. The cache is of the
-    model's weights: where they change, make another engine, or do not reuse.
+    With `reuse`, a prompt may share its beginning with a sequence in the cache, such as the conversation so far. Then
+    only the rest of the prompt is read. The results differ by rounding from the results for a whole prompt. If the
+    model's weights change, the cache is wrong: make another engine, or do not reuse.
     """
 
     def __init__(self, model: Transformer, slots: int, *, reuse: bool = False) -> None:
@@ -82,15 +81,15 @@ class Engine:
         self.model, self.reuse = model, reuse
         self.device = model.vocab_weight.device
         self._cache = Cache(slots)
-        # In the order of the cache's rows, those in use first.
+        # In the order of the cache's rows. Rows in use come first.
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting = deque[_Request]()
         self._ids, self._step = count(), 0
 
     def add(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        """Ask for an answer to `prompt`; returns the id that its events have.
+        """Request an answer to `prompt`, and return the request's id, which its events have.
 
-        The prompt and `max_new_tokens` together should be within the model's positions.
+        The prompt and `max_new_tokens` together should not exceed the model's number of positions.
         """
         assert prompt, "an empty prompt has no token to predict from"
         request = _Request(next(self._ids), list(prompt), len(prompt), sampling)
@@ -104,12 +103,12 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether there are answers under way, or waiting."""
+        """Whether requests are under way or waiting."""
         return bool(self._waiting or self._active())
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """The next token of every answer under way; requests that wait begin where slots are free."""
+        """Start waiting requests in free slots, and return the next token of every answer under way."""
         self._step += 1
         self._admit()
         active = self._active()
@@ -143,7 +142,7 @@ class Engine:
             slot.request = self._waiting.popleft()
 
     def _share(self, row: int, prompt: list[int]) -> int:
-        """Bring the longest beginning of `prompt` that is in the cache into `row`; return its number of tokens.
+        """Put the longest beginning of `prompt` that is in the cache into `row`; return its number of tokens.
 
         If the prompt continues a whole free sequence, use its row, otherwise the least recently used row.
         """
@@ -213,7 +212,7 @@ class Engine:
         return self.model.decode(tokens_A, positions_A, attend)
 
     def _choose(self, logits_AV: Tensor, requests: list[_Request]) -> tuple[list[int], list[float | None]]:
-        """The next token of every request, and its log-probability where the request asks for it."""
+        """Return the next token of every request, and its log-probability if the request asks for it (else None)."""
         samplings = [each.sampling for each in requests]
         uniforms = [each.sampling.uniform(each.written) for each in requests]
         tokens_A = choose(_penalised(logits_AV, requests), samplings, uniforms)
@@ -225,13 +224,13 @@ class Engine:
 
 
 def _shared(cached: list[int], prompt: list[int]) -> int:
-    """Return the number of tokens that both begin with, without the prompt's last token, which is always read."""
+    """Return the number of equal tokens at the beginning. The prompt's last token does not count: it is always read."""
     longest = min(len(cached), len(prompt) - 1)
     return next((i for i in range(longest) if cached[i] != prompt[i]), longest)
 
 
 def _penalised(logits_AV: Tensor, requests: list[_Request]) -> Tensor:
-    """The logits with the repetition penalties of those requests that have one."""
+    """Return the logits with the repetition penalties of the requests that have one."""
     rows = [row for row, each in enumerate(requests) if each.sampling.repetition_penalty != 1]
     if not rows:
         return logits_AV

@@ -1,15 +1,16 @@
-"""A frozen model with the LoRA adapters of many runs: one forward pass computes all of them (used by train/fused.py).
+"""A frozen model with the LoRA adapters of many runs, for train/fused.py. One forward pass computes all of them.
 
     K adapters   N tokens   J adapters that have tokens in this batch   L tokens of each adapter after padding
     S = J · L   R the largest rank   I, O a projection's inputs and outputs   P numbers of an adapter, ranks padded
     V vocabulary
 
-In a batch the tokens are grouped by adapter, in the order of the adapters, and each group is padded to the longest one.
-So a frozen projection is a single product over [S, I], and the adapters are batched products over J. Smaller ranks are
-padded with zeros to R. The padding stays zero: the gradient of A's padded rows is a product with B's padded columns,
-which are zero, and the other way round.
+In a batch, the tokens are grouped by adapter, in the order of the adapters, and each group is padded to the length of
+the longest group. So a frozen projection is a single product over [S, I], and the adapters are batched products over J.
+Smaller ranks are padded with zeros to R. The padding stays zero: the gradient of A's padded rows is a product with B's
+padded columns, which are zero, and the gradient of B's padded columns is a product with A's padded rows.
 
-A token id tells its adapter: id + V · adapter. So the batch needs no extra field and objectives need no extra code.
+A token's id contains its adapter: id + V · adapter. So the batch needs no extra field, and objectives need no extra
+code.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ class FusedTransformer(Transformer):
         return count
 
     def decode(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, lengths_D: Tensor | None = None) -> Tensor:
-        """Like `Transformer.decode`, for token ids that tell their adapters, grouped by adapter.
+        """Like `Transformer.decode`, for token ids that contain their adapters.
 
-        An adapter may have no tokens.
+        The tokens are grouped by adapter. An adapter may have no tokens.
         """
         adapter_J, counts_J = (tokens_N // self.shape.vocab_size).unique_consecutive(return_counts=True)
         tokens_N = tokens_N % self.shape.vocab_size

@@ -8,8 +8,8 @@ also a norm of every weight in each pass.
 
 A directory has the files that `peft` reads:
 
-    adapter_config.json         rank, scale, which projections, where the base lies
-    adapter_model.safetensors   A and B; the metadata says `base_fingerprint`, the hash of the base
+    adapter_config.json         rank, scale, names of the projections, path of the base
+    adapter_model.safetensors   A and B; the metadata has `base_fingerprint`, the hash of the base
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
 
 
 def target_names(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """Return the full names of the projections that `lora.targets` means: square, all-linear, or last parts of names.
+    """Return the full names of the projections for `lora.targets`: square, all-linear, or the last parts of names.
 
     Raises:
         UserError: no projection has this name, or no projection is square.
@@ -355,7 +355,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _projections(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
     """Return the projections that have an adapter or can get one, by full name."""
-    # Not the experts of GraniteMoeShared: PEFT would look for other tensors under other names.
+    # Leave out the experts of GraniteMoeShared, because PEFT would look for other tensors under other names.
     never = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, MixtureOfExperts) and is_granite(m.shape))
     return {
         name: module

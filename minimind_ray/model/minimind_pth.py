@@ -276,7 +276,7 @@ def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any
         _require_normalised(path, settings["num_experts_per_tok"], settings["norm_topk_prob"])
     yarn = RopeScaling() if settings.pop("inference_rope_scaling") else None
     if yarn and settings["max_position_embeddings"] <= yarn.original_max_position_embeddings:
-        yarn = None  # As MiniMind does.
+        yarn = None  # MiniMind does the same.
     shape = _valid_shape(
         path,
         vocab_size=vocab_size,
@@ -302,7 +302,7 @@ def _shape_of(tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any
 
 
 def _size(tensors: Mapping[str, Tensor], path: Path, name: str, dimensions: int = 2) -> list[int]:
-    """A tensor's shape. Raises UserError if there is no such tensor, or it has another number of dimensions."""
+    """Return a tensor's shape. Raises UserError if the tensor is missing or has another number of dimensions."""
     if name not in tensors:
         raise UserError(f"{path}: not a MiniMind model: {name} is missing; the file has {_some(tensors)}")
     if tensors[name].ndim != dimensions or 0 in tensors[name].shape:
@@ -311,7 +311,7 @@ def _size(tensors: Mapping[str, Tensor], path: Path, name: str, dimensions: int 
 
 
 def _valid_shape(path: Path, **settings: Any) -> ModelShape:
-    """The shape with these settings. Raises UserError if no model can have them."""
+    """Return the shape with these settings. Raises UserError if no model can have them."""
     try:
         return ModelShape(**settings)
     except ValidationError as error:
@@ -322,7 +322,7 @@ def _valid_shape(path: Path, **settings: Any) -> ModelShape:
 
 
 def _require_normalised(path: str | Path, per_token: int, norm_topk_prob: bool) -> None:
-    """Raise UserError if the weights of a token's experts do not add up to 1 in MiniMind-2."""
+    """Raise UserError if the weights of a token's experts do not add up to 1 in a MiniMind-2 model."""
     if per_token == 1:
         raise UserError(
             f"{path}: MiniMind-2 weights a token's only expert by its probability, which no Hugging Face architecture "

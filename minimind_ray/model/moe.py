@@ -1,4 +1,4 @@
-"""A mixture of SwiGLU experts in place of the feed-forward network, as Qwen3-MoE and MiniMind have it.
+"""A mixture of SwiGLU experts in place of the feed-forward network, as in Qwen3-MoE and MiniMind.
 
 N tokens   C channels   E experts   X experts per token   D documents
 """
@@ -117,7 +117,7 @@ class MixtureOfExperts(nn.Module):
         if not self._grouped(x):
             blocks = x.split(counts_E.tolist())
             return torch.cat([expert(block) for expert, block in zip(self.experts, blocks)])
-        # Leave the counts on the device: the host would have to wait for them in every layer.
+        # Leave the counts on the device; otherwise the host would have to wait for them in every layer.
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
 
         def product(x: Tensor, name: str) -> Tensor:

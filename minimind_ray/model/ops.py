@@ -1,4 +1,4 @@
-"""The operations between matrix products, with few passes over memory and hand-written gradients.
+"""Compute the operations between matrix products with few passes over memory. Their gradients are written by hand.
 
     N tokens   C channels   F feed-forward   H heads   K head size   R = K / 2 rotary pairs   M rows   V vocabulary
 
@@ -43,7 +43,7 @@ class Kernel:
 
 
 SMALL = 2**15
-"""Kernels run eagerly on tensors with fewer values: there a compiled call would cost more than it saves."""
+"""Kernels run eagerly on tensors with fewer values, because a compiled call would cost more than it saves."""
 
 KERNELS: list[Kernel] = []
 
@@ -164,7 +164,7 @@ def has_bias(linear: nn.Linear) -> bool:
 
 def linears(x_NC: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     """Return each module's output for x. For projections without biases, the products also sum the gradient of x."""
-    # Without gradients use autocast, which keeps the cast weights from one call to the next.
+    # Without gradients, use autocast, which caches the cast weights between calls.
     if torch.is_grad_enabled() and all(type(m) is nn.Linear and not has_bias(m) for m in modules):
         return _Linears.apply(x_NC, *(module.weight for module in modules))
     return tuple(module(x_NC) for module in modules)

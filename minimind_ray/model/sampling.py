@@ -38,8 +38,8 @@ class Sampling:
     Temperature 0 takes the most probable token. `top_k` (0: off) samples only from the `top_k` most probable tokens.
     `top_p` samples only from the most probable tokens that together reach this probability. `repetition_penalty`
     divides the positive logits, and multiplies the negative logits, of tokens that occur already (Keskar et al. 2019,
-    section 4.1). The answer ends with one of `stop_ids` or after `max_new_tokens`. `seed` is any number of integers;
-    another seed gives other random numbers.
+    section 4.1). The answer ends with one of `stop_ids` or after `max_new_tokens`. `seed` is a tuple of integers; each
+    seed gives other random numbers.
 
     `log_probs`: return the log-probability of each token, see `Event`.
 

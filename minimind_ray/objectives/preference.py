@@ -127,7 +127,7 @@ def _log1m_exp(x: Tensor) -> Tensor:
 
 
 class Preference:
-    """The mean over pairs of a preference loss. If the loss needs a reference model, REFERENCE holds its log pi_ref.
+    """A preference loss, as a mean over pairs. If it needs a reference model, the column REFERENCE holds log pi_ref.
 
     Metrics, as means over pairs:
 

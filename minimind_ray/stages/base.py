@@ -1,4 +1,4 @@
-"""The base: the model that a run starts from. It is found, checked and hashed once, when the run's job is prepared."""
+"""Find, check and hash the base, which is the model that a run starts from. This is done once, for the run's job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minimind_ray.train.run import resolve_model
 _HERE: dict[str, Path] = {}
 """Local copies, by fingerprint, of the bases that this process has already fetched from an object store.
 
-Not by URL: a process of Ray outlives a run, and another model may lie at the same URL later.
+A URL would not identify a base: a process of Ray may serve several runs, and the model at a URL may change.
 """
 
 

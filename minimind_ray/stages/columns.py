@@ -1,4 +1,4 @@
-"""Columns: values that a frozen model computes for every pack before training, such as reference log-probabilities.
+"""Compute columns: a frozen model's values for every pack, such as reference log-probabilities, before training.
 
 A column is computed once for each dataset, base and precision. Its file lies next to the packs; the file's name has the
 column, the hash of the base, and the precision. So training needs no frozen model in memory, and runs and trials with

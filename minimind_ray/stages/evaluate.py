@@ -1,4 +1,4 @@
-"""Evaluate a trained model on files, as a validation does; on pairs, also the fraction ranked correctly."""
+"""Evaluate a trained model on files, as a validation does. For pairs, also compute the fraction ranked correctly."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def member(job: Job, context: FusedContext) -> Member:
     """Prepare a run to be trained with others, from its last checkpoint or from the start.
 
     Raises:
-        UserError: as if the stage were run by itself.
+        UserError: the stage could not be run by itself either.
     """
     config, base = job.config, job.base
     assert base

@@ -84,7 +84,7 @@ def plan_run(config: Config) -> RunPlan:
     packs_per_step = config.packs_per_step()
     require_sources([config])
     if not data.cache and config.train.max_steps is None:
-        raise UserError("train.max_steps is not set: with data.cache false nothing else says where the run ends")
+        raise UserError("train.max_steps is not set: with data.cache false, the run needs it to end")
     tokenizer = load_tokenizer(config)
     require_used(config)
     check_stage(config, tokenizer)
@@ -108,11 +108,11 @@ def plan_run(config: Config) -> RunPlan:
 
 
 def _epoch(config: Config, tokenizer: Tokenizer, sample: Estimate) -> Epoch:
-    """Return the epoch's exact size if its data are in the cache, otherwise an estimate from the sample."""
+    """Return the epoch's exact size if its data is in the cache, otherwise an estimate from the sample."""
     manifest = find_prepared(config.stage, config.data, "train", tokenizer) if config.data.cache else None
     if manifest:
         documents, tokens, counted = (manifest.total(n) for n in ("documents", "tokens", "counted_tokens"))
-        return Epoch(documents, tokens, counted, manifest.n_packs, "exact, the data are prepared already")
+        return Epoch(documents, tokens, counted, manifest.n_packs, "exact, because the data is prepared already")
     return Epoch(
         sample.documents, sample.tokens, sample.counted, sample.packs,
         f"estimated from {sample.sampled:,} of about {sample.rows:,} rows",

@@ -1,4 +1,4 @@
-"""Prompts: read from a command line or a file, turned into ids, and answered."""
+"""Read prompts from a command line or a file, turn them into ids, and answer them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Talk(NamedTuple):
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str | Talk]:
-    """Prompts of the command line and the file: texts, or conversations up to a question.
+    """Return the prompts of the command line and the file: texts, or conversations up to a question.
 
     Raises:
-        UserError: there is none, or the file cannot be read.
+        UserError: there is no prompt, or the file cannot be read.
     """
     prompts: list[str | Talk] = []
     for text in given:
@@ -67,7 +67,7 @@ def _row_prompts(path: str) -> list[str | Talk]:
 
 
 def _row_prompt(row: dict[str, Any], where: str) -> str | Talk:
-    """The row's prompt, or its turns without the answers at the end."""
+    """Return the row's prompt, or its turns without the answers at the end."""
     from minimind_ray.data.formats import question_of
 
     prompt = row.get("prompt")
@@ -76,7 +76,7 @@ def _row_prompt(row: dict[str, Any], where: str) -> str | Talk:
         return prompt
     try:
         messages, tools = question_of(row)
-        if deeper([messages, tools], DEEPEST):  # as JSON in a text can be
+        if deeper([messages, tools], DEEPEST):  # JSON inside a text is not checked when the row is read.
             raise RecursionError
     except BadRowError as error:
         raise UserError(f"{where}: {error}") from None
@@ -89,7 +89,7 @@ def _row_prompt(row: dict[str, Any], where: str) -> str | Talk:
 
 
 class AnswerText(NamedTuple):
-    """What follows a prompt, how many tokens it has, and whether the model ended it itself."""
+    """The text that follows a prompt, its number of tokens, and whether the model itself ended it."""
 
     text: str
     tokens: int
@@ -107,11 +107,11 @@ def answers(
 ) -> Iterator[AnswerText]:
     """Answer all prompts in their order, as `complete` does.
 
-    With `raw` a prompt is a text, and the answer is how it continues. Without it a text is a user's turn; `system` is
+    With `raw`, a prompt is a text, and the answer continues it. Without `raw`, a text is a user's turn, and `system` is
     the text of the system turn.
 
     Raises:
-        UserError: a prompt that leaves no room for an answer, or a conversation with `raw`.
+        UserError: a prompt leaves no room for an answer, or is a conversation although `raw` is set.
     """
     tokenizer = trained.tokenizer
     ids = [text_ids(prompt, tokenizer) if raw else chat_ids(prompt, system, tokenizer) for prompt in prompts]
@@ -124,7 +124,7 @@ def answers(
 
 
 def text_ids(prompt: str | Talk, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text to continue. They begin as those of a pretraining document.
+    """Return the ids of a text to continue. They begin with the start token, as in a pretraining document.
 
     Raises:
         UserError: the prompt is a conversation.
@@ -135,7 +135,7 @@ def text_ids(prompt: str | Talk, tokenizer: Tokenizer) -> list[int]:
 
 
 def chat_ids(prompt: str | Talk, system: str | None, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a conversation by the chat template, up to where the answer begins; a text is a user's turn."""
+    """Return the ids of a conversation up to the beginning of the answer. A text counts as a user's turn."""
     messages, tools = Talk([{"role": "user", "content": prompt}], None) if isinstance(prompt, str) else prompt
     if system is not None:
         messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]

@@ -1,4 +1,4 @@
-"""Recipes: files that list stages to run one after another, each starting from the result of an earlier stage.
+"""Read recipes. A recipe is a file that lists stages to run one after another, each on the result of an earlier stage.
 
 When a recipe runs again, stages that are finished and unchanged are skipped.
 
@@ -40,7 +40,7 @@ class TokenizerStep(Section):
 
     train: str | list[str]
     vocab_size: int = 6400
-    max_bytes: int = Field(200_000_000, description="train on no more text than this")
+    max_bytes: int = Field(200_000_000, description="most bytes of text to train on")
 
 
 class StageStep(Section):
@@ -93,7 +93,7 @@ def stage_config(
     `overrides` have dotted keys, or `name.key` for a single stage.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: see `load_config`.
     """
     step, config = recipe.stages[index], _own_config(recipe, index, overrides)
     init_from = _base(recipe, index, out, overrides) if config.init_from is None else config.init_from
@@ -145,7 +145,7 @@ def _under(directory: str | Path, paths: str | list[str] | None) -> str | list[s
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a stage (the action), and the reason."""
+    """The action to take for a stage, and the reason."""
 
     action: Literal["start", "skip", "resume", "redo"]
     why: str
@@ -168,7 +168,7 @@ def decide(job: Job) -> Decision:
         return Decision("redo", f"changed: {', '.join(changed)}")
     if info["state"] == "finished":
         return Decision("skip", f"finished, {info['steps']} steps, nothing changed")
-    return Decision("resume", f"its state is {run.state()}, before its end: {run.resume_point()}")
+    return Decision("resume", f"its state is {run.state()}, and it is not finished: {run.resume_point()}")
 
 
 def set_aside(run: RunDirectory) -> str:

@@ -44,7 +44,7 @@ from minimind_ray.train.run import RunDirectory
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to train: the resolved config, the data, the plan of steps, and the base.
+    """Everything that a worker needs to train: the resolved config, the data, the plan of steps, and the base.
 
     `train` is the path of the prepared packs; with `data.cache` false it is a stream that makes packs. `train_columns`
     and `val_columns` are the files of the columns that a frozen model computed for the packs (see columns.py).
@@ -177,7 +177,7 @@ def _columns(
 
 def _stream(config: Config, tokenizer: Tokenizer) -> Stream:
     if config.train.max_steps is None:
-        raise UserError("train.max_steps is not set: with data.cache false nothing else says where the run ends")
+        raise UserError("train.max_steps is not set: with data.cache false, the run needs it to end")
     if columns := stage_of(config).columns(config):
         raise UserError(
             f"data.cache is false, but this run keeps {columns[0].what} with the packs; leave data.cache out"
@@ -219,7 +219,7 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
         run.recover(job.config)
     if resume and (changed := changed_inputs(job, run)):
         raise UserError(
-            f"{run.where}: {' and '.join(changed)} has other content than when the run began, or this version of "
+            f"{run.where}: the content of {' and '.join(changed)} has changed since the run began, or this version of "
             "minimind-ray prepares it differently; choose another --out, or restore the old content"
         )
     run.create(job.config, {"inputs": job.inputs}, resume=resume)

@@ -26,9 +26,9 @@ from minimind_ray.train.step import Objective
 class Use:
     """A rule about a setting that only some runs use. `key` is a dotted key, or a section with its dot.
 
-    `used` says whether a run uses the setting; `otherwise` gives the message for a run that does not. With `shared`
-    such a run ignores the setting and is not refused, because a config may be common to many runs. An axis of a sweep
-    is refused even so, because its trials would be equal.
+    `used` says whether a run uses the setting. `otherwise` returns the message for a run that does not use it. If
+    `shared` is true, such a run is allowed and ignores the setting, because a config may be common to many runs. But
+    such a setting cannot be an axis of a sweep, because the trials would be equal.
     """
 
     key: str

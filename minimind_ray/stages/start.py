@@ -1,4 +1,4 @@
-"""Load what a stage starts from (tokenizer and model), and check the config against it before any work is done."""
+"""Load the tokenizer and the model that a stage starts from. Check that the config fits them before work begins."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_tokenizer(config: Config, base: Path | None = None) -> Tokenizer:
 
 
 def model_shape(config: Config, tokenizer: Tokenizer, base: Path | None = None) -> ModelShape:
-    """Return the shape of the model to train: that of `init_from`, or from section model. `base` as `load_tokenizer`.
+    """Return the shape of the model to train, from `init_from` or from section model. `base` is as in `load_tokenizer`.
 
     Raises:
         UserError: section model or data.tokenizer does not agree with `init_from`.
@@ -57,13 +57,13 @@ def model_shape(config: Config, tokenizer: Tokenizer, base: Path | None = None) 
         own = Tokenizer.load(base)
         if not tokenizer.extends(own):
             raise UserError(
-                f"data.tokenizer {config.data.tokenizer} has other tokens than that of init_from {config.init_from}; "
-                "leave data.tokenizer out"
+                f"data.tokenizer {config.data.tokenizer} has other tokens than the tokenizer of init_from "
+                f"{config.init_from}; leave data.tokenizer out"
             )
         if config.trains_adapter and own.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"data.tokenizer {config.data.tokenizer} is not the one of init_from {config.init_from}, with which "
-                "its adapters are used; leave data.tokenizer out, or train all weights"
+                f"data.tokenizer {config.data.tokenizer} differs from the tokenizer of init_from {config.init_from}, "
+                "but its adapters are used with that tokenizer; leave data.tokenizer out, or train all weights"
             )
     _require_agreement(config, shape)
     return shape
@@ -88,7 +88,7 @@ def _require_agreement(config: Config, shape: ModelShape) -> None:
 
 
 def check_stage(config: Config, tokenizer: Tokenizer, base: Path | None = None) -> None:
-    """Check that the stage can begin, before its data are prepared. `base` is as in `load_tokenizer`, and sound.
+    """Check that the stage can begin, before its data is prepared. `base` is as in `load_tokenizer`; it is not checked.
 
     Raises:
         UserError: the stage needs a base and has none, or its shape, adapter or loss does not fit.
@@ -104,7 +104,7 @@ def check_stage(config: Config, tokenizer: Tokenizer, base: Path | None = None) 
 
 
 def _has_experts(config: Config) -> bool:
-    # Whether a base has experts is checked with its shape, in `model_shape`.
+    # `model_shape` checks whether a base has experts.
     model = config.model
     return bool(model.given.get("num_experts") or config.init_from or PRESETS[model.preset].get("num_experts"))
 
@@ -213,17 +213,17 @@ def require_base(config: Config) -> str:
 def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> None:
     """Check that the files, the tokenizer and the base of each run exist, before Ray starts.
 
-    Results of earlier runs of the list, and `tokenizer`, do not exist yet and are not looked for.
+    The results of earlier runs in the list and the directory `tokenizer` may not exist yet, so they are not checked.
 
     Raises:
-        UserError: an input is missing; names the first.
+        UserError: an input is missing. The message names the first missing input.
     """
     made: dict[str, Config] = {}
     seen = set[str]()
     for config in configs:
         base = made.get(config.init_from or "")
         if base and base.trains_adapter:
-            raise UserError(f"{config.out}: init_from {base.out} leaves an adapter, not a whole model: give its base")
+            raise UserError(f"{config.out}: init_from {base.out} is an adapter, not a whole model: give its base")
         made[config.out] = config
         inputs = repr((config.stage, config.data, config.init_from))
         if inputs in seen:  # Most trials of a sweep have the same inputs.

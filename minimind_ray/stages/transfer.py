@@ -24,7 +24,7 @@ def import_directory(source: Path, out: Path, tokenizer: str | None) -> ModelSha
     """
     directory = resolve_model(source)
     if is_adapter(directory):
-        raise UserError(f"{source} is an adapter, which is used as it is: give it as --adapter, or see lora merge")
+        raise UserError(f"{source} is an adapter and needs no import: use it as --adapter, or see lora merge")
     model, loaded = load_model(directory), Tokenizer.load(tokenizer or directory)
     require_room(model.shape, loaded, directory)
     save_model(model, loaded, out)

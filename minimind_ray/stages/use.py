@@ -45,7 +45,7 @@ class Trained:
         return record is not None and record.rows == "text"
 
     def autocast(self) -> torch.autocast:
-        """Return a context in which matrix products have the precision the model was opened with."""
+        """Return a context in which matrix products have the precision that `open_trained` was given."""
         return autocast(self.device, self.dtype)
 
     def room(self, prompt: Sequence[int], wanted: int) -> int:
@@ -91,7 +91,7 @@ def open_trained(
     model = load_model(directory, device)
     if tokenizer.vocab_size > model.shape.vocab_size:
         raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens and the model only "
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only "
             f"{model.shape.vocab_size:,}; replace it by the tokenizer that the model was trained with"
         )
     if adapter_dir:

@@ -1,8 +1,8 @@
-"""Proofs that a user can run: a checkpoint is whole, and a run that was killed ends as if it had not been.
+"""Check that a checkpoint is complete, and prove that a run that was killed and resumed gives the same result.
 
-`prove_resume` trains twins on the demo's world, the same command twice: one goes through, the other is killed by
-SIGKILL at drawn moments and resumed until it is done. Same machine and number of workers: same weights to the bit and
-the same metrics.
+`prove_resume` runs the same training command twice on the demo's data. It lets one run finish, and kills the other with
+SIGKILL at random moments and resumes it until it is done. On the same machine, with the same number of workers, both
+runs must have the same weights, to the bit, and the same metrics.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from minimind_ray.train.run import RunDirectory, damage, file_sha256, resolve_mo
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     ok: bool
@@ -45,14 +45,14 @@ class Finding:
 
 
 def check_checkpoint(path: str | Path) -> Iterator[Finding]:
-    """Look at a checkpoint of a run: sums, weights, tokenizer, and what a resume needs.
+    """Check a checkpoint of a run: its checksums, weights and tokenizer, and the files that a resume needs.
 
     Raises:
-        UserError: there is no checkpoint at all.
+        UserError: there is no checkpoint.
     """
     directory = resolve_model(path, resume=True)
     wrong = damage(directory)
-    yield Finding("sums", not wrong, "; ".join(wrong) or "every file as it was written")
+    yield Finding("sums", not wrong, "; ".join(wrong) or "every file is as it was written")
     try:
         base = base_of(directory) if is_adapter(directory) else directory
         model = load_model(base, torch.device("cpu"))
@@ -93,7 +93,11 @@ def _check_resume(directory: Path, names: Sequence[str]) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove_resume` found. `differences` is empty where the twins are equal."""
+    """The result of `prove_resume`.
+
+    `kills` holds the last logged step before each kill, `sha256` the checksum of the uninterrupted run's weights.
+    `differences` is empty if the two runs are equal.
+    """
 
     kills: list[int]
     sha256: str
@@ -112,12 +116,12 @@ def prove_resume(
     settings: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Proof:
-    """Train twins under `directory`, one of them killed `kills` times; see the module's text.
+    """Train the same run twice under `directory`, kill one of the two `kills` times, and compare them.
 
-    `settings` are `key=value` for both, such as `data.cache=false`.
+    `settings` are `key=value` settings for both runs, such as `data.cache=false`. `say` prints progress.
 
     Raises:
-        UserError: a run failed by itself, or ended before it could be killed.
+        UserError: a run failed without being killed, or ended before it could be killed.
     """
     data = write_demo(directory / "data")
     _run(["tokenizer", "train", str(data.rows("pretrain", "train")), "--out", str(directory / "tokenizer"),
@@ -139,16 +143,17 @@ def prove_resume(
     often = ["--set", "eval.every=4", "--set", "checkpoint.every=3"]
     often += [word for setting in settings for word in ("--set", setting)]
     if STAGES[stage].needs_base:
-        say("a base to start from")
+        say("training a base model to start from")
         _run(command("pretrain", directory / "base", 4))
     whole, killed = directory / "whole", directory / "killed"
-    say(f"the run that goes through: {steps} steps")
+    say(f"training without interruption: {steps} steps")
     _run([*command(stage, whole, steps), *often])
-    say(f"its twin, to be killed {kills} times")
+    say(f"training the same run again; it will be killed {kills} times")
     moments = random.Random(seed)
     at: list[int] = []
     for number in range(kills):
-        # Somewhere in the next part of what is left: in a step, a validation or the writing of a checkpoint.
+        # Choose a step in the next part of the remaining steps. The kill may then hit a step, a validation or the
+        # writing of a checkpoint.
         reached = at[-1] if at else 0
         target = reached + moments.randint(1, max(1, (steps - 1 - reached) // (kills - number + 1)))
         resume = ["--resume"] if (killed / "run.json").exists() else []
@@ -159,10 +164,10 @@ def prove_resume(
 
 
 def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
-    """The SHA-256 of the first run's result, and how the second differs: in weights, or in a line of metrics.
+    """Return the SHA-256 of a weights file of the first run, and how the second run differs in weights and metrics.
 
-    Weights are those of the result and of the last checkpoint, there with the optimizer's state. Runs that differ may
-    have had another number of threads, or other instructions: that is named last.
+    Compare the weights of the result, and the weights and the optimizer's state of the last checkpoint. If the runs
+    differ and their CPUs or numbers of threads do, too, the last difference says so, because it may be the reason.
     """
     differences: list[str] = []
     found: list[tuple[list[str], list[Path], list[tuple[int, str]]]] = []
@@ -170,43 +175,43 @@ def compare_runs(first: Path, second: Path) -> tuple[str, list[str]]:
         run, result = RunDirectory(path), resolve_model(path)
         last = run.fetch(run.checkpoints()[-1])
         files = [*result.glob("*model.safetensors"), *last.glob("*model.safetensors"), *last.glob("resume/optimizer.*")]
-        # How long a step took, and what the disk or the store refused meanwhile, is no part of the result.
+        # Step times and warnings about the disk or the store are not part of the result.
         lines = [
             (line["step"], json.dumps({**line, "timing": 0, "warning": 0}, sort_keys=True)) for line in run.metrics()
         ]
         found.append(([f"{file.parent.name}/{file.name} {file_sha256(file)}" for file in files], files, lines))
     (sums, files, lines), (other_sums, other_files, other_lines) = found
     if sums != other_sums:
-        place, (one, other) = next(
+        place, (own, other) = next(
             (i, pair) for i, pair in enumerate(zip_longest(sums, other_sums)) if len({*pair}) > 1
         )
-        tensors = _differing_tensors(files[place], other_files[place]) if one and other else ""
-        differences.append(f"weights: {one} and {other}{tensors}")
+        tensors = _differing_tensors(files[place], other_files[place]) if own and other else ""
+        differences.append(f"weights: {own} and {other}{tensors}")
     steps, other_steps = ([step for step, _ in each] for each in (lines, other_lines))
     if steps != other_steps:
-        differences.append(f"metrics: {len(steps)} and {len(other_steps)} lines, not of the same steps")
+        differences.append(f"metrics: the runs logged different steps ({len(steps)} and {len(other_steps)} lines)")
     elif unequal := [a[0] for a, b in zip(lines, other_lines) if a != b]:
-        differences.append(f"metrics: the first line that differs is that of step {unequal[0]}")
+        differences.append(f"metrics: the first line that differs belongs to step {unequal[0]}")
     cpu, other_cpu = (RunDirectory(path).info().get("cpu") for path in (first, second))
     if differences and cpu != other_cpu:
         differences.append(f"CPU: {cpu}; and {other_cpu}")
     return sums[0].split()[-1], differences
 
 
-def _differing_tensors(one: Path, other: Path) -> str:
-    """Which tensors of two safetensors files differ, to go on a sentence; "" where the files cannot be compared."""
+def _differing_tensors(file: Path, other: Path) -> str:
+    """Return the end of a sentence that names the tensors that differ; "" if the files cannot be compared."""
     try:
-        tensors, others = load_file(one), load_file(other)
+        tensors, others = load_file(file), load_file(other)
     except SafetensorError:
         return ""
     if tensors.keys() != others.keys():
-        return f"; {sorted(tensors.keys() ^ others.keys())[0]} is in one of them only"
+        return f"; only one of the files has {sorted(tensors.keys() ^ others.keys())[0]}"
     unequal = [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])]
     if not unequal:
         return "; all tensors are equal"
     first = unequal[0]
     largest = (tensors[first].double() - others[first].double()).abs().max().item()
-    return f"; {len(unequal)} of {len(tensors)} tensors differ, the first is {first}, by {largest:.1e} at most"
+    return f"; {len(unequal)} of {len(tensors)} tensors differ; the first is {first}, by at most {largest:.1e}"
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
@@ -228,7 +233,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _run_and_kill(arguments: Sequence[str], run: Path, target: int, part: float) -> int:
-    """Start, wait until step `target` is logged and `part` of another step's time, kill; the last step logged."""
+    """Start a run, kill it `part` of a step's time after it logged step `target`, and return the last logged step."""
     process = _start(arguments)
     directory = RunDirectory(run)
 
@@ -241,7 +246,7 @@ def _run_and_kill(arguments: Sequence[str], run: Path, target: int, part: float)
     if process.poll() is not None:
         _, errors = process.communicate()
         raise UserError(
-            f"the run to be killed ended by itself: {errors.strip()[-300:] or 'it was done'}; raise --steps"
+            f"the run ended before it could be killed: {errors.strip()[-300:] or 'it was done'}; raise --steps"
         )
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

@@ -70,7 +70,7 @@ def test_what_is_no_cluster_file_is_said_in_a_sentence(command: Command, tmp_pat
     (tmp_path / "x.yaml").write_text("a: 1\n")
     outcome = command("cluster", "check", tmp_path / "x.yaml")
     assert outcome.code == 1
-    assert outcome.err.startswith(f"error: {tmp_path}/x.yaml: no cluster file")
+    assert outcome.err.startswith(f"error: {tmp_path}/x.yaml: not a cluster file")
 
 
 def test_what_is_wrong_with_a_price_or_an_experiment_is_said_in_a_sentence(command: Command, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_what_is_wrong_with_a_price_or_an_experiment_is_said_in_a_sentence(comma
     tree["metadata"]["annotations"] = {"minimind-ray/price-per-hour": "{head: much}"}
     (tmp_path / "k.yaml").write_text(yaml.safe_dump(tree))
     outcome = command("cluster", "check", tmp_path / "k.yaml")
-    assert outcome.err.startswith(f"error: {tmp_path}/k.yaml: price_per_hour: should give")
+    assert outcome.err.startswith(f"error: {tmp_path}/k.yaml: price_per_hour: give the USD an hour")
     (tmp_path / "e.yaml").write_text("stages: 5\n")
     outcome = command("cluster", "check", "--config", tmp_path / "e.yaml")
     assert outcome.err == f"error: {tmp_path}/e.yaml: not a stage's config, a sweep or a recipe\n"

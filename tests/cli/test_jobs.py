@@ -111,7 +111,7 @@ def test_what_is_fetched_of_one_directory_does_not_mix_with_another(
     assert watch("s3://bucket/one/dpo") == {"fetched/dpo", "fetched/dpo/trials", "fetched/dpo/trials/b"}
     assert (tmp_path / "fetched/dpo/notes.txt").exists()
     assert watch("s3://bucket/one/dpo/") == {"fetched/dpo", "fetched/dpo/trials", "fetched/dpo/trials/b"}
-    with pytest.raises(UserError, match="holds what was fetched of s3://bucket/one/dpo/, not of s3://bucket/two/dpo"):
+    with pytest.raises(UserError, match="holds the results of s3://bucket/one/dpo/, not of s3://bucket/two/dpo"):
         watch("s3://bucket/two/dpo")
     with pytest.raises(UserError, match="leads out of the working directory"):
         watch("../dpo")
@@ -134,11 +134,11 @@ def test_what_is_sent_and_what_stays_is_said(tmp_path: Path) -> None:
         (tmp_path / f"{number}.key").touch()
     (tmp_path / "a.jsonl").write_text("{}\n")
     text = jobs._summary(package(tmp_path))
-    assert text.endswith("and 2 more (--ship PATH sends one)")
-    assert text.startswith("sending 1 files of this directory, 3 bytes; not sent, as secrets: 0.key, 1.key")
+    assert text.endswith("and 2 more; --ship PATH sends such a file")
+    assert text.startswith("sending 1 files of this directory, 3 bytes; not sent (secrets): 0.key, 1.key")
     (tmp_path / "out").symlink_to("/")
     text = jobs._summary(package(tmp_path))
-    assert text.endswith("and 2 more; not sent, as links that lead out of it: out/ (--ship PATH sends one)")
+    assert text.endswith("and 2 more; not sent (links that lead out of it): out/; --ship PATH sends such a file")
 
 
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])

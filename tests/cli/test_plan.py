@@ -184,7 +184,7 @@ def test_rows_that_would_stop_the_run_are_told(command: Command, models: Models,
     bad.write_text((rows / "pretrain.jsonl").read_text("utf-8") + "{}\n" * 10, encoding="utf-8")
     args[args.index("--train") + 1] = bad
     told = lines_of(command(*args).out)["rejected"]
-    assert f"10 of 50 sampled rows, as {bad}:41: text is missing" in told and "it would stop" in told
+    assert f"10 of 50 sampled rows, such as {bad}:41: text is missing" in told and "the run would stop" in told
 
 
 @pytest.mark.parametrize(

@@ -93,11 +93,11 @@ def test_merged_weights_compute_what_base_and_adapter_do(command: Command, model
 
 BAD = [
     (["import", "/nowhere.pth", "{new}"], "/nowhere.pth: no such file"),
-    (["import", "{file}", "{new}"], "give a model's with --tokenizer"),
+    (["import", "{file}", "{new}"], "give the tokenizer with --tokenizer"),
     (["import", "{file}", "{new}", "--tokenizer", "/nowhere"], "this is not a tokenizer directory"),
     (["import", "{file}", "{new}", "--tokenizer", "{tokenizer}"], "model.layers.0.self_attn.q_proj.weight is missing"),
     (["import", "{file}", "{base}"], "exists already"),
-    (["import", "{adapter}", "{new}"], "is an adapter, which is used as it is"),
+    (["import", "{adapter}", "{new}"], "is an adapter and needs no import"),
     (["import", "{tokenizer}", "{new}"], "is not a model"),
     (["import", "{broken}", "{new}"], "model.norm.weight is [3], not [64]"),
     (["import", "{base}", "{new}", "--tokenizer", "{large}"], "tokens, fewer than the"),
@@ -105,7 +105,7 @@ BAD = [
     (["import", "{whole}", "{new}", "--tokenizer", "{tokenizer}", "--rms-norm-eps", "0"], "should be greater than 0"),
     (["import", "{file}", "{new}", "--base", "{base}"], "not a MiniMind LoRA file"),
     (["import", "{file}", "{new}", "--base", "{adapter}"], "--base {adapter} is an adapter, not a whole model"),
-    (["import", "{base}", "{new}", "--heads", "2"], "whose config.json says this: leave --heads out"),
+    (["import", "{base}", "{new}", "--heads", "2"], "in its config.json: leave --heads out"),
     (["import", "{file}", "{new}", "--base", "{base}", "--heads", "2"], "leave --heads out"),
     (["import", "{file}", "{new}", "--base", "{base}", "--tokenizer", "{base}"], "leave --tokenizer out"),
     (["export", "{base}", "{new}", "--base", "{base}"], "is a whole model: leave --base out"),

@@ -76,7 +76,7 @@ BAD_BUCKETS = ("ab", "No-Capitals", "under_score", "my bucket", "bücket", "-beg
         ("s3://bucket/../x", "empty part, . or .."),
         ("s3:/bucket/x", "write s3://bucket/x"),
         ("gs:bucket/x", "write gs://bucket/x"),
-        ("S3://bucket/x", "write the beginning in small letters"),
+        ("S3://bucket/x", "write the scheme in small letters"),
         ("http://example.org/x", "web address"),
         ("https://me:hidden@example.org/x", "web address"),
         ("ftp://example.org/x", "the address of a server (ftp://)"),

@@ -91,7 +91,7 @@ def test_thoughts_before_the_last_question_may_be_left_out_but_not_after_it(fami
     thinking = [{**m, "reasoning_content": "I count."} if m["role"] == "assistant" else m for m in TURNS]
     written = "<think>\nI count.\n</think>\n\n9\n\n  数字" + end
     assert answers(load(family), thinking) == ["It is 8." + end, written]
-    with pytest.raises(UserError, match="does not write reasoning_content of turn 4; leave that out"):
+    with pytest.raises(UserError, match="does not write reasoning_content of turn 4; remove it"):
         load("llama3").render(thinking)
 
 
@@ -110,7 +110,7 @@ def test_thoughts_before_the_last_question_may_be_left_out_but_not_after_it(fami
 def test_what_a_template_does_not_write_is_refused(family: str, messages: Messages, tools: Any, missing: str) -> None:
     with pytest.raises(UserError) as error:
         load(family).render(messages, tools)
-    assert str(error.value).startswith(f"the chat template does not write {missing}; leave that out")
+    assert str(error.value).startswith(f"the chat template does not write {missing}; remove it")
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_what_a_template_refuses_is_refused(family: str, messages: Messages, rea
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "it writes no token that ends an answer"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "the chat template writes no token that ends an answer"),
         (LLAMA3.replace("{{- '<|start_header_id|>assistant", "{{- '<|begin_of_text|>assistant"),
          "does not write the generation prompt before the answer"),
         (LLAMA3.partition("{%- if add_gen")[0], "but not as a generation prompt"),
-        (LLAMA3.replace("m.content | trim", "m.content * 2"), "does not write an answer, or more than once"),
+        (LLAMA3.replace("m.content | trim", "m.content * 2"), "does not write an answer, or writes it more than once"),
         (LLAMA3.replace("m.content | trim", "m.content | upper"), "does not write the content of turn 1"),
         (LLAMA3.replace("<|eot_id|>", "{{ eos_token }}") + "{{ messages | length }}", "no token that ends an answer"),
         ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
@@ -150,7 +150,7 @@ def test_an_answer_that_changes_later_turns_is_refused_alone(tmp_path: Path) -> 
     template = LLAMA3 + "{{ messages[1].content | length if messages | length > 2 }}"
     tokenizer = Tokenizer.load(write_family(tmp_path, "llama3", "bytes", chat_template=template))
     tokenizer.require_conversations()
-    with pytest.raises(UserError, match="turn 2: the chat template writes other turns otherwise after this answer"):
+    with pytest.raises(UserError, match="turn 2: the chat template writes other turns differently after this answer"):
         tokenizer.render(TURNS)
 
 

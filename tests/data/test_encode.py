@@ -172,7 +172,7 @@ def test_a_conversation_that_keeps_nothing_of_its_answer(tokenizer: Tokenizer, p
     config = DataConfig.model_validate({"max_seq_len": first, "pack_tokens": 64, "long_conversations": policy})
     outcomes, tally = encode(tokenizer, "sft", value, config=config)
     if policy == "refuse":
-        reason = f"the answer begins at token {first}, beyond the {first} that are kept"
+        reason = f"the answer begins at token {first}, but only {first} tokens are kept"
         assert outcomes == [Reject("file.jsonl", 1, reason)]
         assert tally == Tally(rejected=1)
     else:  # Its question is too short for a beginning to be cut.
@@ -273,7 +273,7 @@ def test_the_length_that_keeps_99_percent() -> None:
         "answer is kept; data.max_seq_len 128 with data.pack_tokens 256 would keep 99 % of the rows"
     )
     assert remarks("sft", CONFIG, 9, 1, Counter(), Counter({f"f{i:02}": 1 for i in range(12)})) == [
-        "1 row lost the oldest turns or the beginning of the question, to fit",
+        "1 row shortened to fit: cut the oldest turns or the beginning of the question",
         f"ignored fields: {', '.join(f'f{i:02} (1 row)' for i in range(10))} and 2 more",
     ]
     assert remarks("sft", CONFIG, 9, 0, Counter(), Counter({"difficulty": 4000, "a": 1})) == [
@@ -353,7 +353,7 @@ def test_a_bad_conversation_names_the_field(tokenizer: Tokenizer, value: dict[st
         ({"text": 3.5}, "text is a number, not a string"),
         ({"text": ["a"]}, "text is a list, not a string"),
         ({"text": ""}, "text is empty"),
-        ({"text": "\ud800"}, "the text holds half a surrogate pair, which is no character"),
+        ({"text": "\ud800"}, "the text holds half a surrogate pair, which is not a character"),
     ],
 )
 def test_a_bad_text_names_the_field(tokenizer: Tokenizer, value: dict[str, Any], reason: str) -> None:

@@ -158,7 +158,7 @@ def test_a_prompt_of_turns_carries_no_loss(tokenizer: Tokenizer) -> None:
         ({"messages": [Q, {**A, "thinking": "a", "reasoning": "b"}]}, "messages[1].thinking and messages[1].reasoning"),
         ({"messages": [{**Q, "thinking": "a"}, A]}, "messages[0].reasoning_content is on a turn of role user"),
         ({"messages": [Q, {**A, "tool_calls": [{**CALL, "arguments": float("nan")}]}]}, "messages[1].tool_calls holds"),
-        ({"system": "a", "messages": [SYSTEM, Q, A]}, "system is not what the system turn says; keep one of them"),
+        ({"system": "a", "messages": [SYSTEM, Q, A]}, "system differs from the system turn; keep one of them"),
         ({"prompt": "other", "messages": [Q, A]}, "prompt is not in the row's turns"),
         ({"prompt": [SYSTEM], "messages": [Q, A]}, "prompt differs from the row's turns"),
         ({"messages": [Q, A], "conversations": [Q, BAD]}, "messages and conversations are both given, and differ"),
@@ -171,7 +171,7 @@ def test_a_prompt_of_turns_carries_no_loss(tokenizer: Tokenizer) -> None:
         ({"instruction": "a", "output": "b", "history": [["a"]]}, "history[0] has 1 texts, not a question and"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "look"}]},
          "conversations[1].content should be a call in JSON, as the role says"),
-        ({"prompt": "a"}, "the row is a prompt without an answer, from which no stage here learns"),
+        ({"prompt": "a"}, "the row is a prompt without an answer, from which no stage learns"),
         ({"chosen": [Q, A], "rejected": [Q, BAD]}, "conversations is missing, but chosen is there, which dpo would"),
     ],
 )  # fmt: skip

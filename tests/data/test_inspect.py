@@ -108,7 +108,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert trained.exit_code == 0, trained.output
     assert "320 tokens" in trained.output
     assert "2 rows could not be read" in trained.output
-    assert "in 4 texts that it was not trained on" in trained.output
+    assert "in 4 held-out texts" in trained.output
     loaded = Tokenizer.load(tmp_path / "t")
     held_out = [f"It is {i}. 是{i}。" for i in (49, 99, 149, 199)]
     tokens = sum(map(len, loaded.encode(held_out)))

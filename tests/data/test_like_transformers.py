@@ -89,7 +89,7 @@ def test_ids_of_every_class(kind: str, cls: str | None, model_type: str | None, 
         ours = Tokenizer.load(path)
     except UserError as error:
         assert kind == "bytes-prefix" and str(error).endswith("the unk_token <unk> of tokenizer.json is not in its "
-                                                              "vocabulary; mend it")  # fmt: skip
+                                                              "vocabulary; correct it")  # fmt: skip
         return
     assert_same(path, [TURNS])
     ours.save(tmp_path / "b")

@@ -134,7 +134,7 @@ def test_globs_and_what_is_missing_in_a_bucket(bucket: fs.FileSystem, tokenizer:
             use("s3://nobucket/data")
     require_writable("s3://bucket/new", probe=False)
     assert _files(bucket, "bucket") == ["bucket/data/2.jsonl", "bucket/data/x/1.jsonl"]
-    with pytest.raises(UserError, match="^s3://bucket/none is no tokenizer directory"):
+    with pytest.raises(UserError, match="^s3://bucket/none is not a tokenizer directory"):
         Tokenizer.load("s3://bucket/none")
     config = DataConfig(train="s3://bucket/data/2.jsonl", cache_dir="s3://nobucket/cache")
     with pytest.raises(UserError, match="data.cache_dir s3://nobucket/cache: cannot be used"):

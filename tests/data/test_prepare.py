@@ -305,7 +305,7 @@ def test_too_many_rejects_stop_with_the_commonest_reason(tmp_path: Path, tokeniz
 def test_a_file_in_both_splits_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tmp_path / "rows" / "t.jsonl", jsonl(TEXTS[:200]))
     val = write(tmp_path / "rows" / "v.jsonl", jsonl(TEXTS[200:]))
-    with pytest.raises(UserError, match=r"v.jsonl is in data.train and in data.val: .* without it$"):
+    with pytest.raises(UserError, match=r"v.jsonl is in data.train and in data.val, but .* without it$"):
         prepare("pretrain", config(tmp_path, tmp_path / "rows", val=str(val)), "train", tokenizer)
 
 

@@ -142,7 +142,7 @@ def test_reference_log_probabilities_lie_beside_the_packs(tmp_path: Path) -> Non
         assert values.dtype == np.float32
         assert values.tolist() == [-10.0 * pack.id, 1 - 10.0 * pack.id, 2 - 10.0 * pack.id]
     other = PackStore(make_store(tmp_path / "other", [[4, 1]]))
-    with pytest.raises(UserError, match="row groups are not those of"):
+    with pytest.raises(UserError, match="row groups differ from"):
         PackStore(other.path, {REFERENCE: path})
 
 
@@ -159,7 +159,7 @@ def test_a_token_column_stays_with_the_targets(tmp_path: Path) -> None:
     assert torch.equal(batch.columns[told], batch.targets_N + 1000 * ids)
     assert torch.equal(batch.columns[REFERENCE], batch.bounds_D1.diff() + 1.0)
     write_column(store, told, path, (pack.lengths for pack in store))
-    with pytest.raises(UserError, match="has not one value for each token"):
+    with pytest.raises(UserError, match="needs one value for each token"):
         PackStore(store.path, {told: path}).read([0])
 
 
@@ -201,7 +201,7 @@ def test_shards_that_are_not_what_the_manifest_says_are_named(tmp_path: Path) ->
         PackStore(path).read([0])
 
     shard.write_bytes(written[:-10])
-    with pytest.raises(UserError, match=r"a{40}.parquet: .*bytes where the manifest says"):
+    with pytest.raises(UserError, match=r"a{40}.parquet: .*bytes, but the manifest says"):
         PackStore(path).read([0])
 
     shard.write_bytes(b"\0" * len(written))
@@ -211,7 +211,7 @@ def test_shards_that_are_not_what_the_manifest_says_are_named(tmp_path: Path) ->
     shard.write_bytes(written)
     unit = json.loads((Path(path) / "manifest.json").read_text())["units"][0]
     edit_manifest(path, units=[{**unit, "row_groups": [3, 1]}])
-    with pytest.raises(UserError, match="row groups are not those of the manifest"):
+    with pytest.raises(UserError, match="row groups differ from the manifest"):
         PackStore(path).read([0])
 
 

@@ -83,7 +83,7 @@ def test_a_turn_opens_with_few_tokens_whatever_the_texts() -> None:
 
 
 def test_a_vocabulary_without_room_is_refused() -> None:
-    with pytest.raises(UserError, match="--vocab-size is 200; 36 control tokens and 256 bytes take 292"):
+    with pytest.raises(UserError, match="--vocab-size is 200, but 36 control tokens and 256 bytes need 292"):
         train_tokenizer(TEXTS, 200)
 
 
@@ -283,7 +283,7 @@ def test_a_directory_without_a_chat_template_serves_plain_text(tokenizer: Tokeni
 @pytest.mark.parametrize("template", [3, [{"name": "default", "template": {}}]])
 def test_a_template_that_is_no_text_is_refused(tokenizer: Tokenizer, tmp_path: Path, template: Any) -> None:
     loaded = Tokenizer.load(rewrite(tmp_path, tokenizer, chat_template=template))
-    with pytest.raises(UserError, match="chat_template in tokenizer_config.json is no string"):
+    with pytest.raises(UserError, match="chat_template in tokenizer_config.json is not a string"):
         loaded.require_conversations()
 
 
@@ -299,7 +299,7 @@ def test_named_tokens_are_control_tokens_even_if_not_listed_as_added(tokenizer: 
 def test_a_template_without_a_generation_prompt_is_refused_for_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
     loaded = Tokenizer.load(rewrite(tmp_path, tokenizer, chat_template=template))
-    with pytest.raises(UserError, match=r"it writes '\[assistant\] ' before an answer, but not as a generation prompt"):
+    with pytest.raises(UserError, match=r"writes '\[assistant\] ' before an answer, but not as a generation prompt"):
         loaded.require_conversations()
 
 

@@ -90,7 +90,7 @@ def test_an_interrupted_stage_goes_on(recipe: Path, capsys: pytest.CaptureFixtur
     shutil.rmtree(sft.checkpoint_path("step-00000004"))
     sft.forget_after(2)
     out = run(recipe, capsys)
-    assert "resume: its state is stopped (its process is gone), before its end" in out
+    assert "resume: its state is stopped (its process is gone), and it is not finished" in out
     lines = sft.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert len(whole.splitlines()) == 4
@@ -116,7 +116,7 @@ def test_adapters_are_no_base(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     assert base({}).init_from == "out/first"
     assert base({"first.dpo.lora": True}).init_from == "out/pretrain"
     recipe.write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match="out/first leaves an adapter, not a whole model"):
+    with pytest.raises(UserError, match="out/first is an adapter, not a whole model"):
         run(recipe, capsys, first__dpo__lora=True, sft__init_from=str(recipe.parent / "out" / "first"))
 
 

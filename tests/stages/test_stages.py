@@ -250,9 +250,13 @@ def test_an_adapter_is_trained_with_its_bases_tokenizer(base: Path, tmp_path: Pa
         make_job(tmp_path, stage, 60, init_from=str(base), dpo__lora=lora, **settings)
 
     for lora in {adapters, False}:
-        with pytest.raises(UserError, match="data.tokenizer .*other has other tokens than that of init_from .*; leave"):
+        with pytest.raises(
+            UserError, match="data.tokenizer .*other has other tokens than the tokenizer of init_from .*; leave"
+        ):
             job(base / "run-pretrain", "other", lora)
-    with pytest.raises(UserError, match="data.tokenizer .*template is not the one of init_from .*; leave data"):
+    with pytest.raises(
+        UserError, match="data.tokenizer .*template differs from the tokenizer of init_from .*; leave data"
+    ):
         job(base / "run-pretrain", "template", adapters)
     job(bare, "other", adapters)
     if stage == "dpo":

@@ -115,9 +115,9 @@ def test_twins_are_compared_in_weights_and_metrics(trained: Path, copy: Path) ->
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
     (copy / "metrics.jsonl").write_text("\n".join([json.dumps({**first, "loss": 0.0}), *lines[1:]]) + "\n")
-    assert compare_runs(trained, copy)[1] == ["metrics: the first line that differs is that of step 1"]
+    assert compare_runs(trained, copy)[1] == ["metrics: the first line that differs belongs to step 1"]
     (copy / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
-    assert compare_runs(trained, copy)[1] == ["metrics: 4 and 3 lines, not of the same steps"]
+    assert compare_runs(trained, copy)[1] == ["metrics: the runs logged different steps (4 and 3 lines)"]
     own = RunDirectory(copy).info()["cpu"]
     RunDirectory(copy, writes=True).update(cpu="7 threads, AVX512")
     assert compare_runs(trained, copy)[1][1:] == [f"CPU: {own}; and 7 threads, AVX512"]
@@ -137,7 +137,7 @@ def test_the_first_tensor_that_differs_is_named(trained: Path, copy: Path) -> No
         tensors[name][0, 0] += 0.5
         save_file(tensors, weights, metadata=metadata)
     (difference,) = compare_runs(trained, copy)[1]
-    assert difference.endswith(f"1 of {len(tensors)} tensors differ, the first is {name}, by 5.0e-01 at most")
+    assert difference.endswith(f"1 of {len(tensors)} tensors differ; the first is {name}, by at most 5.0e-01")
 
 
 @pytest.mark.slow

@@ -1,14 +1,14 @@
-"""The model families: which Hugging Face models can be read and written, one file each.
+"""The model families: the kinds of Hugging Face models that can be read and written. Each family has its own file.
 
-    family.py              what a family is, and what the families have in common
-    qwen3.py               Qwen3, which MiniMind-3 is
-    llama.py               Llama, which MiniMind-2 is
+    family.py              the class of families, and functions that families share
+    qwen3.py               Qwen3, also for MiniMind-3
+    llama.py               Llama, also for MiniMind-2
     qwen2.py               Qwen2 and Qwen2.5
-    mistral.py             Mistral without its sliding window (read only: it is written as Llama)
-    qwen3_moe.py           Qwen3-MoE, which MiniMind-3's MoE is
-    granite_moe_shared.py  GraniteMoeShared, which MiniMind-2's MoE is
+    mistral.py             Mistral without its sliding window (only read; it is written as Llama)
+    qwen3_moe.py           Qwen3-MoE, also for MiniMind-3 with experts
+    granite_moe_shared.py  GraniteMoeShared, also for MiniMind-2 with experts
 
-To add a family whose network `Transformer` computes already, add a file and its line in FAMILIES.
+To add a family whose network `Transformer` can compute already, add a file and list it in FAMILIES.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ FAMILIES = {
 
 
 def family_of(shape: ModelShape) -> Family:
-    """The family that models of this shape are saved as."""
+    """Return the family as which models of this shape are saved."""
     (family,) = (each for each in FAMILIES.values() if each.saves(shape))
     return family
 
 
 def config_of(shape: ModelShape) -> Fields:
-    """config.json of a shape, in the keys that every reader since transformers 4 knows."""
+    """Return the content of config.json for a shape, with keys that every reader since transformers 4 knows."""
     family = family_of(shape)
     common = {*REQUIRED, *HEADS, *DEFAULTS, "rope_theta"} - {"dropout"}
     return {
@@ -54,13 +54,13 @@ def config_of(shape: ModelShape) -> Fields:
 
 
 def read_shape(config: ConfigFile) -> ModelShape:
-    """The shape that a config.json describes.
+    """Return the shape that a config.json describes.
 
     Raises:
-        UserError: an architecture of no known family, or a field missing or impossible.
+        UserError: the architecture belongs to no known family, or a field is missing or impossible.
     """
     model_type = config.get("model_type")
-    if model_type not in list(FAMILIES):  # A list can be searched for values that a dict cannot look up.
+    if model_type not in list(FAMILIES):  # A dict cannot look up a list or an object from a wrong config.json.
         raise config.error(f"model_type is {model_type!r}; known are {', '.join(FAMILIES)}")
     fields = common_fields(config)
     fields |= FAMILIES[model_type].shape_fields(config, fields)

@@ -1,7 +1,7 @@
-"""What a model family is: how models of one Hugging Face architecture are read and written.
+"""The class of model families. A family says how to read and write models of one Hugging Face architecture.
 
-A family translates between a `ModelShape` with our parameter names and a config.json with the architecture's tensor
-names. Most families differ only in a few fields of config.json: their tensors have our names.
+It translates between a `ModelShape` with the parameter names of `Transformer`, and a config.json with the
+architecture's tensor names. Most families differ only in a few fields of config.json, and have the same tensor names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REQUIRED = (
 )  # fmt: skip
 """Fields that every family's config.json must have."""
 HEADS = ("num_key_value_heads", "head_dim")
-"""Fields that some families derive if config.json leaves them out."""
+"""Fields that config.json may leave out in some families, which then derive them."""
 DEFAULTS: Fields = {"tie_word_embeddings": False, "initializer_range": 0.02, "dropout": 0.0}
 """Fields that may be left out, with Hugging Face's defaults."""
 FIXED: Fields = {
@@ -35,7 +35,7 @@ FIXED: Fields = {
     "mlp_only_layers": [], "decoder_sparse_step": 1, "quantization_config": None, "partial_rotary_factor": 1.0,
     "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
 }  # fmt: skip
-"""Fields with the only value that `Transformer` computes."""
+"""Fields that are supported with only one value, because `Transformer` computes no other."""
 
 
 class ConfigFile:
@@ -50,11 +50,11 @@ class ConfigFile:
         self.content = read_json(path, "; name a Hugging Face model directory")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a field, or `default` where the field is missing."""
+        """Return the value of a field, or `default` if the field is missing."""
         return self.content.get(key, default)
 
     def require(self, *keys: str) -> Fields:
-        """The fields of these names.
+        """Return the fields of these names.
 
         Raises:
             UserError: a field is missing or null.
@@ -65,7 +65,7 @@ class ConfigFile:
         return {key: self.content[key] for key in keys}
 
     def error(self, problem: str) -> UserError:
-        """The error to raise about this file."""
+        """Return an error about this file, to raise."""
         return UserError(f"{self.path}: {problem}")
 
 
@@ -130,13 +130,13 @@ class Family:
     tensors: Callable[[ModelShape], Sizes] = expected_tensors
     """Name and size of every tensor in a directory."""
     to_stored: Callable[[Mapping[str, Tensor], ModelShape], dict[str, Tensor]] = _as_they_are
-    """Our weights by the directory's names."""
+    """Converts `Transformer`'s weights to the architecture's names."""
     from_stored: Callable[[Mapping[str, Tensor], ModelShape], dict[str, Tensor]] = _as_they_are
-    """A directory's weights by our names."""
+    """Converts the architecture's weights to `Transformer`'s names."""
 
 
 def common_fields(config: ConfigFile) -> Fields:
-    """The fields of a shape that all families write alike.
+    """Return the fields of a shape that all families write in the same way.
 
     Raises:
         UserError: a field is missing, or has a value that `Transformer` does not compute.
@@ -145,7 +145,7 @@ def common_fields(config: ConfigFile) -> Fields:
         if config.get(key, value) != value:
             raise config.error(f"{key} is {config.get(key)!r}; only {value!r} is supported")
     if any(kind != "full_attention" for kind in config.get("layer_types") or []):
-        raise config.error("layer_types has other than full_attention, which is not supported")
+        raise config.error("layer_types has other types than full_attention, which are not supported")
     fields = config.require(*REQUIRED)
     fields |= {key: config.get(key, default) for key, default in DEFAULTS.items()}
     return fields | _rope_fields(config)
@@ -173,7 +173,7 @@ def _head_dim(config: ConfigFile, hidden: object, heads: object) -> int:
 
 
 def _rope_fields(config: ConfigFile) -> Fields:
-    """rope_theta and rope_scaling, from transformers 5's rope_parameters or the two older keys."""
+    """Return rope_theta and rope_scaling, from transformers 5's rope_parameters or from the two older keys."""
     where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(where) or {}
     if not isinstance(rope, dict):

@@ -1,11 +1,11 @@
 """GraniteMoeShared: Llama with a mixture of experts, some of them shared by all tokens. MiniMind-2's MoE is one.
 
-Both have shared experts of weight 1, and a softmax over the scores of the chosen experts: MiniMind takes the softmax
-over all experts and normalises over the chosen ones, which is the same. Granite's multipliers are written with the
-values that change nothing. Granite's tensors are laid out in another way: a layer's experts are one tensor, with gate
-above up, and its shared experts are one network.
+In both, shared experts have weight 1, and the weights of the chosen experts are a softmax over their scores. (MiniMind
+takes the softmax over all experts and normalises over the chosen experts, with the same result.) Granite's multipliers
+are written with values that change nothing. Granite's tensors have another layout: the experts of a layer are one
+tensor, with gate above up, and the shared experts of a layer are one network.
 
-    E experts   C channels   F feed-forward of one expert   S that of all shared experts
+    E experts   C channels   F feed-forward size of one expert
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def saves(shape: ModelShape) -> bool:
 
 
 def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
-    """The fields of the shape that only some families have; a shared network n experts wide is n shared experts.
+    """Return the fields of the shape that only some families have.
+
+    If the shared network is n times as wide as an expert, the shape has n shared experts.
 
     Raises:
         UserError: a field is missing, or has a value that `Transformer` does not compute.
@@ -58,7 +60,7 @@ def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
 
 
 def config_fields(shape: ModelShape) -> Fields:
-    """What config.json says of the experts, and the multipliers."""
+    """Return the fields of config.json about the experts, and the multipliers."""
     width = _width(shape)
     return {
         "intermediate_size": width,
@@ -72,7 +74,7 @@ def config_fields(shape: ModelShape) -> Fields:
 
 
 def tensors(shape: ModelShape) -> Sizes:
-    """Name and size of every tensor in a directory."""
+    """Yield name and size of every tensor in a directory."""
     for name, size in expected_tensors(shape.model_copy(update={"num_experts": 0})):
         if ".mlp." not in name:
             yield name, size
@@ -80,7 +82,7 @@ def tensors(shape: ModelShape) -> Sizes:
 
 
 def _expert_tensors(shape: ModelShape) -> Sizes:
-    """Name and size of the experts' tensors in a directory."""
+    """Yield name and size of the experts' tensors in a directory."""
     hidden, width = shape.hidden_size, _width(shape)
     for layer in range(shape.num_hidden_layers):
         experts, shared = _names(layer)
@@ -93,7 +95,7 @@ def _expert_tensors(shape: ModelShape) -> Sizes:
 
 
 def to_stored(weights: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """Our weights by Granite's names."""
+    """Return `Transformer`'s weights under Granite's names."""
     stored = {name: tensor for name, tensor in weights.items() if ".mlp." not in name}
     for layer in range(shape.num_hidden_layers):
         mlp, (experts, shared) = f"model.layers.{layer}.mlp", _names(layer)
@@ -113,7 +115,7 @@ def _stacked(weights: Mapping[str, Tensor], at: str, count: int) -> list[Tensor]
 
 
 def from_stored(stored: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """Granite's weights by our names, each a tensor of its own."""
+    """Return Granite's weights under `Transformer`'s names. Each weight has its own memory."""
     own = {name for name, _ in _expert_tensors(shape)}
     weights = {name: tensor for name, tensor in stored.items() if name not in own}
     for layer in range(shape.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Llama: attention without a norm of queries and keys, one feed-forward network per layer. MiniMind-2 is one."""
+"""Llama: attention without a norm of queries and keys, one feed-forward network per layer. MiniMind-2 is a Llama."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def saves(shape: ModelShape) -> bool:
 
 
 def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
-    """The fields of the shape that only some families have."""
+    """Return the fields of the shape that only some families have."""
     return {"qk_norm": False, **head_fields(config, fields)}
 
 

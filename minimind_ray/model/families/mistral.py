@@ -7,19 +7,19 @@ from minimind_ray.model.families.family import ConfigFile, Family, Fields
 from minimind_ray.model.families.llama import shape_fields as llama_fields
 
 WINDOW = 4096
-"""The window that transformers takes where config.json has none; null means no window."""
+"""The window that transformers uses if config.json has no field for it. A null in config.json means no window."""
 
 
 def saves(shape: ModelShape) -> bool:
-    """No shape is written as Mistral."""
+    """Return False: no shape is written as Mistral."""
     return False
 
 
 def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
-    """The fields of the shape that only some families have.
+    """Return the fields of the shape that only some families have.
 
     Raises:
-        UserError: the window is shorter than the positions go, so that attention would not see all of them.
+        UserError: the window is smaller than the number of positions, so that attention would not see all tokens.
     """
     window, positions = config.get("sliding_window", WINDOW), fields["max_position_embeddings"]
     if window is not None and not (isinstance(positions, int) and isinstance(window, int) and window >= positions):

@@ -12,7 +12,7 @@ def saves(shape: ModelShape) -> bool:
 
 
 def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
-    """The fields of the shape that only some families have."""
+    """Return the fields of the shape that only some families have."""
     return {"qk_norm": False, "qkv_bias": True, **head_fields(config, fields)}
 
 

@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys are normalised per head. MiniMind-3 is one."""
+"""Qwen3: queries and keys are normalised per head. MiniMind-3 has this shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def saves(shape: ModelShape) -> bool:
 
 
 def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
-    """The fields of the shape that only some families have.
+    """Return the fields of the shape that only some families have.
 
     Raises:
         UserError: a field is missing.

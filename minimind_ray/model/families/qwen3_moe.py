@@ -1,4 +1,4 @@
-"""Qwen3 with a mixture of experts in every layer. MiniMind-3's MoE is one."""
+"""Qwen3 with a mixture of experts in every layer. MiniMind-3's MoE has this shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def saves(shape: ModelShape) -> bool:
 
 
 def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
-    """The fields of the shape that only some families have.
+    """Return the fields of the shape that only some families have.
 
     Raises:
         UserError: a field is missing.
@@ -26,7 +26,7 @@ def shape_fields(config: ConfigFile, fields: Fields) -> Fields:
 
 
 def config_fields(shape: ModelShape) -> Fields:
-    """What config.json says of the experts."""
+    """Return the fields of config.json about the experts."""
     return shape.model_dump(include={"num_experts", *EXPERTS})
 
 

@@ -34,7 +34,7 @@ def test_a_cluster_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_is_no_cluster_of_ray_up() -> None:
     assert "kubectl port-forward" in told(ROOT / "cluster/kuberay.yaml")
-    assert "no cluster file" in told(ROOT / "experiments/dpo.yaml")
+    assert "not a cluster file" in told(ROOT / "experiments/dpo.yaml")
     assert "No such file" in told(ROOT / "nothere.yaml")
 
 
