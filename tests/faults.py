@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from minimind_ray.on_ray.versions import private_parts
 from minimind_ray.train.run import RunDirectory
 
 WORKER, COORDINATOR = "ray::RayTrainWorker", "ray::SplitCoordinator"
@@ -109,6 +110,16 @@ def children(parents: Collection[int]) -> dict[int, str]:
 def session_processes(title: str) -> list[int]:
     """Ids of the processes of the tests' shared Ray whose title begins so."""
     return [process for process, own in children(children([os.getpid()])).items() if own.startswith(title)]
+
+
+def signal_group(process: subprocess.Popen[Any], sent: signal.Signals) -> None:
+    """Send a signal to a command's whole process group, as a closed terminal or Ctrl-C does.
+
+    Without private parts of Ray all signals but Ctrl-C's would end Ray's processes, which are in the group. Then the
+    command alone gets the signal.
+    """
+    send = os.killpg if private_parts() or sent == signal.SIGINT else os.kill
+    send(process.pid, sent)
 
 
 @contextmanager

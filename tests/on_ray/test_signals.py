@@ -1,4 +1,4 @@
-"""The real `train` command on a Ray of its own: a signal to its whole process group stops it after the step."""
+"""The real `train` command on a Ray of its own: a signal stops it after the step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import to_yaml
 from minimind_ray.on_ray.versions import private_parts
 from minimind_ray.train.run import GONE, RunDirectory, read_jsonl
+from tests.faults import signal_group
 from tests.jobs import make_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -36,17 +37,16 @@ def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen[str]) 
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(not private_parts(), reason="signals of the whole group end Ray's processes too")
 def test_signals_leave_a_checkpoint_and_a_crash_no_running_run(tmp_path: Path) -> None:
     config = make_config(tmp_path, rows=200, train__epochs=500, eval__every=10**6, checkpoint__every=10**6)
     file, run, done = tmp_path / "config.yaml", RunDirectory(config.out), 0
     file.write_text(to_yaml(config))
-    for sent in (signal.SIGTERM, signal.SIGHUP):
+    for sent in (signal.SIGTERM, signal.SIGHUP if private_parts() else signal.SIGINT):
         process = start(file, *(["--resume"] if done else []))
         wait_for_step(run, done + 2, process)
         with pytest.raises(UserError, match=f"is in use by process {process.pid} on .*, since "):
             run.check(config, resume=True)
-        os.killpg(process.pid, sent)
+        signal_group(process, sent)
         text, _ = process.communicate(timeout=120)
         info = run.info()
         assert process.returncode == 128 + sent, text

@@ -28,6 +28,7 @@ from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_s
 from minimind_ray.sweep.trials import Trial, read_sweep
 from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.run import RunDirectory, read_jsonl, sound
+from tests.faults import signal_group
 from tests.jobs import make_config, make_job, start
 
 pytestmark = pytest.mark.ray
@@ -494,7 +495,7 @@ def test_a_signal_and_a_crash_lose_nothing(tmp_path: Path) -> None:
     wait_for(lambda: lines_of(first / "metrics.jsonl") >= 5, process)
     with pytest.raises(UserError, match=f"{out} is in use by process {process.pid} "):
         require_free(first)
-    os.killpg(process.pid, signal.SIGTERM)
+    signal_group(process, signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 143, text
     assert f"continue with: minimind-ray tune --resume {out}" in text
