@@ -86,6 +86,7 @@ def without_timing(lines: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "timing"} for line in lines]
 
 
+@pytest.mark.public
 def test_a_run_learns_and_equals_the_plain_process(tmp_path: Path, ray_session: None) -> None:
     from ray.util.placement_group import placement_group_table
 
@@ -114,6 +115,7 @@ def test_a_run_learns_and_equals_the_plain_process(tmp_path: Path, ray_session: 
     wait_for(lambda: not train_processes() - before, 20)
 
 
+@pytest.mark.public
 def test_a_stop_and_a_killed_worker_give_the_same_end_as_none(tmp_path: Path, ray_session: None) -> None:
     from minimind_ray.on_ray.trainer import STOP_FILE, train_on_ray
     from minimind_ray.train.run import file_sha256
@@ -290,6 +292,7 @@ def test_a_run_that_waits_for_workers_or_for_ray_datas_cpu_says_so(
     assert f"{said[0]}\n" in capsys.readouterr().err
 
 
+@pytest.mark.public
 def test_what_a_killed_trial_held_is_free_again(ray_session: None) -> None:
     import ray
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group

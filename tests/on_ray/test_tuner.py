@@ -414,6 +414,7 @@ def test_a_sweep_that_is_stopped_asks_for_no_more_points() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.public
 def test_more_workers_a_trial_and_nothing_is_left_behind(tmp_path: Path, ray_session: None) -> None:
     settings: dict[str, Any] = {"optim__clip": 0.0, "eval__every": 2, "train__epochs": 2}
     axes, search = {"optim.lr": "3e-3,1e-7,1e30,1e-2"}, {"scheduler": "asha", "concurrent": 1}
