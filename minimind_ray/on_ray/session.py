@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from minimind_ray.on_ray import SETTINGS
 from minimind_ray.on_ray.auth_token import ensure_token, keep_token_private
 from minimind_ray.on_ray.folder import ray_folder
 from minimind_ray.on_ray.head_watch import leave_head, watch_head
-from minimind_ray.on_ray.versions import private_parts
+from minimind_ray.on_ray.versions import TESTED, private_parts
 from minimind_ray.train import interrupts
 from minimind_ray.train.interrupts import exit_at_once
 
@@ -343,14 +343,29 @@ def free_left_groups() -> None:
 def _groups_of_dead_actors() -> Iterator[Any]:
     """Yield the placement groups of killed actors, found through Ray's dashboard. (Ray Train uses the same way.)"""
     import ray
-    from ray.util.state import get_actor
 
-    address = ray.get_runtime_context().gcs_address  # By default `get_actor` asks the Ray that was started here last.
     for group in _own_groups():
         maker = group["name"].split()[2]
-        actor = None if maker == "driver" else get_actor(maker, address=address)
-        if actor and actor.state == "DEAD":  # pyright: ignore[reportAttributeAccessIssue]
-            yield ray.util.get_placement_group(group["name"])
+        if maker != "driver" and _is_dead(maker):
+            with suppress(ValueError):  # Another trial has just removed the group.
+                yield ray.util.get_placement_group(group["name"])
+
+
+def _is_dead(actor: str) -> bool:
+    """Ask Ray's dashboard whether an actor is dead. Raises UserError if the dashboard does not answer."""
+    import ray
+    from ray.util.state import get_actor
+    from ray.util.state.exception import RayStateApiException
+
+    address = ray.get_runtime_context().gcs_address  # By default `get_actor` asks the Ray that was started here last.
+    try:
+        found: Any = get_actor(actor, address=address)
+    except (ConnectionError, RayStateApiException) as error:
+        raise UserError(
+            f"Ray's dashboard does not answer ({one_line(error)}). It is needed to free what killed trials reserved: "
+            f"start the head with --include-dashboard=true, or use ray=={TESTED[-1]}"
+        ) from error
+    return bool(found) and found.state == "DEAD"
 
 
 def pending_resources() -> Mapping[str, float]:

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from contextlib import nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from minimind_ray.on_ray import session
 from minimind_ray.on_ray.cluster.jobs import connect
 from minimind_ray.on_ray.session import (
     Machines,
+    free_left_groups,
     is_single_node,
     machines,
     require_cpus,
@@ -115,7 +117,7 @@ def test_on_kubernetes_the_head_is_told_its_groups(monkeypatch: pytest.MonkeyPat
     [
         ("127.0.0.1:9", "no cluster answers there: .*refused"),
         ("http://127.0.0.1:8265", "is a dashboard"),
-        ("head", "RAY_ADDRESS=head: Invalid address"),
+        ("head", "RAY_ADDRESS=head: .*Invalid address"),
     ],
 )
 def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, m
         start_ray()
 
 
-@pytest.mark.skipif(not private_parts(), reason="Ray itself asks for minutes")
+@pytest.mark.skipif(not private_parts(), reason="promised with private parts of Ray only: Ray itself asks for minutes")
 @pytest.mark.parametrize(
     "answer", [b"", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nhello"]
 )
@@ -181,3 +183,42 @@ def test_workers_do_not_share_a_gpu_that_none_asked_for(monkeypatch: pytest.Monk
         require_own_gpus(ScaleConfig(workers=2))
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     require_own_gpus(ScaleConfig(workers=2))
+
+
+@pytest.fixture
+def left_group(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The groups that are removed, without private parts of Ray: an actor with the id `ab` made the only group."""
+    removed: list[object] = []
+    monkeypatch.setenv("MINIMIND_PUBLIC_ONLY", "1")
+    monkeypatch.setattr(session, "_own_groups", lambda: [{"name": "minimind-ray 01 ab 9"}])
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:9"))
+    monkeypatch.setattr("ray.util.state.get_actor", lambda id, address: SimpleNamespace(state="DEAD"))
+    monkeypatch.setattr("ray.util.get_placement_group", lambda name: name)
+    monkeypatch.setattr(import_module("ray.util.placement_group"), "remove_placement_group", removed.append)
+    return removed
+
+
+def test_by_public_means_two_trials_may_remove_the_same_group(
+    left_group: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_left_groups()
+    assert left_group == ["minimind-ray 01 ab 9"]
+
+    def removed_meanwhile(name: str) -> None:
+        raise ValueError(f"Failed to look up placement group with name: {name}")
+
+    monkeypatch.setattr("ray.util.get_placement_group", removed_meanwhile)
+    free_left_groups()
+    assert len(left_group) == 1
+
+
+def test_by_public_means_a_cluster_without_a_dashboard_is_told(
+    left_group: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_dashboard(id: str, address: str) -> None:
+        raise ConnectionError("Could not read 'dashboard' from GCS. Did GCS start successfully?")
+
+    monkeypatch.setattr("ray.util.state.get_actor", no_dashboard)
+    with pytest.raises(UserError, match="dashboard does not answer .*--include-dashboard=true"):
+        free_left_groups()
+    assert not left_group

@@ -229,7 +229,7 @@ def test_dpo_with_adapters_on_experts_over_two_workers(
     assert (resolve_model(tmp_path / "ray") / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.skipif(not private_parts(), reason="Ray Train sees to that itself")
+@pytest.mark.skipif(not private_parts(), reason="with private parts of Ray only: otherwise Ray Train itself frees them")
 def test_workers_that_fail_just_after_their_start_are_gone(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
