@@ -1,6 +1,6 @@
 """All code that uses Ray.
 
-Ray reads its settings when it is imported. So this file sets them, because it runs before every module of the package.
+Ray reads its settings when it is imported. This file sets them, because it runs before every module of the package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",  # Notices may give only 30 s; polls every 5 s waste too much.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Workers without GPUs keep CUDA_VISIBLE_DEVICES as it is.
     "RAY_DATA_LOG_LEVEL": "ERROR",  # Other messages are in Ray Data's log file; the terminal shows only our progress.
-    # A warning about more worker processes than cores, which is intended on a machine with few cores.
+    # Hide the warning about more worker processes than cores: on a machine with few cores this is intended.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "maximum expected startup concurrency",
 }
 

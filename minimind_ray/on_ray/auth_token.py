@@ -1,4 +1,4 @@
-"""The cluster's token in the user's home. Anyone who can read this file can run code on the cluster."""
+"""Make and protect Ray's token, a file in the user's home. Anyone who can read it can run code on the cluster."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ def keep_token_private() -> None:
         return
     except OSError as error:
         print(
-            f"warning: others can read {path}, and run code on the cluster with it: {error.strerror}", file=sys.stderr
+            f"warning: other users can read {path} and run code on the cluster: its permissions could not be changed: "
+            f"{error.strerror}",
+            file=sys.stderr,
         )
 
 
 def ensure_token() -> None:
-    """Make a token for a Ray on this machine if the user has none. Ray itself would make a file that all can read.
+    """Make a token for a Ray on this machine if the user has no token. Only its owner can read the file.
 
-    If two processes do so at the same time, both use the token of the first.
+    (Ray itself would make a file that every user can read.) If two processes make a token at the same time, both use
+    the token of the first process.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
@@ -38,7 +41,7 @@ def ensure_token() -> None:
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=path.parent) as file:  # Only its owner can read this file.
+    with NamedTemporaryFile("w", dir=path.parent) as file:  # Python gives this file mode 0600.
         file.write(secrets.token_hex(32))
         file.flush()
         with suppress(FileExistsError):

@@ -79,8 +79,8 @@ def compute_on_ray(frozen: FrozenColumn) -> Iterator[np.ndarray]:
 
 
 def _scored(frozen: FrozenColumn, groups: int, processes: int) -> ray.data.Dataset:
-    # Items of this process, not a range: the tasks that make a range need CPUs. Scorers of other programs may hold
-    # these CPUs while they wait for the CPUs of our scorers.
+    # Make the rows in this process. The tasks of `ray.data.range` would need CPUs, and the scorers of other programs
+    # may hold these CPUs while they wait for the CPUs of our scorers.
     items = ray.data.from_items([{"id": group} for group in range(groups)], override_num_blocks=groups)
     return items.map_batches(
         _Scorer,
@@ -89,6 +89,6 @@ def _scored(frozen: FrozenColumn, groups: int, processes: int) -> ray.data.Datas
         num_gpus=frozen.gpus or None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(groups, processes))),
         fn_constructor_args=(frozen,),
-        # Ray writes to the terminal that restarts may fail, for every actor with arguments.
+        # Without this, Ray warns on the terminal that restarts of actors with arguments may fail.
         ray_remote_args_fn=lambda: {"max_restarts": 0},
     )

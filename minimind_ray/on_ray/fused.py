@@ -1,8 +1,8 @@
 """Train many of Tune's trials together in one process, a `Group` (see train/fused.py).
 
-Tune still has a process for each trial, but this process does not train. It asks the group to begin the run and gets
-the run's first validation. Then it sends Tune's verdict and gets the next validation, until the run ends. Before each
-step the group waits for the verdicts on all runs that have reported.
+Tune still has a process for each trial, but the trial's process does not train. It asks the group to begin the run and
+gets the run's first validation. Then it sends Tune's verdict and gets the next validation, until the run ends. Before
+each step the group waits for the verdicts on all runs that have reported.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Group:
         return self.contexts[job.config.out].answers.get()
 
     def go_on(self, out: str, worth_it: bool) -> Answer:
-        """Send the verdict on a run's last report; return the next report."""
+        """Send the verdict on a run's last report to the run; wait for the run's next report and return it."""
         self.contexts[out].verdicts.put(worth_it)
         return self.contexts[out].answers.get()
 

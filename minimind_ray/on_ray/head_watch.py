@@ -50,8 +50,8 @@ def _watch(host: str, port: int, patience: float, left: threading.Event) -> None
 def _end(address: str, seconds: float, error: OSError) -> None:
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # A progress bar has hidden it.
     print(
-        f"{show_cursor}error: Ray's head at {address} has not answered for {seconds:.0f} seconds ({error}). What was "
-        "saved is kept: once Ray runs again, a run or a sweep goes on from its last checkpoint with --resume",
+        f"{show_cursor}error: Ray's head at {address} has not answered for {seconds:.0f} seconds ({error}). All saved "
+        "files are kept: once Ray runs again, --resume continues a run or a sweep from its last checkpoint",
         file=sys.stderr,
         flush=True,
     )

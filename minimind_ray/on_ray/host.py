@@ -19,7 +19,7 @@ from minimind_ray.train.resume import longer
 from minimind_ray.train.run import RunDirectory
 
 Watch = Callable[[Job], AbstractContextManager[None]]
-"""Shows a run's progress while the run goes on inside."""
+"""A context manager that shows a run's progress, while the run trains inside."""
 
 
 @contextmanager

@@ -48,8 +48,9 @@ def stream_dataset(job: Job, workers: int) -> ray.data.Dataset:
     """Return the shares of a stream from its first step. Tasks encode units in parallel; the order is preserved."""
     stream, plan = job.train, job.plan
     assert isinstance(stream, Stream)
-    # Tasks start only as packs are used up, so epochs too many cost little: no token takes more than 32 bytes, or twice
-    # what it does in the first piece where rows are cut, held out, or hold other things. Else the loop would say so.
+    # Request enough epochs for all steps: tasks start only as packs are used up, so surplus epochs cost little. Assume
+    # that a token takes at most 32 bytes, or twice its size in the first piece (where rows are cut or held out, or
+    # contain other fields). If this is still too few, the training loop reports that the data ended.
     per_token = max(32.0, 2 * stream.bytes_per_token)
     fewest = max(1, int(sum(unit.size for unit in stream.units) / (per_token * stream.encoding.config.pack_tokens)))
     epochs = 1 + -(-plan.steps * plan.packs_per_step // fewest)

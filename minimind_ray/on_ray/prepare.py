@@ -30,8 +30,8 @@ def run_units_on_ray(units: Sequence[Unit], encoding: Encoding) -> Iterator[Unit
         yield from run_units_here(units, encoding)
         return
     require_cpus(1, 0, "preparing data")
-    # Items of this process, because other tasks would have to make a range. Tasks and not actors, because tasks use
-    # existing processes, and Ray repeats a task if its process dies.
+    # Make the rows in this process, because `ray.data.range` would need more tasks. Encode in tasks instead of actors,
+    # because tasks use existing processes, and Ray repeats a task if its process dies.
     items = ray.data.from_items([{"unit": i} for i in range(len(units))], override_num_blocks=len(units))
     done = items.map_batches(
         _encode,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fn_args.
@@ -59,5 +59,5 @@ def _encode(batch: dict[str, np.ndarray], work: list[ray.ObjectRef]) -> dict[str
 def _fetch(work: ray.ObjectRef) -> tuple[Sequence[Unit], Encoding]:
     """Return the units and the encoding. The cache lets a process keep its tokenizer from unit to unit."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # A task has one CPU.
-    gc.set_threshold(20_000)  # Thousands of short-lived rows have no cycles; collecting took 7 %.
+    gc.set_threshold(20_000)  # Rows are many and short-lived, without cycles; collecting garbage took 7 % of the time.
     return ray.get(work)
