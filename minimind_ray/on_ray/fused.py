@@ -107,9 +107,9 @@ class Group:
         self.arrivals.put(job)
         return self.contexts[job.config.out].answers.get()
 
-    def go_on(self, out: str, worth_it: bool) -> Answer:
+    def continue_run(self, out: str, proceed: bool) -> Answer:
         """Send the verdict on a run's last report to the run; wait for the run's next report and return it."""
-        self.contexts[out].verdicts.put(worth_it)
+        self.contexts[out].verdicts.put(proceed)
         return self.contexts[out].answers.get()
 
     def leave(self, out: str) -> None:
@@ -187,7 +187,7 @@ def run_fused(job: Job, groups: Sequence[Any], context: Context, bases: Mapping[
         return
     answer: Answer = ray.get(group.begin.remote(job, bases))
     while isinstance(answer, dict):
-        answer = ray.get(group.go_on.remote(out, context.report(answer, None)))
+        answer = ray.get(group.continue_run.remote(out, context.report(answer, None)))
     if isinstance(answer, BaseException):
         raise answer
 

@@ -356,21 +356,21 @@ def _run_nested(job: Job, run: RunDirectory, context: TuneContext, known: float)
 
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
     thread.start()
-    worth_it = ended = True
+    proceed = ended = True
     # Read the lines once more after the end, because the last line may have come during the report of an earlier line.
     while thread.is_alive() or not ended:
         ended = not thread.is_alive()
         thread.join(run.poll_seconds)
         for line in list(run.metrics()):
-            if worth_it and line["step"] > known and context.metric in line:
+            if proceed and line["step"] > known and context.metric in line:
                 known = line["step"]
-                worth_it = context.report(line, None)
-        if not ended and (not worth_it or context.should_stop()):
+                proceed = context.report(line, None)
+        if not ended and (not proceed or context.should_stop()):
             flag(run.where, STOP_FILE).touch()
     flag(run.where, STOP_FILE).unlink(missing_ok=True)
     if failure and not isinstance(failure[0], StoppedError):
         raise failure[0]
-    if not worth_it and run.info()["state"] == "stopped":
+    if not proceed and run.info()["state"] == "stopped":
         run.update(state="early-stopped")
 
 

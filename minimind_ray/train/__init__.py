@@ -1,7 +1,7 @@
-"""One optimizer step, the training loop around it, and the run directory with its checkpoints.
+"""Training: one optimizer step, the training loop around it, and the run directory with its checkpoints.
 
-The package can also be called: `minimind_ray.train(...)` trains a stage, see `minimind_ray.api.train`. The package has
-to be callable, because `from minimind_ray import train` returns the package and never a function of the same name.
+The package can also be called: `minimind_ray.train(...)` trains a stage, see `minimind_ray.api.train`. The package must
+be callable itself, because `from minimind_ray import train` returns this package, not a function with the same name.
 """
 
 import sys

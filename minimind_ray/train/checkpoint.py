@@ -1,4 +1,4 @@
-"""Write and read resume/ of a checkpoint: all that a resumed run needs besides the weights.
+"""Write and read a checkpoint's folder resume/: all that a resumed run needs besides the weights.
 
     resume/optimizer.safetensors   the optimizer's state, <state>.<parameter name>, float32
     resume/state.json              the run's `Progress`: step, tokens, best checkpoint, packs trained on
@@ -69,7 +69,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     """Return the content of state.json, with at least `step`, `tokens`, `best` and `best_value`.
 
     Raises:
-        UserError: state.json cannot be read, or lacks one of these, or has a value of another type.
+        UserError: state.json cannot be read, or one of these keys is missing or has a wrong type.
     """
     path = directory / "resume" / "state.json"
     state = read_json(path)
@@ -77,7 +77,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     whole = all(type(state.get(key)) is int and state[key] >= 0 for key in ("step", "tokens"))
     named = best is None or (isinstance(best, str) and re.fullmatch(r"step-\d{8}", best))
     if not (whole and named and isinstance(value, float)):
-        raise UserError(f"{path}: not written by a run: expected step, tokens, best and best_value")
+        raise UserError(f"{path}: no run has written this file: expected step, tokens, best and best_value")
     return state
 
 

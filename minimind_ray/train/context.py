@@ -1,7 +1,7 @@
-"""The host that a stage runs on, as the training loop sees it, and settings of the process such as its precision.
+"""Define the interface between the training loop and its host, and settle the process's precision and compilation.
 
-The loop knows its host only as a `Context`. There are three hosts: a plain process (`PlainContext`, here), a Ray Train
-worker and a Ray Tune trial (both under on_ray/).
+The host is the environment in which a run trains. The loop knows it only as a `Context`. There are a plain process
+(`PlainContext`, here), a Ray Train worker, a Ray Tune trial, and a group of trials (all three under on_ray/).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Context(Protocol):
 
 
 class PlainContext:
-    """One process, no Ray. Inside `stop_on_interrupt` the first signal is a clean stop, the second ends at once."""
+    """The host of a run in one process without Ray. See `stop_on_interrupt` for how to stop the run by a signal."""
 
     rank = 0
     world_size = 1
@@ -68,7 +68,7 @@ class PlainContext:
         return True
 
     def should_stop(self) -> bool:
-        """True after the first signal."""
+        """Whether `stop` was called, by a signal or by the caller."""
         return self.stopping
 
     def base_weights(self, directory: Path) -> Mapping[str, Tensor] | None:
@@ -132,7 +132,7 @@ def arithmetic(dtype: torch.dtype) -> str:
 def _amx_granted() -> bool:
     """Ask Linux to let this process use AMX; return whether Linux does.
 
-    Torch has no public function for this question. To ask again changes nothing.
+    Torch has no public function for this. A repeated request has no effect.
     """
     if sys.platform != "linux":
         return False
@@ -165,9 +165,9 @@ def settle_compile(
 ) -> bool:
     """Decide whether this process compiles its kernels (see model/ops.py), and return the decision.
 
-    `setting` is `train.compile`. With `auto`, a run of many `flops` compiles if the compiler works here. A resumed run
-    does the same as `before`, so that its result is the same to the bit. All workers decide alike: all compile or all
-    do not.
+    `setting` is `train.compile`. With `auto`, a run of many `flops` compiles if the compiler works here. `before` is
+    the decision of the run before a resume, which `auto` repeats, so that the result is the same to the bit. The
+    workers agree: all of them compile, or none does.
 
     Raises:
         UserError: the setting is true, and the compiler does not work here.

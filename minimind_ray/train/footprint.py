@@ -21,9 +21,9 @@ from minimind_ray.objectives.causal_lm import CausalLM
 from minimind_ray.train.step import autocast
 
 PROBE_TOKENS = 512
-"""About as many tokens go through a small model on the CPU to measure its activations."""
+"""About so many tokens go through a small model on the CPU, in order to measure its activations."""
 GPU_PASS = 2**17
-"""At most so many tokens go through the model at once on a GPU with `batch.pass_tokens: auto`."""
+"""Maximum tokens of a pass through the model on a GPU with `batch.pass_tokens: auto`."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,20 @@ def footprint(
     length = max(2, min(round(document), PROBE_TOKENS))
     few = max(1, PROBE_TOKENS // length)
 
-    def kept(documents: int) -> int:
-        one, two = (_kept(shape, adapt, layers, length, documents, counted, dtype) for layers in (1, 2))
+    def saved(documents: int) -> int:
+        one, two = (_saved_bytes(shape, adapt, layers, length, documents, counted, dtype) for layers in (1, 2))
         return one + (two - one) * (shape.num_hidden_layers - 1)
 
-    # Part of it is constant, such as the weights that are cast to bfloat16.
-    per_document = (kept(2 * few) - kept(few)) / few
+    # A part of the saved bytes does not depend on the documents, such as the weights cast to bfloat16.
+    per_document = (saved(2 * few) - saved(few)) / few
     return Footprint(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         weights=4 * sum(p.numel() for p in parameters),
-        activations=round(kept(few) + per_document * (pack_tokens / length - few)),
+        activations=round(saved(few) + per_document * (pack_tokens / length - few)),
     )
 
 
-def _kept(
+def _saved_bytes(
     shape: ModelShape,
     adapt: Callable[[Transformer], None],
     layers: int,
@@ -104,19 +104,19 @@ def _kept(
     for tensor in (*model.parameters(), *model.buffers()):
         nn.init.zeros_(tensor.data)
     adapt(model)
-    return kept_for_backward(model, length, documents, counted, dtype)
+    return saved_for_backward(model, length, documents, counted, dtype)
 
 
-def kept_for_backward(model: Transformer, length: int, documents: int, counted: float, dtype: torch.dtype) -> int:
+def saved_for_backward(model: Transformer, length: int, documents: int, counted: float, dtype: torch.dtype) -> int:
     """Return the bytes that a forward pass saves for backward, without parameters; documents have `length` tokens."""
     device = next(model.parameters()).device
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     tokens = length * documents
@@ -126,19 +126,19 @@ def kept_for_backward(model: Transformer, length: int, documents: int, counted: 
     batch = batch_from_packs([Pack(0, np.zeros(tokens, np.uint16), weights, lengths)]).to(device)
     with autocast(device, dtype), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss, _ = CausalLM(model.shape)(model, batch)
-    assert loss.grad_fn, "nothing is trained"  # Keeps the graph alive to here, so that no address is used twice.
-    return sum(kept.values())
+    assert loss.grad_fn, "nothing is trained"  # This use keeps the graph alive, so that no address is used twice.
+    return sum(saved.values())
 
 
 def settle_pass_tokens(config: Config, model: Transformer, dtype: torch.dtype, before: int | None = None) -> int:
     """Return how many tokens of a step go through the model at once, from `batch.pass_tokens`; 0: one pack at a time.
 
-    On a GPU `auto` takes as many tokens as have their activations fit into 70 % of the free memory: this worker's share
+    On a GPU, `auto` takes so many tokens that their activations fit into 70 % of the free memory: this worker's share
     of the GPU, less weights, gradients and optimizer state. Small passes leave a GPU idle between kernels: for a 64M
     model on an H100, passes of 8,192 tokens run at a sixth of the rate of passes of 131,072.
 
-    A resumed run takes the number of `before`, so that it adds up its gradients in the same order, unless its new GPU
-    has too little memory for it.
+    `before` is the number of the run before a resume. A resumed run uses the same number, so that it adds up its
+    gradients in the same order, unless its new GPU has too little memory.
     """
     if config.batch.pass_tokens != "auto":
         return config.batch.pass_tokens
@@ -146,7 +146,7 @@ def settle_pass_tokens(config: Config, model: Transformer, dtype: torch.dtype, b
     if device.type != "cuda":
         return 0
     length = config.data.max_seq_len
-    one, two = (kept_for_backward(model, length, documents, 1.0, dtype) for documents in (1, 2))
+    one, two = (saved_for_backward(model, length, documents, 1.0, dtype) for documents in (1, 2))
     share = min(1.0, config.scale.gpus_per_worker or 1.0)
     memory = share * torch.cuda.get_device_properties(device).total_memory
     lasting = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())

@@ -52,7 +52,7 @@ class FusedContext(Context, Protocol):
 
 
 class PlainFusedContext(PlainContext):
-    """One process, no Ray. It holds the base's `weights` on `device` for all runs."""
+    """The host of a run that is trained with others in one process without Ray. All runs share the base's `weights`."""
 
     def __init__(self, weights: Mapping[str, Tensor], device: torch.device | None = None) -> None:
         super().__init__(device)
@@ -79,7 +79,7 @@ class DocumentObjective(Objective, Protocol):
         ...
 
     def of_documents(self, logp_D: Tensor, counts_D: Tensor, columns: Mapping[Column, Tensor]) -> dict[str, Tensor]:
-        """The same as `examples`, computed from what `log_probs` returned."""
+        """Return the same as `examples`, computed from the results of `log_probs`."""
         ...
 
 
@@ -101,7 +101,7 @@ class Member:
     error: BaseException | None = field(default=None, init=False)
 
     def finish(self, result: StepResult | NonFiniteError) -> bool:
-        """Give the run the result of its step. Return whether it reported to its host, whose verdict `judge` awaits."""
+        """Give the run the result of its step. Return whether the run reported to its host; if so, call `judge`."""
         with self._ending_at_an_error():
             if report := self.run.finish_step(result):
                 self.context.post(report.metrics, report.checkpoint)
@@ -189,12 +189,12 @@ class FusedRuns:
         self.members, self.device, self.dtype = list(members), device, dtype
         stack = AdapterStack([member.model for member in members])
         self.values_KP, self.gradients_KP, self.mean_KP, self.square_KP = (stack.zeros() for _ in range(4))
-        # One for each parameter, as AdamW has it.
+        # Like AdamW, keep a step count for each parameter.
         self.steps_KT = torch.zeros(len(members), 2 * len(stack.sizes), device=device)
         for k, member in enumerate(members):
             state = member.optimizer.state
-            places = zip(*(stack.of(k, array) for array in (self.values_KP, self.mean_KP, self.square_KP)), strict=True)
-            for step, ((parameter, value), (_, mean), (_, square)) in zip(self.steps_KT[k], places, strict=True):
+            views = zip(*(stack.of(k, array) for array in (self.values_KP, self.mean_KP, self.square_KP)), strict=True)
+            for step, ((parameter, value), (_, mean), (_, square)) in zip(self.steps_KT[k], views, strict=True):
                 value.copy_(parameter.data)
                 parameter.data = value
                 if before := state[parameter]:
@@ -257,7 +257,7 @@ class FusedRuns:
                 values = member.objective.of_documents(logp, count, own)
                 total = total + values["loss"].sum() / counts[k]
                 sums_KM[k] = torch.stack([values[name].detach().sum() for name in names])
-        # Not `backward`: it requires the gradient of a view to be contiguous.
+        # Do not use `backward`: it requires the gradient of a view to be contiguous.
         for gradient, found in zip(self.gradients, torch.autograd.grad(total, self.model.leaves), strict=True):
             gradient.add_(found)
         return sums_KM

@@ -70,7 +70,7 @@ def exit_at_once() -> None:
 
 @contextmanager
 def first_stops(stop: Callable[[], object]) -> Generator[None]:
-    """Inside, the first signal calls `stop`. The second signal has the effect that it has outside."""
+    """Inside, the first signal calls `stop`. The second signal has its usual effect."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:

@@ -27,7 +27,7 @@ class Ledger:
     consecutive numbers, as if they were in one epoch.
 
     Raises:
-        ValueError: the arguments are not such as `gather` returns.
+        ValueError: `gather` cannot have returned these arguments.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ def counts_text(counts: np.ndarray) -> str:
 
 
 def parse_counts(text: str) -> np.ndarray:
-    """Return the counts of a text of `counts_text`: int64 [last pack + 1].
+    """Return the counts from a text that `counts_text` made: int64 [last pack + 1].
 
     Raises:
         UserError: `counts_text` did not write this text.

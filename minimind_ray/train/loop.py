@@ -9,7 +9,7 @@ never calls the host. Its driver does both:
       trains the Step       ◄───────  Step, or None at the end   ─────►  at the end: state and result in run.json
       finish_step(result)   ───────►  counts, validates          ─────►  metrics.jsonl, then a checkpoint
       reports to the host   ◄───────  Report, or None
-      reported(worth_it)    ───────►  ends early if not worth it
+      reported(proceed)     ───────►  ends early unless `proceed`
       ...and again from next_step; close() in any case
 
 There are two drivers. `fit` (below) drives one run: it trains each step with `training_step`. `Lockstep` (fused.py)
@@ -152,7 +152,7 @@ class TrainingRun:
         return [batch.pinned() if self.context.device.type == "cuda" else batch for batch in batches]
 
     def next_step(self) -> Step | None:
-        """Return the next step to train; None when the run has ended and its end is written.
+        """Return the next step to train; None after the run's end, when its state and result are written.
 
         Raises:
             UserError: the data ended before the last step.
@@ -168,12 +168,12 @@ class TrainingRun:
         return Step(self._packs, batches, step, self._lr(), stop)
 
     def finish_step(self, result: StepResult | NonFiniteError) -> Report | None:
-        """Take the result of the step that `next_step` returned last; return a report for the host, if there is any.
+        """Take the result of the step that `next_step` returned last. Return a report for the host, or None.
 
-        After a Report call `reported` before the next step.
+        After a report, call `reported` before the next step.
 
         Raises:
-            UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory.
+            UserError: the loss or gradient is not finite. The documents of the step are in the run directory.
         """
         if isinstance(result, NonFiniteError):
             self._refuse(result)
@@ -200,14 +200,14 @@ class TrainingRun:
             return None
         return Report(metrics, str(self.directory.checkpoint_path(progress.checkpoint)) if saving else None)
 
-    def reported(self, worth_it: bool) -> None:
-        """Take the host's answer to a Report: whether the run is worth its cost. A run that is not ends early."""
+    def reported(self, proceed: bool) -> None:
+        """Take the host's answer to a Report. If `proceed` is false, the run ends early."""
         self.meter.restart()
-        if not worth_it and self.ending is None and self.progress.step < self.plan.steps:
+        if not proceed and self.ending is None and self.progress.step < self.plan.steps:
             self.ending = "early-stopped"
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave the run directory; after an `error` in the driver's work, mark the run as failed in its trackers."""
+        """Stop writing to the run directory. After an `error` of the driver, mark the run as failed in its trackers."""
         if error and self.recorder:
             self.recorder.fail()
         self._resources.__exit__(error and type(error), error, error and error.__traceback__)
@@ -256,15 +256,15 @@ class TrainingRun:
             if self.recorder:
                 self.recorder.settle()
             raise UserError(
-                f"the data ended after step {done} of {steps}: the first piece of data.train holds more tokens for "
-                "its size than the others; leave data.cache out, or train with --no-ray"
+                f"the data ended after step {done} of {steps}: the number of epochs was estimated from the first piece "
+                "of data.train, which has more tokens per byte than the others; leave data.cache out, or use --no-ray"
             )
         self.ending = self.ending or "finished"
         if self.recorder:
             self.recorder.end(self.ending)
 
     def _refuse(self, result: NonFiniteError) -> NoReturn:
-        """Keep the documents of a step whose loss or gradient is not finite, and raise UserError."""
+        """Write the documents of a step whose loss or gradient is not finite, and raise UserError."""
         if self.recorder:
             self.recorder.settle()
         name = f"nonfinite-rank{self.context.rank}.jsonl"
@@ -274,13 +274,13 @@ class TrainingRun:
                 self.directory.append(name, {"step": result.step + 1, "pack": pack.id, "document": i, "text": text})
         raise UserError(
             f"step {result.step + 1}: the loss is {result.loss} and the gradient norm {result.grad_norm}; training "
-            f"stopped with the weights as they were. The step's documents are in {self.directory.where}/nonfinite-*"
-            ".jsonl, any earlier checkpoint is kept. Try a lower optim.lr, or train.precision float32"
+            f"stopped before this step changed the weights. The step's documents are in {self.directory.where}/"
+            "nonfinite-*.jsonl, and all checkpoints are kept. Try a lower optim.lr, or train.precision float32"
         )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for the random choices (dropout) of one worker in one step, so that resuming needs no random state."""
+    """Return the seed for the random choices (dropout) of one worker in one step. So a resume needs no random state."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -294,14 +294,14 @@ def fit(
     data: TrainingData,
     tokenizer: Tokenizer,
 ) -> None:
-    """Train from the run's last sound checkpoint, or from the start, to the plan's last step or a stop.
+    """Train from the run's last sound checkpoint, or from the first step, to the plan's last step or to a stop.
 
-    Writes metrics, samples and checkpoints to the run directory (rank 0) and reports each validation and checkpoint
-    to the host (all ranks).
+    Rank 0 writes metrics, samples and checkpoints to the run directory. All ranks report each validation and checkpoint
+    to the host.
 
     Raises:
-        UserError: a loss or gradient that is not finite; the documents of the step lie in the run directory. A GPU's
-            memory is too small.
+        UserError: a loss or gradient is not finite (the documents of the step are then in the run directory); the GPU
+            has too little memory; or the data ended before the last step.
     """
     device = context.device
     with deterministic(config.train.deterministic and device.type == "cuda"):
@@ -334,11 +334,11 @@ def fit(
 
 @contextmanager
 def _memory_suffices_for(tokens: int) -> Generator[None]:
-    """Explain a lack of GPU memory while up to `tokens` go through the model at once. Raises UserError."""
+    """Inside, raise UserError if the GPU's memory is too small for passes of up to `tokens` tokens."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory does not hold what goes through the model at once, up to {tokens} tokens: set "
-            f"batch.pass_tokens lower, or data.pack_tokens too ({str(error).partition('. ')[0]})"
+            f"the GPU's memory is too small for passes of up to {tokens} tokens through the model: lower "
+            f"batch.pass_tokens, and perhaps data.pack_tokens ({str(error).partition('. ')[0]})"
         ) from error

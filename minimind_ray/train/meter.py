@@ -16,7 +16,7 @@ from minimind_ray.train.throughput import measure_matmul_flops, training_flops_p
 class Meter:
     """Measures steps: tokens per second, and the share of the machine's matrix-product rate in use (MFU).
 
-    The time of a validation is left out: call `restart` after it. `frozen`: the base's weights are not trained.
+    Call `restart` after a validation, so that its time is left out. `frozen`: the base's weights are not trained.
     """
 
     def __init__(self, shape: ModelShape, context: Context, dtype: torch.dtype, *, frozen: bool) -> None:
@@ -32,12 +32,12 @@ class Meter:
     def read(self, tokens: int, packs: list[Pack], steps_left: int, seconds: float | None = None) -> dict[str, float]:
         """Return the timing of the step since the last call; `seconds_left` is an estimate for `steps_left` steps.
 
-        `tokens` are those of all workers. `packs` are this worker's: their documents' lengths give the cost of
-        attention. `seconds` replaces the measured time where several runs were trained in one step.
+        `tokens` is the number of all workers' tokens. `packs` are this worker's packs; the lengths of their documents
+        give the cost of attention. `seconds` replaces the measured time if several runs were trained in one step.
         """
         now = time.perf_counter()
         seconds, self.start = now - self.start if seconds is None else seconds, now
-        # A running mean; the first step, which warms up, weighs less with every step.
+        # A moving average. The first step is slow (warm-up); its weight decreases with every later step.
         before = self.seconds_per_step
         self.seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
         lengths = np.concatenate([p.lengths for p in packs]) if packs else np.ones(1)

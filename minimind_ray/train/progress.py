@@ -1,4 +1,4 @@
-"""Where a run stands between two steps: written with every checkpoint, read back by a resume."""
+"""The progress of a run between two steps. It is written with every checkpoint and read by a resume."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ class Progress:
 
     @classmethod
     def of(cls, state: dict[str, Any], checkpoint: Path) -> Progress:
-        """Return the progress that `checkpoint` was written at; `state` is the content of its state.json.
+        """Return the progress of the run when it wrote `checkpoint`. `state` is the content of its state.json.
 
         Raises:
-            UserError: another version of this program wrote it.
+            UserError: another version of minimind-ray wrote state.json, or it is damaged.
         """
         try:
             progress = cls(**state)
             if progress.ledger:
                 Ledger(**progress.ledger)
         except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{checkpoint}/resume/state.json: not what this version writes: {error}") from None
+            raise UserError(
+                f"{checkpoint}/resume/state.json: another version of minimind-ray wrote it, or it is damaged: {error}"
+            ) from None
         return progress
 
     @property
     def checkpoint(self) -> str:
-        """Name of the checkpoint written after this step."""
+        """Return the name of the checkpoint written after this step."""
         return f"step-{self.step:08d}"

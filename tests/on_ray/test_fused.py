@@ -90,7 +90,7 @@ def test_a_trial_whose_process_is_gone_stays_failed(tmp_path: Path, monkeypatch:
     steps = []
     while isinstance(answer, dict):
         steps.append(answer["step"])
-        answer = group.go_on(living, True)
+        answer = group.continue_run(living, True)
     assert answer is None and steps == list(range(1, jobs[1].plan.steps + 1))
     assert RunDirectory(living).info()["state"] == "finished"
     info = RunDirectory(dying).info()

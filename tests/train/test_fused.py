@@ -37,17 +37,17 @@ DPO: list[dict[str, Any]] = [
 
 
 class Host(PlainFusedContext):
-    """`worth_it` says how long the run is worth going on with."""
+    """Stops the run early at step `ends_at`."""
 
-    def __init__(self, weights: dict[str, torch.Tensor], worth_it: int = 10**9) -> None:
+    def __init__(self, weights: dict[str, torch.Tensor], ends_at: int = 10**9) -> None:
         super().__init__(weights)
-        self.worth_it, self.step = worth_it, 0
+        self.ends_at, self.step = ends_at, 0
 
     def post(self, metrics: dict[str, Any], checkpoint: str | None) -> None:
         self.step = metrics["step"]
 
     def verdict(self) -> bool:
-        return self.step < self.worth_it
+        return self.step < self.ends_at
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_a_run_that_ends_early_or_fails_leaves_the_others_as_they_are(base: Path
         start(job)
         run_here(job)
     steps = together[2].plan.steps
-    hosts = [Host({}), Host({}), Host({}, worth_it=steps // 2)]
+    hosts = [Host({}), Host({}), Host({}, ends_at=steps // 2)]
     ended = {hosts.index(member.context): member for member in train_together(together, hosts)}  # pyright: ignore
     assert ended[0].error is None and ended[2].error is None
     assert "the loss is" in str(ended[1].error)
@@ -178,12 +178,12 @@ def test_a_run_that_was_stopped_alone_goes_on_with_others_that_are_under_way(bas
 class Stopping(PlainContext):
     """Alone, and not worth going on with from a step on."""
 
-    def __init__(self, worth_it: int) -> None:
+    def __init__(self, ends_at: int) -> None:
         super().__init__()
-        self.worth_it = worth_it
+        self.ends_at = ends_at
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        return metrics["step"] < self.worth_it
+        return metrics["step"] < self.ends_at
 
 
 def test_what_cannot_be_trained_together(base: Path) -> None:

@@ -37,7 +37,7 @@ def open_run(job: Job) -> TrainingRun:
     return TrainingRun(model, CausalLM(model.shape), optimizer, weights, job.config, context, data, tokenizer, 0)
 
 
-def drive(run: TrainingRun, results: list[StepResult | NonFiniteError], worth_it: bool = True) -> list[Report]:
+def drive(run: TrainingRun, results: list[StepResult | NonFiniteError], proceed: bool = True) -> list[Report]:
     """Give the run these results, one after another, or until the run ends."""
     reports: list[Report] = []
     for result in results:
@@ -45,7 +45,7 @@ def drive(run: TrainingRun, results: list[StepResult | NonFiniteError], worth_it
             break
         if report := run.finish_step(result):
             reports.append(report)
-            run.reported(worth_it)
+            run.reported(proceed)
     return reports
 
 
@@ -59,12 +59,12 @@ def test_a_run_reports_what_it_validates_and_saves(tmp_path: Path) -> None:
     assert directory.info()["state"] == "finished" and directory.info()["tokens"] == 48
 
 
-@pytest.mark.parametrize(("stop", "worth_it", "state"), [(True, True, "stopped"), (False, False, "early-stopped")])
-def test_a_run_that_ends_before_its_last_step_says_why(stop: bool, worth_it: bool, state: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "proceed", "state"), [(True, True, "stopped"), (False, False, "early-stopped")])
+def test_a_run_that_ends_before_its_last_step_says_why(stop: bool, proceed: bool, state: str, tmp_path: Path) -> None:
     run, directory = make_run(tmp_path)
     result = StepResult({"loss": 2.0}, grad_norm=1.0, count=10.0, tokens=12, stop=stop)
     with run:
-        drive(run, [RESULT, result], worth_it)
+        drive(run, [RESULT, result], proceed)
         assert run.next_step() is None
     assert directory.info()["state"] == state and directory.info()["steps"] == 2
 
