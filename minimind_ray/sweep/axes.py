@@ -1,9 +1,9 @@
 """Parse the axes of a sweep, and plan its trials: one trial for each point on the axes and each seed.
 
 0.05,0.1,0.3      a grid: every value, in every combination with the other grids
-log(1e-6,1e-4)    drawn, uniform in the logarithm
-uniform(0,0.1)    drawn, uniform
-int(1,64)         drawn, a whole number, both ends included
+log(1e-6,1e-4)    a drawn number, uniform in the logarithm
+uniform(0,0.1)    a drawn number, uniform
+int(1,64)         a drawn whole number, both bounds included
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from minimind_ray.sweep.text import number_text, value_text
 
 FORMS = "0.05,0.1 (a grid), log(1e-6,1e-4), uniform(0,0.1) or int(1,64)"
 RESERVED = {
-    "stage": "a sweep has one stage: start one sweep for each",
+    "stage": "a sweep has one stage: start one sweep for each stage",
     "out": "every trial has its own directory under the sweep's",
     "train.seed": "repeat every point with --seeds instead",
-    "scale": "every trial gets the same place on the cluster: --workers, --cpus-per-worker, --gpus-per-trial",
-    "eval": "trials are compared on the same validation: set it for all of them",
+    "scale": "every trial gets the same resources: --workers, --cpus-per-worker, --gpus-per-trial",
+    "eval": "trials are compared on the same validation: set it for all trials",
     "data.val": "trials are compared on the same validation data",
     "data.val_fraction": "trials are compared on the same validation data",
     "data.cache_dir": "trials share prepared data",
-    "data.direct_steps": "it changes nothing that is learned",
-    "checkpoint": "it changes nothing that is learned",
-    "track": "it changes nothing that is learned",
+    "data.direct_steps": "it does not change the trained model",
+    "checkpoint": "it does not change the trained model",
+    "track": "it does not change the trained model",
     "data.cache": "trials share prepared data",
 }
 """Keys and whole sections that cannot be an axis, and the reason shown to the user."""
@@ -54,11 +54,11 @@ class Grid:
     values: tuple[Any, ...]
 
     def to_json(self) -> list[Any]:
-        """The axis as written in sweep.json."""
+        """Return the axis as it is written in sweep.json."""
         return list(self.values)
 
     def draw(self, rng: np.random.Generator) -> Any:
-        """One value."""
+        """Draw one of the values."""
         return self.values[rng.integers(len(self.values))]
 
     @property
@@ -77,11 +77,11 @@ class Drawn:
     high: float
 
     def to_json(self) -> str:
-        """The axis as written in sweep.json. `parse_axis` reads it back."""
+        """Return the axis as it is written in sweep.json. `parse_axis` reads this text."""
         return f"{self.kind}({number_text(self.low)},{number_text(self.high)})"
 
     def draw(self, rng: np.random.Generator) -> float | int:
-        """One value."""
+        """Draw a number."""
         if self.kind == "int":
             return int(rng.integers(int(self.low), int(self.high), endpoint=True))
         if self.kind == "log":
@@ -94,7 +94,7 @@ class Drawn:
         return range(int(self.low), int(self.high) + 1) if self.kind == "int" else None
 
     def nearest(self, value: float) -> float | int:
-        """`value` moved into the bounds and rounded to 4 digits, so that tables show the exact value."""
+        """Return `value`, moved into the bounds and rounded to 4 digits, so that tables show the exact value."""
         inside = min(max(float(f"{value:.4g}"), self.low), self.high)
         return round(inside) if self.kind == "int" else inside
 
@@ -104,7 +104,7 @@ Axis = Grid | Drawn
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """A run to start: the point on the axes, the seed, and the resulting config."""
+    """A trial to start: its point on the axes, its seed, and the resulting config."""
 
     id: str
     point: dict[str, Any]
@@ -161,7 +161,7 @@ def _drawn(key: str, spec: str, kind: str, bounds: list[str]) -> Drawn:
         if kind == "int" and not (low.is_integer() and high.is_integer()):
             raise UserError(f"{key}={spec}: the bounds of int must be whole numbers")
         return Drawn(key, kind, low, high)
-    raise UserError(f"{key}={spec}: no such kind of axis as {kind}; expected {FORMS}")
+    raise UserError(f"{key}={spec}: {kind} is not a kind of axis; expected {FORMS}")
 
 
 def plan_trials(
@@ -217,7 +217,7 @@ def check_axes(base: Config, axes: Sequence[Axis]) -> None:
 
 
 def _possible_value(base: Config, axes: Sequence[Axis], key: str, value: Any, rng: np.random.Generator) -> Any:
-    """The value after parsing by the config. Raises UserError if the config refuses ATTEMPTS points with this value."""
+    """Return the value after parsing by the config. Raises UserError if the config refuses ATTEMPTS points with it."""
     try:
         return setting(trial_config(base, {key: value}, base.train.seed), key)
     except UserError as error:
@@ -232,7 +232,7 @@ ATTEMPTS = 20
 
 
 def points_on(axes: Sequence[Axis]) -> float:
-    """The number of points on the axes; infinity if an axis has infinitely many values."""
+    """Return the number of points on the axes; infinity if an axis has infinitely many values."""
     return math.prod(math.inf if axis.choices is None else len(axis.choices) for axis in axes)
 
 
@@ -255,7 +255,7 @@ DRAWS = 200
 
 
 def trial_at(base: Config, values: Mapping[str, Any], seed: int) -> PlannedTrial:
-    """The trial at a point. `values` are in the order of the axes. Raises as `trial_config`."""
+    """Return the trial at a point. `values` are in the order of the axes. Raises as `trial_config`."""
     config = trial_config(base, values, seed)
     point = {key: setting(config, key) for key in values}
     return PlannedTrial(trial_id(point, seed), point, seed, resolve_paths(config))  # Trials run in other directories.
@@ -273,7 +273,7 @@ def draw_points(axes: Sequence[Drawn], count: int, sweep_seed: int) -> list[dict
         points[values] = None
         if len(points) == count:
             return [dict(zip((axis.key for axis in axes), values)) for values in points]
-    raise UserError(f"--trials {count}: the axes hold only {len(points)} different points; ask for fewer, or a grid")
+    raise UserError(f"--trials {count}: the axes have only {len(points)} different points; ask for fewer or use a grid")
 
 
 def _draws(axis: Drawn, sweep_seed: int) -> Iterator[float | int]:
@@ -284,7 +284,7 @@ def _draws(axis: Drawn, sweep_seed: int) -> Iterator[float | int]:
 
 
 def trial_config(base: Config, point: Mapping[str, Any], seed: int) -> Config:
-    """The complete, checked config of a point.
+    """Return the complete, checked config of a point.
 
     Raises:
         UserError: see `load_config` and `Config.packs_per_step`.
@@ -295,7 +295,7 @@ def trial_config(base: Config, point: Mapping[str, Any], seed: int) -> Config:
 
 
 def setting(config: Config, key: str) -> Any:
-    """The value of a dotted key, in a form that JSON can hold."""
+    """Return the value of a dotted key, in a form that JSON can hold."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -303,14 +303,17 @@ def setting(config: Config, key: str) -> Any:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """A short name for each dotted key: its last part (`schedule` for `schedule.name`), or the whole key if needed."""
+    """Return a short name for each dotted key.
+
+    The name is the key's last part (`schedule` for `schedule.name`), or the whole key if two keys had the same name.
+    """
     short = {key: key.split(".")[-2 if key.endswith(".name") else -1] for key in keys}
     names = list(short.values())
     return {key: name if names.count(name) == 1 and name != "seed" else key for key, name in short.items()}
 
 
 def trial_id(point: Mapping[str, Any], seed: int) -> str:
-    """A file name that shows the point and the seed: beta=0.05,lr=1e-5,seed=0."""
+    """Return a file name that shows the point and the seed: beta=0.05,lr=1e-5,seed=0."""
     labels = short_names(list(point))
     name = ",".join(f"{labels[key]}={_file_safe(value_text(value), 40)}" for key, value in point.items())
     return _file_safe(f"{name},seed={seed}".lstrip(","), 200, also=",=")

@@ -1,8 +1,8 @@
-"""Compare the points of a sweep: which are better, and which differences are too uncertain to tell.
+"""Compare the points of a sweep: find the better points, and the differences that are too uncertain for a verdict.
 
-A measured difference is uncertain for two reasons: the validation set has only some examples, and each run has one
-seed. The intervals of `statistics.py` account for both. All trials are validated on the same examples, so differences
-are paired: the same examples, the same seeds. `chart.py` and `report.py` present the results.
+A measured difference is uncertain for two reasons: the validation set has a limited number of examples, and each run
+has one seed. The intervals of `statistics.py` account for both. All trials are validated on the same examples, so
+differences are paired: the same examples, the same seeds. `chart.py` and `report.py` present the results.
 
     P points, T trials (a point with a seed), E validation examples
 """
@@ -73,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All points, best first. `difference_PP[i, j]` is row i minus row j, for the first rows, which have a verdict.
+    """All points, best first. Rows with a verdict come first; for these, `difference_PP[i, j]` is row i minus row j.
 
     With fewer than LEAST_EXAMPLES examples, no row has bounds, and `low_PP` and `high_PP` have no meaning.
     """
@@ -131,7 +131,7 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
     terms = [_terms(trial, metric) for trial in trials_T]
     examples = len(terms[0][0])
     judged = examples >= LEAST_EXAMPLES
-    # A single example cannot be resampled: repeat it. So few examples get no bounds anyway.
+    # A single example cannot be resampled, so repeat it. With so few examples no bounds are shown anyway.
     found = statistics(
         np.stack([np.resize(numerator_E, max(examples, 2)) for numerator_E, _ in terms]),
         np.stack([np.resize(denominator_E, max(examples, 2)) for _, denominator_E in terms]),
@@ -167,7 +167,7 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
 
 
 def _value(found: Statistics, p: int, metric: str) -> Interval:
-    """Point p's mean with its bounds; an accuracy's are those of a part of the pairs."""
+    """Return point p's mean with its bounds. The bounds of an accuracy are limited to 0 and 1."""
     low, high = float(found.low_P[p]), float(found.high_P[p])
     if metric == "val/accuracy":
         low, high = max(low, 0.0), min(high, 1.0)
@@ -193,7 +193,7 @@ def _by_point(sweep: Sweep) -> list[list[Trial]]:
 
 
 def _row(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], metric: str) -> Row:
-    """A point's row without statistics."""
+    """Return a point's row without statistics."""
     point = {key: trials[0].point.get(key, _config_value(sweep, key)) for key in keys}
     names = short_names(keys)
     values = [v for t in trials if (v := t.best(metric)) is not None and math.isfinite(v)]
@@ -233,7 +233,7 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
     """Check that all trials were validated on the same examples.
 
     Raises:
-        UserError: two trials had different examples. The message says how they differ.
+        UserError: two trials had different examples. The message names the difference.
     """
     first, a = trials[0], _validation(trials[0])
     for trial in trials[1:]:
@@ -241,7 +241,7 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
         if len(a.example_E) != len(b.example_E):
             difference = f"{len(a.example_E)} and {len(b.example_E)} examples"
         elif not np.array_equal(a.example_E, b.example_E):
-            difference = "examples of different numbers"
+            difference = "different examples"
         elif not np.array_equal(a.columns["count"], b.columns["count"]):
             difference = "examples of different lengths"
         elif first.validated_on and trial.validated_on and first.validated_on != trial.validated_on:
@@ -255,7 +255,7 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
 
 
 def _terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """The metric's numerator and denominator for each example. The metric is the ratio of their sums."""
+    """Return the metric's numerator and denominator for each example. The metric is the ratio of their sums."""
     validation = _validation(trial)
     name = metric.removeprefix("val/")
     numerator, denominator = ("loss", "bytes") if name == "bits_per_byte" else (name, "count")
@@ -269,13 +269,13 @@ def _terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trial_metric(trial: Trial, metric: str) -> float:
-    """The metric of a trial's validation. Raises UserError if the per-example results lack a column for it."""
+    """Return the metric of a trial's validation. Raises UserError if the per-example results lack a column for it."""
     numerator_E, denominator_E = _terms(trial, metric)
     return float(numerator_E.sum() / denominator_E.sum())
 
 
 def _verdict(low: float, high: float) -> Verdict:
-    """The verdict for the interval of a difference whose positive values are worse."""
+    """Return the verdict for the interval of a difference whose positive values are worse."""
     return "worse" if low > 0 else "better" if high < 0 else "not distinguishable"
 
 
@@ -296,7 +296,7 @@ def _status(trials: Sequence[Trial], seeds: int) -> str:
 
 
 def _moves(trials: Sequence[Trial]) -> str:
-    """The points to which pbt has moved the trials, as text."""
+    """Return the points to which pbt has moved the trials, as text."""
     ends = [trial.lineage[-1]["point"] for trial in trials if trial.lineage]
     names = short_names(list(ends[0]) if ends else [])
     return "".join(f", moved to {' '.join(f'{names[k]} {value_text(v)}' for k, v in end.items())}" for end in ends)
@@ -307,7 +307,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     compared = [row for row in rows if row.compared]
     if compared and all(len(row.compared) == 1 for row in compared):
         more = any(len(row.trials) > 1 for row in rows)
-        advice = "no point has two finished seeds" if more else "--seeds 2 or more accounts for the runs, too"
+        advice = "no point has two finished seeds" if more else "use --seeds 2 or more to account for the seeds, too"
         notes.append(f"One seed: intervals account only for the validation examples; {advice}.")
     elif compared and all(len(row.compared) <= 2 for row in compared):
         notes.append("Two seeds say little about a seed's effect on all points: a third narrows the intervals.")
@@ -330,7 +330,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The table in a form for JSON."""
+    """Return the table in a form for JSON."""
     return {
         "metric": comparison.metric,
         "mode": comparison.mode,
@@ -360,7 +360,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:
-    """The table as flat records for CSV. All records have the same columns."""
+    """Return the table as flat records for CSV. All records have the same columns."""
 
     def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
         known = interval or Interval(math.nan)

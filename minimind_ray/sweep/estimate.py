@@ -1,4 +1,4 @@
-"""Estimate the cost of a sweep. Tokens and FLOPs are counted; seconds are measured on the first trial's first steps."""
+"""Estimate the cost of a sweep: count its tokens and FLOPs, and measure seconds on the first trial's first steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ SIMULATIONS = 200
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured seconds of one trial in this process, by part, with as many threads as a trial gets."""
+    """Measured seconds of one trial in this process: for its start, a step and a validation.
+
+    They are measured with as many threads as a trial gets.
+    """
 
     start: float
     step: float
@@ -49,12 +52,15 @@ class Estimate:
         return self.kept * self.seconds / at_once / 3600
 
     def price(self, per_hour: float) -> float:
-        """The price of all trials, where a trial costs `per_hour`."""
+        """The price of all trials if one trial costs `per_hour`."""
         return self.kept * self.seconds / 3600 * per_hour
 
 
 def estimate(jobs: Sequence[Job], pace: Pace, search: SearchConfig, at_once: int) -> Estimate:
-    """Add up all trials. `pace` is the first trial's; another trial's time is proportional to its FLOPs."""
+    """Add up the costs of all trials.
+
+    `pace` belongs to the first trial. The time of another trial is taken as proportional to its FLOPs.
+    """
     per_token_J = [_flops_per_token(job) for job in jobs]
     flops_J = [train_tokens(job) * per_token for job, per_token in zip(jobs, per_token_J)]
     seconds_per_flop = pace.step * jobs[0].plan.steps / flops_J[0]
@@ -76,7 +82,7 @@ def _validations(job: Job) -> int:
 
 
 def _flops_per_token(job: Job) -> float:
-    """FLOPs of forward and backward for a token, at the mean context length of the data's first packs."""
+    """Return the FLOPs of forward and backward for a token, at the mean context length of the data's first packs."""
     store = train_store(job)
     lengths = np.concatenate([pack.lengths for pack in store.read(range(min(8, store.n_packs)))]).astype(float)
     base = job.base and job.base.local()
@@ -85,7 +91,7 @@ def _flops_per_token(job: Job) -> float:
 
 
 def asha_keeps(trials: int) -> float:
-    """The part of all steps that ASHA is expected to train, if the order of the trials never changes.
+    """Return the part of all steps that ASHA is expected to train, if the order of the trials never changes.
 
     Simulates Tune's scheduler: trials come in random order, and each continues after a rung if it is in the best third
     of the trials that reached the rung before it. The first trials have no others to compare with, so a sweep of few
@@ -109,7 +115,7 @@ def asha_keeps(trials: int) -> float:
 
 
 def _percentile(sorted_values: Sequence[float], part: float) -> float:
-    """As `numpy.percentile`, but faster: numpy's takes most of its time for its checks."""
+    """Return the same as `numpy.percentile`, which spends most of its time on checks of its arguments."""
     place = (len(sorted_values) - 1) * part
     low = sorted_values[int(place)]
     return low + (sorted_values[min(int(place) + 1, len(sorted_values) - 1)] - low) * (place % 1)
@@ -136,7 +142,7 @@ class _Stopwatch(PlainContext):
         return bool(self.validations) and self.steps[-1] - self.steps[0] > CALIBRATION_SECONDS
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """Called after a validation, and after the checkpoint of a stop."""
+        """Record the time of a validation. Also called after the checkpoint of a stop."""
         if any(name.startswith("val/") for name in metrics):
             self.validations.append(time.perf_counter() - self.steps[-1] - metrics["timing"]["seconds"])
         return True

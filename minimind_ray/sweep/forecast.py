@@ -1,4 +1,4 @@
-"""What a sweep would do and cost: its data are prepared, and a few steps are measured in this process."""
+"""Forecast what a sweep would do and cost: prepare its data, and measure a few steps in this process."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from minimind_ray.sweep.plan import Preparation, SweepPlan, within_budget
 
 @dataclass(frozen=True)
 class Forecast:
-    """`fused` trials share a process, for the reason `why_fused`. `at_once` trials run here at the same time;
-    `does_not_fit` is a sentence where this machine has no room for one. `shared` counts what trials share."""
+    """The jobs of a sweep's trials and their cost on this machine.
+
+    `fused` trials share a process, for the reason `why_fused`. `at_once` trials run at the same time. `does_not_fit`
+    is a sentence if not even one trial fits on this machine, otherwise None. `shared` counts the trials' common work.
+    """
 
     jobs: Sequence[Job]
     fused: int
@@ -34,7 +37,7 @@ class Forecast:
 
     @property
     def hours(self) -> float:
-        """How long the sweep takes here."""
+        """The hours that the sweep takes on this machine."""
         return self.cost.hours(self.at_once)
 
 
@@ -42,7 +45,7 @@ def forecast(plan: SweepPlan, say: Callable[[str], None]) -> Forecast:
     """Prepare the data of the sweep, train a few steps of its first trial here, and add up all trials.
 
     Raises:
-        UserError: what `Preparation.job` and `within_budget` raise.
+        UserError: as `Preparation.job` and `within_budget`.
     """
     preparation = Preparation(plan.base, Host(), say)
     jobs = [preparation.job(trial.config) for trial in plan.trials]
@@ -50,16 +53,16 @@ def forecast(plan: SweepPlan, say: Callable[[str], None]) -> Forecast:
     if plan.search.budget_tokens:
         jobs = within_budget(jobs, plan.search.budget_tokens)
     fused, why_fused = fusing_decision(plan)
-    places, does_not_fit = _places_here(plan.base.scale)
-    # Trials that are trained together share a place's time; what they save is not counted.
-    at_once = min(places, plan.search.concurrent or plan.count, plan.count)
+    fitting, does_not_fit = _trials_that_fit_here(plan.base.scale)
+    # The estimate leaves out the time that fused training saves.
+    at_once = min(fitting, plan.search.concurrent or plan.count, plan.count)
     pace = calibrate(jobs[0])
     cost = estimate(jobs, pace, plan.search, at_once)
     return Forecast(jobs, fused, why_fused, at_once, does_not_fit, pace, cost, preparation.counts)
 
 
-def _places_here(scale: ScaleConfig) -> tuple[int, str | None]:
-    """How many trials a Ray on this machine would have room for; 1, and a sentence, where it has none."""
+def _trials_that_fit_here(scale: ScaleConfig) -> tuple[int, str | None]:
+    """Return how many trials fit on this machine, and None; or 1 and a sentence if not even one trial fits."""
     cpus = local_cpus(scale) if scale.most > 1 else os.cpu_count() or 1
     try:
         return trials_that_fit(Machines([{"CPU": cpus, "GPU": torch.cuda.device_count()}], 1), scale), None

@@ -10,10 +10,11 @@ from minimind_ray.sweep.plan import SweepPlan
 from minimind_ray.train.fused import PASS_TOKENS
 
 MOST = 8
+"""The largest number of trials in a process if `fuse` is auto."""
 
 
 def fusing_decision(plan: SweepPlan) -> tuple[int, str]:
-    """The number of trials to train in one process (1: each trial has its own process), and the reason.
+    """Return the number of trials to train in one process (1: each trial has its own process), and the reason.
 
     Raises:
         UserError: `fuse` is a number, but these trials cannot be trained together.
@@ -27,7 +28,7 @@ def fusing_decision(plan: SweepPlan) -> tuple[int, str]:
     if why_not:
         return 1, why_not
     if asked != "auto":
-        return asked, "as asked for"
+        return asked, f"fuse is {asked}"
     return _chosen(plan)
 
 
@@ -43,7 +44,7 @@ def _obstacle(plan: SweepPlan) -> str | None:
 
 
 def _configs(plan: SweepPlan) -> list[Config]:
-    """The configs of the known trials, or the base config if no trial is known yet."""
+    """Return the configs of the known trials, or the base config if no trial is known yet."""
     return [trial.config for trial in plan.trials] or [plan.base]
 
 

@@ -73,7 +73,7 @@ class SweepPlan:
 
     @property
     def count(self) -> int:
-        """The number of trials in all."""
+        """The number of trials of the whole sweep."""
         return self.points * self.search.seeds if self.search.searcher == "optuna" else len(self.trials)
 
     @functools.cached_property
@@ -88,7 +88,7 @@ class SweepPlan:
             keys = sorted({key for trial in self.equal for key in trial.point if unused(trial.config, key)})
             return (
                 f"left out {len(self.equal)} of {len(self.equal) + len(self.trials)} trials: they differ from others "
-                f"only in {' and '.join(keys)}, which changes nothing in them"
+                f"only in {' and '.join(keys)}, which has no effect on them"
             )
         if self.search.searcher != "optuna" or self.points == self.search.trials:
             return None
@@ -96,14 +96,14 @@ class SweepPlan:
         return f"the axes have {self.points} different points, fewer than {asked}: each is tried once"
 
     def in_place(self, trial: PlannedTrial) -> PlannedTrial:
-        """The trial with its own directory inside the sweep's directory, and in the sweep's group for trackers."""
+        """Return the trial with its own directory inside the sweep's directory, and with the sweep's tracker group."""
         track = trial.config.track.model_copy(update={"group": trial.config.track.group or self.path.name})
         out = join(url_of(self.path), "trials", trial.id)
         return replace(trial, config=trial.config.model_copy(update={"out": out, "track": track}))
 
 
 def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: SearchConfig) -> SweepPlan:
-    """Check everything that can be checked before anything starts.
+    """Plan a sweep, and check everything that can be checked before it starts. `path` is the sweep's directory.
 
     Raises:
         UserError: there is no validation data; also see `plan_trials`, `SearchConfig.judged_by`, `Explorer` and
@@ -126,7 +126,8 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
         _require_effect(axis.key, base, axes)
     if base.checkpoint.every not in (None, base.eval.every):
         raise UserError(
-            "a sweep judges a trial by its best checkpoint and saves one at each validation: leave checkpoint.every out"
+            "a sweep judges a trial by its best checkpoint, so it saves a checkpoint at each validation: leave "
+            "checkpoint.every out"
         )
     if not base.data.cache:
         raise UserError("data.cache is false, but trials share prepared data: leave it out")
@@ -160,7 +161,7 @@ def _require_effect(key: str, base: Config, axes: Sequence[Axis]) -> None:
             if not unused(trial_config(base, point, base.train.seed), key):
                 return
     if rule:
-        raise UserError(f"{key} changes nothing, so trials would be equal: {rule.otherwise(base)}")
+        raise UserError(f"{key} has no effect, so trials would be equal: {rule.otherwise(base)}")
 
 
 def _check_pbt(base: Config, axes: Sequence[Axis]) -> None:
@@ -190,11 +191,11 @@ class Preparation:
         self.own = Host()
 
     def job(self, config: Config) -> Job:
-        """The job of a trial. Raises as `prepare_job`."""
+        """Return the job of a trial. Raises as `prepare_job`."""
         stage = repr(
             (config.stage, config.init_from, config.data.tokenizer, config.model, config.lora, config.own_section)
         )
-        if stage not in self.checked:  # This key has more settings than the key of the shared data.
+        if stage not in self.checked:  # `stage` covers settings that the key of the shared data below leaves out.
             base = self.host.base(config)
             check_stage(config, load_tokenizer(config, base and base.local()), base and base.local())
             self.checked.add(stage)
@@ -246,14 +247,14 @@ class Preparation:
 
 
 def train_tokens(job: Job) -> int:
-    """The number of token positions that a run trains on, over all its steps."""
+    """Return the number of token positions that a run trains on, over all its steps."""
     assert isinstance(job.plan, StepPlan)
     store = train_store(job)
     return round((store.n_tokens - store.n_documents) * job.plan.steps / job.plan.steps_per_epoch)
 
 
 def train_store(job: Job) -> PackStore:
-    """The store of the training packs. A sweep always has prepared packs."""
+    """Return the store of the training packs. A sweep always has prepared packs."""
     assert isinstance(job.train, str)
     return PackStore(job.train, job.train_columns)
 
@@ -316,7 +317,7 @@ def record_resume(plan: SweepPlan, shared: dict[str, int]) -> None:
 
 
 def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
-    """Make the run directory of a trial, the sweep's `number`th."""
+    """Make the run directory of a trial. `number` is the trial's position in the sweep, from 0."""
     facts = {**TrialInfo(id=trial.id, point=trial.point, seed=trial.seed).model_dump(mode="json"), "number": number}
     # Write trial.json first: a directory with a config but no trial.json would make the sweep unreadable.
     RunDirectory(job.config.out).write("trial.json", json.dumps(facts, ensure_ascii=False) + "\n")
@@ -324,9 +325,9 @@ def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
 
 
 def record_refused(plan: SweepPlan, point: dict[str, Any], error: str, number: int) -> list[Path]:
-    """Make the directories of a point's trials that cannot be run. They hold the reason and no config.
+    """Record a point that cannot be run: make a directory for each of its trials, with the reason and without a config.
 
-    The first of them is the sweep's `number`th trial. Returns the directories.
+    `number` is the first trial's position in the sweep, from 0. Returns the directories.
     """
     paths: list[Path] = []
     for seed in range(plan.base.train.seed, plan.base.train.seed + plan.search.seeds):
@@ -343,13 +344,13 @@ def check_free(path: Path) -> None:
     """Raise UserError if the directory already holds a sweep."""
     if RunDirectory(path).file("sweep.json").exists():
         raise UserError(
-            f"{url_of(path)} already holds a sweep: continue it: minimind-ray tune --resume {url_of(path)}, or choose "
-            "another --out"
+            f"{url_of(path)} already holds a sweep: continue it with minimind-ray tune --resume {url_of(path)}, or "
+            "choose another --out"
         )
 
 
 def reopen_sweep(path: str | Path) -> SweepPlan:
-    """The plan of a sweep that was started before, with all trials that have a directory, in their order.
+    """Return the plan of a sweep that was started before, with all trials that have a directory, in their order.
 
     Raises:
         UserError: the directory holds no sweep, or a file is damaged.

@@ -1,8 +1,7 @@
 """Track the progress of a running sweep: each trial's step, metric, speed and time left, and the sweep's expected end.
 
-This module does no I/O. The caller passes in the tuner's events and the newest lines of the trials' metrics.jsonl, and
-gets rows of text and totals back.
-`now` is in seconds by `time.monotonic`.
+This module does no I/O. The caller passes the tuner's events and the newest lines of the trials' metrics.jsonl, and
+gets rows of text and totals. All times, such as `now`, are in seconds by `time.monotonic`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ READINGS = 60
 
 
 class Reading(NamedTuple):
-    """The step of a trial at a time."""
+    """The step and the tokens of a trial at the time `at`."""
 
     at: float
     step: int
@@ -31,7 +30,9 @@ class Reading(NamedTuple):
 
 @dataclass
 class TrialProgress:
-    """A trial. `state` is "running", "paused" (while pbt lets another trial run), or the state in which the run ended.
+    """The progress of a trial.
+
+    `state` is "running", "paused" (while pbt lets another trial run), or the state in which the run ended.
 
     `value` is the trial's value of the sweep's metric so far (see train/best.py), finite, or None.
     """
@@ -61,7 +62,7 @@ class TrialProgress:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Over the latest readings, with the time for validation; None with fewer than two readings."""
+        """Seconds per step over the latest readings, including validation; None with fewer than two readings."""
         if len(self.readings) < 2:
             return None
         first, last = self.readings[0], self.readings[-1]
@@ -69,14 +70,14 @@ class TrialProgress:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the latest readings, with the time for validation; None with fewer than two readings."""
+        """Tokens per second over the latest readings, including validation; None with fewer than two readings."""
         if not self.seconds_per_step:
             return None
         first, last = self.readings[0], self.readings[-1]
         return (last.tokens - first.tokens) / (last.at - first.at)
 
     def seconds_left(self, now: float) -> float | None:
-        """Time to the last step; None with fewer than two readings."""
+        """Return the time to the last step; None with fewer than two readings."""
         if self.seconds_per_step is None:
             return None
         return max(0.0, (self.steps - self.step) * self.seconds_per_step - (now - self.readings[-1].at))
@@ -120,7 +121,7 @@ class SweepProgress:
         self.most_at_once = 1
 
     def started(self, id: str, steps: int, point: Mapping[str, Any], now: float) -> None:
-        """A trial of `steps` steps runs, for the first time or after a pause. `point` is its current point."""
+        """Note that a trial of `steps` steps runs, at its start or after a pause. `point` is its current point."""
         trial, before = TrialProgress(self._name(id, point), steps, now), self.trials.get(id)
         if before and before.name == trial.name:  # If pbt moved the point, the trial also got other weights.
             trial.value = before.value
@@ -135,12 +136,12 @@ class SweepProgress:
         return f"{name} now {','.join(moved)}" if moved else name
 
     def paused(self, id: str) -> None:
-        """A trial was paused so that another trial can run."""
+        """Note that a trial was paused so that another trial can run."""
         if id in self.trials:
             self.trials[id].state = "paused"
 
     def validated(self, id: str, metrics: Mapping[str, Any]) -> None:
-        """A trial reported its best validation so far."""
+        """Note a trial's best validation so far."""
         if math.isfinite(metrics[self.metric]):
             self.trials[id].value = metrics[self.metric]
 
@@ -149,7 +150,7 @@ class SweepProgress:
         self.trials[id].read(reading)
 
     def ended(self, id: str, state: str) -> TrialProgress:
-        """A trial's run ended in this state. A run whose process failed at once ends without having started."""
+        """Note that a trial's run ended in this state. The run may not have started, if its process failed at once."""
         trial = self.trials.setdefault(id, TrialProgress(self._name(id, {}), steps=1, began=0.0))
         trial.state = state
         return trial
@@ -171,13 +172,13 @@ class SweepProgress:
         return max(found, key=lambda best: self.sign * best.value, default=None)
 
     def rows(self, now: float) -> list[Row]:
-        """One row for each running trial."""
+        """Return one row for each running trial."""
         return [_row(trial, now) for trial in self.running.values()]
 
     def counts(self) -> str:
-        """The numbers of trials as text: "2 running, 3 waiting, 3 of 8 ended (1 failed)"."""
+        """Return the numbers of trials as text: "2 running, 3 waiting, 3 of 8 ended (1 failed)"."""
         if not self.trials:
-            return f"{self.count} trials, none has started yet"
+            return f"{self.count} trials, no trial has started yet"
         running, ended = len(self.running), self.endings
         waiting = self.count - running - ended.total()
         names = {"failed": "failed", "early-stopped": "stopped early", "stopped": "stopped"}
@@ -188,7 +189,7 @@ class SweepProgress:
         )
 
     def seconds_left(self, now: float) -> float | None:
-        """Seconds to the sweep's end, or to the end of its time budget; None while no trial's speed is known.
+        """Return the seconds to the sweep's end, or to the end of its time budget; None if no trial's speed is known.
 
         Assumes that waiting trials take the mean time of the earlier trials, and that running trials run to their last
         step. A scheduler that stops trials early makes the sweep end sooner.
@@ -219,7 +220,7 @@ def _row(trial: TrialProgress, now: float) -> Row:
 
 
 def _last_end(running: Sequence[float], waiting: Sequence[float], concurrent: int) -> float:
-    """Seconds until the last trial ends, if `concurrent` trials run at once.
+    """Return the seconds until the last trial ends, if `concurrent` trials run at once.
 
     `running` and `waiting` are the seconds that each trial still needs.
     """

@@ -22,9 +22,10 @@ from minimind_ray.sweep.plan import SweepPlan, plan_sweep
 class SweepRequest:
     """A request for a sweep. The other fields override `file`; an axis overrides the file's axis of the same key.
 
-    `file`: a sweep's YAML file. `config`: YAML files of the stage. `trees`: settings as in such a file, by a name
-    for errors. `settings`: values by dotted config key. `search`: fields of `SearchConfig`, whose
-    `price_per_hour` may also be a cluster file. `out`: the sweep's directory, sweeps/STAGE by default.
+    `file` is the sweep's YAML file. `config` are YAML files with the stage's settings; `trees` are such settings as
+    mappings, each under a name for error messages. `settings` are values by dotted config key. `search` has fields of
+    `SearchConfig`, whose `price_per_hour` may also be a cluster file. `out` is the sweep's directory, sweeps/STAGE by
+    default.
     """
 
     stage: str | None = None
@@ -38,7 +39,7 @@ class SweepRequest:
     gpus_per_trial: float | None = None
 
     def plan(self) -> SweepPlan:
-        """The plan, checked.
+        """Return the checked plan.
 
         Raises:
             UserError: the stage is missing or given twice, or a key is given twice; also as `plan_sweep`.
@@ -102,7 +103,7 @@ def _search_of(file: SweepFile | None) -> dict[str, Any]:
 
 
 def trial_price(text: str, scale: ScaleConfig) -> float:
-    """The price of a trial in USD an hour. `text` is a number, or a cluster file with the prices of its machines.
+    """Return the price of a trial in USD an hour. `text` is a number, or a cluster file with prices of its machines.
 
     Raises:
         UserError: `text` is neither, or no machine of the file has a price and is large enough for a worker.

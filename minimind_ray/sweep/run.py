@@ -48,7 +48,7 @@ class Board(Protocol):
         ...
 
     def watch(self, trial: Path, event: str, metrics: Mapping[str, Any]) -> None:
-        """Called at each event of a trial."""
+        """Display an event of a trial."""
         ...
 
 
@@ -112,7 +112,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         create_sweep(plan, jobs, shared)
     if plan.remark:
         say(plan.remark)
-    waiting = "" if at_once == plan.count else "; the others wait until there is room"
+    waiting = "" if at_once == plan.count else "; the other trials wait until resources are free"
     say(f"{plan.count} trials, {at_once} at once{waiting} -> {url_of(plan.path)}")
     if fuse > 1:
         say(f"up to {fuse} of them together in one process: {why}")

@@ -1,4 +1,4 @@
-"""Find points while a sweep runs: neighbours for population based training (pbt), and the proposals of Optuna."""
+"""Choose points while a sweep runs: neighbours for population based training (pbt), and the proposals of Optuna."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Explorer:
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, point: dict[str, Any]) -> dict[str, Any]:
-        """One move along every axis."""
+        """Return the point after one move along every axis."""
         return {key: self._move(self.axes[key], value) for key, value in point.items()}
 
     def _move(self, axis: Axis, value: Any) -> Any:
@@ -74,8 +74,8 @@ class OptunaPoints:
     """Points that Optuna proposes from the results so far (tree-structured Parzen estimator, Bergstra et al. 2011).
 
     A point's value is the mean over its seeds. `make` makes the run directory and job of a planned trial. `known` are
-    the points of a resumed sweep; they come first. With several trials at once, the proposals depend on which ends
-    first.
+    the points of a resumed sweep; they come first. With several trials at once, the proposals depend on the order in
+    which the trials end.
 
     If Optuna repeatedly proposes points that were tried, the next point is drawn from the untried points. A point also
     counts as tried if it differs from a tried point only in settings without effect, because its run would be the same.
@@ -121,7 +121,7 @@ class OptunaPoints:
         return len(self.values)
 
     def ask(self) -> list[Job] | None:
-        """The trials of the next point; None after the last point, or if every point on the axes was tried."""
+        """Return the jobs of the next point; None after the last point, or if every point on the axes was tried."""
         while len(self.values) < self.points and (proposed := self._propose()):
             proposal, point = proposed
             self.values[proposal.number] = {}
@@ -129,7 +129,7 @@ class OptunaPoints:
             try:
                 jobs = [self.make(trial_at(self.base, point, seed)) for seed in seeds]
             except UserError as error:
-                # Report the worst value: Optuna learns to avoid it, but learns nothing from a failed trial.
+                # Report the point as pruned, so that Optuna avoids it. Optuna learns nothing from a failed trial.
                 self.study.tell(proposal, state=_state("PRUNED"))
                 self.refuse(point, str(error))
                 continue
@@ -138,7 +138,7 @@ class OptunaPoints:
         return None
 
     def _propose(self) -> tuple[Any, dict[str, Any]] | None:
-        """Optuna's next proposal and its point, which was not tried; None if every point on the axes was tried."""
+        """Return the next proposal and its untried point; None if every point on the axes was tried."""
         for _ in range(REPEATS):
             proposal = self.study.ask(self.distributions)
             point = {key: _outer(axis, proposal.params[key]) for key, axis in self.axes.items()}
@@ -186,7 +186,7 @@ def count_points(base: Config, axes: Sequence[Axis], most: int) -> int:
 
 
 def run_key(base: Config, point: Mapping[str, Any]) -> str:
-    """A key that is equal for points with equal runs. For a point that cannot be run, it is the whole point."""
+    """Return a key that is equal for points with equal runs. For a point that cannot be run, it is the whole point."""
     try:
         return repr(effect(trial_config(base, point, base.train.seed), point))
     except UserError:
@@ -220,7 +220,7 @@ def _distribution(axis: Axis) -> Any:
 
 
 def _outer(axis: Axis, value: Any) -> Any:
-    """The config's value for Optuna's value. For a grid, Optuna's value is the index."""
+    """Return the config's value for Optuna's value. For a grid, Optuna's value is the index."""
     return axis.values[value] if isinstance(axis, Grid) else axis.nearest(value)
 
 

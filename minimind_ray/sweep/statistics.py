@@ -88,7 +88,7 @@ def statistics(
 def _resampled_examples(
     numerator_TE: np.ndarray, denominator_TE: np.ndarray, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Every trial's metric on each resample of the examples, minus the metric itself, [B, T].
+    """Return every trial's metric on each resample of the examples, minus the metric on all examples: [B, T].
 
     Resamples of E examples have only (E - 1) / E of the variance, and estimate it with E - 1 degrees of freedom. Both
     are corrected as in Student's t, which matters for validation sets with few examples.
@@ -125,7 +125,9 @@ class SeedSpread:
     pooled_P: np.ndarray
 
     def unadjusted(self, weight_PS: np.ndarray) -> np.ndarray:
-        """The weights that the seeds' true effects still have in means of `weight_PS` after `effect_S` was subtracted.
+        """Return the weights that the seeds' true effects still have after `effect_S` was subtracted.
+
+        `weight_PS` are the weights of the seeds in each point's mean before the subtraction.
 
         An unknown effect keeps its full weight, and each group keeps its mean effect. Points with the same seeds have
         the same weights here, which cancel in their difference.
@@ -180,7 +182,7 @@ def split_seeds(value_PS: np.ndarray) -> SeedSpread:
     # The effects also vary by chance, as the mean of the residuals of so many points does.
     sharing = used_PS[known_P].sum() / max(1, (group_S >= 0).sum())
     common = max(0.0, (effect_S**2).sum() / common_free - pooled / sharing) if common_free else 0.0
-    # A borrower that varies far more than what it would borrow explains.
+    # A point that uses the pooled variance, but varies far more than the pooled variance explains.
     all_free_P = np.maximum(there_PS.sum(1) - 1, 1)
     all_P = _squares(value_PS, there_PS) / all_free_P
     astray_P = ~known_P & (all_P > OUTLIER * (pooled + common))
@@ -198,7 +200,10 @@ def split_seeds(value_PS: np.ndarray) -> SeedSpread:
 
 
 def _groups(shared_PS: np.ndarray) -> np.ndarray:
-    """The group number, from 0, of each seed; points with several seeds connect these to a group. -1: not shared."""
+    """Return the group number, from 0, of each seed; -1 if the seed is not shared.
+
+    Two seeds are in the same group if a point has both, directly or through a chain of points.
+    """
     group_S = np.full(shared_PS.shape[1], -1)
     for first in np.flatnonzero(shared_PS.any(0)):
         if group_S[first] >= 0:
@@ -211,7 +216,7 @@ def _groups(shared_PS: np.ndarray) -> np.ndarray:
 
 
 def _seed_effects(value_PS: np.ndarray, group_S: np.ndarray) -> np.ndarray:
-    """The median effect of each seed over the points, with mean 0 in each group; 0 outside of groups.
+    """Return the median effect of each seed over the points, with mean 0 in each group; 0 outside of groups.
 
     The level of a point that lacks a seed depends on the effects of its other seeds, and the effects depend on the
     levels. So both are computed in turn, a few times.
@@ -230,7 +235,7 @@ def _seed_effects(value_PS: np.ndarray, group_S: np.ndarray) -> np.ndarray:
 
 
 def _squares(value_PS: np.ndarray, used_PS: np.ndarray) -> np.ndarray:
-    """Sums of squared deviations from each point's own mean; 0 for a point without used values."""
+    """Return the sums of squared deviations from each point's own mean; 0 for a point without used values."""
     mean_P = np.where(used_PS, value_PS, 0).sum(1) / np.maximum(used_PS.sum(1), 1)
     return (np.where(used_PS, value_PS - mean_P[:, None], 0) ** 2).sum(1)
 
@@ -238,7 +243,7 @@ def _squares(value_PS: np.ndarray, used_PS: np.ndarray) -> np.ndarray:
 def _drawn_t(
     variance_P: np.ndarray, free_P: np.ndarray, pooled_P: np.ndarray, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draws of Student's t with `free_P` degrees of freedom, times the standard deviation, [B, P]; 0 if unknown."""
+    """Draw from Student's t with `free_P` degrees of freedom, times the standard deviation: [B, P]; 0 if unknown."""
     free_BP = np.broadcast_to(np.maximum(free_P, 1), (draws, len(free_P)))
     chi_BP = rng.chisquare(free_BP) / free_BP
     # Points that share an estimate of the variance share its error.
@@ -247,7 +252,7 @@ def _drawn_t(
 
 
 def _simultaneous_reach(draws_BP: np.ndarray) -> np.ndarray:
-    """Half-widths of intervals around all pairwise differences, [P, P]. In 95 % of draws, all of them hold together."""
+    """Return half-widths of intervals around all pairwise differences: [P, P]. In 95 % of draws, all hold at once."""
     points = draws_BP.shape[1]
     single_PP = np.zeros((points, points))
     largest_B = np.zeros(len(draws_BP))

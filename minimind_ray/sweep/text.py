@@ -9,7 +9,7 @@ import numpy as np
 
 
 def value_text(value: Any) -> str:
-    """A config value, short."""
+    """Return a config value as short text."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, int | float):
@@ -20,7 +20,7 @@ def value_text(value: Any) -> str:
 
 
 def number_text(x: float) -> str:
-    """The shortest text that means exactly `x`: 0.05, 8, 1e-5."""
+    """Return the shortest text that means exactly `x`: 0.05, 8, 1e-5."""
     if isinstance(x, int) or not x or 1e-3 <= abs(x) < 1e6:
         return np.format_float_positional(x, trim="-")
     return np.format_float_scientific(x, trim="-", exp_digits=1).replace("e+", "e")
@@ -33,7 +33,7 @@ def shorten(text: str, longest: int) -> str:
 
 
 def count_text(count: float) -> str:
-    """Three digits and a unit: 950, 12.5k, 1.2M."""
+    """Return a count with three digits and a unit: 950, 12.5k, 1.2M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -41,7 +41,7 @@ def count_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Return a time as hours, minutes and seconds: 1:02:03 or 2:03."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -1,4 +1,4 @@
-"""The files of a sweep, and how to read them and the results of its trials.
+"""Read the files of a sweep and the results of its trials.
 
 sweep.json          SweepInfo: the axes, the metric, and counts of shared work
 trials/<id>/        a run directory (train/run.py) for each trial, and in it
@@ -92,7 +92,7 @@ class SamplesLine(BaseModel):
 
 
 class TrialInfo(BaseModel):
-    """trial.json."""
+    """The content of trial.json."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -158,7 +158,7 @@ class Trial:
         return f"{self.state} ({self.error})" if self.state == "stopped" and self.error else self.state
 
     def best(self, metric: str) -> float | None:
-        """The metric's value at the best validation so far (see train/best.py)."""
+        """Return the metric's value at the best validation so far (see train/best.py)."""
         value = (best_validation(self.metrics) or {}).get(metric)
         return None if value is None else float(value)
 
@@ -173,12 +173,12 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        """The directory's."""
+        """The name of the sweep's directory."""
         return self.path.name
 
 
 def open_sweep(path: str | Path) -> Path:
-    """The local directory of a sweep. For a sweep in an object store, downloads all files but the checkpoints.
+    """Return the local directory of a sweep. For a sweep in an object store, download all files but the checkpoints.
 
     A relative path that does not exist here is looked up in the storage (see config/paths.py).
     """
@@ -201,12 +201,12 @@ def read_sweep(path: str | Path) -> Sweep:
     info = _read(path / "sweep.json", SweepInfo)
     trials = [read_trial(directory) for directory in sorted((path / "trials").glob("*/"))]
     if not trials:
-        raise UserError(f"{path}/trials holds no trial: none has been started yet")
+        raise UserError(f"{path}/trials holds no trial: no trial has started yet")
     for trial in trials:
         if trial.point.keys() != info.axes.keys():
             raise UserError(
-                f"{trial.path}/trial.json: its point is on {', '.join(trial.point) or 'no axis'}, but the axes of "
-                f"sweep.json are {', '.join(info.axes) or 'none'}; it belongs to another sweep"
+                f"{trial.path}/trial.json: the trial's axes are {', '.join(trial.point) or 'none'}, but the axes of "
+                f"sweep.json are {', '.join(info.axes) or 'none'}; the trial belongs to another sweep"
             )
     return Sweep(path, info, trials)
 
@@ -217,7 +217,7 @@ def read_trial(path: Path) -> Trial:
     run = _read(path / "run.json", RunInfo) if (path / "run.json").exists() else RunInfo()
     gone = run.state == "running" and not live_writer(path)
     if run.result and not inside(run.result):
-        raise UserError(f"{path}/run.json: its result {run.result!r} is no place in the run's directory")
+        raise UserError(f"{path}/run.json: its result {run.result!r} is not a path inside the run directory")
     metrics = _read_lines(path / "metrics.jsonl", MetricsLine)
     last = metrics[-1] if metrics else {"step": 0, "tokens": 0}
     timings = [m["timing"] for m in metrics if "timing" in m]
@@ -273,7 +273,7 @@ Info = TypeVar("Info", bound=BaseModel)
 
 
 def _read(path: Path, kind: type[Info]) -> Info:
-    return _checked(read_json(path, "; the directory is no trial of a sweep"), kind, str(path))
+    return _checked(read_json(path, "; the directory is not a trial of a sweep"), kind, str(path))
 
 
 def _read_lines(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:

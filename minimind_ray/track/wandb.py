@@ -78,7 +78,7 @@ class WandbTracker:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """The W&B run's id, project and mode, and online its entity and URL."""
+        """The W&B run's id, project and mode. If it is online, also its entity and URL."""
         run = self.run
         where = {"mode": "offline"} if run.offline else {"mode": "online", "entity": run.entity, "url": run.url}
         return {"id": run.id, "project": run.project, **where}

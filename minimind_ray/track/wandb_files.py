@@ -4,8 +4,8 @@
     wandb/run-DATE-ID/run-ID.wandb           was sent while the run was training
 
 After `wandb sync` has sent a whole file, it creates `run-ID.wandb.synced` next to the file, and never sends the file
-again. If a file lacks its end, because the run was killed, `wandb sync` sends the existing part and creates only
-`run-ID.wandb.syncstate`. A second `wandb sync` would send the same steps again, under other numbers.
+again. If a file is incomplete because the run was killed, `wandb sync` sends the existing part and creates only
+`run-ID.wandb.syncstate`. A second `wandb sync` would send the same steps again, under other step numbers.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ NO_KEY = NOT_ONLINE.format("there is no key: run `wandb login` or set WANDB_API_
 
 
 def check_key(config: Config) -> None:
-    """Check W&B's environment variables and key, if this machine trains the run.
+    """Check W&B's environment variables and key, if the run trains on this machine.
 
-    On a cluster the run checks them itself, because each machine has its own environment.
+    If it trains on a cluster, the run itself checks them there, because each machine has its own environment.
 
     Raises:
         UserError: `track.wandb` is online, but W&B has no key or refuses an environment variable.

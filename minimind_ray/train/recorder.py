@@ -31,7 +31,7 @@ from minimind_ray.train.writer import CheckpointWriter, HostCopy, Weights, Write
 class Recorder:
     """Writes one run's directory and its trackers, on rank 0 only.
 
-    `progress` is the loop's; the recorder keeps its `best` and `best_value` up to date.
+    The training loop owns `progress`; the recorder updates its `best` and `best_value`.
     """
 
     def __init__(self, directory: RunDirectory, progress: Progress, config: Config) -> None:
@@ -49,7 +49,7 @@ class Recorder:
     def begin(self, *, cpu: str | None, pass_tokens: int | None, base: Path | None) -> None:
         """Note in run.json how the run computes, and open the trackers.
 
-        `cpu` names the CPU's arithmetic, None where a GPU computes; see `arithmetic`. `base` is the directory of the
+        `cpu` describes the CPU's arithmetic (see `arithmetic`); None if a GPU computes. `base` is the directory of the
         model that the run starts from, for the trackers.
         """
         config, directory = self.config, self.directory
@@ -68,15 +68,15 @@ class Recorder:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody asked a tracker to stop the run."""
+        """Whether a user asked one of the trackers to stop the run."""
         return self.trackers is not None and self.trackers.stop_requested
 
     def warning(self) -> str | None:
-        """Return what went wrong with checkpoints or the object store since the last call."""
+        """Return a problem with checkpoints or the object store since the last call, or None."""
         return self.writer.pop_warning()
 
     def log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
-        """Write one line of metrics.jsonl, and what the model wrote after the same step."""
+        """Write one line of metrics.jsonl, and the sample texts of the same step."""
         self.directory.append("metrics.jsonl", dict(metrics))
         if samples:
             self.directory.append("samples.jsonl", {"step": metrics["step"], "samples": list(samples)})
@@ -95,7 +95,8 @@ class Recorder:
     ) -> None:
         """Begin to write a checkpoint of this step; with `wait`, return when it is written.
 
-        A run that `validates` has its lowest validation loss as the best; other runs have their last checkpoint.
+        The best checkpoint of a run that `validates` is the one with the lowest validation loss; that of another run is
+        its last checkpoint.
         """
         progress = self.progress
         # Wait for the previous write; if it failed, fall back to the earlier best.
@@ -135,7 +136,7 @@ class Recorder:
             self.trackers.finish(state, best)
 
     def fail(self) -> None:
-        """Close the trackers that are still open, with the run marked as failed there."""
+        """Mark the run as failed in the trackers that are still open, and close them."""
         if self.trackers:
             self.trackers.finish("failed")
 

@@ -33,7 +33,7 @@ Difference = tuple[Any, Any]
 
 
 def differences(config_file: Path, config: Config) -> dict[str, Difference]:
-    """Return, by key and sorted, the settings of `config` that differ from a run's config.yaml, without FREE_KEYS."""
+    """Return the settings of `config` that differ from a run's config.yaml, sorted by key, without FREE_KEYS."""
     found = dict(_differences(read_yaml(config_file), config.model_dump(mode="json")))
     return {key: found[key] for key in sorted(found) if not key.startswith(FREE_KEYS)}
 

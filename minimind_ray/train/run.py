@@ -51,8 +51,8 @@ LONGEST_LINE = 1 << 14
 class RunDirectory:
     """The files of one run. Only rank 0 writes, inside `writing`.
 
-    `where` is the run's path or URL. `path` is a local directory: with a URL, a local copy whose files are fetched when
-    a method needs them. Methods that use the object store may raise StoreError.
+    `where` is the run's path or URL. `path` is a local directory. For a URL it is a local copy, into which a method
+    fetches the files that it needs. Methods that use the object store may raise StoreError.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = False) -> None:
@@ -111,8 +111,8 @@ class RunDirectory:
     def live_file(self, name: str, since: float) -> Path:
         """Like `file`, but prefer the writing process's own copy if that process runs on this machine.
 
-        So a run can be followed even while the store fails. `since` is in seconds since 1970; a copy from before this
-        time was left by an earlier process and is not used.
+        So a user can watch a run even while the store fails. `since` is in seconds since 1970. A file older than
+        `since` was left by an earlier process and is not used.
         """
         if self.mirror:
             own = RunDirectory(self.where, writes=True).path / name
@@ -180,7 +180,7 @@ class RunDirectory:
             self.update(state="failed", error=error, **facts)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
-        """Add one line to a .jsonl file of the run. If the disk is full, the line is kept and written with the next."""
+        """Add one line to a .jsonl file of the run. If the disk is full, keep the line and write it with the next."""
         with self._lock:
             text = json.dumps(line, ensure_ascii=False) + "\n"
             self._unwritten[name] = self._unwritten.get(name, b"") + text.encode()
@@ -190,7 +190,7 @@ class RunDirectory:
                 self.mirror.put(name)
 
     def write_lines(self) -> None:
-        """Write the lines that are waiting. Raises OSError if the disk is full; no line is then written in part."""
+        """Write the lines that `append` could not write. Raises OSError if the disk is full; then no line is cut."""
         with self._lock:
             for name, lines in list(self._unwritten.items()):
                 path = self.path / name

@@ -80,7 +80,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def all_reduce_sums(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
     """Return each value summed over all workers, float64.
 
-    The result is on the CPU if no value is on a device and there is one worker; then a GPU need not be waited for.
+    If there is one worker and no value is a tensor, the result is on the CPU, so that the caller need not wait for a
+    GPU.
     """
     if not dist.is_initialized() and not any(isinstance(v, Tensor) for v in values):
         device = torch.device("cpu")

@@ -52,7 +52,8 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: floa
     Returns the rate of the fastest product within `seconds`, because other processes may slow some of them down.
     """
     size = 8192 if device.type == "cuda" else 1024
-    # Random numbers, because a GPU multiplies ones faster. A separate generator leaves the run's random numbers alone.
+    # Multiply random numbers, because a GPU multiplies ones faster. A separate generator does not change the run's own
+    # random numbers.
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     torch.mm(a, b)

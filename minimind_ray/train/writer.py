@@ -15,7 +15,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.train.run import RunDirectory
 
 Write = Callable[[Path], None]
-"""A function that writes files into the directory that it is given."""
+"""A function that writes files into a given directory."""
 
 
 class Weights(Protocol):
@@ -34,7 +34,7 @@ class Weights(Protocol):
 
 
 class HostCopy:
-    """Copies tensors to host memory as float32. Each call reuses the buffers of the call before."""
+    """Copies tensors to the CPU's memory as float32. Each call reuses the buffers of the previous call."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
@@ -54,8 +54,8 @@ class HostCopy:
 class CheckpointWriter:
     """Writes a run's checkpoints one at a time, and deletes old ones after each; on rank 0 only.
 
-    If a checkpoint cannot be written, the earlier ones stay and training continues. Only the loss of the run's last
-    checkpoint makes the run fail. `best` is the name of the best checkpoint that was written, and its loss.
+    If a checkpoint cannot be written, the earlier checkpoints stay and training continues. The run fails only if its
+    last checkpoint cannot be written. `best` has the name and the loss of the best checkpoint written so far.
     """
 
     def __init__(self, run: RunDirectory, keep: int, best: tuple[str | None, float]) -> None:
@@ -78,7 +78,7 @@ class CheckpointWriter:
             self.run.save_checkpoint(name, write, validation)
         except (OSError, SafetensorError) as error:
             self.lost = f"{name} could not be written to {self.run.path}: {error}"
-            earlier = "earlier ones are kept" if self.run.checkpoints() else "the run has no earlier one"
+            earlier = "earlier checkpoints are kept" if self.run.checkpoints() else "the run has no earlier checkpoint"
             self._warning = f"checkpoint {self.lost}; {earlier}, and training continues"
             return
         self.lost, self.best = None, best
@@ -106,12 +106,12 @@ class CheckpointWriter:
         """Wait for the last checkpoint.
 
         Raises:
-            UserError: it could not be written.
+            UserError: the last checkpoint could not be written.
         """
         self.settle()
         self._thread.shutdown()
         if self.lost:
             raise UserError(
-                f"the last checkpoint, {self.lost}: make room there and add --resume to the same command; "
+                f"the last checkpoint, {self.lost}: free disk space there, and add --resume to the same command; "
                 f"{self.run.resume_point()}"
             )

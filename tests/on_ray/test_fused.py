@@ -27,7 +27,7 @@ def sweep(plan: SweepPlan, *, resume: bool = False) -> dict[str, Trial]:
 
     said: list[str] = []
     run_sweep(plan, resume=resume, say=said.append, watch=lambda *event: None)
-    assert any("together in one process: as asked for" in line for line in said)
+    assert any("together in one process: fuse is " in line for line in said)
     assert_nothing_is_left()
     return {trial.id: trial for trial in read_sweep(plan.path).trials}
 

@@ -40,7 +40,7 @@ def planned(
 
 def test_a_number_is_taken_or_refused(base: Path) -> None:
     axes = {"lora.rank": "2,4", "optim.lr": "1e-3,1e-2"}
-    assert fusing_decision(planned(base, axes, {"fuse": 3})) == (3, "as asked for")
+    assert fusing_decision(planned(base, axes, {"fuse": 3})) == (3, "fuse is 3")
     assert fusing_decision(planned(base, axes, {"fuse": "off"}))[0] == 1
     with pytest.raises(UserError, match=r"fuse is 3, but .* lora.targets is not the same in all trials"):
         fusing_decision(planned(base, {"lora.targets": ["square", "all-linear"]}, {"fuse": 3}))
@@ -70,7 +70,7 @@ def test_auto_says_why(base: Path) -> None:
 def test_points_that_are_not_known_yet(base: Path) -> None:
     pytest.importorskip("optuna", reason="optuna is not installed")
     search = {"searcher": "optuna", "trials": 4, "fuse": 2}
-    assert fusing_decision(planned(base, {"lora.rank": "int(2,8)"}, search)) == (2, "as asked for")
+    assert fusing_decision(planned(base, {"lora.rank": "int(2,8)"}, search)) == (2, "fuse is 2")
     on_gpu = planned(base, {"lora.rank": "int(2,8)"}, {**search, "fuse": "auto"}, scale__gpus_per_worker=1.0)
     assert fusing_decision(on_gpu) == (4, "one trial's steps leave the GPU waiting")
     plan = planned(base, {"lora.dropout": "uniform(0.0,0.2)"}, search)

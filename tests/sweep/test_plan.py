@@ -74,17 +74,17 @@ def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"scheduler": "pbt"}, {"checkpoint__every": 50}, "checkpoint.every"),
         ("pretrain", {"optim.lr": "1e-4,1e-3"}, {"searcher": "optuna"}, {}, "needs --trials"),
         ("pretrain", {}, {"searcher": "optuna", "trials": 3}, {}, "needs an axis"),
-        ("pretrain", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing, .* trains no adapter"),
-        ("sft", {"dpo.beta": "0.1,0.2"}, {}, {}, "dpo.beta changes nothing, .* not for sft"),
-        ("dpo", {"lora.rank": "4,8"}, {}, {}, "lora.rank changes nothing, .* set dpo.lora too"),
-        ("dpo", {"schedule.decay": "0.1,0.2"}, {}, {}, "schedule.decay changes nothing, .* cosine has no such part"),
-        ("dpo", {"dpo.simpo_gamma": "0.5,1", "dpo.loss": "ipo,hinge"}, {}, {}, "dpo.simpo_gamma changes nothing"),
-        ("dpo", {"dpo.label_smoothing": "0,0.1"}, {}, {"dpo__loss": "ipo"}, "dpo.label_smoothing changes nothing"),
-        ("pretrain", {"train.epochs": "1,2"}, {}, {"train__max_steps": 5}, "train.epochs changes nothing"),
+        ("pretrain", {"lora.rank": "4,8"}, {}, {}, "lora.rank has no effect, .* trains no adapter"),
+        ("sft", {"dpo.beta": "0.1,0.2"}, {}, {}, "dpo.beta has no effect, .* not for sft"),
+        ("dpo", {"lora.rank": "4,8"}, {}, {}, "lora.rank has no effect, .* set dpo.lora too"),
+        ("dpo", {"schedule.decay": "0.1,0.2"}, {}, {}, "schedule.decay has no effect, .* cosine has no such part"),
+        ("dpo", {"dpo.simpo_gamma": "0.5,1", "dpo.loss": "ipo,hinge"}, {}, {}, "dpo.simpo_gamma has no effect"),
+        ("dpo", {"dpo.label_smoothing": "0,0.1"}, {}, {"dpo__loss": "ipo"}, "dpo.label_smoothing has no effect"),
+        ("pretrain", {"train.epochs": "1,2"}, {}, {"train__max_steps": 5}, "train.epochs has no effect"),
         ("pretrain", {"model.norm_topk_prob": "true,false"}, {}, {}, "the model has no experts"),
-        ("pretrain", {"checkpoint.keep": "1,2"}, {}, {}, "checkpoint.keep cannot be an axis: it changes nothing"),
-        ("pretrain", {"track.name": "a,b"}, {}, {}, "track.name cannot be an axis: it changes nothing"),
-        ("pretrain", {"optim.lr": "1e-4,1e-3"}, {}, {"checkpoint__every": 50}, "saves one at each validation"),
+        ("pretrain", {"checkpoint.keep": "1,2"}, {}, {}, "checkpoint.keep cannot be an axis: it does not change"),
+        ("pretrain", {"track.name": "a,b"}, {}, {}, "track.name cannot be an axis: it does not change"),
+        ("pretrain", {"optim.lr": "1e-4,1e-3"}, {}, {"checkpoint__every": 50}, "saves a checkpoint at each validation"),
         ("pretrain", {"data.cache": "true,false"}, {}, {}, "data.cache cannot be an axis"),
         (
             "pretrain",
@@ -120,7 +120,7 @@ def test_equal_trials_are_left_out_and_counted(tmp_path: Path) -> None:
     assert losses == [("sigmoid", 0.5), ("sigmoid", 0.5), ("simpo", 0.5), ("simpo", 0.5), ("simpo", 1), ("simpo", 1)]
     assert len({trial.id for trial in plan.trials}) == plan.count == 12
     assert plan.remark == (
-        "left out 4 of 16 trials: they differ from others only in dpo.simpo_gamma, which changes nothing in them"
+        "left out 4 of 16 trials: they differ from others only in dpo.simpo_gamma, which has no effect on them"
     )
     drawn = {"dpo.loss": "sigmoid,simpo", "dpo.simpo_gamma": "uniform(0.5,1)"}
     assert planned(tmp_path, drawn, {"trials": 3}, "dpo").count == 4
@@ -356,7 +356,7 @@ def test_a_sweep_can_be_reopened(tmp_path: Path) -> None:
     outs = {trial.config.out for trial in reopen_sweep(moved).trials}
     assert outs == {str(moved / "trials" / trial.id) for trial in plan.trials}
     moved.rename(plan.path)
-    with pytest.raises(UserError, match="already holds a sweep: continue it: minimind-ray tune --resume"):
+    with pytest.raises(UserError, match="already holds a sweep: continue it with minimind-ray tune --resume"):
         check_free(plan.path)
     with pytest.raises(UserError, match="holds no sweep"):
         reopen_sweep(tmp_path)

@@ -48,7 +48,7 @@ def test_a_run_that_began_again_from_a_checkpoint_is_timed_anew() -> None:
 
 def test_counts() -> None:
     progress = sweep(8)
-    assert progress.counts() == "8 trials, none has started yet"
+    assert progress.counts() == "8 trials, no trial has started yet"
     start(progress, *"abcdef")
     for id, state in zip("abcd", ("finished", "failed", "early-stopped", "stopped")):
         progress.ended(id, state)

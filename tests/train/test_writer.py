@@ -64,13 +64,13 @@ def test_a_full_disk_is_told_truly_before_the_first_checkpoint_and_after_it(tmp_
         writer.settle()
         return str(writer.pop_warning())
 
-    assert "No space left on device; the run has no earlier one, and training continues" in save(1, full)
-    with pytest.raises(UserError, match=r"make room there.*--resume.*no checkpoint, so training starts at the first"):
+    assert "No space left on device; the run has no earlier checkpoint, and training continues" in save(1, full)
+    with pytest.raises(UserError, match=r"disk space there.*--resume.*no checkpoint, so training starts at the first"):
         writer.close()
     writer = CheckpointWriter(RunDirectory(tmp_path), keep=3, best=(None, 9.0))
     save(2, lambda directory: None)
-    assert "No space left on device; earlier ones are kept" in save(3, full)
-    with pytest.raises(UserError, match=r"make room there.*--resume.*training continues from checkpoint step-00000002"):
+    assert "No space left on device; earlier checkpoints are kept" in save(3, full)
+    with pytest.raises(UserError, match=r"disk space there.*--resume.*continues from checkpoint step-00000002"):
         writer.close()
 
 
