@@ -305,7 +305,7 @@ def test_a_section_of_another_shape_is_told_beside_the_rest(name: str, path: str
 @pytest.mark.parametrize("text", ["a: 1", "provider: 3", "kind: RayCluster", "provider: {}"])
 def test_other_files_are_no_cluster_files(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"x\.yaml: (no|not a valid) cluster file"):
+    with pytest.raises(UserError, match=r"x\.yaml: not a (valid )?cluster file"):
         read_cluster(tmp_path / "x.yaml")
 
 
