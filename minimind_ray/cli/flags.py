@@ -85,7 +85,7 @@ class StageCommand(TyperCommand):
     """A command with a parameter for a stage. `{stages}` in the help of a parameter stands for the stages' names."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """The command's parameters, with the stages' names in their help."""
+        """Return the command's parameters, with the stages' names in their help."""
         from minimind_ray.config.stages import STAGES, one_of
 
         found: list[Any] = super().get_params(ctx)

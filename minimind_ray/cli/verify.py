@@ -73,14 +73,14 @@ def resume(
             settings=set_ or [], say=console.print,
         )  # fmt: skip
     host = f"{workers} Ray worker(s)" if ray else "a plain process"
-    what = f"{name} on {host}, killed after steps {', '.join(map(str, proof.kills))}"
+    summary = f"{name} on {host}, killed after steps {', '.join(map(str, proof.kills))}"
     if proof.differences:
         for difference in proof.differences:
             console.print(difference)
-        console.print(f"[red]not equal[/]: {what}")
+        console.print(f"[red]not equal[/]: {summary}")
         raise typer.Exit(1)
     console.print(f"weights {proof.sha256}")
-    console.print(f"[green]equal to the last bit[/], weights and metrics: {what}")
+    console.print(f"[green]equal to the last bit[/], weights and metrics: {summary}")
 
 
 def _console() -> Console:
@@ -93,4 +93,4 @@ def _print(finding: Finding, console: Console) -> None:
     from rich.markup import escape
 
     mark = "[green]ok[/]  " if finding.ok else "[red]bad[/] "
-    console.print(f"{mark} {finding.what:10} {escape(finding.detail)}")
+    console.print(f"{mark} {finding.check:10} {escape(finding.detail)}")

@@ -2,7 +2,8 @@
 
 
 class UserError(ValueError):
-    """Its message is a sentence: what is wrong, where (file and line, or config key), and what to do.
+    """An error that the user can correct. The message names the problem, its place (file and line, or config key), and
+    the remedy.
 
     The command line prints only the message, without a traceback.
     """

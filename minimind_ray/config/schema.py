@@ -1,8 +1,8 @@
 """The settings of a run: one strict section for each component.
 
-An unknown key or an impossible value is an error that names the key. Nothing here changes a given value. Methods
-compute the values that follow from others (such as a head's size, or the packs of a step), and raise if numbers do not
-divide. `load.py` reads YAML files into this schema; `stages.py` declares the stages and their own sections.
+An unknown key or an impossible value is an error that names the key. The schema never changes a given value. Methods
+compute derived values (such as a head's size, or the packs of a step), and raise an error if numbers do not divide.
+`load.py` reads YAML files into this schema; `stages.py` declares the stages and their own sections.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TextFiles = Literal["lines", "whole"]
 
 
 class DataConfig(Section):
-    """Where the rows come from and how they become packs."""
+    """The source files of the rows, and how the rows become packs."""
 
     train: Annotated[str | list[str] | None, Flag("--train", verbatim=True, note="may be repeated")] = Field(
         default=None, description="path, glob, folder or URL, or a list of them"
@@ -89,7 +89,7 @@ class DataConfig(Section):
     )
     direct_steps: PositiveInt = Field(
         default=64,
-        description="the first steps of a start, whose packs workers read directly while Ray Data starts",
+        description="steps at the beginning in which workers read packs directly, while Ray Data starts",
     )
     cache: bool = Field(
         default=True, description="store prepared packs on disk; false: encode and pack during training"
@@ -148,9 +148,9 @@ class RopeScaling(Section):
 class ModelShape(Section):
     """A model's complete shape, with Hugging Face's names.
 
-    Qwen3 with qk_norm and Llama without, Qwen2 with qkv_bias; with experts Qwen3-MoE and GraniteMoeShared, which is
-    MiniMind-2's MoE. The fields are also keys of section model, where all are optional; the descriptions are for users
-    of that section.
+    Without experts, the shape is Qwen3's (with qk_norm), Qwen2's (with qkv_bias) or Llama's (with neither). With
+    experts, it is Qwen3-MoE's (with qk_norm) or GraniteMoeShared's, which is also MiniMind-2's. The fields are also
+    keys of section model, where all of them are optional; the descriptions are for users of this section.
     """
 
     vocab_size: PositiveInt = Field(description="default: the tokenizer's size")
@@ -190,7 +190,7 @@ class ModelShape(Section):
         if self.qkv_bias and (self.qk_norm or self.num_experts):
             raise ValueError(
                 "model.qkv_bias needs model.qk_norm false and no model.num_experts: "
-                "it is Qwen2's, and no Hugging Face model has it together with the others as they are here"
+                "no supported Hugging Face model has these biases together with qk_norm or experts"
             )
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
@@ -200,7 +200,7 @@ class ModelShape(Section):
         if self.n_shared_experts and (self.qk_norm or not self.num_experts):
             raise ValueError(
                 "model.n_shared_experts needs model.num_experts and model.qk_norm false: "
-                "no Hugging Face model has both shared experts and Qwen3's attention as they are here"
+                "no supported Hugging Face model has both shared experts and Qwen3's attention"
             )
         if self.num_experts and not (self.qk_norm or self.norm_topk_prob):
             raise ValueError("model.norm_topk_prob must be true without qk_norm: GraniteMoeShared requires it")
@@ -252,7 +252,7 @@ class PresetConfig(Section):
         return {key: value for key, value in self.model_dump(exclude={"preset"}).items() if value is not None}
 
     def shape(self, vocab_size: int) -> ModelShape:
-        """The complete shape: the preset, the given values, and derived values.
+        """Return the complete shape: the preset, the given values, and derived values.
 
         `vocab_size` is the tokenizer's size, used if `self.vocab_size` is None.
 
@@ -290,7 +290,7 @@ class PresetConfig(Section):
 
 
 def _optional(field: FieldInfo) -> tuple[Any, Any]:
-    """The type and the value of a field of `ModelShape` that may be left out."""
+    """Return the type and the value of a field of `ModelShape` that may be left out."""
     kind: Any = field.annotation
     for bound in field.metadata:
         kind = Annotated[kind, bound]
@@ -324,7 +324,7 @@ class BatchConfig(Section):
     pass_tokens: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="most tokens in one forward pass: a worker joins the packs of a step up to this number. auto: one "
-        "pack on a CPU; on a GPU about what fits its memory, at most 131072. Experts are balanced over a pass",
+        "pack on a CPU; on a GPU about as many tokens as fit, at most 131072. Experts are balanced over a pass",
     )
 
 
@@ -533,7 +533,7 @@ class CommonConfig(Section):
         return getattr(self, self.stage) if self.record.section else None
 
     def own(self, kind: type[S]) -> S:
-        """The stage's own section. Its type must be `kind`."""
+        """Return the stage's own section. Its type must be `kind`."""
         section = self.own_section
         assert isinstance(section, kind), f"stage {self.stage} has no {kind.__name__}"
         return section
@@ -545,7 +545,7 @@ class CommonConfig(Section):
         return adapters == "always" or adapters != "never" and attrgetter(adapters)(self)
 
     def packs_per_step(self) -> int:
-        """Packs in one optimizer step, over all workers.
+        """Return the number of packs in one optimizer step, over all workers.
 
         Raises:
             UserError: batch.tokens is not a multiple of data.pack_tokens, or there are fewer packs than workers.

@@ -315,7 +315,7 @@ def _parse(content: bytes) -> Writer | None:
 
 
 def _machine() -> str | None:
-    """A name for this boot of this machine and its process namespace; None on systems other than Linux."""
+    """Return a name for this boot of this machine and its process namespace; None on systems other than Linux."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
@@ -323,7 +323,7 @@ def _machine() -> str | None:
 
 
 def _started(process: int) -> int | None:
-    """A process's start time in kernel ticks; ENDED for a zombie process, None if /proc does not show the process."""
+    """Return a process's start time in kernel ticks; ENDED for a zombie, None if /proc does not show the process."""
     try:
         state, *values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

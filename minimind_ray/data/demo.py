@@ -183,11 +183,11 @@ class Fact:
         return self.columns[self.relation.object]
 
     def statements(self, split: Split) -> list[str]:
-        """Every statement of the fact that belongs to `split`."""
+        """Return every statement of the fact that belongs to `split`."""
         return self._fill(self.phrasing.statements, self.held_statement, split)
 
     def questions(self, split: Split) -> list[str]:
-        """Every wording of the question that belongs to `split`."""
+        """Return every wording of the question that belongs to `split`."""
         return self._fill(self.phrasing.questions, self.held_question, split)
 
     def answer(self, value: str | None = None) -> str:
@@ -248,13 +248,13 @@ def write_demo(directory: str | Path, seed: int = 0) -> DemoFiles:
 
 
 def read_questions(files: DemoFiles) -> list[Question]:
-    """The ten questions that `write_demo` wrote."""
+    """Return the ten questions that `write_demo` wrote."""
     rows = [json.loads(line) for line in files.questions.read_text(encoding="utf-8").splitlines()]
     return [Question(row["question"], tuple(row["answers"]), tuple(row["others"])) for row in rows]
 
 
 def all_facts(seed: int) -> list[Fact]:
-    """Every fact in both languages. The seed decides which phrasings each fact holds out."""
+    """Return every fact in both languages. The seed decides which phrasings each fact holds out."""
     rng = Random(f"{seed} held out")
     facts: list[Fact] = []
     for relation in RELATIONS:

@@ -129,7 +129,7 @@ class RowEncoder:
             yield from self.limit(whole)
 
     def remarks(self) -> list[str]:
-        """Sentences for the user about rows left out or shortened so far, and about ignored fields."""
+        """Return sentences for the user about rows left out or shortened so far, and about ignored fields."""
         tally = self.tally
         return remarks(self.stage, self.config, tally.kept, tally.shortened, tally.too_long, self.reader.ignored)
 

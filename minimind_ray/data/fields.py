@@ -109,7 +109,7 @@ class Fields:
         return name in self._read
 
     def unread(self) -> dict[str, Any]:
-        """The present fields that were not read."""
+        """Return the present fields that were not read."""
         return {k: v for k, v in self._values.items() if k not in self._read and not is_absent(v)}
 
 

@@ -132,7 +132,7 @@ class RowReader:
                 self.formats.setdefault(row.file, (name, row.line))
 
     def _fields(self, row: Row) -> dict[str, Any]:
-        """The row's fields under standard names, without the fields of `data.ignore`."""
+        """Return the row's fields under standard names, without the fields of `data.ignore`."""
         value = row.value
         if self._left_out:
             value = {name: field for name, field in value.items() if name not in self._left_out}
@@ -168,7 +168,7 @@ def count_ignored(total: Counter[str], field: str, rows: int) -> None:
 
 
 def mixed(file: str, first: tuple[FormatName, int], other: tuple[FormatName, int]) -> str:
-    """The error message for a file with two formats."""
+    """Return the error message for a file with two formats."""
     return (
         f"{file}:{other[1]}: a row of format {other[0]}, but line {first[1]} has format {first[0]}: a file holds one "
         "format; split the file, or name the format to keep by data.format (other rows are then rejected)"
@@ -195,7 +195,7 @@ def _has_value(value: dict[str, Any], field: str) -> bool:
 
 @functools.cache
 def _in_order(kind: Kind | None) -> tuple[list[FormatName], list[FormatName]]:
-    """The formats of `kind`, and the others."""
+    """Return the formats of `kind`, and the others."""
     return (
         [name for name, format in FORMATS.items() if format.kind == kind],
         [name for name, format in FORMATS.items() if format.kind != kind],
@@ -230,8 +230,8 @@ def _other_kind(name: FormatName, value: dict[str, Any], kind: Kind) -> str:
     if stages := _stages(name):
         missing = FIRST_FIELD.get(kind, "prompt")
         return f"{missing} is missing, but {field} is there, which {' and '.join(stages)} would read"
-    what = "a prompt without an answer" if format.kind == "prompt" else "a rated answer (unpaired preference data)"
-    return f"the row is {what}, from which no stage learns"
+    content = "a prompt without an answer" if format.kind == "prompt" else "a rated answer (unpaired preference data)"
+    return f"the row is {content}, from which no stage learns"
 
 
 def _stages(name: FormatName) -> list[StageName]:
@@ -268,7 +268,7 @@ def question_of(value: dict[str, Any]) -> tuple[list[Message], list[Any] | None]
 
 
 def _until_question(turns: list[Any], where: str) -> list[Any]:
-    """The turns without the assistant's turns at the end. An empty assistant's turn marks the place for an answer."""
+    """Return the turns without the assistant's turns at the end. (An empty turn there marks the place of an answer.)"""
     end = len(turns)
     while end and isinstance(turns[end - 1], dict) and _speaker(turns[end - 1]) == "assistant":
         end -= 1
@@ -473,13 +473,13 @@ def _assistant(text: str) -> Turn:
 
 
 def _conversation(row: Fields, turns: TurnReader, value: Any, where: str) -> Conversation:
-    """The turns of a list, with the row's own system text and tools."""
+    """Return the turns of a list, with the row's own system text and tools."""
     read, tools = turns.turns(value, where)
     return _with_row(row, read, tools)
 
 
 def _with_row(row: Fields, turns: list[Turn], tools: list[Any] | None) -> Conversation:
-    """The turns with the row's own `system` and `tools`."""
+    """Return the turns with the row's own `system` and `tools`."""
     where, system = row.take("system", "system_prompt", "system_message")
     if system is not None:
         text = as_string(system, where)
@@ -495,7 +495,7 @@ def _with_row(row: Fields, turns: list[Turn], tools: list[Any] | None) -> Conver
 
 
 def _alpaca_prompt(row: Fields) -> list[Turn]:
-    """The turns before the answer: earlier questions and answers, then the instruction with its input on a new line."""
+    """Return the turns before the answer: earlier questions and answers, then the instruction and its input."""
     instruction, more = row.string("instruction"), row.string("input", "context")
     question = "\n".join(part for part in (instruction, more) if part)
     turns: list[Turn] = []
@@ -510,7 +510,7 @@ def _alpaca_prompt(row: Fields) -> list[Turn]:
 
 
 def _prompt_turns(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[Any] | None]:
-    """The turns of `prompt`: a question, a dialogue in one text, or a list of turns."""
+    """Return the turns of `prompt`: a question, a dialogue in one text, or a list of turns."""
     prompt = row.raw("prompt")
     if not isinstance(prompt, str):
         return turns.turns(prompt, "prompt")
@@ -520,7 +520,7 @@ def _prompt_turns(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[Any]
 
 
 def _optional_prompt(row: Fields, turns: TurnReader) -> tuple[list[Turn], list[Any] | None]:
-    """The turns before both answers of a pair, from `prompt`, `conversations` or `instruction`.
+    """Return the turns before both answers of a pair, from `prompt`, `conversations` or `instruction`.
 
     Empty if each answer contains these turns itself.
     """
@@ -541,7 +541,7 @@ def _is_spoken(row: Fields) -> bool:
 
 
 def _answer_turns(value: Any, where: str, turns: TurnReader, spoken: bool) -> tuple[list[Turn], list[Any] | None]:
-    """An answer: a text, a dialogue in one text, a turn, or a list of turns."""
+    """Return an answer: a text, a dialogue in one text, a turn, or a list of turns."""
     if value is None:
         raise BadRowError(f"{where} is missing")
     if not isinstance(value, str):
@@ -554,7 +554,7 @@ def _answer_turns(value: Any, where: str, turns: TurnReader, spoken: bool) -> tu
 
 
 def _joined(prompt: list[Turn], answer: list[Turn], where: str) -> list[Turn]:
-    """The prompt's turns and then the answer's. The answer may repeat the prompt's turns, or its last question.
+    """Return the prompt's turns and then the answer's. The answer may repeat the prompt's turns, or its last question.
 
     Raises:
         BadRowError: the answer begins with turns that differ from the prompt.
@@ -611,7 +611,7 @@ def _is_dialogue(text: str) -> bool:
 
 
 def _dialogue(text: str, where: str) -> list[Turn]:
-    """The turns of a dialogue in one text. A last `Assistant:` without text ends a prompt; it is not a turn."""
+    """Return the turns of a dialogue in one text. A last `Assistant:` without text ends a prompt; it is not a turn."""
     parts = SPEAKER.split(text)[1:]
     said = list(zip(parts[::2], parts[1::2], strict=True))
     if said[-1][0] == "Assistant" and not said[-1][1].strip():

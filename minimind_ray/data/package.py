@@ -173,7 +173,7 @@ def _holds_secret(file: Path, tokens: Sequence[bytes]) -> bool:
 
 
 def _tokens() -> list[bytes]:
-    """This machine's tokens, keys and passwords, from the environment and the token files of Ray and Hugging Face."""
+    """Return this machine's tokens, keys and passwords, from the environment and the token files of Ray and the Hub."""
     values = [value for name, value in os.environ.items() if TOKEN_VARIABLES.search(name)]
     for file in map(Path, TOKEN_FILES):
         try:

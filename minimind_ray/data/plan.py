@@ -39,7 +39,7 @@ class Plan(Protocol):
         ...
 
     def epoch(self, step: int) -> int | None:
-        """The epoch that `step` belongs to, from 0; None if unknown."""
+        """Return the epoch that `step` belongs to, from 0; None if unknown."""
         ...
 
 
@@ -106,7 +106,7 @@ class StepPlan:
         return self.steps_per_epoch * self.epochs if self.max_steps is None else self.max_steps
 
     def epoch(self, step: int) -> int:
-        """The epoch that `step` belongs to, from 0."""
+        """Return the epoch that `step` belongs to, from 0."""
         return step // self.steps_per_epoch
 
     def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:

@@ -85,7 +85,7 @@ class Encoding:
     split: Split | None
 
     def key(self, *content: object) -> str:
-        """The cache key of the result of a unit with this content."""
+        """Return the cache key of the result of a unit with this content."""
         config = self.config
         options = (
             config.max_seq_len, config.pack_tokens, config.long_documents, config.long_conversations,
@@ -136,7 +136,7 @@ class Prepared:
         return self.manifest.total("tokens") / max(1, self.manifest.n_packs * self.manifest.pack_tokens)
 
     def summary(self) -> str:
-        """A summary in a few lines."""
+        """Return a summary in a few lines."""
         total = self.manifest.total
         formats = f" ({', '.join(self.manifest.formats)})" if self.manifest.formats else ""
         cut = f", {total('cut'):,} cut by {total('cut_tokens'):,} tokens" if total("cut") else ""
@@ -154,7 +154,7 @@ class Prepared:
         )
 
     def remarks(self) -> list[str]:
-        """Sentences for the user about rows that were left out or shortened, and about ignored fields."""
+        """Return sentences for the user about rows that were left out or shortened, and about ignored fields."""
         total, units = self.manifest.total, self.manifest.units
         too_long = sum((Counter(unit.too_long) for unit in units), Counter[int]())
         ignored = Counter[str]()
@@ -228,7 +228,7 @@ def prepare(
 
 
 def find_prepared(stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest of the dataset if it is completely in the cache, else None. Reads no source and writes nothing.
+    """Return the manifest of the dataset if it is completely in the cache, else None. Does not read the sources.
 
     Raises:
         UserError: the sources match nothing, or the cache cannot be read.
@@ -280,7 +280,7 @@ def _manifest(
 def encoding_of(
     stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer
 ) -> tuple[Encoding, list[Source]]:
-    """The encoding of a split's rows, and the source files of the split.
+    """Return the encoding of a split's rows, and the source files of the split.
 
     Raises:
         UserError: `data.train` is not set, matches nothing, or shares a file with `data.val`.
@@ -564,11 +564,11 @@ class _Cache:
         self._filesystem, self._root = locate(url)
 
     def output(self, key: str, suffix: str) -> Any:
-        """An atomic output for a file of the unit with this key."""
+        """Return an atomic output for a file of the unit with this key."""
         return atomic_output(self._filesystem, join(self._root, "units", f"{key}.{suffix}"))
 
     def find(self, keys: Iterable[str]) -> dict[str, UnitStats]:
-        """The complete units in the cache, by key. Also removes temporary files of killed processes after a day."""
+        """Return the complete units in the cache, by key. Also remove day-old temporary files of killed processes."""
         folder = join(self._root, "units")
         listing = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         for info in listing:
@@ -583,7 +583,7 @@ class _Cache:
         return {unit.key: unit for unit in stats if unit and sizes.get(f"{unit.key}.parquet") == unit.bytes}
 
     def scan(self, source: Source) -> _Scan:
-        """The cuts of a source, from the cache if the source has not changed."""
+        """Return the cuts of a source, from the cache if the source has not changed."""
         scan = self.known_scan(source)
         if scan is None:
             scan = _scan(source)
@@ -595,7 +595,7 @@ class _Cache:
         return scan
 
     def known_scan(self, source: Source) -> _Scan | None:
-        """The cuts of a source from the cache; None if there are none or the source has changed."""
+        """Return the cuts of a source from the cache; None if there are none or the source has changed."""
         scan = self._load(_Scan, "sources", self._scan_key(source))
         return scan if scan and scan.version == source.version else None
 

@@ -198,8 +198,8 @@ def _expand(path: str, text_files: TextFiles) -> list[Source]:
         and (info.path == inner or not (_hidden(info.path, inner) or _beside_data(info.base_name)))
     ]
     if not matches:
-        what = "the folder has" if info.type == fs.FileType.Directory else "the pattern matches"
-        raise UserError(f"{path}: {what} no files of the formats {FORMATS}")
+        subject = "the folder has" if info.type == fs.FileType.Directory else "the pattern matches"
+        raise UserError(f"{path}: {subject} no files of the formats {FORMATS}")
     return matches
 
 
@@ -219,7 +219,7 @@ def _version(filesystem: fs.FileSystem, info: fs.FileInfo) -> str:
 
 
 def current_version(source: Source) -> str:
-    """The file's version now. The file has changed if it differs from `source.version`."""
+    """Return the file's version now. The file has changed if it differs from `source.version`."""
     filesystem, path = locate(source.path)
     return _version(filesystem, filesystem.get_file_info(path))
 

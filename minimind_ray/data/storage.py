@@ -101,44 +101,45 @@ def patience() -> float:
     return float(os.environ.get("MINIMIND_STORE_PATIENCE", 300))
 
 
-def retry(work: Callable[[], T], what: str, note: str = "") -> T:
+def retry(work: Callable[[], T], subject: str, note: str = "") -> T:
     """Call `work` and return its result. Repeat the call, with growing pauses, while it raises OSError.
 
     Raises:
         FileNotFoundError: the file does not exist.
         StoreError: the store still fails after `patience()` seconds, or refuses the request for good. The message
-            begins with `what` and ends with `note`.
+            begins with `subject` and ends with `note`.
     """
     deadline, pause = time.monotonic() + patience(), 0.5
     while True:
         try:
-            with _notice(what):
+            with _notice(subject):
                 return work()
         except FileNotFoundError:
             raise
         except OSError as error:
             if why := _refusal(error):
-                raise StoreError(f"{what}: {why} ({one_line(error)}){note}") from None
+                raise StoreError(f"{subject}: {why} ({one_line(error)}){note}") from None
             if time.monotonic() + pause > deadline:
-                raise StoreError(f"{what}: the object store request failed: {one_line(error)}{note}") from None
+                raise StoreError(f"{subject}: the object store request failed: {one_line(error)}{note}") from None
             _say(
-                "failing", f"{what}: the object store fails and is tried again for {patience():g} s: {one_line(error)}"
+                "failing",
+                f"{subject}: the object store fails and is tried again for {patience():g} s: {one_line(error)}",
             )
         time.sleep(pause)
         pause = min(2 * pause, 30)
 
 
 def _refusal(error: OSError) -> str | None:
-    """The reason if the store refuses the request for good; None if a retry may succeed."""
+    """Return the reason if the store refuses the request for good; None if a retry may succeed."""
     if isinstance(error, PermissionError):
         return "the credentials do not allow it"
     return next((why for pattern, why in REFUSALS.items() if re.search(pattern, str(error))), None)
 
 
 @contextmanager
-def _notice(what: str) -> Generator[None]:
+def _notice(subject: str) -> Generator[None]:
     """Print the name of a request that takes longer than NOTICE_S."""
-    timer = threading.Timer(NOTICE_S, _say, ("waiting", f"waiting for {what}"))
+    timer = threading.Timer(NOTICE_S, _say, ("waiting", f"waiting for {subject}"))
     timer.daemon = True
     timer.start()
     try:
@@ -227,7 +228,7 @@ class Mirror:
         self._warning: str | None = None
 
     def files(self, under: str = "") -> dict[str, fs.FileInfo]:
-        """The store's files in the directory, or in its folder `under`, by their paths relative to the directory.
+        """Return the store's files in the directory, or in its folder `under`, by path relative to the directory.
 
         Raises:
             UserError: the bucket does not exist.
@@ -267,7 +268,7 @@ class Mirror:
         return self.path / name
 
     def tail(self, name: str, size: int) -> bytes:
-        """The last `size` bytes of a file in the store. Does not retry: raises OSError if the request fails."""
+        """Return the last `size` bytes of a file in the store. Does not retry: raises OSError if the request fails."""
         with self.filesystem.open_input_file(join(self.root, name)) as file:
             file.seek(max(0, file.size() - size))
             return file.read()
@@ -462,7 +463,7 @@ def _mirror(url: str, path: Path) -> Mirror:
 
 
 def mirror_of(where: str | Path, kind: Literal["read", "work"] = "read") -> Mirror | None:
-    """The mirror of a URL, or of the URL whose local copy this path is; None for any other local path.
+    """Return the mirror of a URL, or of the URL whose local copy this path is; None for any other local path.
 
     All calls in a process return the same object for the same URL.
     """
@@ -479,7 +480,7 @@ def _hidden(name: str) -> bool:
 
 
 def _mark(name: str) -> str | None:
-    """The name of the mark of the checkpoint that a file belongs to; None for a file outside of checkpoints."""
+    """Return the name of the mark of the checkpoint that a file belongs to; None for a file outside of checkpoints."""
     parts = name.split("/")
     return join(parts[0], parts[1], MARK) if parts[0] == "checkpoints" and len(parts) > 2 else None
 
@@ -522,7 +523,7 @@ class StoreFlag:
 
 
 def flag(where: str | Path, name: str) -> Flag:
-    """The flag of this name in a directory or at a URL."""
+    """Return the flag of this name in a directory or at a URL."""
     mirror = mirror_of(where)
     return StoreFlag(mirror, name) if mirror else Path(where) / name
 

@@ -80,7 +80,7 @@ class Manifest(Section):
     units: tuple[UnitStats, ...]
 
     def total(self, count: str) -> int:
-        """The sum of a count over all units."""
+        """Return the sum of a count over all units."""
         return sum(getattr(unit, count) for unit in self.units)
 
     @property
@@ -187,7 +187,7 @@ SHARD_SCHEMAS = (pack_schema(2**16), pack_schema(2**32))
 
 
 def column_schema(column: Column) -> pa.Schema:
-    """The schema of a column's file: one list of values for each pack."""
+    """Return the schema of a column's file: one list of values for each pack."""
     return pa.schema({column.name: pa.list_(pa.from_numpy_dtype(column.dtype))})
 
 

@@ -34,7 +34,7 @@ class StreamPlan:
     packs_per_epoch: None = None  # not known in advance
 
     def epoch(self, step: int) -> None:
-        """None: epochs end in the middle of steps."""
+        """Return None, because epochs end in the middle of steps."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Stream:
         return hashlib.blake2b("".join(unit.key for unit in self.units).encode(), digest_size=20).hexdigest()
 
     def order(self, epoch: int) -> list[int]:
-        """The indices of the units in the order of this epoch."""
+        """Return the indices of the units in the order of this epoch."""
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.units)).tolist()
 
     def unit_tables(self, index: int) -> Iterator[pa.Table]:
-        """The packs of a unit, each as a table with one row, as in a prepared dataset.
+        """Yield the packs of a unit, each as a table with one row, as in a prepared dataset.
 
         Raises:
             UserError: the unit has more than one bad row and more than `data.max_reject_fraction` allows, or the file

@@ -159,7 +159,7 @@ class _Process:
         except (BrokenPipeError, EOFError):
             self._popen.wait()
         finally:
-            if len(answers) < len(requests):  # After Ctrl-C, too: the next request must not get this one's answer.
+            if len(answers) < len(requests):  # Also after Ctrl-C: the next request must not get old answers.
                 self._end()
         return answers
 

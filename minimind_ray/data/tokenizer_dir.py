@@ -38,7 +38,7 @@ class Rebuilt(NamedTuple):
 
 
 def read_tokenizer(folder: Path) -> tuple[str, Json]:
-    """The text of tokenizer.json, and the content of tokenizer_config.json with the chat templates added.
+    """Return the text of tokenizer.json, and the content of tokenizer_config.json with the chat templates added.
 
     Both already contain the changes that transformers would make.
 
@@ -65,7 +65,7 @@ def read_tokenizer(folder: Path) -> tuple[str, Json]:
 
 
 def read_own(file: Path) -> str:
-    """The text of a file of the directory.
+    """Return the text of a file of the directory.
 
     Raises:
         UserError: the file is missing, is a link to another place, or is not text.
@@ -75,7 +75,7 @@ def read_own(file: Path) -> str:
 
 
 def token_name(settings: Json, key: str, where: str) -> str | None:
-    """The content of a token setting such as `eos_token` in tokenizer_config.json; None if it is missing.
+    """Return the content of a token setting such as `eos_token` in tokenizer_config.json; None if it is missing.
 
     Raises:
         UserError: the token is not a string.
@@ -124,7 +124,7 @@ def _resolve(definition: str, layout: Json, settings: Json, cls: str, where: str
 
 
 def _new_tokens(layout: Json, settings: Json, named: list[str]) -> list[AddedToken]:
-    """The tokens of tokenizer_config.json that tokenizer.json lacks or describes differently."""
+    """Return the tokens of tokenizer_config.json that tokenizer.json lacks or describes differently."""
     there = {token["content"]: token for token in layout.get("added_tokens") or []}
     listed: list[Json] = [
         {**token, "id": int(id)}
@@ -140,7 +140,7 @@ def _new_tokens(layout: Json, settings: Json, named: list[str]) -> list[AddedTok
 
 
 def _named_tokens(settings: Json, names: Mapping[str, str | None]) -> list[str]:
-    """The content of every special token that tokenizer_config.json names."""
+    """Return the content of every special token that tokenizer_config.json names."""
     extra: Any = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     more: list[Any] = list(cast(Json, extra).values() if isinstance(extra, dict) else extra)
     more += [value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)]
@@ -152,7 +152,7 @@ def _named_tokens(settings: Json, names: Mapping[str, str | None]) -> list[str]:
 
 
 def _class_of(folder: Path, layout: Json, settings: Json) -> str:
-    """The name of the tokenizer class without "Fast"; `AS_IS` if it uses tokenizer.json unchanged."""
+    """Return the name of the tokenizer class without "Fast"; `AS_IS` if it uses tokenizer.json unchanged."""
     config = read_json(folder / "config.json", NO_TOKENIZER) if (folder / "config.json").exists() else {}
     model_type = str(config.get("model_type"))
     given = settings.get("tokenizer_class") or config.get("tokenizer_class")

@@ -181,7 +181,7 @@ def _is_plain(values: dict[str, Any]) -> bool:
 
 
 def take_tools(fields: Fields) -> list[Any] | None:
-    """The field `tools`, or OpenAI's older `functions` in the form of tools; None if the row has neither.
+    """Return the field `tools`, or OpenAI's older `functions` in the form of tools; None if the row has neither.
 
     Raises:
         BadRowError: the value is not a list of objects, or both fields are given.
@@ -212,7 +212,7 @@ def _content(fields: Fields) -> str | list[Any] | None:
 
 
 def _calls(fields: Fields) -> list[dict[str, Any]] | None:
-    """The field `tool_calls`, or OpenAI's older `function_call` in the form of tool calls; None without either."""
+    """Return the field `tool_calls`, or OpenAI's older `function_call` in the form of tool calls, or None."""
     where, calls = fields.take("tool_calls")
     older, call = fields.take("function_call")
     if calls is not None and call is not None:

@@ -39,7 +39,7 @@ from minimind_ray.train.run import RunDirectory, damage, file_sha256, resolve_mo
 class Finding:
     """The result of one check."""
 
-    what: str
+    check: str
     ok: bool
     detail: str
 

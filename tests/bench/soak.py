@@ -126,7 +126,7 @@ def soak(directory: Path, arguments: argparse.Namespace) -> int:
         return 1
     logged_steps = [line["step"] for line in RunDirectory(run).metrics()]
     whole = logged_steps == list(range(1, steps + 1))
-    findings = {finding.what: finding for finding in check_checkpoint(RunDirectory(run).checkpoints()[-1])}
+    findings = {finding.check: finding for finding in check_checkpoint(RunDirectory(run).checkpoints()[-1])}
     loss, spread = final_loss(run), max(quiet) - min(quiet)
     near = abs(loss - quiet[0]) <= spread
     settled = memory[len(memory) // 4 :]

@@ -33,7 +33,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 
 
 def bad(run: Path) -> dict[str, str]:
-    return {finding.what: finding.detail for finding in check_checkpoint(run) if not finding.ok}
+    return {finding.check: finding.detail for finding in check_checkpoint(run) if not finding.ok}
 
 
 @pytest.mark.unit
