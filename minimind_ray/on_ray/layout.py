@@ -38,7 +38,7 @@ def trials_that_fit(found: Machines, scale: ScaleConfig) -> int:
     else:
         fit = next(n for n in count() if found.workers(scale, spare_cpus=n + 1) < (n + 1) * scale.most)
     if not fit:
-        have, spare = found.resources(), " and 1 CPU beside" if scale.most > 1 else ""
+        have, spare = found.resources(), " and 1 more CPU" if scale.most > 1 else ""
         raise UserError(
             f"one trial needs {scale.most} worker(s) of {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} "
             f"GPUs{spare}, which the cluster's {have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {found.most} node(s) "

@@ -402,13 +402,13 @@ def _worker(job: Job, first: int, notices: bool) -> list[str]:
     """
     torch.set_num_threads(max(1, int(job.config.scale.cpus_per_worker)))
     context = RayTrainContext(job.config.out, notices=notices)
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as background:
 
         def steps(start: int) -> Iterator[list[Pack]]:
             own = islice(job.steps(context.rank, context.world_size, start), first - start)
             yield from islice(own, 1)
             # After the first own step, start Ray Data in a thread. Meanwhile the worker trains its other own steps.
-            shares = beside.submit(_rows_of_worker) if first < job.plan.steps else None
+            shares = background.submit(_rows_of_worker) if first < job.plan.steps else None
             yield from own
             if shares:
                 yield from read_shares(shares.result(), job, first, context.rank)

@@ -284,7 +284,7 @@ def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -
     open_sweep(plan.path)
     (plan.path / "trials").mkdir(parents=True, exist_ok=True)
     for path in (plan.path / "trials").iterdir():
-        # An earlier process died while it made this directory, so none of its trials has begun.
+        # A trial without metrics was made by an earlier process that died before any trial began.
         if (path / "trial.json").exists() and not any(RunDirectory(path).metrics()):
             shutil.rmtree(path)
             remove(url_of(path))

@@ -95,8 +95,8 @@ class Recorder:
     ) -> None:
         """Begin to write a checkpoint of this step; with `wait`, return when it is written.
 
-        The best checkpoint of a run that `validates` is the one with the lowest validation loss; that of another run is
-        its last checkpoint.
+        In a run that `validates`, the checkpoint with the lowest validation loss is the best. In other runs, the last
+        checkpoint is the best.
         """
         progress = self.progress
         # Wait for the previous write; if it failed, fall back to the earlier best.

@@ -52,7 +52,7 @@ class HostCopy:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints one at a time, and deletes old ones after each; on rank 0 only.
+    """Writes a run's checkpoints one after another, and deletes old checkpoints after each; on rank 0 only.
 
     If a checkpoint cannot be written, the earlier checkpoints stay and training continues. The run fails only if its
     last checkpoint cannot be written. `best` has the name and the loss of the best checkpoint written so far.
