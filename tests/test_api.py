@@ -101,8 +101,6 @@ def test_the_example_of_the_readme(
 
     example, chinese = map(_example, ("README.md", "README_zh.md"))
     assert example == chinese
-    for name in ("start_ray", "stop_ray"):  # The session's Ray is there and stays.
-        monkeypatch.setattr(f"minimind_ray.on_ray.session.{name}", lambda *cpus: None)
     monkeypatch.chdir(tmp_path)
     make_tokenizer(tmp_path / "tokenizer")
     for stage in ("pretrain", "sft"):

@@ -199,8 +199,7 @@ def test_ray_beside_a_plain_process(bench: Bench, ray_address: None) -> None:
 
 @pytest.mark.long
 @pytest.mark.ray
-def test_sweep(bench: Bench, ray_address: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.bench.sweep.stop_ray", lambda: None)  # It is the session's.
+def test_sweep(bench: Bench, ray_address: None) -> None:
     found = bench("sweep --pairs 20 --betas 0.1 --seeds 1")["sweep"]["seconds"]
     assert list(found) == ["sweep", "steps of trials", "1 x train dpo --ray", "1 x train dpo --no-ray"]
     assert all_positive(found)

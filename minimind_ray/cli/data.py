@@ -91,10 +91,9 @@ def prepare(
                 return run_units_here(units, encoding)
             # Start Ray only if there is work, because it takes seconds.
             from minimind_ray.on_ray.prepare import run_units_on_ray
-            from minimind_ray.on_ray.session import start_ray, stop_ray
+            from minimind_ray.on_ray.session import ray_running
 
-            start_ray()
-            stack.callback(stop_ray)
+            stack.enter_context(ray_running())
             return run_units_on_ray(units, encoding)
 
         for split in splits:

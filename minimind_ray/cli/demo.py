@@ -24,15 +24,19 @@ def demo(
     A second call skips finished steps.
     """
     import time
+    from contextlib import nullcontext
 
     from rich.console import Console
 
     from minimind_ray.cli.run import run_recipe
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import output_path
+    from minimind_ray.config.schema import ScaleConfig
     from minimind_ray.data.demo import write_demo
     from minimind_ray.data.files import join
     from minimind_ray.data.storage import copy_of, mirror_of, require_writable
+    from minimind_ray.on_ray.session import local_cpus, ray_running
+    from minimind_ray.stages.recipe import read_recipe
 
     started = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
@@ -49,14 +53,19 @@ def demo(
     files = write_demo(copy_of(data)).directory
     if mirror := mirror_of(data):
         mirror.put(*(str(file.relative_to(files)) for file in files.rglob("*") if file.is_file()))
-    run_recipe(recipe, data, runs, {}, ray=ray)
-    sweep_beta(out, console)
+    # One Ray for the recipe and the sweep. The recipe's workers need more logical CPUs than the sweep's trials.
+    scale = ScaleConfig(**read_recipe(recipe).settings["scale"])
+    with ray_running(local_cpus(scale)) if ray else nullcontext():
+        run_recipe(recipe, data, runs, {}, ray=ray)
+        sweep_beta(out, console)
     ask_questions(out, console)
     console.print(f"the demo took {time.monotonic() - started:.0f} s")
 
 
 def sweep_beta(out: str, console: Console) -> None:
     """Sweep over two values of DPO's beta with two seeds each, starting from the fine-tuned model."""
+    import os
+
     from minimind_ray.cli.tune import print_results, run_plan
     from minimind_ray.data.files import join
     from minimind_ray.stages.recipe import set_aside
@@ -83,7 +92,13 @@ def sweep_beta(out: str, console: Console) -> None:
             return
     settings = {f"data.{split}": join(out, "data", "dpo", f"{split}.jsonl") for split in ("train", "val")}
     settings["init_from"] = join(out, "runs", "sft")
-    request = SweepRequest(file=EXPERIMENTS / "sweeps" / "quickstart.yaml", settings=settings, out=str(path))
+    request = SweepRequest(
+        file=EXPERIMENTS / "sweeps" / "quickstart.yaml",
+        settings=settings,
+        # On this machine Ray has more logical CPUs than there are cores; see `demo`.
+        search={"concurrent": None if "RAY_ADDRESS" in os.environ else os.cpu_count()},
+        out=str(path),
+    )
     run_plan(request.plan(), resume=False)
 
 

@@ -32,17 +32,14 @@ def doctor(
     from minimind_ray.config.paths import STORAGE, masked
     from minimind_ray.on_ray.cluster.check import Finding
     from minimind_ray.on_ray.cluster.doctor import diagnose, examine_cluster, examine_here
-    from minimind_ray.on_ray.session import machines, start_ray, stop_ray
+    from minimind_ray.on_ray.session import machines, ray_running
 
     storage = storage or [url for url in [os.environ.get(STORAGE)] if url]
     more: list[Finding] = []
     if "RAY_ADDRESS" in os.environ:
-        start_ray()
-        try:
+        with ray_running():
             nodes, more = examine_cluster(storage)
             may_come = machines().most
-        finally:
-            stop_ray()
     else:
         nodes, may_come = examine_here(storage), 0
     console = Console(highlight=False)

@@ -36,16 +36,13 @@ def host(scales: Sequence[ScaleConfig], *, ray: bool) -> Generator[tuple[Host, C
             require_gpus_here(scale)
         yield Host(), run_here
         return
-    from minimind_ray.on_ray.session import local_cpus, require_resources, start_ray, stop_ray
+    from minimind_ray.on_ray.session import local_cpus, ray_running, require_resources
     from minimind_ray.on_ray.trainer import RAY_HOST, train_on_ray
 
-    start_ray(max(map(local_cpus, scales)))
-    try:
+    with ray_running(max(map(local_cpus, scales))):
         for scale in scales:
             require_resources(scale)
         yield RAY_HOST, train_on_ray
-    finally:
-        stop_ray()
 
 
 def train_stage(

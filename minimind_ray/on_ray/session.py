@@ -11,9 +11,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,27 @@ Ending = Literal["by itself", "interrupted", "out of time"]
 ANSWER_SECONDS = 2.0
 
 
+@contextmanager
+def ray_running(cpus: int | None = None) -> Generator[None]:
+    """Keep Ray running while inside. Ray starts and ends here, unless it already runs in this process.
+
+    So an outer block keeps one Ray for several runs; then the outer block's `cpus` count.
+
+    Raises:
+        UserError: as `start_ray`.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    start_ray(cpus)
+    try:
+        yield
+    finally:
+        stop_ray()
+
+
 def start_ray(cpus: int | None = None) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray here with `cpus` logical CPUs (default: all).
 
@@ -41,8 +62,6 @@ def start_ray(cpus: int | None = None) -> None:
     """
     import ray
 
-    if ray.is_initialized():
-        return
     logging.getLogger("ray").setLevel(logging.ERROR)
     keep_token_private()
     with _own_sessions():

@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 from minimind_ray.data.claim import claimed, require_free
 from minimind_ray.data.storage import require_writable, url_of
-from minimind_ray.on_ray import session
 from minimind_ray.on_ray.layout import layout
-from minimind_ray.on_ray.session import Ending
+from minimind_ray.on_ray.session import Ending, local_cpus, ray_running
 from minimind_ray.on_ray.trainer import RAY_HOST
 from minimind_ray.on_ray.tuner import Search, Watch, concurrent_trials, is_done, put_bases, run_trials
 from minimind_ray.stages.run import Job
@@ -76,12 +75,9 @@ def sweep_on_ray(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], b
     if gone := [trial for trial in plan.trials if RunDirectory(trial.config.out).state() == GONE]:
         say(f"{len(gone)} trial(s) were running when the sweep's process ended; they resume from their checkpoints")
     # This file's imports import torch, which must happen before Ray joins a cluster; see on_ray/host.py.
-    session.start_ray(session.local_cpus(plan.base.scale) if plan.base.scale.most > 1 else None)
-    try:
-        with claimed(url_of(plan.path)), board:
-            return run_sweep(plan, resume=resume, say=say, watch=board.watch)
-    finally:
-        session.stop_ray()
+    cpus = local_cpus(plan.base.scale) if plan.base.scale.most > 1 else None
+    with ray_running(cpus), claimed(url_of(plan.path)), board:
+        return run_sweep(plan, resume=resume, say=say, watch=board.watch)
 
 
 def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watch: Watch) -> Ending:

@@ -18,7 +18,7 @@ from pathlib import Path
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import SearchConfig
 from minimind_ray.data.shipped import resolve_paths
-from minimind_ray.on_ray.session import start_ray, stop_ray
+from minimind_ray.on_ray.session import ray_running
 from minimind_ray.stages.run import prepare_job
 from minimind_ray.sweep.axes import parse_axis
 from minimind_ray.sweep.plan import plan_sweep
@@ -51,26 +51,25 @@ def measure_sweep(args: Namespace, report: Report, scratch: Path) -> None:
     settings = ["--set", f"eval.every={every}"]
 
     start = time.perf_counter()
-    start_ray(2)
-    print(f"Ray's start {time.perf_counter() - start:.1f} s")
-    search = SearchConfig(seeds=args.seeds)
-    eval_ = base.eval.model_copy(update={"every": every})
-    plan = plan_sweep(
-        scratch / "sweep", base.model_copy(update={"eval": eval_}), [parse_axis("dpo.beta", betas)], search
-    )
-    begun: dict[Path, float] = {}
-    ended: dict[Path, float] = {}
+    with ray_running(2):
+        print(f"Ray's start {time.perf_counter() - start:.1f} s")
+        search = SearchConfig(seeds=args.seeds)
+        eval_ = base.eval.model_copy(update={"every": every})
+        plan = plan_sweep(
+            scratch / "sweep", base.model_copy(update={"eval": eval_}), [parse_axis("dpo.beta", betas)], search
+        )
+        begun: dict[Path, float] = {}
+        ended: dict[Path, float] = {}
 
-    def watch(trial: Path, event: str, metrics: object) -> None:
-        if event == "started":
-            begun[trial] = time.perf_counter()
-        elif event == "ended":
-            ended[trial] = time.perf_counter()
+        def watch(trial: Path, event: str, metrics: object) -> None:
+            if event == "started":
+                begun[trial] = time.perf_counter()
+            elif event == "ended":
+                ended[trial] = time.perf_counter()
 
-    start = time.perf_counter()
-    run_sweep(plan, resume=False, say=print, watch=watch)
-    wall = time.perf_counter() - start
-    stop_ray()
+        start = time.perf_counter()
+        run_sweep(plan, resume=False, say=print, watch=watch)
+        wall = time.perf_counter() - start
     assert len(ended) == len(points)
     steps = sum(training_seconds(trial) for trial in ended)
     trials = sum(ended[trial] - begun[trial] for trial in ended)

@@ -21,6 +21,7 @@ from minimind_ray.on_ray.session import (
     free_left_groups,
     is_single_node,
     machines,
+    ray_running,
     require_cpus,
     require_own_gpus,
     require_resources,
@@ -173,6 +174,22 @@ def test_a_start_that_timed_out_is_tried_once_more(slow: int, monkeypatch: pytes
     with nullcontext() if slow == 1 else pytest.raises(UserError, match="could not start .* busy"):
         start_ray(2)
     assert len(starts) == 2 and starts[0] == starts[1]
+
+
+def test_one_ray_serves_all_runs_of_an_outer_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[int | None] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: bool(running))
+    monkeypatch.setattr("minimind_ray.on_ray.session.start_ray", running.append)
+    monkeypatch.setattr("minimind_ray.on_ray.session.stop_ray", running.clear)
+    with pytest.raises(UserError, match="no data"), ray_running(4):
+        for cpus in (2, 8):
+            with ray_running(cpus):
+                pass
+            assert running == [4]
+        raise UserError("no data")
+    assert not running
+    with ray_running():
+        assert running == [None]
 
 
 def test_workers_do_not_share_a_gpu_that_none_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
