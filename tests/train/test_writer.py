@@ -183,7 +183,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_a_resume_ends_it_we
     job = job_on(disk, tmp_path)
     run = RunDirectory(start(job))
     context = FullAfter(disk, full=4, room=None)
-    with pytest.raises(UserError, match=r"the last checkpoint, step-00000012 .*No space left.*make room.*--resume"):
+    with pytest.raises(UserError, match=r"the last checkpoint, step-00000012 .*No space left.*disk space.*--resume"):
         job.run(context, job.data(context))
     assert [path.name for path in run.checkpoints()] == ["step-00000002", "step-00000004"]
     assert all(sound(path) for path in run.checkpoints())
