@@ -23,7 +23,9 @@ from minimind_ray.sweep.statistics import Statistics, statistics
 from minimind_ray.sweep.text import shorten, value_text
 from minimind_ray.sweep.trials import Sweep, Trial, Validation
 
-Verdict = Literal["best", "better", "worse", "not distinguishable"]
+ONE_SEED = "differs on these examples; one seed"
+Verdict = str
+"""One of "best", "better", "worse", "not distinguishable", "equal within M" (with a margin M), and ONE_SEED."""
 LEAST_EXAMPLES = 5
 """With fewer examples the intervals are too narrow. In simulations with 4 equal points, all intervals together held the
 truth in 92 % of cases with 5 examples, in 80 % with 3, and in 70 % with 2."""
@@ -53,8 +55,13 @@ class Interval:
 class Row:
     """A point with all its seeds.
 
-    `metric` is the mean over seeds. `difference` is this point minus the best point. `trials` are all trials of the
-    point; `compared` are the trials whose validation counts. `cost` is None without a price.
+    `metric` is the point's value over its seeds. `difference` is this point minus the best point, with an interval that
+    holds for all pairs of points at once. `vs_best` is the same difference with an interval that holds for all
+    comparisons with the best at once. `may_be_best` is False if the point is worse than another point.
+
+    `trials` are all trials of the point; `compared` are the trials whose validation counts. Of these, `seeds` finished
+    and `stopped_seeds` were stopped. `left_out` names each other trial, and the reason why it does not count.
+    `cost` is None without a price.
     """
 
     sweep: str
@@ -64,7 +71,12 @@ class Row:
     compared: tuple[Trial, ...]
     metric: Interval | None
     difference: Interval | None
+    vs_best: Interval | None
     verdict: Verdict | None
+    may_be_best: bool
+    seeds: int
+    stopped_seeds: int
+    left_out: tuple[tuple[str, str], ...]
     tokens: int
     seconds: float
     cost: float | None
@@ -72,10 +84,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class More:
+    """How many more seeds or examples would decide a pair of points, if the difference stays as observed.
+
+    `pair` holds the labels of the best point and the other point. `seeds` is the number of seeds for each of the two
+    points on the same examples, `examples` the number of validation examples with the same seeds. Each is None if no
+    number would do; then `why` says what stands in the way. `seconds` and `cost` are for the seeds to add.
+    """
+
+    pair: tuple[str, str]
+    seeds: int | None
+    examples: int | None
+    why: str
+    seconds: float | None
+    cost: float | None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All points, best first. Rows with a verdict come first; for these, `difference_PP[i, j]` is row i minus row j.
 
     With fewer than LEAST_EXAMPLES examples, no row has bounds, and `low_PP` and `high_PP` have no meaning.
+
+    `clusters` counts the independent groups of examples, `cluster_noun` names them, such as "documents". `headline` is
+    the best point's value, corrected for having been picked from several. `more` says what would decide the pairs that
+    are not distinguishable. `method` describes how the intervals were computed. `margin` is 0 if none was asked for.
     """
 
     metric: str
@@ -83,7 +116,13 @@ class Comparison:
     keys: list[str]
     rows: list[Row]
     examples: int
+    clusters: int
+    cluster_noun: str
     notes: list[str]
+    method: str
+    headline: Interval | None
+    more: list[More]
+    margin: float
     difference_PP: np.ndarray
     low_PP: np.ndarray
     high_PP: np.ndarray
@@ -105,7 +144,7 @@ class Comparison:
         return min(max(1 - math.floor(math.log10(narrowest)), 2), 6)
 
 
-def compare(sweeps: Sequence[Sweep]) -> Comparison:
+def compare(sweeps: Sequence[Sweep], *, margin: float = 0.0) -> Comparison:
     """Compare all points of all `sweeps` in one table.
 
     A point's finished trials count. If it has none, its stopped trials count with their last validation. Points without
@@ -122,9 +161,8 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
     groups = [(sweep, trials) for sweep in sweeps for trials in _by_point(sweep)]
     counted = [trials for _, all_trials in groups if (trials := _countable(all_trials))]
     if not counted:
-        rows = [_row(sweep, trials, keys, metric) for sweep, trials in groups]
-        nothing = np.zeros((0, 0))
-        return Comparison(metric, mode, keys, _by_metric(rows, sign), 0, _notes(rows), nothing, nothing, nothing)
+        rows = _by_metric([_row(sweep, trials, keys, metric) for sweep, trials in groups], sign)
+        return _without_statistics(metric, mode, keys, rows, margin)
 
     trials_T = [trial for trials in counted for trial in trials]
     check_same_examples(trials_T)
@@ -148,12 +186,14 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
             continue
         p = len(measured)
         value = _value(found, p, metric) if judged else Interval(float(found.mean_P[p]))
-        measured[p] = row = replace(row, compared=tuple(compared), metric=value, verdict="best")
+        measured[p] = row = replace(row, compared=tuple(compared), metric=value, verdict="best", may_be_best=True)
         if p != best:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
             difference = Interval(float(found.difference_PP[p, best]), *((low, high) if judged else ()))
             verdict = _verdict(*sorted((sign * low, sign * high))) if judged else "not distinguishable"
-            measured[p] = replace(row, difference=difference, verdict=verdict)
+            measured[p] = replace(
+                row, difference=difference, vs_best=difference, verdict=verdict, may_be_best=verdict != "worse"
+            )
     rows = [measured[p] for p in order] + _by_metric(others, sign)
     notes = _notes(rows)
     if not judged:
@@ -161,9 +201,19 @@ def compare(sweeps: Sequence[Sweep]) -> Comparison:
                      "data.val_fraction.")  # fmt: skip
     pick = np.ix_(order, order)
     return Comparison(
-        metric, mode, keys, rows, examples, notes,
+        metric, mode, keys, rows, examples, examples, "examples", notes, METHOD, rows[0].metric, [], margin,
         found.difference_PP[pick], found.low_PP[pick], found.high_PP[pick],
     )  # fmt: skip
+
+
+def _without_statistics(
+    metric: str, mode: Literal["min", "max"], keys: list[str], rows: list[Row], margin: float
+) -> Comparison:
+    """Return the table of sweeps in which no trial can be compared yet."""
+    nothing = np.zeros((0, 0))
+    return Comparison(
+        metric, mode, keys, rows, 0, 0, "examples", _notes(rows), "", None, [], margin, nothing, nothing, nothing
+    )
 
 
 def _value(found: Statistics, p: int, metric: str) -> Interval:
@@ -197,7 +247,7 @@ def _row(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], metric: str
     point = {key: trials[0].point.get(key, _config_value(sweep, key)) for key in keys}
     names = short_names(keys)
     values = [v for t in trials if (v := t.best(metric)) is not None and math.isfinite(v)]
-    seconds, price = sum(t.seconds for t in trials), sweep.info.price_per_hour
+    counted, seconds, price = _countable(trials), sum(t.seconds for t in trials), sweep.info.price_per_hour
     return Row(
         sweep=sweep.name,
         point=point,
@@ -206,7 +256,12 @@ def _row(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], metric: str
         compared=(),
         metric=Interval(sum(values) / len(values)) if values else None,
         difference=None,
+        vs_best=None,
         verdict=None,
+        may_be_best=False,
+        seeds=sum(t.state == "finished" for t in counted),
+        stopped_seeds=sum(t.state != "finished" for t in counted),
+        left_out=tuple((t.id, _reason(t)) for t in trials if all(t is not c for c in counted)),
         tokens=sum(t.tokens for t in trials),
         seconds=seconds,
         cost=None if price is None else seconds / 3600 * price,
@@ -218,7 +273,16 @@ def _by_metric(rows: Sequence[Row], sign: float) -> list[Row]:
     return sorted(rows, key=lambda row: sign * row.metric.value if row.metric else math.inf)
 
 
-def _countable(trials: list[Trial]) -> list[Trial]:
+def _reason(trial: Trial) -> str:
+    """Return the reason why a trial does not count in the comparison."""
+    if trial.state not in ("finished", "early-stopped", "stopped"):
+        return trial.state
+    if not trial.validation:
+        return f"{trial.state}, without results for each example"
+    return trial.state if trial.validation.finite else "a value in its validation is not finite"
+
+
+def _countable(trials: Sequence[Trial]) -> list[Trial]:
     measured = [t for t in trials if t.validation and t.validation.finite]
     finished = [t for t in measured if t.state == "finished"]
     return finished or [t for t in measured if t.state in ("early-stopped", "stopped")]
