@@ -1,0 +1,121 @@
+"""Predict the final metric of trials that were stopped early, so that their points can be compared without bias.
+
+A scheduler stops a trial because its validations are bad. If only the finished trials of a point counted, its mean
+would be too good: its unlucky seeds are missing. But whether a trial is stopped depends only on its validations so far,
+so given these its end is missing at random (Rubin 1976), and the trials that trained on show how such an end follows.
+The prediction goes from one step at which trials stopped to the next and at last to the end. For each of these parts a
+line is fitted to all trials that trained through it (regression for monotone missing data: Little & Rubin, Statistical
+Analysis with Missing Data, ch. 7; with one part it is double sampling with regression: Cochran, Sampling Techniques,
+ch. 12).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minimind_ray.train.best import best_validation
+
+LEAST_FOR_LINE = 4
+"""With fewer trials, a slope would be a guess: the mean change is used instead, a line with slope 1."""
+LEAST = 2
+"""With fewer trials, the spread of the changes is unknown, so that there is no prediction."""
+
+Curve = Mapping[int, float]
+"""The metric of a trial after each step with a validation: its value at the best validation so far."""
+
+
+def curve_of(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """Return the curve of a trial from the lines of its metrics.jsonl."""
+    found, best = dict[int, float](), None
+    for line in lines:
+        if "val/loss" in line and (best := best_validation([*([best] if best else []), line])):
+            found[int(line["step"])] = float(best.get(metric, math.nan))
+    return {step: value for step, value in found.items() if math.isfinite(value)}
+
+
+def common_step(curves: Sequence[Curve]) -> int | None:
+    """Return the last step at which all trials have a value; None if there is none."""
+    return max(set[int].intersection(*(set(curve) for curve in curves)), default=None) if curves else None
+
+
+def predicted_ends(curves: Sequence[Curve], finished: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """Predict what training to the end would have added to each trial's metric.
+
+    Returns:
+        `shift_T`, the predicted final metric minus the last value of the trial's curve, and `extra_T`, the variance of
+        the prediction. Both are 0 for finished trials, and NaN for stopped trials without a prediction: they have no
+        validation at a common step with all finished trials, or fewer than `LEAST` trials trained on from there.
+    """
+    shift_T, extra_T = np.zeros(len(curves)), np.zeros(len(curves))
+    whole = [curve for curve, done in zip(curves, finished) if done]
+    stopped = [t for t, done in enumerate(finished) if not done]
+    reached = {t: common_step([*whole, curves[t]]) if whole else None for t in stopped}
+    rungs = sorted({step for step in reached.values() if step is not None})
+    parts = {rung: _part(curves, finished, rung, end) for rung, end in zip(rungs, [*rungs[1:], None])}
+    for t, rung in reached.items():
+        value, variance = (math.nan if rung is None else curves[t][rung]), 0.0
+        for part in (parts[step] for step in rungs if rung is not None and step >= rung):
+            value, variance = part.predict(value, variance) if part else (math.nan, math.nan)
+        last = list(curves[t].values())[-1] if curves[t] else math.nan
+        shift_T[t], extra_T[t] = value - last, variance if math.isfinite(value) else math.nan
+    return shift_T, extra_T
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line fitted to the values of trials at two steps. `variance` is the residual one."""
+
+    n: int
+    x: float
+    y: float
+    slope: float
+    squares: float
+    variance: float
+
+    def predict(self, x: float, variance: float) -> tuple[float, float]:
+        """Return the value at the second step and its variance, from the value at the first step and its variance."""
+        of_slope = ((x - self.x) ** 2 + variance) / self.squares if self.squares else 0.0
+        own = self.variance * (1 + 1 / self.n + of_slope)
+        return self.y + self.slope * (x - self.x), self.slope**2 * variance + own
+
+
+def _part(curves: Sequence[Curve], finished: Sequence[bool], rung: int, end: int | None) -> _Line | None:
+    """Fit the line from the step `rung` to the step `end` (None: to the trials' ends); None with too few trials.
+
+    The line's variance is enlarged by the ratio of the quantiles of Student's t and of the normal distribution, since
+    it comes from few trials.
+    """
+    if end is None:
+        through = [(c[rung], list(c.values())[-1]) for c, done in zip(curves, finished) if done]
+    else:
+        through = [(c[rung], c[end]) for c in curves if rung in c and end in c]
+    n = len(through)
+    if n < LEAST:
+        return None
+    x_N, y_N = np.array(through).T
+    x, y, squares = x_N.mean(), y_N.mean(), float(((x_N - x_N.mean()) ** 2).sum())
+    fitted = n >= LEAST_FOR_LINE and squares > 0
+    slope = float((x_N - x) @ (y_N - y)) / squares if fitted else 1.0
+    free = n - 2 if fitted else n - 1
+    residual_N = y_N - y - slope * (x_N - x)
+    wider = (t_quantile(free) / 1.959964) ** 2
+    variance = float(residual_N @ residual_N) / free * wider
+    return _Line(n, float(x), float(y), slope, squares if fitted else 0.0, variance)
+
+
+def t_quantile(free: int) -> float:
+    """Return the 97.5 % quantile of Student's t. From 5 degrees of freedom on: Cornish and Fisher's expansion."""
+    if free <= 4:
+        return (12.7062, 4.3027, 3.1824, 2.7764)[free - 1]
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / free ** (k + 1) for k, term in enumerate(terms))
