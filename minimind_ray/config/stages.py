@@ -19,6 +19,11 @@ from minimind_ray.config.section import NonNegativeFloat, PositiveFloat, Section
 RowKind = Literal["text", "conversation", "pair", "prompt"]
 Mode = Literal["min", "max"]
 
+CLUSTERS: dict[RowKind, str] = {
+    "text": "documents", "conversation": "conversations", "pair": "prompts", "prompt": "prompts",
+}  # fmt: skip
+"""What makes validation examples belong together (see data/clusters.py), by the kind of the rows."""
+
 
 class DpoConfig(Section):
     """Preference optimisation."""
@@ -53,6 +58,10 @@ class StageRecord:
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     metrics: Mapping[str, Mode] = field(default_factory=lambda: PER_TOKEN)
     judged_by: str = "val/loss"
+
+    def clusters(self, field: str | None) -> str:
+        """Return the noun for clusters of validation examples. `field` is `eval.cluster`."""
+        return f"values of {field}" if field else CLUSTERS[self.rows]
 
 
 PER_TOKEN: dict[str, Mode] = {"val/loss": "min", "val/bits_per_byte": "min"}

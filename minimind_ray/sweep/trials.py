@@ -118,12 +118,14 @@ class RunInfo(BaseModel):
 class Validation:
     """Per-example results, sorted by example (see `Evaluation` in train/evaluate.py).
 
-    `columns` are float64: `loss` (nats) and the objective's metrics, each summed over the example's `count` tokens or
-    pairs (1); and for tokens `bytes`, the length of their text.
+    `cluster_E` int64 is the cluster of each example. In a file of an older version, which has no clusters, each example
+    is its own cluster. `columns` are float64: `loss` (nats) and the objective's metrics, each summed over the example's
+    `count` tokens or pairs (1); and for tokens `bytes`, the length of their text.
     """
 
     path: Path
     example_E: np.ndarray
+    cluster_E: np.ndarray
     columns: dict[str, np.ndarray]
 
     @property
@@ -256,18 +258,22 @@ def read_validation(path: Path) -> Validation | None:
             raise pa.ArrowInvalid(f"{file.metadata.num_rows:,} rows")
         table = file.read().sort_by("example")
         columns: dict[str, np.ndarray] = {
-            name: column.cast(pa.int64() if name == "example" else pa.float64()).combine_chunks().to_numpy(False)
+            name: column.cast(pa.int64() if name in IDS else pa.float64()).combine_chunks().to_numpy(False)
             for name, column in zip(table.column_names, table.columns)
         }
         example_E, _, _ = columns.pop("example"), columns["loss"], columns["count"]
+        cluster_E = columns.pop("cluster", example_E)
+        if cluster_E.dtype != np.int64:  # A column with nulls has become floats.
+            raise pa.ArrowInvalid("column cluster has nulls")
     except (OSError, pa.ArrowException, KeyError) as error:
         detail = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read: {detail}; delete it and resume the sweep to write it again") from None
     if len(np.unique(example_E)) != len(example_E):
         raise UserError(f"{path}: an example appears twice; delete the file and resume the sweep to write it again")
-    return Validation(path, example_E, columns)
+    return Validation(path, example_E, cluster_E, columns)
 
 
+IDS = ("example", "cluster")
 MOST_EXAMPLES = 10_000_000
 Info = TypeVar("Info", bound=BaseModel)
 

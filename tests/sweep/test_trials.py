@@ -11,7 +11,7 @@ import pytest
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.claim import claimed
 from minimind_ray.sweep.compare import compare
-from minimind_ray.sweep.trials import read_sweep
+from minimind_ray.sweep.trials import read_sweep, read_validation
 from tests.sweep.synthetic import make_sweep
 
 pytestmark = pytest.mark.unit
@@ -129,3 +129,17 @@ def test_validation_of_other_columns(tmp_path: Path) -> None:
     pq.write_table(pa.concat_tables([table, table]), file)
     with pytest.raises(UserError, match="twice"):
         read_sweep(path)
+
+
+def test_clusters_of_the_examples(tmp_path: Path) -> None:
+    file = small(tmp_path) / "trials/beta=0.1,seed=0/validation.parquet"
+    table, large = pq.read_table(file), 2**63 - 1  # float64 cannot hold this number.
+    validation = read_validation(file)
+    assert validation and validation.cluster_E.tolist() == validation.example_E.tolist()
+    clusters = [large, 3, large, 3, large, 0]
+    pq.write_table(table.append_column("cluster", pa.array(clusters)).take(pa.array(np.arange(6)[::-1])), file)
+    validation = read_validation(file)
+    assert validation and validation.cluster_E.tolist() == clusters and "cluster" not in validation.columns
+    pq.write_table(table.append_column("cluster", pa.array([None, *clusters[1:]])), file)
+    with pytest.raises(UserError, match="cluster has nulls"):
+        read_validation(file)
