@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from minimind_ray.sweep.trials import Trial
 from minimind_ray.train.best import best_validation
 
 LEAST_FOR_LINE = 4
@@ -27,6 +28,47 @@ LEAST = 2
 
 Curve = Mapping[int, float]
 """The metric of a trial after each step with a validation: its value at the best validation so far."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """How a trial counts in the comparison: with its own end, with a predicted end, or (None) not, for a `reason`.
+
+    `shift` is to be added to the metric of the trial's validation; `extra` is the variance of this shift.
+    """
+
+    how: Literal["finished", "predicted"] | None
+    reason: str = ""
+    shift: float = 0.0
+    extra: float = 0.0
+
+
+def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
+    """Return how each trial of a sweep counts. A budget or a stop by hand is treated as a scheduler's stop."""
+    found = [Count(None, _reason(trial)) for trial in trials]
+    known = [t for t, count in enumerate(found) if not count.reason]
+    finished = [trials[t].state == "finished" for t in known]
+    curves = [curve_of(trials[t].metrics, metric) for t in known]
+    shift_T, extra_T = predicted_ends(curves, finished)
+    for t, done, shift, extra in zip(known, finished, shift_T.tolist(), extra_T.tolist()):
+        if done:
+            found[t] = Count("finished")
+        elif trials[t].lineage:
+            found[t] = Count(None, f"{trials[t].state}; with pbt its weights come from other trials")
+        elif math.isfinite(shift):
+            found[t] = Count("predicted", "", shift, extra)
+        else:
+            found[t] = Count(None, f"{trials[t].state}; too few trials finished to predict its end")
+    return found
+
+
+def _reason(trial: Trial) -> str:
+    """Return the reason why a trial cannot count, whatever other trials did; empty if there is none."""
+    if trial.state not in ("finished", "early-stopped", "stopped"):
+        return trial.state
+    if not trial.validation:
+        return f"{trial.state}, without results for each example"
+    return "" if trial.validation.finite else "a value in its validation is not finite"
 
 
 def curve_of(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
@@ -52,7 +94,7 @@ def predicted_ends(curves: Sequence[Curve], finished: Sequence[bool]) -> tuple[n
         validation at a common step with all finished trials, or fewer than `LEAST` trials trained on from there.
     """
     shift_T, extra_T = np.zeros(len(curves)), np.zeros(len(curves))
-    whole = [curve for curve, done in zip(curves, finished) if done]
+    whole = [curve for curve, done in zip(curves, finished) if done and curve]
     stopped = [t for t, done in enumerate(finished) if not done]
     reached = {t: common_step([*whole, curves[t]]) if whole else None for t in stopped}
     rungs = sorted({step for step in reached.values() if step is not None})
@@ -91,7 +133,7 @@ def _part(curves: Sequence[Curve], finished: Sequence[bool], rung: int, end: int
     it comes from few trials.
     """
     if end is None:
-        through = [(c[rung], list(c.values())[-1]) for c, done in zip(curves, finished) if done]
+        through = [(c[rung], list(c.values())[-1]) for c, done in zip(curves, finished) if done and c]
     else:
         through = [(c[rung], c[end]) for c in curves if rung in c and end in c]
     n = len(through)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minimind_ray.sweep.stopping import common_step, curve_of, predicted_ends, t_quantile
+from minimind_ray.sweep.stopping import common_step, count_trials, curve_of, predicted_ends, t_quantile
+from minimind_ray.sweep.trials import read_sweep
+from tests.sweep.synthetic import make_sweep
 
 pytestmark = pytest.mark.unit
 
@@ -90,3 +93,20 @@ def test_without_two_trials_that_trained_on_there_is_no_prediction(
 @pytest.mark.parametrize("free, expected", [(1, 12.706), (4, 2.776), (5, 2.571), (10, 2.228), (60, 2.000)])
 def test_quantiles_of_students_t(free: int, expected: float) -> None:
     assert t_quantile(free) == pytest.approx(expected, rel=2e-3)
+
+
+def test_every_trial_counts_or_has_a_reason(tmp_path: Path) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "sweep", failed=3, stopped=8, running=5))
+    counts = {trial.state: count for trial, count in zip(sweep.trials, count_trials(sweep.trials, "val/loss"))}
+    assert counts["finished"].how == "finished" and counts["finished"].shift == 0
+    # Trained on for the other three fifths of its steps, its loss would have fallen further.
+    assert counts["early-stopped"].how == "predicted"
+    assert counts["early-stopped"].shift < 0 < counts["early-stopped"].extra
+    assert (counts["failed"].how, counts["failed"].reason) == (None, "failed")
+    # It says "running", but no process writes it.
+    assert (counts["stopped"].how, counts["stopped"].reason) == (None, "stopped, without results for each example")
+    # The curves have no such metric, so that nothing is known about the end.
+    counts = {trial.state: count for trial, count in zip(sweep.trials, count_trials(sweep.trials, "val/own"))}
+    assert counts["early-stopped"].how is None
+    assert counts["early-stopped"].reason == "early-stopped; too few trials finished to predict its end"
+    assert counts["finished"].how == "finished"
