@@ -74,10 +74,15 @@ class Engine:
     With `reuse`, a prompt may share its beginning with a sequence in the cache, such as the conversation so far. Then
     only the rest of the prompt is read. The results differ by rounding from the results for a whole prompt. If the
     model's weights change, the cache is wrong: make another engine, or do not reuse.
+
+    Raises:
+        ValueError: `slots` is below 1.
     """
 
     def __init__(self, model: Transformer, slots: int, *, reuse: bool = False) -> None:
         assert not model.training, "dropout would be on"
+        if slots < 1:
+            raise ValueError(f"slots is {slots}: an engine needs at least 1")
         self.model, self.reuse = model, reuse
         self.device = model.vocab_weight.device
         self._cache = Cache(slots)
@@ -90,11 +95,30 @@ class Engine:
         """Request an answer to `prompt`, and return the request's id, which its events have.
 
         The prompt and `max_new_tokens` together should not exceed the model's number of positions.
+
+        Raises:
+            ValueError: the prompt is empty, is longer than the model's number of positions, or has an id that is not in
+                the model's vocabulary. The other requests are not affected.
         """
-        assert prompt, "an empty prompt has no token to predict from"
+        self._check(prompt)
         request = _Request(next(self._ids), list(prompt), len(prompt), sampling)
         self._waiting.append(request)
         return request.id
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        """Raise ValueError if the model cannot read the prompt. In a step, it would fail for all requests."""
+        shape = self.model.shape
+        if not prompt:
+            raise ValueError("the prompt is empty: the first token of an answer needs a token before it")
+        if len(prompt) > shape.max_position_embeddings:
+            raise ValueError(
+                f"the prompt has {len(prompt):,} tokens, but the model only {shape.max_position_embeddings:,} positions"
+            )
+        for token in prompt:
+            if not 0 <= token < shape.vocab_size:
+                raise ValueError(
+                    f"the prompt has the token id {token}, but the model's ids are 0 to {shape.vocab_size - 1}"
+                )
 
     def cancel(self, request: int) -> None:
         """End an answer without a further event. Does nothing if the answer has ended already."""
@@ -261,7 +285,7 @@ def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generat
 
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     """Return the ids of the answer to each prompt, without the stop id. Answer i has the seed (*seed, i)."""
-    engine = Engine(model, len(prompts))
+    engine = Engine(model, max(1, len(prompts)))
     numbers = [engine.add(p, replace(sampling, seed=(*sampling.seed, i))) for i, p in enumerate(prompts)]
     answers: dict[int, list[int]] = {number: [] for number in numbers}
     while engine.busy:

@@ -145,7 +145,7 @@ def complete(
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give at least 1")
-    engine = Engine(trained.model, min(batch_size, len(prompts)))
+    engine = Engine(trained.model, max(1, min(batch_size, len(prompts))))
     answers: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         room, seed = trained.room(prompt, sampling.max_new_tokens), (*sampling.seed, i)

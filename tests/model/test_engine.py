@@ -221,3 +221,28 @@ def test_a_broken_off_answer_leaves_the_cache_true() -> None:
     answer.close()
     prompt = [*PROMPTS[2], *begun, 4]
     assert list(stream(engine, prompt, greedy)) == generate_one(model, prompt, greedy)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([5, 97], "token id 97, but the model's ids are 0 to 96"),
+        ([-1], "token id -1"),
+        ([5] * 513, "513 tokens, but the model only 512 positions"),
+    ],
+)
+def test_a_bad_prompt_is_refused_and_the_others_are_answered(prompt: list[int], message: str) -> None:
+    model, greedy = make(), Sampling(temperature=0, max_new_tokens=3)
+    engine = Engine(model, 2)
+    good = engine.add(PROMPTS[0], greedy)
+    with pytest.raises(ValueError, match=message):
+        engine.add(prompt, greedy)
+    answer = [event.token for event in run(engine)[good]]
+    assert answer == generate_one(model, PROMPTS[0], greedy)
+
+
+def test_an_engine_needs_a_slot() -> None:
+    with pytest.raises(ValueError, match="slots is 0: an engine needs at least 1"):
+        Engine(make(), 0)
+    assert generate(make(), [], Sampling()) == []
