@@ -209,9 +209,12 @@ def tune(
     from minimind_ray.data.storage import url_of
     from minimind_ray.display.board import Board
     from minimind_ray.sweep.axes import parse_axis
+    from minimind_ray.sweep.compare import compare as compare_sweeps
     from minimind_ray.sweep.plan import check_free, reopen_sweep
+    from minimind_ray.sweep.publish import publish
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
     from minimind_ray.sweep.run import sweep_on_ray
+    from minimind_ray.sweep.trials import read_sweep
 
     if resume:
         if out is None:
@@ -230,6 +233,9 @@ def tune(
         check_free(plan.path)
     console = _console(progress)
     ending = sweep_on_ray(plan, resume=resume, say=_say(console), board=Board(plan, console))
+    if ending != "interrupted":
+        found = read_sweep(plan.path)
+        publish(found, compare_sweeps([found]))
     return Sweep(url_of(plan.path), ending)
 
 
@@ -252,7 +258,7 @@ def compare(*sweeps: Sweep | str | Path) -> Table:
     """
     from minimind_ray.display.comparison import print_comparison
     from minimind_ray.sweep.compare import compare as compare_sweeps
-    from minimind_ray.sweep.compare import to_records
+    from minimind_ray.sweep.export import to_records
     from minimind_ray.sweep.trials import read_sweep
 
     paths = dict.fromkeys(str(sweep.path if isinstance(sweep, Sweep) else sweep) for sweep in sweeps)

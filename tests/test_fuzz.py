@@ -48,7 +48,8 @@ from minimind_ray.stages.recipe import read_recipe, stage_config
 from minimind_ray.stages.use import open_trained
 from minimind_ray.stages.verify import check_checkpoint
 from minimind_ray.sweep.axes import parse_assignment, parse_axis, plan_trials
-from minimind_ray.sweep.compare import compare, to_json, to_records
+from minimind_ray.sweep.compare import compare
+from minimind_ray.sweep.export import to_json, to_records
 from minimind_ray.sweep.plan import reopen_sweep
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.trials import read_sweep

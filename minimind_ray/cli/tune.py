@@ -135,7 +135,8 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     ending = sweep_on_ray(plan, resume=resume, say=say, board=Board(plan, console))
     trials = list(plan.path.glob("trials/*/"))
     if trials:  # With optuna, a sweep may end before its first trial.
-        print_results(plan.path, console, "winner" if ending == "by itself" else "best so far")
+        title = "winner" if ending == "by itself" else "best so far"
+        print_results(plan.path, console, title, send=ending != "interrupted")
     if ending != "by itself":
         say(f"{ending}; continue with: minimind-ray tune --resume {quote(url_of(plan.path))}")
     if ending == "interrupted":
@@ -144,14 +145,15 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
         raise typer.Exit(1)
 
 
-def print_results(path: Path, console: Console, title: str) -> None:
-    """Print the table, the winner under `title`, and the next commands for it."""
+def print_results(path: Path, console: Console, title: str, *, send: bool) -> None:
+    """Print the table, the winner under `title`, and the next commands. With `send`, send the table to the trackers."""
     from functools import partial
 
     from minimind_ray.config.stages import STAGES
     from minimind_ray.data.storage import url_of
     from minimind_ray.display.comparison import print_comparison
     from minimind_ray.sweep.compare import compare
+    from minimind_ray.sweep.publish import publish
     from minimind_ray.sweep.report import write_report
     from minimind_ray.sweep.trials import read_sweep
     from minimind_ray.track.registry import send_commands
@@ -172,7 +174,9 @@ def print_results(path: Path, console: Console, title: str) -> None:
             f"  train it at full length: minimind-ray train {sweep.info.stage} --config "
             f"{quote(str(winner.path / 'config.yaml'))} --out {quote(f'runs/{sweep.info.stage}-{sweep.name}')}{longer}"
         )
-    say(f"report: {url_of(write_report(path))}")
+    say(f"report: {url_of(write_report(sweep, comparison))}")
+    if send:
+        publish(sweep, comparison)
     for title, command in send_commands(path).items():
         say(f"send it to {title}: {command}")
 

@@ -32,6 +32,7 @@ class SearchConfig(Section):
     seeds: PositiveInt = Field(1, description="number of runs of every point")
     metric: str | None = Field(None, description="default: val/loss; for dpo val/accuracy")
     mode: Mode | None = Field(None, description="min or max; default: the metric's own")
+    margin: PositiveFloat | None = Field(None, description="call points equal that differ by less than this")
     fuse: Literal["auto", "off"] | PositiveInt = Field(
         "auto", description="LoRA trials to train in one process: a number, auto or off"
     )

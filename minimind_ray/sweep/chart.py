@@ -26,7 +26,9 @@ from matplotlib.path import Path
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.compare import Comparison, Row, Verdict, trial_metric
+from minimind_ray.sweep.compare import Comparison, Row
+from minimind_ray.sweep.export import standing
+from minimind_ray.sweep.metric import trial_metric
 from minimind_ray.sweep.text import count_text, number_text, shorten, value_text
 from minimind_ray.sweep.trials import Trial
 
@@ -37,11 +39,6 @@ LETTER = 8
 CURVE_POINTS = 40
 LONGEST_LABEL = 90
 """The most letters of a point's label in report.png."""
-
-STANDING: dict[Verdict | None, str] = {
-    "best": "best", "not distinguishable": "tied", "better": "tied", "worse": "worse", None: "open",
-}  # fmt: skip
-"""A row's verdict as a CSS class."""
 
 ON_TOP = ("worse", "open", "tied", "best")
 """The classes in drawing order."""
@@ -154,13 +151,13 @@ def with_variables(style: str) -> str:
 
 def marked(kind: str, row: Row, title: str) -> dict[str, Any]:
     """Matplotlib's arguments for parts of the mark of a row: its colour, and what `inline_svg` reads."""
-    standing = STANDING[row.verdict]
-    return {"color": COLOURS[standing], "gid": f"{kind} {standing}: {title}", "clip_on": False}
+    kind_of_row = standing(row.verdict)
+    return {"color": COLOURS[kind_of_row], "gid": f"{kind} {kind_of_row}: {title}", "clip_on": False}
 
 
 def drawing_order(row: Row) -> int:
     """The best is drawn last, on top."""
-    return ON_TOP.index(STANDING[row.verdict])
+    return ON_TOP.index(standing(row.verdict))
 
 
 def robust_range(values: Iterable[float]) -> tuple[float, float]:
@@ -293,7 +290,7 @@ def learning_curves(axes: Axes, rows: Sequence[Row], metric: str) -> bool:
         marker, size, edge = ("x", 8, 2) if trial.state == "failed" else ("o", 5, 0)
         arguments = marked("curve", row, title)
         axes.plot(tokens, shown, **HIT, **arguments)
-        axes.plot(tokens, shown, **LINES[STANDING[row.verdict]], **arguments)
+        axes.plot(tokens, shown, **LINES[standing(row.verdict)], **arguments)
         axes.plot(tokens[-1], shown[-1], marker=marker, markersize=size, markeredgewidth=edge, **arguments)
     axes.set_xlabel("tokens")
     axes.set_xlim(left=0)
@@ -405,7 +402,7 @@ def parallel_coordinates(comparison: Comparison, specs: dict[str, list[Any] | st
         path = Path([(0, ys[0]), *bends], [Path.MOVETO] + [Path.CURVE4] * len(bends))
         arguments = marked("curve", row, describe(comparison, row))
         axes.add_patch(PathPatch(path, fill=False, **HIT, **arguments))
-        axes.add_patch(PathPatch(path, fill=False, **LINES[STANDING[row.verdict]], **arguments))
+        axes.add_patch(PathPatch(path, fill=False, **LINES[standing(row.verdict)], **arguments))
     for x, dimension in enumerate([*dimensions, metric]):
         axes.axvline(x, color=COLOURS["soft"], alpha=0.6, linewidth=1)
         side, anchor = (7, "left") if x == last else (-7, "right")

@@ -13,12 +13,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.sweep.axes import short_names
+from minimind_ray.sweep.metric import Mode, judged_by, terms, trial_metric
 from minimind_ray.sweep.statistics import Statistics, statistics
 from minimind_ray.sweep.text import shorten, value_text
 from minimind_ray.sweep.trials import Sweep, Trial, Validation
@@ -29,6 +30,8 @@ Verdict = str
 LEAST_EXAMPLES = 5
 """With fewer examples the intervals are too narrow. In simulations with 4 equal points, all intervals together held the
 truth in 92 % of cases with 5 examples, in 80 % with 3, and in 70 % with 2."""
+
+TOO_FEW = "{} validation example(s) are too few to compare points: give data.val, or raise data.val_fraction."
 
 METHOD = (
     "Intervals cover 95 % and account for both the validation examples (bootstrap, the same examples for every trial) "
@@ -112,7 +115,7 @@ class Comparison:
     """
 
     metric: str
-    mode: Literal["min", "max"]
+    mode: Mode
     keys: list[str]
     rows: list[Row]
     examples: int
@@ -144,18 +147,21 @@ class Comparison:
         return min(max(1 - math.floor(math.log10(narrowest)), 2), 6)
 
 
-def compare(sweeps: Sequence[Sweep], *, margin: float = 0.0) -> Comparison:
+def compare(
+    sweeps: Sequence[Sweep], *, metric: str | None = None, mode: str | None = None, margin: float | None = None
+) -> Comparison:
     """Compare all points of all `sweeps` in one table.
+
+    The sweeps' own metric, mode and margin are used where none is given; see metric.py.
 
     A point's finished trials count. If it has none, its stopped trials count with their last validation. Points without
     per-example results show their best metric during training and get no verdict. If any point has a finished trial,
     only such points can be the best.
 
     Raises:
-        UserError: the sweeps have different metrics, trials were validated on different examples, or the per-example
-            results lack a column that the metric needs.
+        UserError: trials were validated on different examples; also as `judged_by` and `terms`.
     """
-    metric, mode = _common_metric(sweeps)
+    metric, mode, margin = judged_by(sweeps, metric, mode, margin)
     sign = 1.0 if mode == "min" else -1.0
     keys = list(dict.fromkeys(key for sweep in sweeps for key in sweep.info.axes))
     groups = [(sweep, trials) for sweep in sweeps for trials in _by_point(sweep)]
@@ -166,13 +172,13 @@ def compare(sweeps: Sequence[Sweep], *, margin: float = 0.0) -> Comparison:
 
     trials_T = [trial for trials in counted for trial in trials]
     check_same_examples(trials_T)
-    terms = [_terms(trial, metric) for trial in trials_T]
-    examples = len(terms[0][0])
+    terms_T = [terms(trial, metric) for trial in trials_T]
+    examples = len(terms_T[0][0])
     judged = examples >= LEAST_EXAMPLES
     # A single example cannot be resampled, so repeat it. With so few examples no bounds are shown anyway.
     found = statistics(
-        np.stack([np.resize(numerator_E, max(examples, 2)) for numerator_E, _ in terms]),
-        np.stack([np.resize(denominator_E, max(examples, 2)) for _, denominator_E in terms]),
+        np.stack([np.resize(numerator_E, max(examples, 2)) for numerator_E, _ in terms_T]),
+        np.stack([np.resize(denominator_E, max(examples, 2)) for _, denominator_E in terms_T]),
         np.array([p for p, trials in enumerate(counted) for _ in trials]),
         np.array([trial.seed for trial in trials_T]),
     )
@@ -191,14 +197,10 @@ def compare(sweeps: Sequence[Sweep], *, margin: float = 0.0) -> Comparison:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
             difference = Interval(float(found.difference_PP[p, best]), *((low, high) if judged else ()))
             verdict = _verdict(*sorted((sign * low, sign * high))) if judged else "not distinguishable"
-            measured[p] = replace(
-                row, difference=difference, vs_best=difference, verdict=verdict, may_be_best=verdict != "worse"
-            )
+            possible = verdict != "worse"
+            measured[p] = replace(row, difference=difference, vs_best=difference, verdict=verdict, may_be_best=possible)
     rows = [measured[p] for p in order] + _by_metric(others, sign)
-    notes = _notes(rows)
-    if not judged:
-        notes.insert(0, f"{examples} validation example(s) are too few to compare points: give data.val, or raise "
-                     "data.val_fraction.")  # fmt: skip
+    notes = _notes(rows) if judged else [TOO_FEW.format(examples), *_notes(rows)]
     pick = np.ix_(order, order)
     return Comparison(
         metric, mode, keys, rows, examples, examples, "examples", notes, METHOD, rows[0].metric, [], margin,
@@ -206,9 +208,7 @@ def compare(sweeps: Sequence[Sweep], *, margin: float = 0.0) -> Comparison:
     )  # fmt: skip
 
 
-def _without_statistics(
-    metric: str, mode: Literal["min", "max"], keys: list[str], rows: list[Row], margin: float
-) -> Comparison:
+def _without_statistics(metric: str, mode: Mode, keys: list[str], rows: list[Row], margin: float) -> Comparison:
     """Return the table of sweeps in which no trial can be compared yet."""
     nothing = np.zeros((0, 0))
     return Comparison(
@@ -222,17 +222,6 @@ def _value(found: Statistics, p: int, metric: str) -> Interval:
     if metric == "val/accuracy":
         low, high = max(low, 0.0), min(high, 1.0)
     return Interval(float(found.mean_P[p]), low, high)
-
-
-def _common_metric(sweeps: Sequence[Sweep]) -> tuple[str, Literal["min", "max"]]:
-    first = sweeps[0].info
-    for sweep in sweeps[1:]:
-        if (sweep.info.metric, sweep.info.mode) != (first.metric, first.mode):
-            raise UserError(
-                f"{sweeps[0].path} is judged by {first.metric} ({first.mode}), {sweep.path} by {sweep.info.metric} "
-                f"({sweep.info.mode}); only sweeps with the same metric fit in one table"
-            )
-    return first.metric, first.mode
 
 
 def _by_point(sweep: Sweep) -> list[list[Trial]]:
@@ -318,26 +307,6 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
         )
 
 
-def _terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the metric's numerator and denominator for each example. The metric is the ratio of their sums."""
-    validation = _validation(trial)
-    name = metric.removeprefix("val/")
-    numerator, denominator = ("loss", "bytes") if name == "bits_per_byte" else (name, "count")
-    if missing := {numerator, denominator} - validation.columns.keys():
-        raise UserError(
-            f"{validation.path} has no {' and '.join(missing)} for each example, which {metric} needs; judge the sweep "
-            f"by another metric: val/loss, or one of {', '.join(sorted(validation.columns))}"
-        )
-    scale = 1 / math.log(2) if name == "bits_per_byte" else 1.0
-    return validation.columns[numerator] * scale, validation.columns[denominator]
-
-
-def trial_metric(trial: Trial, metric: str) -> float:
-    """Return the metric of a trial's validation. Raises UserError if the per-example results lack a column for it."""
-    numerator_E, denominator_E = _terms(trial, metric)
-    return float(numerator_E.sum() / denominator_E.sum())
-
-
 def _verdict(low: float, high: float) -> Verdict:
     """Return the verdict for the interval of a difference whose positive values are worse."""
     return "worse" if low > 0 else "better" if high < 0 else "not distinguishable"
@@ -391,57 +360,3 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if unmeasured:
         notes.append(f"Not compared, because a value in their validation is not finite: {', '.join(unmeasured)}.")
     return notes
-
-
-def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Return the table in a form for JSON."""
-    return {
-        "metric": comparison.metric,
-        "mode": comparison.mode,
-        "examples": comparison.examples,
-        "notes": comparison.notes,
-        "winner": comparison.winner.id if comparison.winner else None,
-        "points": [
-            {
-                "sweep": row.sweep,
-                "point": row.point,
-                "verdict": row.verdict,
-                "metric": vars(row.metric) if row.metric else None,
-                "difference_to_best": vars(row.difference) if row.difference else None,
-                "status": row.status,
-                "tokens": row.tokens,
-                "seconds": row.seconds,
-                "cost": row.cost,
-                "trials": [
-                    {"id": t.id, "seed": t.seed, "state": t.state, "error": t.error,
-                     "path": str(t.path), "result": str(t.result) if t.result else None}
-                    for t in row.trials
-                ],
-            }
-            for row in comparison.rows
-        ],
-    }  # fmt: skip
-
-
-def to_records(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the table as flat records for CSV. All records have the same columns."""
-
-    def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
-        known = interval or Interval(math.nan)
-        value = interval.value if interval else None
-        return {name: value, f"{name} low": known.low, f"{name} high": known.high}
-
-    return [
-        {
-            "sweep": row.sweep,
-            **{key: value_text(value) for key, value in row.point.items()},
-            **bounds(comparison.metric, row.metric),
-            **bounds("difference", row.difference),
-            "verdict": row.verdict,
-            "status": row.status,
-            "tokens": row.tokens,
-            "seconds": row.seconds,
-            "cost": row.cost,
-        }
-        for row in comparison.rows
-    ]

@@ -301,6 +301,7 @@ def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         config=plan.base.model_dump(mode="json"),
         price_per_hour=plan.search.price_per_hour,
+        margin=plan.search.margin or 0.0,
     )
     content = {**info.model_dump(mode="json"), "search": plan.search.model_dump(mode="json")}
     # Write sweep.json last: a directory without it is not a sweep.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,10 @@ from minimind_ray.config.reading import dump_yaml
 from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.compare import LEAST_EXAMPLES, METHOD, Comparison, Row, compare
+from minimind_ray.sweep.compare import LEAST_EXAMPLES, Comparison, Row
+from minimind_ray.sweep.export import counts_text, headline_text, seeds_text, sentences, standing
 from minimind_ray.sweep.text import count_text, duration_text, shorten, value_text
-from minimind_ray.sweep.trials import Sweep, read_sweep
+from minimind_ray.sweep.trials import Sweep
 from minimind_ray.train.run import write_atomically
 
 MATRIX_POINTS = 24
@@ -40,14 +41,8 @@ class Figure:
     caption: str = ""
 
 
-def write_report(path: str | Path) -> Path:
-    """Write report.html and report.png into the sweep's directory. Returns the page's path (a local copy for a URL).
-
-    Raises:
-        UserError: as `read_sweep` and `compare`.
-    """
-    sweep = read_sweep(path)
-    comparison = compare([sweep])
+def write_report(sweep: Sweep, comparison: Comparison) -> Path:
+    """Write report.html and report.png into the sweep's directory. Returns the page's path (a local copy for a URL)."""
     write_png(comparison, sweep.path / "report.png")
     page = sweep.path / "report.html"
     write_atomically(page, render(sweep, comparison))
@@ -69,7 +64,8 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         "shorten": shorten,
         "fact": fact_text,
         "percent": "{:.2%}".format,
-        "standing": chart.STANDING.__getitem__,
+        "standing": standing,
+        "seeds": seeds_text,
         "describe": partial(chart.describe, comparison),
     }
     environment.filters.update(filters)
@@ -81,9 +77,11 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         info=info,
         comparison=comparison,
         names=short_names(comparison.keys),
-        method=METHOD,
+        counts=counts_text(comparison),
+        headline=headline_text(comparison),
+        sentences=sentences(comparison),
         measured=measured,
-        by_verdict={verdict: [row for row in measured if row.verdict == verdict] for verdict in chart.STANDING},
+        by_verdict=by_verdict(comparison.rows),
         failed=[trial for trial in sweep.trials if trial.state == "failed"],
         curves=learning_curves(comparison),
         axes=[axis_figure(comparison, key, spec) for key, spec in info.axes.items() if any(row.metric for row in rows)],
@@ -95,6 +93,14 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         samples=samples(measured[0], worse[-1]) if worse else None,
         config=dump_yaml(info.config),
     )
+
+
+def by_verdict(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each verdict, in the order of the table."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.verdict or "not compared", []).append(row)
+    return found
 
 
 def axis_figure(comparison: Comparison, key: str, spec: list[Any] | str) -> Figure:
@@ -169,9 +175,8 @@ def write_png(comparison: Comparison, path: Path) -> None:
     chart.all_points(points, comparison)
     chart.learning_curves(curves, rows, comparison.metric)
     curves.set_title(f"{comparison.metric} over tokens")
-    labels = {"best": "best", "tied": "not distinguishable from it", "worse": "worse", "open": "not compared"}
-    standings = dict.fromkeys(chart.STANDING[row.verdict] for row in rows)
-    lines = [Line2D([], [], color=chart.COLOURS[standing], label=labels[standing]) for standing in standings]
+    colours = {verdict: chart.COLOURS[standing(found[0].verdict)] for verdict, found in by_verdict(rows).items()}
+    lines = [Line2D([], [], color=colour, label=verdict) for verdict, colour in colours.items()]
     if lines:
         curves.legend(handles=lines, frameon=False)
     # Replace an existing link; do not write through it.

@@ -50,6 +50,7 @@ class SweepInfo(BaseModel):
     created: str
     config: dict[str, Any]
     price_per_hour: float | None = Field(None, ge=0, description="price of one trial")
+    margin: float = Field(0.0, ge=0, allow_inf_nan=False, description="points that differ by less count as equal")
 
 
 class Timing(BaseModel):

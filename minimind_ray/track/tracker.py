@@ -1,4 +1,4 @@
-"""The interface between a run and its trackers.
+"""The interface between a run, or a sweep, and its trackers.
 
 A tracker copies a run's metrics and samples to a service or another format. The files of the run directory are the
 reference: if a tracker joins late or has lost lines, `open` gives it the earlier lines again.
@@ -20,13 +20,14 @@ class TrackedRun:
 
     `config.out` is the run's directory on this machine. `info` is the content of run.json. `lines()` gives the earlier
     lines of metrics.jsonl, each with the sample texts of the same step. `base` is the model directory that the run
-    started from.
+    started from. `job_type` says what the run does; the comparison of a sweep is tracked as a run, too.
     """
 
     config: Config
     info: Mapping[str, Any]
     lines: Callable[[], Iterable[tuple[Mapping[str, Any], Sequence[str]]]] = tuple
     base: Path | None = None
+    job_type: str | None = None
 
 
 class Tracker(Protocol):
@@ -60,6 +61,10 @@ class Tracker(Protocol):
 
     def log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
         """Log one line of metrics.jsonl, and the sample texts of the same step."""
+        ...
+
+    def log_points(self, points: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+        """Log the comparison of a sweep: a record per point, all with the same keys, and facts about the whole."""
         ...
 
     def finish(self, state: str, result: Path | None) -> None:

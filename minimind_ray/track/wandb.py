@@ -1,4 +1,5 @@
 """The tracker for Weights & Biases. Each run directory has one W&B run, with every step once, even after resumes.
+The comparison of a sweep is a W&B run of its own, in the group of the trials' runs.
 
 A W&B run holds the same steps as metrics.jsonl. A resumed run logs again, from metrics.jsonl, every step that W&B's
 server does not have. Files that waited for `wandb sync` are deleted and written anew, so that no step is missing; steps
@@ -11,6 +12,7 @@ data, code, console output or crash reports.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -118,7 +120,7 @@ class WandbTracker:
             entity=track.entity,
             group=track.group and within_limit(track.group),
             name=within_limit(track.name or self.directory.name),
-            job_type=config.stage,
+            job_type=run.job_type or config.stage,
             tags=track.tags,
             # W&B's filters and columns fail on names with dots, and its search does not find nested names.
             config=flatten({**config.model_dump(mode="json"), **facts}, "_"),
@@ -182,6 +184,19 @@ class WandbTracker:
         with _staging_in(self.directory / FOLDER):
             self.run.log(row, step=step, commit=True)
         self.logged = step
+
+    def log_points(self, points: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+        """Log a table `points` with a row per point; the facts go into the run's summary."""
+        import wandb
+
+        table = wandb.Table(columns=list(points[0]))
+        for point in points:
+            # W&B shows a number that is not finite as text, and then the whole column.
+            table.add_data(*(None if isinstance(v, float) and not math.isfinite(v) else v for v in point.values()))
+        with _staging_in(self.directory / FOLDER):
+            self.run.log({"points": table}, step=self.logged + 1, commit=True)
+        self.run.summary.update(flatten(facts, "/"))
+        self.logged += 1
 
     def finish(self, state: str, result: Path | None = None) -> None:
         """Close the W&B run, with the best validation in its summary."""

@@ -82,5 +82,5 @@ def sync_command(directory: str | Path) -> str | None:
     if len(folders) <= 1:
         return f"wandb sync {shlex.quote(str(folders.pop()))}" if folders else None
     top = Path(os.path.commonpath(folders))
-    patterns = {"/".join("*" * len(folder.relative_to(top).parent.parts)) for folder in folders}
-    return " ".join(["wandb sync", *(f"{shlex.quote(str(top))}/{p}/{FOLDER}" for p in sorted(patterns))])
+    patterns = {"*/" * len(folder.relative_to(top).parent.parts) for folder in folders}
+    return " ".join(["wandb sync", *(f"{shlex.quote(str(top))}/{pattern}{FOLDER}" for pattern in sorted(patterns))])

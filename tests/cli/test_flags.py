@@ -21,9 +21,11 @@ FLAGS = {
     "--loss --lr --max-seq-len --max-steps --no-ray --out --pack-tokens --precision --preset --rank --ray --resume "
     "--schedule --seed --set --tokenizer --train --val --wandb --warmup --workers",
     "tune": "--axis --batch-tokens --beta --budget-hours --budget-tokens --concurrent --config --cpus-per-worker "
-    "--dry-run --epochs --fuse --gpus-per-trial --help --init-from --loss --lr --max-seq-len --max-steps --metric "
-    "--mode --out --pack-tokens --precision --preset --price-per-hour --rank --resume --schedule --scheduler "
+    "--dry-run --epochs --fuse --gpus-per-trial --help --init-from --loss --lr --margin --max-seq-len --max-steps "
+    "--metric --mode --out --pack-tokens --precision --preset --price-per-hour --rank --resume --schedule --scheduler "
     "--searcher --seed --seeds --set --sweep --tokenizer --train --trials --val --wandb --warmup --workers",
+    "compare": "--csv --help --json --margin --metric --mode",
+    "report": "--help --margin",
     "run": "--data-dir --help --no-ray --out --ray --set --workers",
     "data prepare": "--cache-dir --help --max-seq-len --no-ray --pack-tokens --ray --set --stage --tokenizer --val",
     "data inspect": "--help --max-seq-len --pack-tokens --rows --samples --set --stage --tokenizer",

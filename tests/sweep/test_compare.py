@@ -16,7 +16,8 @@ import pytest
 from minimind_ray.cli.compare import compare as compare_command
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.claim import claimed
-from minimind_ray.sweep.compare import Comparison, compare, to_json
+from minimind_ray.sweep.compare import Comparison, compare
+from minimind_ray.sweep.export import to_json
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.statistics import Statistics, split_seeds, statistics
 from minimind_ray.sweep.trials import read_sweep
@@ -346,7 +347,7 @@ def test_the_printed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     compare_command([path])
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].split()[:3] == ["beta", "lr", "val/loss"]
+    assert lines[0].split()[:4] == ["beta", "lr", "seeds", "val/loss"]
     assert "best" in lines[1]
     assert "not distinguishable" in out
     assert "failed: beta=0.05,lr=1e-5,seed=0: step 24" in out

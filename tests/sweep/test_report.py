@@ -24,8 +24,10 @@ from minimind_ray.sweep.chart import (
     robust_range,
     round_values,
 )
+from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.report import write_report
 from minimind_ray.sweep.text import count_text, duration_text, number_text, shorten, value_text
+from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 
 pytestmark = pytest.mark.slow
@@ -36,9 +38,14 @@ CHROMIUM = next(
 ATTACK = '</p><script>throw new Error("ran")</script><img src=x onerror=alert(1)>{{ 7 * 7 }}'
 
 
+def report_of(directory: Path) -> Path:
+    sweep = read_sweep(directory)
+    return write_report(sweep, compare([sweep]))
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(make_full_sweep(tmp_path_factory.mktemp("report") / "betas"))
+    return report_of(make_full_sweep(tmp_path_factory.mktemp("report") / "betas"))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     run = directory / "trials" / sorted(p.name for p in (directory / "trials").iterdir())[0] / "run.json"
     run.write_text(json.dumps({**json.loads(run.read_text()), "state": "failed", "error": ATTACK}))
-    return write_report(directory)
+    return report_of(directory)
 
 
 def test_everything_is_on_the_page(full: Path) -> None:
@@ -120,7 +127,7 @@ def test_hostile_texts_in_a_picture(text: str) -> None:
 
 def test_same_sweep_same_page(full: Path) -> None:
     before = full.read_bytes()
-    assert write_report(full.parent).read_bytes() == before
+    assert report_of(full.parent).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ def test_same_sweep_same_page(full: Path) -> None:
     ids=["no-axes", "nothing-finished", "higher-is-better", "lists", "no-samples"],
 )
 def test_small_and_unfinished_sweeps(tmp_path: Path, options: dict[str, Any]) -> None:
-    page = write_report(make_sweep(tmp_path / "s", steps=10, examples=40, **options)).read_text(encoding="utf-8")
+    page = report_of(make_sweep(tmp_path / "s", steps=10, examples=40, **options)).read_text(encoding="utf-8")
     assert ("No trial has been validated" in page) == ("running" in options)
     # The legend names a verdict only if a point has it.
     assert ('<li class="best">' in page) != ("running" in options)

@@ -24,12 +24,17 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import Config
 from minimind_ray.stages.run import begin, run_here
+from minimind_ray.sweep.compare import compare
+from minimind_ray.sweep.export import to_json
+from minimind_ray.sweep.publish import publish
+from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.track.registry import Trackers, check_trackers
 from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.track.wandb import WandbTracker, within_limit
 from minimind_ray.track.wandb_files import sync_command
 from minimind_ray.train.context import PlainContext
 from tests.jobs import make_config, make_job
+from tests.sweep.synthetic import make_sweep
 from tests.track.endpoint import Endpoint
 from tests.track.reading import history, log_records, parse_record, records, summary, values
 
@@ -131,6 +136,51 @@ def test_an_offline_run_holds_config_metrics_samples_and_summary(tmp_path: Path)
     last = summary(out)
     assert (last["loss"], last["val/loss"], last["state"]) == (1 / 3, 1.7, "finished")
     assert (last["best/loss"], last["best/perplexity"], last["best/step"], last["best/tokens"]) == (1.5, 4.5, 2, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.unit
+def test_the_comparison_of_a_sweep_is_a_run_of_its_group(tmp_path: Path) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "betas", failed=3, steps=10, examples=40))
+    comparison = compare([sweep])
+    for _ in range(2):  # As after `tune --resume`: the same W&B run, with one new part to send.
+        publish(sweep, comparison)
+    [run] = [r.run for r in records(sweep.path) if r.HasField("run")]
+    assert run.run_id == json.loads((sweep.path / "sweep.json").read_text())["wandb"]["id"]
+    assert (run.run_group, run.job_type, run.display_name) == ("betas", "sweep", "betas")
+    [table] = sweep.path.glob("wandb/*/files/media/table/*.json")
+    content = json.loads(table.read_text())
+    rows = [dict(zip(content["columns"], row)) for row in content["data"]]
+    assert [row["verdict"] for row in rows] == [row.verdict for row in comparison.rows]
+    assert [row["val/loss low"] for row in rows] == [row.metric and row.metric.low for row in comparison.rows]
+    last = summary(sweep.path)
+    assert (last["winner"], last["state"]) == (to_json(comparison)["winner"], "finished")
+
+
+@pytest.mark.slow
+def test_a_comparison_online_and_after_a_resume(online: Callable[..., Endpoint], tmp_path: Path) -> None:
+    server = online()
+    sweep = read_sweep(make_sweep(tmp_path / "betas", axes={"dpo.beta": "0.1,0.2"}, steps=10, examples=40))
+    for _ in range(2):
+        publish(sweep, compare([sweep]))
+    [run] = server.runs.values()
+    assert [row["_step"] for row in run.rows] == [0, 1]
+    assert run.summary["state"] == "finished"
+    tables = [json.loads(text) for text in server.uploads.values() if text.startswith('{"columns"')]
+    assert [row[tables[0]["columns"].index("verdict")] for row in tables[0]["data"]].count("best") == 1
+
+
+@pytest.mark.slow
+def test_a_comparison_that_cannot_be_sent_is_said_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_sweep(tmp_path / "betas", axes={"dpo.beta": "0.1,0.2"}, steps=10, examples=40)
+    content = json.loads((path / "sweep.json").read_text())
+    content["config"]["track"]["wandb"] = "online"
+    (path / "sweep.json").write_text(json.dumps(content))
+    sweep = read_sweep(path)
+    publish(sweep, compare([sweep]))
+    assert "the comparison was not sent: track.wandb is online, but there is no key" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -405,6 +455,10 @@ def test_the_sync_command_names_what_waits(tmp_path: Path) -> None:
     assert sync_command(tmp_path) == one
     pending("my sweep/trials/2")
     assert sync_command(tmp_path / "my sweep") == f"wandb sync '{tmp_path}/my sweep/trials'/*/wandb"
+    comparison = pending("my sweep")
+    both = f"wandb sync '{tmp_path}/my sweep'/wandb '{tmp_path}/my sweep'/*/*/wandb"
+    assert sync_command(tmp_path / "my sweep") == both
+    comparison.unlink()
     pending("pretrain")
     assert sync_command(tmp_path) == f"wandb sync {tmp_path}/*/wandb {tmp_path}/*/*/*/wandb"
     first.with_suffix(".wandb.synced").touch()

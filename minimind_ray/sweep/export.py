@@ -1,0 +1,181 @@
+"""The comparison of sweeps in words, as JSON, and as flat records for CSV and trackers.
+
+Terminal, report and trackers show the same `sentences`, so that all of them say the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from minimind_ray.sweep.compare import Comparison, Interval, More, Row, Verdict
+from minimind_ray.sweep.text import duration_text, value_text
+
+MOST_LABELS = 5
+"""A sentence names at most this many points."""
+MOST_PAIRS = 3
+"""At most this many pairs get a sentence about how many more seeds or examples would decide them."""
+
+
+def sentences(comparison: Comparison) -> list[str]:
+    """Return all that is said about the table as a whole: what was compared, what is certain, and what is not."""
+    found = [f"{counts_text(comparison)}. {comparison.method}".strip()] if comparison.method else []
+    found += [text for text in (best_set_text(comparison), headline_text(comparison)) if text]
+    return found + comparison.notes + more_texts(comparison)
+
+
+def counts_text(comparison: Comparison) -> str:
+    """Return the number of examples, such as "687 validation examples of 40 documents"."""
+    examples, clusters = comparison.examples, comparison.clusters
+    of = f" of {clusters:,} {comparison.cluster_noun}" if clusters != examples else ""
+    return f"{examples:,} validation examples{of}"
+
+
+def best_set_text(comparison: Comparison) -> str:
+    """Return the sentence that names the points of which one is the best; empty if nothing is known about it."""
+    judged = [row for row in comparison.rows if row.verdict]
+    if len(judged) < 2 or not any(row.vs_best and row.vs_best.low is not None for row in judged):
+        return ""
+    labels = [row.label for row in judged if row.may_be_best]
+    of = " of these trained models (one seed)" if one_seed(comparison) else ""
+    if len(labels) == 1:
+        return f"With 95 % confidence, the best{of} is {labels[0]}."
+    if len(labels) == len(judged):
+        return f"With 95 % confidence, the best{of} is among all {len(judged)}: none can be ruled out."
+    more = f"; and {len(labels) - MOST_LABELS} more" if len(labels) > MOST_LABELS else ""
+    return (
+        f"With 95 % confidence, the best{of} is among {len(labels)} of {len(judged)}: "
+        f"{'; '.join(labels[:MOST_LABELS])}{more}."
+    )
+
+
+def headline_text(comparison: Comparison) -> str:
+    """Return the sentence that corrects the best point's value; empty if there is nothing to correct."""
+    judged, headline = [row for row in comparison.rows if row.verdict], comparison.headline
+    if len(judged) < 2 or headline is None or headline.low is None or headline == judged[0].metric:
+        return ""
+    assert judged[0].metric
+    digits = comparison.digits
+    return (
+        f"The measured value of the best point, {judged[0].metric.value:.{digits}f}, is optimistic, because the point "
+        f"was picked from {len(judged)}; corrected for this: {headline.value:.{digits}f}, 95 % interval "
+        f"{headline.text(digits)}."
+    )
+
+
+def more_texts(comparison: Comparison) -> list[str]:
+    """Return a sentence for each undecided pair: how many seeds or examples would decide it."""
+    texts = [more_text(more) for more in comparison.more[:MOST_PAIRS]]
+    left = len(comparison.more) - len(texts)
+    return texts + ([f"{left} more pair(s) are undecided; --json lists them."] if left else [])
+
+
+def more_text(more: More) -> str:
+    """Return what would decide a pair of points, if their difference stays as observed."""
+    ways: list[str] = []
+    if more.seeds is not None:
+        time = "" if more.seconds is None else f", {duration_text(more.seconds)} more training"
+        price = "" if more.cost is None else f" for {more.cost:.2f}"
+        ways.append(f"{more.seeds} seeds each{time}{price}")
+    if more.examples is not None:
+        ways.append(f"{more.examples:,} validation examples")
+    answer = " or ".join(ways) or "neither more seeds nor more examples alone would do"
+    why = f"; {more.why}" if more.why else ""
+    return f"To tell {more.pair[1]} from {more.pair[0]}, if the difference stays as it is: {answer}{why}."
+
+
+def one_seed(comparison: Comparison) -> bool:
+    """Whether no point has a second seed, so that the verdicts are about these trained models only."""
+    return all(len(row.compared) == 1 for row in comparison.rows if row.verdict)
+
+
+def standing(verdict: Verdict | None) -> str:
+    """Return a verdict's class, which decides on colours: best, tied, worse, or open without a verdict."""
+    return "open" if verdict is None else verdict if verdict in ("best", "worse") else "tied"
+
+
+def seeds_text(row: Row) -> str:
+    """Return the number of seeds that count: 3, or 1+2 if two of them were stopped before their end."""
+    return f"{row.seeds}+{row.stopped_seeds}" if row.stopped_seeds else str(row.seeds)
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Return everything that is known about the comparison in a form for JSON."""
+    return {
+        "metric": comparison.metric,
+        "mode": comparison.mode,
+        "examples": comparison.examples,
+        "clusters": comparison.clusters,
+        "cluster_noun": comparison.cluster_noun,
+        "margin": comparison.margin,
+        "winner": comparison.winner.id if comparison.winner else None,
+        "headline": _interval(comparison.headline),
+        "may_be_best": [row.label for row in comparison.rows if row.may_be_best],
+        "sentences": sentences(comparison),
+        "more": [asdict(more) for more in comparison.more],
+        "points": [_point(row) for row in comparison.rows],
+    }
+
+
+def _point(row: Row) -> dict[str, Any]:
+    reasons = dict(row.left_out)
+    counted = {t.id: "finished" if t.state == "finished" else "predicted" for t in row.compared}
+    return {
+        "sweep": row.sweep,
+        "point": row.point,
+        "label": row.label,
+        "verdict": row.verdict,
+        "may_be_best": row.may_be_best,
+        "metric": _interval(row.metric),
+        "difference_to_best": _interval(row.difference),
+        "against_the_best": _interval(row.vs_best),
+        "seeds": row.seeds,
+        "stopped_seeds": row.stopped_seeds,
+        "status": row.status,
+        "tokens": row.tokens,
+        "seconds": row.seconds,
+        "cost": row.cost,
+        "trials": [
+            {"id": t.id, "seed": t.seed, "state": t.state, "counted": counted.get(t.id), "left_out": reasons.get(t.id),
+             "error": t.error, "path": str(t.path), "result": str(t.result) if t.result else None}
+            for t in row.trials
+        ],
+    }  # fmt: skip
+
+
+def _interval(interval: Interval | None) -> dict[str, float | None] | None:
+    return asdict(interval) if interval else None
+
+
+def to_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return a flat record per point, for CSV and trackers. All records have the same keys.
+
+    Only the best point has a corrected value (`Comparison.headline`).
+    """
+
+    def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
+        low, high = (interval.low, interval.high) if interval else (None, None)
+        return {name: interval.value if interval else None, f"{name} low": low, f"{name} high": high}
+
+    return [
+        {
+            "sweep": row.sweep,
+            **{key: value_text(value) for key, value in row.point.items()},
+            "verdict": row.verdict or "not compared",
+            "may be best": row.may_be_best,
+            "seeds": row.seeds,
+            "stopped seeds": row.stopped_seeds,
+            **bounds(comparison.metric, row.metric),
+            **bounds("difference", row.difference),
+            **bounds("against the best", row.vs_best),
+            **bounds("corrected", comparison.headline if row.verdict == "best" else None),
+            "examples": comparison.examples,
+            "clusters": comparison.clusters,
+            "status": row.status,
+            "left out": "; ".join(f"{trial}: {reason}" for trial, reason in row.left_out),
+            "tokens": row.tokens,
+            "seconds": row.seconds,
+            "cost": row.cost,
+        }
+        for row in comparison.rows
+    ]

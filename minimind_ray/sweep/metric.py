@@ -1,0 +1,91 @@
+"""What sweeps are judged by: the metric, whether less or more of it is better, and its values for each example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.stages import STAGES, Mode
+from minimind_ray.sweep.trials import Sweep, Trial
+
+
+def judged_by(
+    sweeps: Sequence[Sweep], metric: str | None, mode: str | None, margin: float | None
+) -> tuple[str, Mode, float]:
+    """Return the metric, its mode and the margin of a comparison: as given, or else the sweeps' own.
+
+    A stage's metric may be given without its "val/". Other columns of validation.parquet need a mode.
+
+    Raises:
+        UserError: a value is wrong, the mode is missing, or the sweeps do not agree on what is not given.
+    """
+    if mode is not None and mode not in get_args(Mode):
+        raise UserError(f"--mode {mode}: give min if less of the metric is better, or max if more is better")
+    if margin is not None and not (margin > 0 and math.isfinite(margin)):
+        raise UserError(f"--margin {margin:g}: give a number above 0, in units of the metric, such as 0.01")
+    if margin is None:
+        margin = _common_margin(sweeps)
+    if metric is None:
+        if mode is not None:
+            raise UserError(f"--mode {mode} needs --metric: name the column of validation.parquet to judge by")
+        return *_common_metric(sweeps), margin
+    known = STAGES[sweeps[0].info.stage].metrics
+    name = f"val/{metric}" if f"val/{metric}" in known else metric
+    found = mode or known.get(name)
+    if found is None:
+        raise UserError(f"--metric {metric} needs --mode: min if less of it is better, or max if more is better")
+    return name, "min" if found == "min" else "max", margin
+
+
+def _common_metric(sweeps: Sequence[Sweep]) -> tuple[str, Mode]:
+    first = sweeps[0].info
+    for sweep in sweeps[1:]:
+        if (sweep.info.metric, sweep.info.mode) != (first.metric, first.mode):
+            raise UserError(
+                f"{sweeps[0].path} is judged by {first.metric} ({first.mode}), {sweep.path} by {sweep.info.metric} "
+                f"({sweep.info.mode}); only sweeps with the same metric fit in one table: give --metric and --mode"
+            )
+    return first.metric, first.mode
+
+
+def _common_margin(sweeps: Sequence[Sweep]) -> float:
+    margins = {sweep.info.margin for sweep in sweeps}
+    if len(margins) > 1:
+        raise UserError(f"the sweeps have the margins {', '.join(f'{m:g}' for m in sorted(margins))}: give --margin")
+    return margins.pop()
+
+
+def terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the metric's numerator and denominator for each example. The metric is the ratio of their sums.
+
+    For a stage's metrics ("val/…") this is the mean over tokens or pairs. Any other column is averaged over examples.
+
+    Raises:
+        UserError: the per-example results lack a column for the metric.
+    """
+    validation = trial.validation
+    assert validation
+    name = metric.removeprefix("val/")
+    if name == metric:
+        needed, scale = [name], 1.0
+    elif name == "bits_per_byte":
+        needed, scale = ["loss", "bytes"], 1 / math.log(2)
+    else:
+        needed, scale = [name, "count"], 1.0
+    if missing := [column for column in needed if column not in validation.columns]:
+        raise UserError(
+            f"{validation.path} has no {' and '.join(missing)} for each example, which {metric} needs; judge the sweep "
+            f"by another metric: val/loss, or one of {', '.join(sorted(validation.columns))}"
+        )
+    numerator_E, *denominators = (validation.columns[column] for column in needed)
+    return numerator_E * scale, denominators[0] if denominators else np.ones(len(numerator_E))
+
+
+def trial_metric(trial: Trial, metric: str) -> float:
+    """Return the metric of a trial's validation. Raises UserError if the per-example results lack a column for it."""
+    numerator_E, denominator_E = terms(trial, metric)
+    return float(numerator_E.sum() / denominator_E.sum())

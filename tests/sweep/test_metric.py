@@ -1,0 +1,97 @@
+"""What a comparison is judged by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from minimind_ray.cli.compare import compare as compare_command
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.search import search_config
+from minimind_ray.sweep.compare import compare
+from minimind_ray.sweep.trials import read_sweep
+from tests.sweep.synthetic import make_sweep
+
+
+def add_column(sweep: Path, name: str, mean_by_beta: dict[float, float]) -> None:
+    """Add a column of scores to the results of every trial, whose mean depends on the trial's beta."""
+    rng = np.random.default_rng(0)
+    for path in sorted(sweep.glob("trials/*")):
+        beta = json.loads((path / "trial.json").read_text())["point"]["dpo.beta"]
+        table = pq.read_table(path / "validation.parquet")
+        scores = mean_by_beta[beta] + 0.1 * rng.normal(size=len(table))
+        pq.write_table(table.append_column(name, pa.array(scores)), path / "validation.parquet")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_sweep(tmp_path_factory.mktemp("metric") / "s", axes={"dpo.beta": "0.1,0.3"}, steps=10)
+    add_column(path, "score", {0.1: 1.0, 0.3: 2.0})
+    return path
+
+
+def test_a_column_of_the_users_own(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare_command([str(sweep)], metric="score", mode="max", json=True)
+    found = json.loads(capsys.readouterr().out)
+    best, other = found["points"]
+    assert (found["metric"], best["point"], other["verdict"]) == ("score", {"dpo.beta": 0.3}, "worse")
+    assert best["metric"]["value"] == pytest.approx(2, abs=0.05)
+    compare_command([str(sweep)], metric="score", mode="min", json=True)
+    assert json.loads(capsys.readouterr().out)["points"][0]["point"] == {"dpo.beta": 0.1}
+
+
+def test_a_column_is_averaged_over_examples_and_a_stages_metric_over_tokens(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", stage="pretrain", axes={"optim.lr": "1e-3"}, quality=lambda point: 3.0, steps=10)
+    sweep = read_sweep(path)
+    trial = sweep.trials[0]
+    assert trial.validation
+    trial.validation.columns["score"] = np.arange(240.0)
+    sweep.trials[1:] = []
+    [row] = compare([sweep], metric="score", mode="max").rows
+    assert row.metric and row.metric.value == pytest.approx(119.5)
+    [row] = compare([sweep], metric="loss").rows
+    columns = trial.validation.columns
+    assert row.metric and row.metric.value == pytest.approx(columns["loss"].sum() / columns["count"].sum())
+
+
+def test_a_stages_metric_has_its_own_mode(sweep: Path) -> None:
+    for name in ("margin", "val/margin"):
+        comparison = compare([read_sweep(sweep)], metric=name)
+        assert (comparison.metric, comparison.mode) == ("val/margin", "max")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metric": "score"}, "--metric score needs --mode"),
+        ({"metric": "scor", "mode": "max"}, r"has no scor .* by another metric: .*score"),
+        ({"metric": "score", "mode": "most"}, "--mode most: give min if less"),
+        ({"mode": "max"}, "--mode max needs --metric"),
+        ({"margin": 0.0}, "--margin 0: give a number above 0"),
+        ({"margin": -0.1}, "--margin -0.1: give a number above 0"),
+        ({"margin": float("nan")}, "--margin nan: give a number above 0"),
+    ],
+)
+def test_bad_values(sweep: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        compare([read_sweep(sweep)], **options)
+
+
+def test_the_margin_is_the_sweeps_own_unless_it_is_given(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "a", axes={"dpo.beta": "0.1,0.3"}, steps=10)
+    content = json.loads((path / "sweep.json").read_text())
+    assert compare([read_sweep(path)]).margin == 0
+    (path / "sweep.json").write_text(json.dumps({**content, "margin": 0.02}))
+    assert compare([read_sweep(path)]).margin == 0.02
+    assert compare([read_sweep(path)], margin=0.5).margin == 0.5
+    other = read_sweep(make_sweep(tmp_path / "b", axes={"dpo.beta": "0.1,0.3"}, steps=10))
+    with pytest.raises(UserError, match=r"the sweeps have the margins 0, 0.02: give --margin"):
+        compare([read_sweep(path), other])
+    with pytest.raises(UserError, match="margin"):
+        search_config({"margin": -1})
