@@ -28,6 +28,7 @@ from minimind_ray.config.section import (
     Section,
 )
 from minimind_ray.config.stages import STAGES, StageName, StageRecord
+from minimind_ray.config.trackers import TRACKER_RECORDS
 
 Location = Annotated[str, AfterValidator(check_location)]
 """A path or URL."""
@@ -464,10 +465,6 @@ class LoraConfig(Section):
         return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
 
 
-TRACKER_NAMES = ("wandb",)
-"""The trackers that `track.to` accepts; track/registry.py has their implementations."""
-
-
 class TrackConfig(Section):
     """Trackers that get a run's metrics in addition to its own files. All keys but `to` are for Weights & Biases."""
 
@@ -490,8 +487,8 @@ class TrackConfig(Section):
     @classmethod
     def _known_trackers(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name not in TRACKER_NAMES:
-                raise ValueError(f"track.to: there is no tracker {name}; known are: {', '.join(TRACKER_NAMES)}")
+            if name not in TRACKER_RECORDS:
+                raise ValueError(f"track.to: there is no tracker {name}; known are: {', '.join(TRACKER_RECORDS)}")
         if len(set(names)) < len(names):
             raise ValueError(f"track.to names a tracker twice: {', '.join(names)}; name each once")
         return names

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.trackers import tracker_folders
 
 UNUSED = (
-    "/runs/", "/sweeps/", "/fetched/", "/.cache/", "/wandb/", ".git", ".venv/", "__pycache__/", ".pytest_cache/",
-    ".ruff_cache/",
+    "/runs/", "/sweeps/", "/fetched/", "/.cache/", ".git", ".venv/", "__pycache__/", ".pytest_cache/", ".ruff_cache/",
+    *(f"/{folder}/" for folder in tracker_folders()),
 )  # fmt: skip
 SECRETS = (
     ".env", ".env.*", "*.env", "!.env.example", "!.env.sample", "!.env.template", ".envrc", ".netrc", "_netrc",

@@ -13,12 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from minimind_ray.config.trackers import tracker_folders
 from minimind_ray.data.background import in_background
 from minimind_ray.data.files import join
 from minimind_ray.data.storage import StoreError
 from minimind_ray.stages.run import Job
 from minimind_ray.sweep.text import duration_text
-from minimind_ray.track.registry import TRACKERS, send_commands
+from minimind_ray.track.registry import send_commands
 from minimind_ray.train.run import RunDirectory
 
 
@@ -102,8 +103,8 @@ def print_result(out: str, console: Console) -> None:
             console.print(f"  sample: {text!r}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model: {join(run.where, info['result'])}", highlight=False, soft_wrap=True)
     if run.mirror:
-        for name in TRACKERS:
-            run.mirror.pull(name)
+        for folder in tracker_folders():
+            run.mirror.pull(folder)
     for title, command in send_commands(run.path).items():
         console.print(f"{title}, stored offline: {command}", highlight=False, soft_wrap=True)
     if info["state"] == "stopped":

@@ -4,5 +4,7 @@
     registry.py      the table of trackers, and `Trackers`, all trackers of one run
     wandb.py         Weights & Biases; wandb_mode.py settles online or offline, wandb_files.py handles its local files
 
-To add a tracker, write a file with a `Tracker` and add a line to TRACKERS in registry.py.
+To add a tracker: write a file with a `Tracker`, add a line to TRACKERS in registry.py, and add a record to the table in
+config/trackers.py (this table needs no tracker's package, so the config can read it). Settings of its own are keys of
+`TrackConfig` (config/schema.py).
 """

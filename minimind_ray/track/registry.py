@@ -13,7 +13,7 @@ from minimind_ray.track.tracker import TrackedRun, Tracker
 from minimind_ray.track.wandb import WandbTracker
 
 TRACKERS: dict[str, Callable[[], Tracker]] = {"wandb": WandbTracker}
-"""The values of `track.to`. A tracker's files in a run directory lie in a folder with the tracker's name."""
+"""The implementations of the trackers in `TRACKER_RECORDS` (config/trackers.py), by name."""
 
 
 class Trackers:

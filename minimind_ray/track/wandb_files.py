@@ -20,7 +20,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-FOLDER = "wandb"
+from minimind_ray.config.trackers import TRACKER_RECORDS
+
+FOLDER = TRACKER_RECORDS["wandb"].folder
 WRITE_SECONDS = 10
 STILL_SECONDS = 0.05
 """A file that has not grown for this time counts as complete."""

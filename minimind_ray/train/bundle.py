@@ -18,10 +18,11 @@ from pathlib import Path
 from pyarrow import fs
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.trackers import tracker_folders
 from minimind_ray.data.files import locate
 
 MARK = "packed:"
-EXCLUDED = ("checkpoints", "wandb", "tokenizer", "rejects")
+EXCLUDED = ("checkpoints", "tokenizer", "rejects", *tracker_folders())
 """Files and folders that are not packed."""
 MAX_FILE_BYTES = 32 << 20
 MAX_BYTES, MAX_FILES = 1 << 30, 100_000

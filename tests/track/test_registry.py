@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
+import minimind_ray
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
-from minimind_ray.config.schema import TRACKER_NAMES, Config
+from minimind_ray.config.schema import Config
+from minimind_ray.config.trackers import TRACKER_RECORDS, tracker_folders
+from minimind_ray.data.package import UNUSED
 from minimind_ray.track.registry import TRACKERS, Trackers, send_commands
 from minimind_ray.track.tracker import TrackedRun
+from minimind_ray.train.bundle import EXCLUDED
 
 pytestmark = pytest.mark.unit
 
@@ -110,4 +114,19 @@ def test_the_config_refuses_names_of_no_tracker(names: list[str], message: str) 
 
 
 def test_the_config_knows_the_trackers_there_are() -> None:
-    assert set(TRACKER_NAMES) == set(TRACKERS)
+    assert set(TRACKER_RECORDS) == set(TRACKERS)
+    assert all(name == record.name for name, record in TRACKER_RECORDS.items())
+
+
+def test_files_of_a_tracker_are_copied_neither_to_a_cluster_nor_from_it() -> None:
+    for folder in tracker_folders():
+        assert folder in EXCLUDED and f"/{folder}/" in UNUSED
+
+
+def test_only_the_table_of_trackers_and_track_name_a_tracker() -> None:
+    package = Path(minimind_ray.__file__).parent
+    quoted = [f'"{name}"' for name in TRACKER_RECORDS]
+    files = [path for path in package.rglob("*.py") if path.parent.name != "track"]
+    naming = {path.name for path in files if any(name in path.read_text(encoding="utf-8") for name in quoted)}
+    # TrackConfig has the default of `track.to`.
+    assert naming == {"trackers.py", "schema.py"}

@@ -1,0 +1,28 @@
+"""The table of experiment trackers: what the config and the code that copies run directories know of each.
+
+track/registry.py maps each name to its implementation; track/__init__.py says how to add a tracker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrackerRecord:
+    """The record of a tracker.
+
+    name: its value in `track.to`, and its key in run.json.
+    folder: the folder of its files in a run directory, or in the working directory if it is used without a run.
+    """
+
+    name: str
+    folder: str
+
+
+TRACKER_RECORDS: dict[str, TrackerRecord] = {record.name: record for record in (TrackerRecord("wandb", "wandb"),)}
+
+
+def tracker_folders() -> tuple[str, ...]:
+    """Return the folders of all trackers. They stay where the run was trained, and are not sent to a cluster."""
+    return tuple(record.folder for record in TRACKER_RECORDS.values())
