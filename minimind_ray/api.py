@@ -243,7 +243,8 @@ def load(path: str | Path, adapter: str | Path | None = None, *, precision: str 
     """Load the model of a run, a model directory or an adapter. `adapter` is an adapter to apply to the model.
 
     Raises:
-        UserError: there is no model at `path`, the model is broken, or the adapter belongs to another model.
+        UserError: there is no model at `path`, the model is broken, the adapter belongs to another model, or there is
+            no such `precision` (auto, bfloat16, float32).
     """
     from minimind_ray.stages.use import open_trained
 

@@ -73,8 +73,10 @@ def open_trained(
 
     Raises:
         UserError: there is no model at `path`, it is broken, the adapter belongs to another base, or its base is
-            missing.
+            missing; or there is no such precision.
     """
+    device = default_device()
+    dtype = resolve_precision(precision, device)
     directory = resolve_model(path)
     if adapter is not None:
         adapter_dir = resolve_model(adapter)
@@ -87,7 +89,6 @@ def open_trained(
         if adapter_dir:
             directory = base_of(adapter_dir, base)
     tokenizer = Tokenizer.load(directory)
-    device = default_device()
     model = load_model(directory, device)
     if tokenizer.vocab_size > model.shape.vocab_size:
         raise UserError(
@@ -98,7 +99,7 @@ def open_trained(
         load_adapter(model, adapter_dir, model_fingerprint(directory))
         merge_lora(model)
     stage = _stage_of(adapter_dir or directory)
-    return Trained(model.eval(), tokenizer, directory, stage, device, resolve_precision(precision, device))
+    return Trained(model.eval(), tokenizer, directory, stage, device, dtype)
 
 
 def base_of(adapter: Path, base: str | Path | None = None) -> Path:

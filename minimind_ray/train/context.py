@@ -104,10 +104,19 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products for `train.precision`; `auto` is bfloat16 if the hardware supports it."""
+    """Return the dtype of matrix products for `train.precision`; `auto` is bfloat16 if the hardware supports it.
+
+    Raises:
+        UserError: there is no such precision.
+    """
     if precision != "auto":
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+        if precision not in PRECISIONS:
+            raise UserError(f"precision is {precision!r}: give auto, {' or '.join(PRECISIONS)}")
+        return PRECISIONS[precision]
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import TrainConfig
 from minimind_ray.train import context
-from minimind_ray.train.context import arithmetic, resolve_precision
+from minimind_ray.train.context import PRECISIONS, arithmetic, resolve_precision
 
 pytestmark = pytest.mark.unit
 
@@ -40,3 +44,13 @@ def test_auto_is_bfloat16_on_a_cpu_that_has_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert resolve_precision("auto", torch.device("cpu")) is dtype
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "BFLOAT16", ""])
+def test_an_unknown_precision_is_refused(precision: str) -> None:
+    with pytest.raises(UserError, match=f"precision is {precision!r}: give auto, bfloat16 or float32"):
+        resolve_precision(precision, torch.device("cpu"))
+
+
+def test_every_precision_of_the_config_is_known() -> None:
+    assert set(get_args(TrainConfig.model_fields["precision"].annotation)) == {"auto", *PRECISIONS}
