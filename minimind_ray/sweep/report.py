@@ -23,7 +23,7 @@ from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
 from minimind_ray.sweep.axes import short_names
 from minimind_ray.sweep.compare import LEAST_EXAMPLES, Comparison, Row
-from minimind_ray.sweep.export import counts_text, headline_text, seeds_text, sentences, standing
+from minimind_ray.sweep.export import best_set_text, headline_text, seeds_text, sentences, standing
 from minimind_ray.sweep.text import count_text, duration_text, shorten, value_text
 from minimind_ray.sweep.trials import Sweep
 from minimind_ray.train.run import write_atomically
@@ -77,9 +77,10 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         info=info,
         comparison=comparison,
         names=short_names(comparison.keys),
-        counts=counts_text(comparison),
-        headline=headline_text(comparison),
+        headlines=[text for text in (headline_text(comparison), best_set_text(comparison)) if text],
         sentences=sentences(comparison),
+        # The number of seeds says enough about points whose trials have all finished.
+        eventful=any(row.status != "finished" for row in rows),
         measured=measured,
         by_verdict=by_verdict(comparison.rows),
         failed=[trial for trial in sweep.trials if trial.state == "failed"],
