@@ -210,9 +210,10 @@ def tune(
     from minimind_ray.display.board import Board
     from minimind_ray.sweep.axes import parse_axis
     from minimind_ray.sweep.compare import compare as compare_sweeps
-    from minimind_ray.sweep.plan import check_free, reopen_sweep
+    from minimind_ray.sweep.plan import check_free
     from minimind_ray.sweep.publish import publish
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
+    from minimind_ray.sweep.resume import reopen_sweep
     from minimind_ray.sweep.run import sweep_on_ray
     from minimind_ray.sweep.trials import read_sweep
 

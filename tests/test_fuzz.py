@@ -50,8 +50,8 @@ from minimind_ray.stages.verify import check_checkpoint
 from minimind_ray.sweep.axes import parse_assignment, parse_axis, plan_trials
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import to_json, to_records
-from minimind_ray.sweep.plan import reopen_sweep
 from minimind_ray.sweep.report import render
+from minimind_ray.sweep.resume import reopen_sweep
 from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.checkpoint import load_resume, optimizer_tensors, save_resume
 from minimind_ray.train.optim import build_adamw

@@ -70,8 +70,8 @@ def sweep_beta(out: str, console: Console) -> None:
     from minimind_ray.data.files import join
     from minimind_ray.stages.recipe import set_aside
     from minimind_ray.stages.run import changed_inputs, prepare_job
-    from minimind_ray.sweep.plan import reopen_sweep
     from minimind_ray.sweep.request import SweepRequest
+    from minimind_ray.sweep.resume import reopen_sweep
     from minimind_ray.sweep.trials import open_sweep
     from minimind_ray.train.run import RunDirectory
 

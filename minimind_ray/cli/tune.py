@@ -45,7 +45,13 @@ def tune(
         typer.Option("--axis", metavar="KEY=VALUES", help="vary any config key: 1,2 or log(1e-6,1e-4), uniform, int"),
     ] = None,
     out: Annotated[str | None, typer.Option(help="the sweep's directory or URL; default: sweeps/STAGE")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="DIR", help="continue the sweep in DIR")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="DIR", help="continue the sweep in DIR; with --seeds, add seeds to its points")
+    ] = None,
+    points: Annotated[
+        list[str] | None,
+        typer.Option(help="with --resume and --seeds: add seeds only to these points: best,second or beta=0.1"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="prepare the data, measure a few steps, and print plan and cost")
     ] = False,
@@ -63,6 +69,8 @@ def tune(
     if resume:
         run_plan(resumed_plan(resume, asked), resume=True)
         return
+    if points:
+        raise UserError("--points chooses the points to which --resume and --seeds add seeds: give these, too")
     plan = plan_of(asked)
     check_free(plan.path)
     if dry_run:
@@ -81,9 +89,9 @@ def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
         UserError: a parameter that cannot change or another stage was given, or the directory holds no sweep.
     """
     from minimind_ray.config.search import search_config
-    from minimind_ray.sweep.plan import reopen_sweep
+    from minimind_ray.sweep.resume import reopen_sweep, with_seeds
 
-    may_change = ("stage", "resume", "concurrent", "budget_hours", "fuse")
+    may_change = ("stage", "resume", "concurrent", "budget_hours", "fuse", "seeds", "points")
     if fixed := [name.strip("_") for name in asked if name not in may_change]:
         raise UserError(
             f"--resume continues the sweep with its own settings: leave --{fixed[0].replace('_', '-')} out, or start "
@@ -92,7 +100,15 @@ def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
     plan = reopen_sweep(path)
     if asked.get("stage", plan.base.stage) != plan.base.stage:
         raise UserError(f"{path} is a sweep of {plan.base.stage}, not of {asked['stage']}")
-    return replace(plan, search=search_config({**plan.search.model_dump(), **_search(asked)}))
+    plan = replace(
+        plan, search=search_config({**plan.search.model_dump(), **_search(asked), "seeds": plan.search.seeds})
+    )
+    if "seeds" in asked:
+        search_config({"seeds": asked["seeds"]})
+        return with_seeds(plan, asked["seeds"], asked.get("points", []))
+    if "points" in asked:
+        raise UserError("--points chooses the points to which --seeds adds seeds: give --seeds, too")
+    return plan
 
 
 def plan_of(asked: Mapping[str, Any]) -> SweepPlan:

@@ -39,7 +39,7 @@ class Board:
     def __init__(self, plan: SweepPlan, console: Console) -> None:
         hours, (metric, mode) = plan.search.budget_hours, plan.search.judged_by(plan.base.stage)
         ends_by = {"ends_by": time.monotonic() + hours * 3600} if hours else {}
-        self.progress = SweepProgress(plan.count, metric, mode, seeds=plan.search.seeds, **ends_by)
+        self.progress = SweepProgress(plan.count, metric, mode, seeds=plan.most_seeds, **ends_by)
         self.console, self.in_store = console, mirror_of(plan.path) is not None
         self.paths: dict[str, Path] = {}
         # Protects `progress`. Do not hold this lock while printing: printing also draws the table.

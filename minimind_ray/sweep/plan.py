@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.load import load_config, validate
 from minimind_ray.config.paths import output_path
-from minimind_ray.config.reading import read_json
 from minimind_ray.config.schema import Config
 from minimind_ray.config.search import SearchConfig
 from minimind_ray.data.files import join, remove
@@ -32,7 +29,7 @@ from minimind_ray.data.storage import copy_of, url_of
 from minimind_ray.data.store import PackStore, UnitStats
 from minimind_ray.stages.base import Base
 from minimind_ray.stages.columns import FrozenColumn
-from minimind_ray.stages.run import Host, Job, begin, changed_inputs, prepare_job
+from minimind_ray.stages.run import Host, Job, begin, prepare_job
 from minimind_ray.stages.stage import stage_of
 from minimind_ray.stages.start import check_stage, effect, load_tokenizer, unused
 from minimind_ray.sweep.axes import (
@@ -40,13 +37,12 @@ from minimind_ray.sweep.axes import (
     Grid,
     PlannedTrial,
     check_axes,
-    parse_axis,
     plan_trials,
     trial_config,
     trial_id,
 )
 from minimind_ray.sweep.searchers import Explorer, count_points, import_optuna
-from minimind_ray.sweep.trials import SweepInfo, TrialInfo, open_sweep
+from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep
 from minimind_ray.train.run import RunDirectory
 
 UNITS, REFERENCES = "pieces of them encoded for this sweep", "of these sets computed for this sweep"
@@ -60,7 +56,8 @@ class SweepPlan:
     """A sweep to run. `trials` are all trials, or with optuna the trials known so far.
 
     `path` is the sweep's directory, or its local copy for an object store. `refused` are points from optuna that could
-    not be run. `equal` are trials that were left out because they would repeat other trials.
+    not be run. `equal` are trials that were left out because they would repeat other trials. `more_seeds` are points
+    that a resume gave more than `search.seeds` seeds.
     """
 
     path: Path
@@ -70,11 +67,23 @@ class SweepPlan:
     trials: tuple[PlannedTrial, ...]
     refused: tuple[dict[str, Any], ...] = ()
     equal: tuple[PlannedTrial, ...] = ()
+    more_seeds: tuple[MoreSeeds, ...] = ()
 
     @property
     def count(self) -> int:
         """The number of trials of the whole sweep."""
-        return self.points * self.search.seeds if self.search.searcher == "optuna" else len(self.trials)
+        if self.search.searcher != "optuna":
+            return len(self.trials)
+        return self.points * self.search.seeds + sum(more.seeds - self.search.seeds for more in self.more_seeds)
+
+    def seeds_at(self, point: Mapping[str, Any]) -> int:
+        """Return the number of seeds of a point."""
+        return next((more.seeds for more in self.more_seeds if more.point == point), self.search.seeds)
+
+    @property
+    def most_seeds(self) -> int:
+        """The largest number of seeds of a point."""
+        return max([self.search.seeds, *(more.seeds for more in self.more_seeds)])
 
     @functools.cached_property
     def points(self) -> int:
@@ -308,15 +317,6 @@ def create_sweep(plan: SweepPlan, jobs: Sequence[Job], shared: dict[str, int]) -
     RunDirectory(plan.path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def record_resume(plan: SweepPlan, shared: dict[str, int]) -> None:
-    """Update sweep.json when a sweep is resumed: the new search settings, and the shared work that was done again."""
-    content = read_json(plan.path / "sweep.json")
-    content["search"] = plan.search.model_dump(mode="json")
-    before = content.get("shared", {})
-    content["shared"] = {name: count + before.get(name, 0) * (name in DONE) for name, count in shared.items()}
-    RunDirectory(plan.path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
 def create_trial(trial: PlannedTrial, job: Job, number: int) -> None:
     """Make the run directory of a trial. `number` is the trial's position in the sweep, from 0."""
     facts = {**TrialInfo(id=trial.id, point=trial.point, seed=trial.seed).model_dump(mode="json"), "number": number}
@@ -347,65 +347,4 @@ def check_free(path: Path) -> None:
         raise UserError(
             f"{url_of(path)} already holds a sweep: continue it with minimind-ray tune --resume {url_of(path)}, or "
             "choose another --out"
-        )
-
-
-def reopen_sweep(path: str | Path) -> SweepPlan:
-    """Return the plan of a sweep that was started before, with all trials that have a directory, in their order.
-
-    Raises:
-        UserError: the directory holds no sweep, or a file is damaged.
-    """
-    path = open_sweep(output_path(url_of(path)))
-    if not (path / "sweep.json").exists():
-        raise UserError(f"{url_of(path)} holds no sweep to resume: leave --resume out to start one")
-    content = read_json(path / "sweep.json")
-    try:
-        info, search = SweepInfo.model_validate(content), SearchConfig.model_validate(content["search"])
-    except (ValidationError, KeyError) as error:
-        raise UserError(f"{path / 'sweep.json'} is damaged: {str(error).splitlines()[0]}") from None
-    found: list[tuple[int, PlannedTrial]] = []
-    refused: list[dict[str, Any]] = []
-    for file in (path / "trials").glob("*/trial.json"):
-        facts = read_json(file)
-        try:
-            trial, number = TrialInfo.model_validate(facts), int(facts["number"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
-        if not file.with_name("config.yaml").exists():
-            if RunDirectory(file.parent).info().get("state") == "failed" and trial.point not in refused:
-                refused.append(trial.point)
-            continue  # An earlier process died before it wrote the config. The trial will be made again.
-        # Use the trial's own config, because budgets and pbt change it. The sweep's directory may have moved.
-        config = load_config(info.stage, [file.with_name("config.yaml")])
-        found.append((number, PlannedTrial(trial.id, trial.point, trial.seed, config)))
-    trials = tuple(trial for _, trial in sorted(found, key=lambda pair: pair[0]))
-    axes = tuple(parse_axis(key, spec) for key, spec in info.axes.items())
-    for point in [*(trial.point for trial in trials), *refused]:
-        _require_on_axes(point, axes, path)
-    plan = SweepPlan(path, validate(info.config), axes, search, (), tuple(refused))
-    return replace(plan, trials=tuple(map(plan.in_place, trials)))
-
-
-def _require_on_axes(point: Mapping[str, Any], axes: Sequence[Axis], path: Path) -> None:
-    """Raise UserError if the point of a trial is not on the axes of sweep.json."""
-    for axis in axes:
-        if axis.key not in point or isinstance(axis, Grid) and point[axis.key] not in axis.values:
-            raise UserError(
-                f"{url_of(path)}: a trial's {axis.key} is {point.get(axis.key)!r}, which is not on the axis in "
-                f"sweep.json, {axis.to_json()}; start a new sweep"
-            )
-
-
-def check_same_inputs(job: Job) -> None:
-    """Check that a resumed trial has the same data and base as when it began.
-
-    Raises:
-        UserError: the data or the base has changed.
-    """
-    run = RunDirectory(job.config.out)
-    if changed := changed_inputs(job, run):
-        raise UserError(
-            f"{run.where}: {' and '.join(changed)} changed since the sweep began, or another version of minimind-ray "
-            "prepares it differently; restore the old content, or start a new sweep"
         )

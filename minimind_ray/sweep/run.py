@@ -23,13 +23,12 @@ from minimind_ray.sweep.plan import (
     BASES,
     Preparation,
     SweepPlan,
-    check_same_inputs,
     create_sweep,
     create_trial,
     record_refused,
-    record_resume,
     within_budget,
 )
+from minimind_ray.sweep.resume import continue_sweep
 from minimind_ray.sweep.searchers import Explorer, OptunaPoints
 from minimind_ray.track.registry import check_trackers
 from minimind_ray.train.run import GONE, RunDirectory
@@ -99,9 +98,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
     say(f"shared by all trials: {', '.join(f'{count} {what}' for what, count in shared.items() if count)}")
     jobs = jobs[: len(plan.trials)]
     if resume:
-        for job in jobs:
-            check_same_inputs(job)
-        record_resume(plan, shared)
+        if added := continue_sweep(plan, jobs, shared):
+            say(f"{added} trial(s) added")
     else:
         if plan.search.budget_tokens and jobs:
             jobs = within_budget(jobs, plan.search.budget_tokens)
@@ -152,7 +150,7 @@ def _proposed(
             return known[trial.config.out]
         job = preparation.job(trial.config)
         if plan.search.budget_tokens:
-            [job] = within_budget([job], plan.search.budget_tokens // plan.count)
+            [job] = within_budget([job], plan.search.budget_tokens // (plan.points * plan.search.seeds))
         create_trial(replace(trial, config=job.config), job, next(numbers))
         known[trial.config.out] = job
         return job
@@ -166,7 +164,8 @@ def _proposed(
         plan.base,
         plan.axes,
         points=plan.points,
-        seeds=plan.search.seeds,
+        seeds=plan.seeds_at,
+        count=plan.count,
         maximize=maximize,
         make=make,
         refuse=refuse,

@@ -73,7 +73,8 @@ class Explorer:
 class OptunaPoints:
     """Points that Optuna proposes from the results so far (tree-structured Parzen estimator, Bergstra et al. 2011).
 
-    A point's value is the mean over its seeds. `make` makes the run directory and job of a planned trial. `known` are
+    `seeds` returns the number of seeds of a point, `count` is the number of all trials. A point's value is the mean
+    over its seeds. `make` makes the run directory and job of a planned trial. `known` are
     the points of a resumed sweep; they come first. With several trials at once, the proposals depend on the order in
     which the trials end.
 
@@ -90,7 +91,8 @@ class OptunaPoints:
         axes: Sequence[Axis],
         *,
         points: int,
-        seeds: int,
+        seeds: Callable[[dict[str, Any]], int],
+        count: int,
         maximize: bool,
         make: Callable[[PlannedTrial], Job],
         refuse: Callable[[dict[str, Any], str], object],
@@ -100,7 +102,7 @@ class OptunaPoints:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.base, self.axes, self.seeds = base, {axis.key: axis for axis in axes}, seeds
         self.make, self.refuse = make, refuse
-        self.points, self.count = points, points * seeds
+        self.points, self.count = points, count
         self.distributions = {axis.key: _distribution(axis) for axis in axes}
         self.study = optuna.create_study(
             direction="maximize" if maximize else "minimize",
@@ -112,6 +114,7 @@ class OptunaPoints:
             self.study.enqueue_trial({key: _inner(self.axes[key], value) for key, value in point.items()})
         self.proposals: dict[Path, Any] = {}
         self.values: dict[int, dict[Path, float | None]] = {}
+        self.expected: dict[int, int] = {}
         self.tried: set[str] = set()
         self.rng = np.random.default_rng(base.train.seed)
 
@@ -125,7 +128,8 @@ class OptunaPoints:
         while len(self.values) < self.points and (proposed := self._propose()):
             proposal, point = proposed
             self.values[proposal.number] = {}
-            seeds = range(self.base.train.seed, self.base.train.seed + self.seeds)
+            self.expected[proposal.number] = self.seeds(point)
+            seeds = range(self.base.train.seed, self.base.train.seed + self.seeds(point))
             try:
                 jobs = [self.make(trial_at(self.base, point, seed)) for seed in seeds]
             except UserError as error:
@@ -162,7 +166,7 @@ class OptunaPoints:
         proposal = self.proposals[trial]
         values = self.values[proposal.number]
         values[trial] = value
-        if len(values) == self.seeds:
+        if len(values) == self.expected[proposal.number]:
             found = [v for v in values.values() if v is not None and math.isfinite(v)]
             if found:
                 self.study.tell(proposal, sum(found) / len(found))

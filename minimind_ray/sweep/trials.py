@@ -33,10 +33,20 @@ State = Literal["waiting", "running", "finished", "early-stopped", "stopped", "f
 """`early-stopped`: stopped for good by the scheduler. `stopped`: stopped by hand or a budget; can be resumed."""
 
 
+class MoreSeeds(BaseModel):
+    """A point that has more seeds than the other points of its sweep."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    point: dict[str, Value]
+    seeds: int = Field(ge=1)
+
+
 class SweepInfo(BaseModel):
     """The content of sweep.json.
 
-    `axes` are lists, or texts for drawn axes. `config` is the resolved config without the axes' values.
+    `axes` are lists, or texts for drawn axes. `config` is the resolved config without the axes' values. `seeds` is the
+    number of seeds of all points but those in `more_seeds`.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -46,6 +56,7 @@ class SweepInfo(BaseModel):
     mode: Literal["min", "max"]
     axes: dict[str, list[Value] | str]
     seeds: int = Field(ge=1)
+    more_seeds: list[MoreSeeds] = Field(default_factory=list)
     shared: dict[str, Any] = Field(default_factory=dict)
     created: str
     config: dict[str, Any]

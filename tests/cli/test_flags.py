@@ -22,8 +22,8 @@ FLAGS = {
     "--schedule --seed --set --tokenizer --train --val --wandb --warmup --workers",
     "tune": "--axis --batch-tokens --beta --budget-hours --budget-tokens --concurrent --config --cpus-per-worker "
     "--dry-run --epochs --fuse --gpus-per-trial --help --init-from --loss --lr --margin --max-seq-len --max-steps "
-    "--metric --mode --out --pack-tokens --precision --preset --price-per-hour --rank --resume --schedule --scheduler "
-    "--searcher --seed --seeds --set --sweep --tokenizer --train --trials --val --wandb --warmup --workers",
+    "--metric --mode --out --pack-tokens --points --precision --preset --price-per-hour --rank --resume --schedule "
+    "--scheduler --searcher --seed --seeds --set --sweep --tokenizer --train --trials --val --wandb --warmup --workers",
     "compare": "--csv --help --json --margin --metric --mode",
     "report": "--help --margin",
     "run": "--data-dir --help --no-ray --out --ray --set --workers",

@@ -13,7 +13,8 @@ import torch
 from minimind_ray.config.search import SearchConfig
 from minimind_ray.stages.run import Host, run_here
 from minimind_ray.sweep.axes import parse_axis
-from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep, reopen_sweep
+from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep
+from minimind_ray.sweep.resume import reopen_sweep
 from minimind_ray.sweep.trials import Trial, read_sweep
 from minimind_ray.train.run import RunDirectory, sound
 from tests.jobs import make_config, make_job, start

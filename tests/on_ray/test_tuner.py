@@ -24,7 +24,8 @@ from minimind_ray.config.search import SearchConfig
 from minimind_ray.data.claim import require_free
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis
-from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep, reopen_sweep
+from minimind_ray.sweep.plan import Preparation, SweepPlan, create_sweep, plan_sweep
+from minimind_ray.sweep.resume import reopen_sweep, with_seeds
 from minimind_ray.sweep.trials import Trial, read_sweep
 from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.run import RunDirectory, read_jsonl, sound
@@ -330,7 +331,7 @@ def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_sess
     said: list[str] = []
     assert run_sweep(plan, resume=False, say=said.append, watch=lambda *event: None) == "by itself"
     # Two trials of 5 CPUs do not fit on 8: they wait for each other.
-    assert said[-1].startswith("6 trials, 1 at once; the others wait")
+    assert said[-1].startswith("6 trials, 1 at once; the other trials wait")
     trials = read_sweep(plan.path).trials
     assert [trial.state for trial in trials] == ["finished"] * 6
     assert len({trial.point["optim.lr"] for trial in trials}) == 3
@@ -340,6 +341,15 @@ def test_optuna_proposes_points_and_hears_of_their_mean(tmp_path: Path, ray_sess
     run_sweep(reopen_sweep(plan.path), resume=True, say=said.append, watch=lambda *event: None)
     again = read_sweep(plan.path).trials
     assert before == {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in again}
+    # One point gets a third seed. The other trials stay as they are.
+    larger = with_seeds(reopen_sweep(plan.path), 3, ["best"])
+    assert larger.count == 7
+    run_sweep(larger, resume=True, say=said.append, watch=lambda *event: None)
+    assert "1 trial(s) added" in said
+    after = {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in read_sweep(plan.path).trials}
+    assert len(after) == 7 and before.items() <= after.items()
+    assert {trial.state for trial in read_sweep(plan.path).trials} == {"finished"}
+    assert reopen_sweep(plan.path) == larger
 
 
 @pytest.mark.parametrize("fuse", [1, 2])

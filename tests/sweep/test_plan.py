@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from minimind_ray.cli.tune import plan_of, run_plan
+from minimind_ray.cli.tune import plan_of, resumed_plan, run_plan
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
 from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages.columns import compute_here
 from minimind_ray.stages.run import Host, Job, run_here
-from minimind_ray.sweep.axes import parse_axis
+from minimind_ray.sweep.axes import parse_axis, plan_trials
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.estimate import Pace, asha_keeps, calibrate, estimate
 from minimind_ray.sweep.plan import (
@@ -26,18 +26,25 @@ from minimind_ray.sweep.plan import (
     Preparation,
     SweepPlan,
     check_free,
-    check_same_inputs,
     create_sweep,
+    create_trial,
     plan_sweep,
-    record_resume,
-    reopen_sweep,
     train_tokens,
     within_budget,
+)
+from minimind_ray.sweep.resume import (
+    check_same_inputs,
+    chosen_points,
+    continue_sweep,
+    record_resume,
+    reopen_sweep,
+    with_seeds,
 )
 from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.evaluate import Evaluation
 from minimind_ray.train.validation import Validation
 from tests.jobs import make_config, make_job, rows_of, start, write_jsonl
+from tests.sweep.synthetic import make_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -438,3 +445,91 @@ def test_shipped_sweeps_are_valid(tmp_path: Path) -> None:
         )
         plan = plan_sweep(tmp_path, base, [parse_axis(k, v) for k, v in sweep.axes.items()], search)
         assert plan.count > 1
+
+
+def files_of(plan: SweepPlan) -> dict[str, tuple[str, str]]:
+    """The config and trial.json of each trial, wherever the sweep lies."""
+    paths = sorted((plan.path / "trials").glob("*/"))
+    texts = {path.name: (path / "config.yaml", path / "trial.json") for path in paths}
+    return {
+        name: (config.read_text().replace(str(plan.path), ""), trial.read_text())
+        for name, (config, trial) in texts.items()
+    }
+
+
+def test_added_seeds_are_those_of_a_sweep_that_begins_with_them(tmp_path: Path) -> None:
+    axes = {"optim.lr": "1e-3,1e-4", "optim.weight_decay": "0,0.1"}
+    plan = planned(tmp_path, axes, {"seeds": 1}, track__group="g")
+    create_sweep(plan, prepared(plan), {})
+    larger = with_seeds(reopen_sweep(plan.path), 3)
+    assert larger.count == 12 and larger.search.seeds == 3
+    assert continue_sweep(larger, prepared(larger), {}) == 8
+    begun = replace(planned(tmp_path, axes, {"seeds": 3}, track__group="g"), path=tmp_path / "begun")
+    begun = replace(begun, trials=tuple(map(begun.in_place, begun.trials)))
+    create_sweep(begun, prepared(begun), {})
+    assert files_of(larger) == files_of(begun)
+    assert reopen_sweep(plan.path) == larger
+    assert read_sweep(plan.path).info.seeds == 3
+    # Whoever repeats the command adds nothing.
+    assert with_seeds(larger, 3) == larger
+    with pytest.raises(UserError, match="--seeds 2: there are 3 seeds already"):
+        with_seeds(larger, 2)
+
+
+def test_seeds_are_added_to_chosen_points_and_after_an_interruption(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4", "optim.weight_decay": "0,0.1"}, {"seeds": 1})
+    create_sweep(plan, prepared(plan), {})
+    larger = with_seeds(reopen_sweep(plan.path), 2, ["lr=1e-4,weight_decay=0.1", "optim.lr=0.001"])
+    added = [trial.id for trial in larger.trials[4:]]
+    assert added == ["lr=0.001,weight_decay=0,seed=1", "lr=0.001,weight_decay=0.1,seed=1",
+                     "lr=1e-4,weight_decay=0.1,seed=1"]  # fmt: skip
+    # The process ended when it had made one of them.
+    record_resume(larger, {})
+    create_trial(larger.trials[4], prepared(larger)[4], 4)
+    again = reopen_sweep(plan.path)
+    assert again == larger
+    assert continue_sweep(again, prepared(again), {}) == 2
+    # Later, all points get as many.
+    every = with_seeds(again, 3)
+    assert every.count == 12 and not every.more_seeds
+    assert with_seeds(again, 2).count == 8
+    for texts, words in (
+        (["lr=7"], "--points lr=7: the sweep has no such point"),
+        (["beta=0.1"], "the sweep's axes are lr, weight_decay"),
+        (["fourth"], "expected best, second, third"),
+        (["best"], "--points best: only 0 points of the sweep have results so far"),
+    ):
+        with pytest.raises(UserError, match=words):
+            with_seeds(again, 3, texts)
+
+
+def test_seeds_of_a_budgeted_sweep_keep_its_length(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4"}, {"seeds": 1, "budget_tokens": 5000}, train__epochs=8)
+    jobs = prepared(plan)
+    create_sweep(plan, within_budget(jobs, 5000), {})
+    larger = with_seeds(reopen_sweep(plan.path), 2)
+    steps = {trial.config.train.max_steps for trial in larger.trials}
+    assert len(larger.trials) == 4 and len(steps) == 1 and None not in steps
+    assert larger.search.budget_tokens == 10000
+
+
+def test_seeds_cannot_be_added_with_pbt_or_without_saying_how_many(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4"}, {"scheduler": "pbt"})
+    create_sweep(plan, prepared(plan), {})
+    with pytest.raises(UserError, match="cannot add seeds to a sweep with pbt"):
+        resumed_plan(str(plan.path), {"resume": str(plan.path), "seeds": 2})
+    with pytest.raises(UserError, match="give --seeds, too"):
+        resumed_plan(str(plan.path), {"resume": str(plan.path), "points": ["best"]})
+
+
+def test_points_are_chosen_by_their_rank(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", axes={"dpo.beta": "0.02,0.05,0.1,0.3"}, seed_noise=0.0)
+    rows = compare([read_sweep(sweep)]).rows
+    base = load_config("dpo", overrides={"data.train": "data/train.jsonl", "data.tokenizer": "tokenizer"})
+    axes = (parse_axis("dpo.beta", "0.02,0.05,0.1,0.3"),)
+    plan = SweepPlan(sweep, base, axes, SearchConfig(seeds=2), tuple(plan_trials(base, axes, seeds=2)))
+    chosen = chosen_points(plan, ["best,second"])
+    assert sorted(p["dpo.beta"] for p in chosen) == sorted(row.point["dpo.beta"] for row in rows[:2])
+    last = rows[3].point["dpo.beta"]
+    both = chosen_points(plan, [f"best,beta={last}"])
+    assert sorted(p["dpo.beta"] for p in both) == sorted([rows[0].point["dpo.beta"], last])

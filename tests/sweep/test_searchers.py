@@ -50,7 +50,10 @@ def searched(
     points = OptunaPoints(
         load_config("dpo", overrides={"train.seed": seed, "dpo.lora": True}),
         [parse_axis(k, v) for k, v in specs.items()],
-        **{"points": 30, "seeds": 1, "maximize": False, "make": made, "refuse": None, **options},
+        **{
+            "points": 30, "seeds": lambda point: 1, "count": 30, "maximize": False, "make": made, "refuse": None,
+            **options,
+        },
     )  # fmt: skip
     while jobs := points.ask():
         for job in jobs:
@@ -69,7 +72,7 @@ def test_optuna_finds_the_best_point(tmp_path: Path) -> None:
     first = last = 0.0
     for seed in range(4):
         trials, points = searched(tmp_path, specs, value, seed=seed)
-        assert len(trials) == 30 == points.count
+        assert len(trials) == 30
         values = [value(trial.config) for trial in trials]
         # The first ten are drawn, as random search does.
         first, last = first + sum(values[:10]), last + sum(values[20:])
@@ -85,11 +88,21 @@ def test_optuna_hears_the_mean_over_seeds(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     trials, points = searched(
         tmp_path, {"optim.lr": "log(1e-7,1e-3)"},
-        lambda config: None if config.train.seed == 2 else float(config.train.seed), points=3, seeds=3,
+        lambda config: None if config.train.seed == 2 else float(config.train.seed), points=3,
+        seeds=lambda point: 3,
     )  # fmt: skip
     assert [t.seed for t in trials] == [0, 1, 2] * 3
-    assert points.count == 9
     assert [t.value for t in points.study.trials] == [0.5] * 3
+
+
+def test_a_known_point_may_have_more_seeds(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    trials, points = searched(
+        tmp_path, {"optim.lr": "log(1e-7,1e-3)"}, lambda config: float(config.train.seed), points=2,
+        known=[{"optim.lr": 1e-5}], seeds=lambda point: 3 if point == {"optim.lr": 1e-5} else 1,
+    )  # fmt: skip
+    assert [t.seed for t in trials] == [0, 1, 2, 0]
+    assert [t.value for t in points.study.trials] == [1.0, 0.0]
 
 
 GRIDS = [
