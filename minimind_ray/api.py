@@ -252,11 +252,13 @@ def load(path: str | Path, adapter: str | Path | None = None, *, precision: str 
     return Model(open_trained(path, adapter=adapter, precision=precision))
 
 
-def compare(*sweeps: Sweep | str | Path) -> Table:
-    """Compare the points of sweeps, as `minimind-ray compare` does.
+def compare(
+    *sweeps: Sweep | str | Path, metric: str | None = None, mode: str | None = None, margin: float | None = None
+) -> Table:
+    """Compare the points of sweeps, as `minimind-ray compare` does with the options of the same names.
 
     Raises:
-        UserError: a path is not a sweep, or the sweeps cannot be compared.
+        UserError: a path is not a sweep, an option is wrong, or the sweeps cannot be compared.
     """
     from minimind_ray.display.comparison import print_comparison
     from minimind_ray.sweep.compare import compare as compare_sweeps
@@ -264,7 +266,7 @@ def compare(*sweeps: Sweep | str | Path) -> Table:
     from minimind_ray.sweep.trials import read_sweep
 
     paths = dict.fromkeys(str(sweep.path if isinstance(sweep, Sweep) else sweep) for sweep in sweeps)
-    comparison = compare_sweeps([read_sweep(path) for path in paths])
+    comparison = compare_sweeps([read_sweep(path) for path in paths], metric=metric, mode=mode, margin=margin)
     text = io.StringIO()
     print_comparison(comparison, text)
     winner = Run(str(comparison.winner.path)) if comparison.winner else None

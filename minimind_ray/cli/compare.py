@@ -20,7 +20,7 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="print JSON with all details")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="print CSV with one line per point")] = False,
     metric: Annotated[
-        str | None, typer.Option(metavar="NAME", help="judge by this column of validation.parquet")
+        str | None, typer.Option(metavar="NAME", help="judge by this metric, or a column of validation.parquet")
     ] = None,
     mode: Annotated[
         str | None, typer.Option(metavar="min|max", help="whether less or more of --metric is better")

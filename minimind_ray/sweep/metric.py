@@ -24,20 +24,20 @@ def judged_by(
         UserError: a value is wrong, the mode is missing, or the sweeps do not agree on what is not given.
     """
     if mode is not None and mode not in get_args(Mode):
-        raise UserError(f"--mode {mode}: give min if less of the metric is better, or max if more is better")
+        raise UserError(f"mode {mode}: give min if less of the metric is better, or max if more is better")
     if margin is not None and not (margin > 0 and math.isfinite(margin)):
-        raise UserError(f"--margin {margin:g}: give a number above 0, in units of the metric, such as 0.01")
+        raise UserError(f"margin {margin:g}: give a number above 0, in units of the metric, such as 0.01")
     if margin is None:
         margin = _common_margin(sweeps)
     if metric is None:
         if mode is not None:
-            raise UserError(f"--mode {mode} needs --metric: name the column of validation.parquet to judge by")
+            raise UserError(f"mode {mode} needs a metric: name the column of validation.parquet to judge by")
         return *_common_metric(sweeps), margin
     known = STAGES[sweeps[0].info.stage].metrics
     name = f"val/{metric}" if f"val/{metric}" in known else metric
     found = mode or known.get(name)
     if found is None:
-        raise UserError(f"--metric {metric} needs --mode: min if less of it is better, or max if more is better")
+        raise UserError(f"metric {metric} needs a mode: min if less of it is better, or max if more is better")
     return name, "min" if found == "min" else "max", margin
 
 
@@ -47,7 +47,7 @@ def _common_metric(sweeps: Sequence[Sweep]) -> tuple[str, Mode]:
         if (sweep.info.metric, sweep.info.mode) != (first.metric, first.mode):
             raise UserError(
                 f"{sweeps[0].path} is judged by {first.metric} ({first.mode}), {sweep.path} by {sweep.info.metric} "
-                f"({sweep.info.mode}); only sweeps with the same metric fit in one table: give --metric and --mode"
+                f"({sweep.info.mode}); only sweeps with the same metric fit in one table: give a metric and a mode"
             )
     return first.metric, first.mode
 
@@ -55,7 +55,7 @@ def _common_metric(sweeps: Sequence[Sweep]) -> tuple[str, Mode]:
 def _common_margin(sweeps: Sequence[Sweep]) -> float:
     margins = {sweep.info.margin for sweep in sweeps}
     if len(margins) > 1:
-        raise UserError(f"the sweeps have the margins {', '.join(f'{m:g}' for m in sorted(margins))}: give --margin")
+        raise UserError(f"the sweeps have the margins {', '.join(f'{m:g}' for m in sorted(margins))}: give a margin")
     return margins.pop()
 
 

@@ -69,13 +69,13 @@ def test_a_stages_metric_has_its_own_mode(sweep: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"metric": "score"}, "--metric score needs --mode"),
+        ({"metric": "score"}, "metric score needs a mode"),
         ({"metric": "scor", "mode": "max"}, r"has no scor .* by another metric: .*score"),
-        ({"metric": "score", "mode": "most"}, "--mode most: give min if less"),
-        ({"mode": "max"}, "--mode max needs --metric"),
-        ({"margin": 0.0}, "--margin 0: give a number above 0"),
-        ({"margin": -0.1}, "--margin -0.1: give a number above 0"),
-        ({"margin": float("nan")}, "--margin nan: give a number above 0"),
+        ({"metric": "score", "mode": "most"}, "mode most: give min if less"),
+        ({"mode": "max"}, "mode max needs a metric"),
+        ({"margin": 0.0}, "margin 0: give a number above 0"),
+        ({"margin": -0.1}, "margin -0.1: give a number above 0"),
+        ({"margin": float("nan")}, "margin nan: give a number above 0"),
     ],
 )
 def test_bad_values(sweep: Path, options: dict[str, Any], words: str) -> None:
@@ -91,7 +91,7 @@ def test_the_margin_is_the_sweeps_own_unless_it_is_given(tmp_path: Path) -> None
     assert compare([read_sweep(path)]).margin == 0.02
     assert compare([read_sweep(path)], margin=0.5).margin == 0.5
     other = read_sweep(make_sweep(tmp_path / "b", axes={"dpo.beta": "0.1,0.3"}, steps=10))
-    with pytest.raises(UserError, match=r"the sweeps have the margins 0, 0.02: give --margin"):
+    with pytest.raises(UserError, match=r"the sweeps have the margins 0, 0.02: give a margin"):
         compare([read_sweep(path), other])
     with pytest.raises(UserError, match="margin"):
         search_config({"margin": -1})
