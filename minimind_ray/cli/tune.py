@@ -100,11 +100,9 @@ def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
     plan = reopen_sweep(path)
     if asked.get("stage", plan.base.stage) != plan.base.stage:
         raise UserError(f"{path} is a sweep of {plan.base.stage}, not of {asked['stage']}")
-    plan = replace(
-        plan, search=search_config({**plan.search.model_dump(), **_search(asked), "seeds": plan.search.seeds})
-    )
+    search = {**plan.search.model_dump(), **_search(asked), "seeds": plan.search.seeds}
+    plan = replace(plan, search=search_config(search))
     if "seeds" in asked:
-        search_config({"seeds": asked["seeds"]})
         return with_seeds(plan, asked["seeds"], asked.get("points", []))
     if "points" in asked:
         raise UserError("--points chooses the points to which --seeds adds seeds: give --seeds, too")
@@ -171,6 +169,7 @@ def print_results(path: Path, console: Console, title: str, *, send: bool) -> No
     from minimind_ray.sweep.compare import compare
     from minimind_ray.sweep.publish import publish
     from minimind_ray.sweep.report import write_report
+    from minimind_ray.sweep.resume import seeds_commands
     from minimind_ray.sweep.trials import read_sweep
     from minimind_ray.track.registry import send_commands
 
@@ -179,6 +178,8 @@ def print_results(path: Path, console: Console, title: str, *, send: bool) -> No
     comparison = compare([sweep])
     say("")
     print_comparison(comparison)
+    for command in seeds_commands(comparison, url_of(path)):
+        say(command)
     if winner := comparison.winner:
         command = "generate" if STAGES[sweep.info.stage].rows == "text" else "chat"
         longer = " --set train.max_steps=null" if winner_is_cut(winner.path) else ""

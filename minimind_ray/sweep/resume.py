@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,9 +20,10 @@ from minimind_ray.config.search import SearchConfig
 from minimind_ray.data.storage import url_of
 from minimind_ray.stages.run import Job, changed_inputs
 from minimind_ray.sweep.axes import Axis, Grid, PlannedTrial, parse_axis, short_names, trial_id
-from minimind_ray.sweep.compare import compare
+from minimind_ray.sweep.compare import Comparison, compare
+from minimind_ray.sweep.export import MOST_PAIRS
 from minimind_ray.sweep.plan import DONE, SweepPlan, create_trial
-from minimind_ray.sweep.text import value_text
+from minimind_ray.sweep.text import duration_text, value_text
 from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep, read_sweep
 from minimind_ray.train.run import RunDirectory
 
@@ -157,6 +159,36 @@ def _with_values(plan: SweepPlan, points: Sequence[dict[str, Any]], values: Sequ
     if not points:
         raise UserError(f"--points {','.join(values)}: the sweep has no such point; minimind-ray compare lists them")
     return list(points)
+
+
+def seeds_commands(comparison: Comparison, path: str) -> list[str]:
+    """Return sentences with the commands that would decide pairs of points by more seeds, and what they take.
+
+    They are about the same pairs as `more_texts`, except those that no number of seeds would decide. `path` is the
+    directory or URL of the comparison's only sweep.
+    """
+    rows = [row for row in comparison.rows if row.compared]
+    if any(trial.lineage for row in rows for trial in row.trials):
+        return []  # With pbt, seeds cannot be added.
+    labels, found = [row.label for row in rows], list[str]()
+    for more in comparison.more[:MOST_PAIRS]:
+        if more.seeds is None or any(labels.count(label) != 1 for label in more.pair):
+            continue
+        chosen = sorted(labels.index(label) for label in more.pair)
+        points = ",".join(_point_text(rows[rank].trials[0].point, rank) for rank in chosen)
+        time = "" if more.seconds is None else f", {duration_text(more.seconds)} more training"
+        price = "" if more.cost is None else f" for {more.cost:.2f}"
+        found.append(
+            f"{more.seeds} seeds of {' and '.join(more.pair)}{time}{price}: "
+            f"minimind-ray tune --resume {quote(path)} --seeds {more.seeds} --points {quote(points)}"
+        )
+    return found
+
+
+def _point_text(point: Mapping[str, Any], rank: int) -> str:
+    """Return the text that `chosen_points` reads: the rank, or the values on the axes."""
+    names = short_names(list(point))
+    return RANKS[rank] if rank < len(RANKS) else ",".join(f"{names[k]}={value_text(v)}" for k, v in point.items())
 
 
 def _require_on_axes(point: Mapping[str, Any], axes: Sequence[Axis], path: Path) -> None:

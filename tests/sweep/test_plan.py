@@ -18,7 +18,7 @@ from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages.columns import compute_here
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis, plan_trials
-from minimind_ray.sweep.compare import compare
+from minimind_ray.sweep.compare import More, compare
 from minimind_ray.sweep.estimate import Pace, asha_keeps, calibrate, estimate
 from minimind_ray.sweep.plan import (
     REFERENCES,
@@ -38,6 +38,7 @@ from minimind_ray.sweep.resume import (
     continue_sweep,
     record_resume,
     reopen_sweep,
+    seeds_commands,
     with_seeds,
 )
 from minimind_ray.sweep.trials import read_sweep
@@ -533,3 +534,24 @@ def test_points_are_chosen_by_their_rank(tmp_path: Path) -> None:
     last = rows[3].point["dpo.beta"]
     both = chosen_points(plan, [f"best,beta={last}"])
     assert sorted(p["dpo.beta"] for p in both) == sorted([rows[0].point["dpo.beta"], last])
+
+
+def test_the_command_for_more_seeds_names_the_pair(tmp_path: Path) -> None:
+    comparison = compare([read_sweep(make_sweep(tmp_path / "sweep"))])
+    labels = [row.label for row in comparison.rows]
+    more = [
+        More((labels[0], labels[1]), 5, None, "", 720.0, 0.27),
+        More((labels[0], labels[4]), 9, 500, "", 60.0, None),
+        More((labels[0], labels[2]), None, 500, "more seeds are not enough", None, None),
+        More((labels[0], labels[3]), 4, None, "", None, None),
+    ]
+    first, second = seeds_commands(replace(comparison, more=more), "my sweeps/dpo")
+    assert first == (
+        f"5 seeds of {labels[0]} and {labels[1]}, 12:00 more training for 0.27: "
+        "minimind-ray tune --resume 'my sweeps/dpo' --seeds 5 --points best,second"
+    )
+    point = comparison.rows[4].point
+    values = f"beta={point['dpo.beta']:g},lr={point['optim.lr']:g}".replace("e-0", "e-")
+    assert second.endswith(
+        f"1:00 more training: minimind-ray tune --resume 'my sweeps/dpo' --seeds 9 --points best,{values}"
+    )
