@@ -1,4 +1,4 @@
-"""The marker of a config key that has a short option on the command line, such as `--lr` for `optim.lr`."""
+"""Markers of config keys: `Flag` for a short option, such as `--lr` for `optim.lr`, and `Movable` for pbt."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ class Flag:
     def parameter(self) -> str:
         """The option as a Python name, such as `max_seq_len`."""
         return self.name.removeprefix("--").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Movable:
+    """Population based training (pbt) may change the key in the middle of a run: neither data nor tensors depend on it.
+
+    A field of the schema has the marker as `Annotated[…, Movable()]`.
+    """

@@ -1,4 +1,4 @@
-"""Find the flags of config keys in the schema, and turn their values into config values.
+"""Find the marked config keys in the schema (see flag.py), and turn the values of flags into config values.
 
 The command line and the Python interface use a flag's name as a Python name, such as `max_seq_len`.
 """
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from minimind_ray.config.flag import Flag
+from minimind_ray.config.flag import Flag, Movable
 from minimind_ray.config.load import parse_value, section_of
 from minimind_ray.config.schema import Config
 
@@ -46,13 +47,24 @@ def config_flags() -> dict[str, KeyFlag]:
     return {found.flag.parameter: found for found in _flags_of(Config)}
 
 
-def _flags_of(model: type[BaseModel], at: str = "") -> Iterator[KeyFlag]:
-    for name, field in model.model_fields.items():
-        if section := section_of(field.annotation):
-            yield from _flags_of(section, f"{at}{name}.")
+@functools.cache
+def movable_keys() -> tuple[str, ...]:
+    """Return the config keys that pbt may change in the middle of a run."""
+    return tuple(key for key, field in _fields_of(Config) if any(isinstance(each, Movable) for each in field.metadata))
+
+
+def _flags_of(model: type[BaseModel]) -> Iterator[KeyFlag]:
+    for key, field in _fields_of(model):
         for flag in field.metadata:
             if isinstance(flag, Flag):
-                yield KeyFlag(f"{at}{name}", flag, list[str] in get_args(field.annotation))
+                yield KeyFlag(key, flag, list[str] in get_args(field.annotation))
+
+
+def _fields_of(model: type[BaseModel], at: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if section := section_of(field.annotation):
+            yield from _fields_of(section, f"{at}{name}.")
+        yield f"{at}{name}", field
 
 
 def overrides_of(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ compute derived values (such as a head's size, or the packs of a step), and rais
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -17,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.flag import Flag
+from minimind_ray.config.flag import Flag, Movable
 from minimind_ray.config.paths import check_location
 from minimind_ray.config.section import (
     Fraction,
@@ -332,12 +333,16 @@ class BatchConfig(Section):
 class OptimConfig(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    lr: Annotated[PositiveFloat, Flag("--lr", vary=True)] = Field(default=5e-4, description="peak learning rate")
-    weight_decay: NonNegativeFloat = 0.01
-    beta1: Probability = 0.9
-    beta2: Probability = 0.95
+    lr: Annotated[PositiveFloat, Flag("--lr", vary=True), Movable()] = Field(
+        default=5e-4, description="peak learning rate"
+    )
+    weight_decay: Annotated[NonNegativeFloat, Movable()] = 0.01
+    beta1: Annotated[Probability, Movable()] = 0.9
+    beta2: Annotated[Probability, Movable()] = 0.95
     eps: PositiveFloat = 1e-8
-    clip: NonNegativeFloat = Field(default=1.0, description="largest global gradient norm; 0: do not clip gradients")
+    clip: Annotated[NonNegativeFloat, Movable()] = Field(
+        default=1.0, description="largest global gradient norm; 0: do not clip gradients"
+    )
 
 
 class ScheduleConfig(Section):
@@ -451,7 +456,7 @@ class LoraConfig(Section):
 
     rank: Annotated[PositiveInt, Flag("--rank", vary=True)] = 8
     alpha: PositiveFloat | None = Field(default=None, description="default: the rank, for a scale of 1, as in MiniMind")
-    dropout: Probability = 0.0
+    dropout: Annotated[Probability, Movable()] = 0.0
     targets: str | Annotated[list[str], Field(min_length=1)] = Field(
         default="square", description="square (as in MiniMind), all-linear, or names such as [q_proj, v_proj]"
     )
@@ -564,6 +569,17 @@ class CommonConfig(Section):
         return tokens // pack
 
 
+def own_sections(records: Iterable[StageRecord]) -> dict[str, Any]:
+    """Return the type and the default of each stage's own section, whose name no other key of the config may have."""
+    sections: dict[str, Any] = {}
+    for record in records:
+        if record.section:
+            taken = record.name in CommonConfig.model_fields
+            assert not taken, f"the section of stage {record.name} would replace config key {record.name}"
+            sections[record.name] = (record.section, record.section())
+    return sections
+
+
 if TYPE_CHECKING:
 
     class Config(CommonConfig):
@@ -575,5 +591,5 @@ else:
         __base__=CommonConfig,
         __module__=__name__,
         __doc__="One stage's run: the common sections, and one for each stage that has a section of its own.",
-        **{name: (record.section, record.section()) for name, record in STAGES.items() if record.section},
+        **own_sections(STAGES.values()),
     )

@@ -13,27 +13,27 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from minimind_ray.config.flag import Flag
+from minimind_ray.config.flag import Flag, Movable
 from minimind_ray.config.section import NonNegativeFloat, PositiveFloat, Section
 
-RowKind = Literal["text", "conversation", "pair", "prompt"]
+RowKind = Literal["text", "conversation", "pair"]
 Mode = Literal["min", "max"]
 
-CLUSTERS: dict[RowKind, str] = {
-    "text": "documents", "conversation": "conversations", "pair": "prompts", "prompt": "prompts",
-}  # fmt: skip
+CLUSTERS: dict[RowKind, str] = {"text": "documents", "conversation": "conversations", "pair": "prompts"}
 """What makes validation examples belong together (see data/clusters.py), by the kind of the rows."""
 
 
 class DpoConfig(Section):
     """Preference optimisation."""
 
-    beta: Annotated[PositiveFloat, Flag("--beta", vary=True)] = 0.1
+    beta: Annotated[PositiveFloat, Flag("--beta", vary=True), Movable()] = 0.1
     loss: Annotated[Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"], Flag("--loss", vary=True)] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5), Movable()] = Field(
         default=0.0, description="assumed fraction of pairs with swapped labels (conservative DPO)"
     )
-    simpo_gamma: NonNegativeFloat = Field(default=1.0, description="SimPO's target margin over beta-scaled rewards")
+    simpo_gamma: Annotated[NonNegativeFloat, Movable()] = Field(
+        default=1.0, description="SimPO's target margin over beta-scaled rewards"
+    )
     lora: bool = Field(default=False, description="train adapters (section lora) instead of all weights")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from minimind_ray.config.stages import StageRecord
 from minimind_ray.config.trackers import tracker_folders
 from minimind_ray.data.background import in_background
 from minimind_ray.data.files import join
@@ -69,7 +70,7 @@ def _follow(job: Job, bar: Progress, console: Console, stop: threading.Event) ->
                         console.print(f"warning: {metrics['warning']}", highlight=False, markup=False, soft_wrap=True)
                     if "val/loss" in metrics:
                         # A terminal wraps the line between words; a log gets one line.
-                        text = validation_line(metrics, steps)
+                        text = validation_line(metrics, steps, job.config.record)
                         console.print(text, highlight=False, soft_wrap=not console.is_terminal)
         if ending:
             return
@@ -85,10 +86,10 @@ def progress_line(metrics: dict[str, Any], steps: int) -> str:
     )
 
 
-def validation_line(metrics: dict[str, Any], steps: int) -> str:
-    """Return the progress line with the metrics of the validation."""
+def validation_line(metrics: dict[str, Any], steps: int, record: StageRecord) -> str:
+    """Return the progress line with the validation's loss, perplexity and the metrics of the stage's record."""
     found = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
-    shown = ("loss", "perplexity", "bits_per_byte", "accuracy", "margin")
+    shown = dict.fromkeys(["loss", "perplexity", *(name.removeprefix("val/") for name in record.metrics)])
     values = "  ".join(f"{name.replace('_', ' ')} {found[name]:.4g}" for name in shown if name in found)
     return f"{progress_line(metrics, steps)}  | validation: {values}"
 

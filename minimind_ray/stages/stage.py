@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from minimind_ray.data.plan import StepSource
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.train.context import Context
+from minimind_ray.train.evaluate import Evaluation
 from minimind_ray.train.step import Objective
 
 
@@ -70,6 +72,11 @@ def packs_as_they_are(packs: StepSource, policy: Policy) -> StepSource:
     return packs
 
 
+def all_means(config: Config, evaluation: Evaluation, referenced: bool) -> dict[str, Any]:
+    """Return the means of all metrics of an evaluation, by name."""
+    return evaluation.means
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage: its record, and functions of a run's config.
@@ -79,6 +86,8 @@ class Stage:
     column_keys: the settings that `columns` depends on.
     source: returns the source of the run's training steps, made from the packs of its data.
     uses: rules about the stage's own settings.
+    report: returns the results that `eval` shows, by name in the order to show them. Its last argument says whether the
+        user named a model for `columns`; without such a model, the columns are 0.
     """
 
     record: StageRecord
@@ -87,6 +96,7 @@ class Stage:
     column_keys: Sequence[str] = ()
     source: Callable[[StepSource, Policy], StepSource] = packs_as_they_are
     uses: Sequence[Use] = ()
+    report: Callable[[Config, Evaluation, bool], dict[str, Any]] = all_means
 
 
 def stage_of(config: Config) -> Stage:
@@ -97,4 +107,7 @@ def stage_of(config: Config) -> Stage:
 def find_stage(name: str) -> Stage:
     """Return the stage of this name. Its file is imported at the first call."""
     assert name in STAGES
-    return importlib.import_module(f"minimind_ray.stages.{name}").STAGE
+    stage = getattr(importlib.import_module(f"minimind_ray.stages.{name}"), "STAGE", None)
+    # Other files of this folder have names, too: a stage cannot be called run, plan or base.
+    assert isinstance(stage, Stage) and stage.record is STAGES[name], f"stages/{name}.py has no STAGE of this name"
+    return stage

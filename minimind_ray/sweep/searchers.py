@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.flags import movable_keys
 from minimind_ray.config.schema import Config
 from minimind_ray.data.storage import copy_of
 from minimind_ray.stages.run import Job
@@ -26,10 +27,6 @@ from minimind_ray.sweep.axes import (
     untried_point,
 )
 
-MOVABLE = (
-    "optim.lr", "optim.weight_decay", "optim.clip", "optim.beta1", "optim.beta2",
-    "dpo.beta", "dpo.label_smoothing", "dpo.simpo_gamma", "lora.dropout",
-)  # fmt: skip
 RESAMPLE, FACTORS = 0.25, (0.8, 1.2)
 STARTUP = 10
 REPEATS = 10
@@ -46,10 +43,10 @@ class Explorer:
     """
 
     def __init__(self, axes: Sequence[Axis], seed: int) -> None:
-        if fixed := [axis.key for axis in axes if axis.key not in MOVABLE]:
+        if fixed := [axis.key for axis in axes if axis.key not in movable_keys()]:
             raise UserError(
                 f"{fixed[0]} cannot be an axis with pbt, which changes its axes in the middle of a run; possible axes: "
-                f"{', '.join(MOVABLE)}"
+                f"{', '.join(movable_keys())}"
             )
         if not axes:
             raise UserError("pbt needs an axis to move along, such as --lr 'log(1e-6,1e-4)'")

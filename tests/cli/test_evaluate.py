@@ -17,7 +17,7 @@ from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.records import discover, read_rows
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model
-from minimind_ray.stages.evaluate import wilson_interval
+from minimind_ray.stages.dpo import wilson_interval
 from tests.cli.conftest import Command, Models
 
 pytestmark = pytest.mark.slow
@@ -119,7 +119,8 @@ BAD = [
     (["{base}", "/nowhere.jsonl", "--stage", "sft"], "/nowhere.jsonl: no such file"),
     (["{base}", "{rows}/sft.jsonl", "--stage", "dpo"], "chosen is missing, but conversations is there"),
     (["{base}", "{rows}/sft.jsonl", "--stage", "chat"], "stage: input should be"),
-    (["{base}", "{rows}/sft.jsonl", "--stage", "sft", "--reference", "{other}"], "--reference is for preference data"),
+    (["{base}", "{rows}/sft.jsonl", "--stage", "sft", "--reference", "{other}"],
+     "stage sft has no reference model: leave --reference out"),
     (["{base}", "{rows}/dpo.jsonl", "--stage", "dpo", "--reference", "{adapter}"], "is an adapter, not a whole model"),
     (["{base}", "{rows}/dpo.jsonl", "--stage", "dpo", "--reference", "{other}", "--set", "dpo.loss=simpo"],
      "dpo.loss simpo has no reference model"),

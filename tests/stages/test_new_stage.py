@@ -24,7 +24,7 @@ RECORD = '''
 class ToyConfig(Section):
     """Settings of a stage that is made up."""
 
-    power: PositiveFloat = 1.0
+    power: Annotated[PositiveFloat, Movable()] = 1.0
 
 
 STAGES["toy"] = StageRecord(
@@ -119,7 +119,8 @@ def test_a_new_stage_trains_resumes_is_swept_and_reported(command: list[str], tm
     output = stopped.communicate()[0]
     assert stopped.returncode == 130, output
     assert directory.info()["state"] == "stopped"
-    run(*training, "--set", "eval.every=100", "--resume")
+    output = run(*training, "--set", "eval.every=100", "--resume")
+    assert "  odd -" in output
     lines = list(directory.metrics())
     assert [line["step"] for line in lines] == list(range(1, 301)) and lines[0]["lr"] == pytest.approx(2e-3)
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["val/odd"] == pytest.approx(-lines[-1]["val/loss"])
@@ -128,5 +129,8 @@ def test_a_new_stage_trains_resumes_is_swept_and_reported(command: list[str], tm
     run("tune", "toy", *SETTINGS, "--axis", "toy.power=1,2", "--max-steps", "4", "--out", "sweep")
     found = json.loads(run("compare", "sweep", "--json"))
     assert found["metric"] == "val/odd" and len(found["points"]) == 2
+    assert "odd" in json.loads(run("eval", "run", "rows.jsonl", "--stage", "toy", "--json"))
+    moving = ["--axis", "toy.power=log(1,2)", "--trials", "2", "--scheduler", "pbt"]
+    run("tune", "toy", *SETTINGS, *moving, "--max-steps", "4", "--set", "eval.every=2", "--out", "moved")
     run("report", "sweep")
     assert "toy.power" in (tmp_path / "sweep" / "report.html").read_text(encoding="utf-8")
