@@ -263,10 +263,12 @@ def compare(
     from minimind_ray.display.comparison import print_comparison
     from minimind_ray.sweep.compare import compare as compare_sweeps
     from minimind_ray.sweep.export import to_records
-    from minimind_ray.sweep.trials import read_sweep
+    from minimind_ray.sweep.trials import read_sweeps
 
-    paths = dict.fromkeys(str(sweep.path if isinstance(sweep, Sweep) else sweep) for sweep in sweeps)
-    comparison = compare_sweeps([read_sweep(path) for path in paths], metric=metric, mode=mode, margin=margin)
+    if not sweeps:
+        raise UserError("compare needs a sweep: give sweeps or their directories")
+    paths = [sweep.path if isinstance(sweep, Sweep) else sweep for sweep in sweeps]
+    comparison = compare_sweeps(read_sweeps(paths), metric=metric, mode=mode, margin=margin)
     text = io.StringIO()
     print_comparison(comparison, text)
     winner = Run(str(comparison.winner.path)) if comparison.winner else None

@@ -84,6 +84,8 @@ def test_wrong_settings_are_told_as_the_command_tells_them(tmp_path: Path) -> No
         load(tmp_path)
     with pytest.raises(UserError, match=str(tmp_path)):
         compare(tmp_path)
+    with pytest.raises(UserError, match="compare needs a sweep"):
+        compare()
 
 
 def _example(readme: str) -> str:

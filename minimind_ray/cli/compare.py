@@ -32,11 +32,9 @@ def compare(
         raise UserError("--json and --csv cannot be combined: give one of them")
     from minimind_ray.sweep.compare import compare as compare_sweeps
     from minimind_ray.sweep.export import to_json, to_records
-    from minimind_ray.sweep.trials import read_sweep
+    from minimind_ray.sweep.trials import read_sweeps
 
-    comparison = compare_sweeps(
-        [read_sweep(path) for path in dict.fromkeys(sweeps)], metric=metric, mode=mode, margin=margin
-    )
+    comparison = compare_sweeps(read_sweeps(sweeps), metric=metric, mode=mode, margin=margin)
     if json:
         import json as json_
 

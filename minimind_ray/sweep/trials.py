@@ -11,6 +11,7 @@ report.html, report.png
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -23,7 +24,7 @@ from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.stages import StageName
 from minimind_ray.data.claim import live_writer
-from minimind_ray.data.storage import mirror_of, url_of
+from minimind_ray.data.storage import copy_of, mirror_of, url_of
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.run import VALIDATION, inside, read_jsonl
 
@@ -223,6 +224,11 @@ def read_sweep(path: str | Path) -> Sweep:
                 f"sweep.json are {', '.join(info.axes) or 'none'}; the trial belongs to another sweep"
             )
     return Sweep(path, info, trials)
+
+
+def read_sweeps(paths: Iterable[str | Path]) -> list[Sweep]:
+    """Read several sweeps. A sweep with two names, such as `s` and `s/`, is read once. Raises as `read_sweep`."""
+    return [read_sweep(path) for path in {copy_of(input_path(path)).resolve(): path for path in paths}.values()]
 
 
 def read_trial(path: Path) -> Trial:

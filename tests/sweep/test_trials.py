@@ -11,7 +11,7 @@ import pytest
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.claim import claimed
 from minimind_ray.sweep.compare import compare
-from minimind_ray.sweep.trials import read_sweep, read_validation
+from minimind_ray.sweep.trials import read_sweep, read_sweeps, read_validation
 from tests.sweep.synthetic import make_sweep
 
 pytestmark = pytest.mark.unit
@@ -43,6 +43,20 @@ def test_every_state(tmp_path: Path) -> None:
     assert finished.result == finished.path / "checkpoints/step-00000010"
     assert finished.validation and "margin" in finished.validation.columns
     assert finished.best("val/loss") == pytest.approx(finished.validation.columns["loss"].mean())
+
+
+def test_a_sweep_under_two_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small(tmp_path)
+    (tmp_path / "link").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    assert len(read_sweeps(["s", "s/", path, f"{path}/../s", "link"])) == 1
+    other = make_sweep(tmp_path / "t", axes={"dpo.beta": "0.1"}, examples=6, steps=10)
+    assert [sweep.path for sweep in read_sweeps([other, "s/", "t"])] == [tmp_path / "t", tmp_path / "s"]
+
+
+def test_a_sweep_under_two_urls_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minimind_ray.sweep.trials.read_sweep", lambda path: path)
+    assert len(read_sweeps(["s3://bucket/s", "s3://bucket/s/"])) == 1
 
 
 def test_examples_are_sorted(tmp_path: Path) -> None:
