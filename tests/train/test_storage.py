@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,11 +23,15 @@ from minimind_ray.data import storage
 from minimind_ray.data.files import locate
 from minimind_ray.stages.recipe import set_aside
 from minimind_ray.stages.run import Job, run_here
+from minimind_ray.sweep.compare import compare
+from minimind_ray.sweep.publish import publish
+from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.bundle import pack, unpack
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory, file_sha256, resolve_model
 from tests.jobs import make_job, start
 from tests.store import Store, names
+from tests.sweep.synthetic import make_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -329,3 +334,19 @@ class Evil:
 
     def get_file_info(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
         return [fs.FileInfo("bucket/runs/x/../../y", fs.FileType.File, size=1)]
+
+
+def test_the_comparison_of_a_sweep_in_the_store(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tracker's files lie in the store, and a second call continues the same tracked run."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.2"}, steps=10, examples=40)
+    bucket = store.open()
+    fs.copy_files(str(path), "bucket/sweeps/s", destination_filesystem=bucket)
+    for _ in range(2):
+        sweep = read_sweep("s3://bucket/sweeps/s")
+        publish(sweep, compare([sweep]))
+    with bucket.open_input_stream("bucket/sweeps/s/sweep.json") as file:
+        run = json.loads(file.read())["wandb"]["id"]
+    assert {name.rpartition("/")[2] for name in names(bucket, "bucket/sweeps/s") if name.endswith(".wandb")} == {
+        f"run-{run}.wandb"
+    }
