@@ -79,9 +79,8 @@ def more_text(more: More) -> str:
         ways.append(f"{more.seeds} seeds each{time}{price}")
     if more.examples is not None:
         ways.append(f"{more.examples:,} validation examples")
-    answer = " or ".join(ways) or "neither more seeds nor more examples alone would do"
-    why = f"; {more.why}" if more.why else ""
-    return f"To tell {more.pair[1]} from {more.pair[0]}, if the difference stays as it is: {answer}{why}."
+    answer = "; ".join(text for text in (" or ".join(ways), more.why) if text)
+    return f"To tell {more.pair[1]} from {more.pair[0]}, if the difference stays as it is: {answer}."
 
 
 def one_seed(comparison: Comparison) -> bool:
