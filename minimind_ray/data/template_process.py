@@ -3,7 +3,8 @@
 Jinja's sandbox keeps a template from reaching Python, but it does not stop a template that loops for ever or fills the
 memory. The operating system does so here: the process has limited memory, and it is killed when one rendering takes too
 much processor time. The next rendering starts another process. After MOST_OVERRUNS overruns the template is not
-rendered any more; otherwise a template that loops on every row of a file would take hours.
+rendered any more; otherwise a template that loops on every row of a file would take hours. For the same reason the
+renderings together may take only SPARE_SECONDS, and SECONDS_EACH for each of them.
 
 The process gets only the environment variables that Python needs, and no signals from the terminal. It ends when this
 process ends, because its standard input ends then.
@@ -11,6 +12,7 @@ process ends, because its standard input ends then.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -24,12 +26,13 @@ from itertools import islice
 from typing import Any
 
 from minimind_ray.data import template_sandbox
-from minimind_ray.data.template_sandbox import HEADER, MARKS_ANSWERS, OUT_OF_MEMORY, TemplateError
+from minimind_ray.data.template_sandbox import HEADER, MARKS_ANSWERS, OUT_OF_MEMORY, OUT_OF_TIME, TemplateError
 
 # The arguments of `render`: messages, tools, whether to add the generation prompt.
 Arguments = tuple[list[dict[str, Any]], list[Any] | None, bool]
 
 MOST_SECONDS = 10.0  # processor time of one rendering; a conversation takes less than a millisecond
+SPARE_SECONDS, SECONDS_EACH = 30.0, 0.05  # processor time of all renderings together: some, and more for each of them
 MOST_MEMORY = 1 << 30  # bytes of address space; the process starts with some 30 MB. macOS does not enforce the bound.
 MOST_OVERRUNS = 3
 MOST_EXPECTED = 512  # renderings in one request
@@ -49,7 +52,8 @@ class LimitedTemplate:
         self._expected: dict[bytes, None] = {}
         self._rendered: dict[bytes, str] = {}
         self._overruns = 0
-        self._process = _Process()
+        self._budget = _Budget()
+        self._process = _Process(self._budget)
         self.marks_answers = self._process.ask(self._definition) == MARKS_ANSWERS
 
     def expect(self, renderings: Iterable[Arguments]) -> None:
@@ -66,16 +70,18 @@ class LimitedTemplate:
 
         Raises:
             TemplateError: the template fails on these messages or refuses them, takes too much time or memory, or has
-                taken too much MOST_OVERRUNS times before.
+                taken too much MOST_OVERRUNS times, or in all renderings together, before.
         """
         request = pickle.dumps(arguments)
         with self._lock:
             if self._overruns >= MOST_OVERRUNS:
                 raise TemplateError(f"it took too much time or memory {MOST_OVERRUNS} times, and is not tried again")
+            self._budget.check()
             if request in self._expected:
                 self._render_expected()
             if request in self._rendered:
                 return self._rendered.pop(request)
+            self._budget.check()
             try:
                 return self._usable_process().ask(request)
             except _OverrunError:
@@ -93,7 +99,7 @@ class LimitedTemplate:
 
     def _usable_process(self) -> _Process:
         if not self._process.is_usable:
-            self._process = _Process()
+            self._process = _Process(self._budget)
             self._process.ask(self._definition)
         return self._process
 
@@ -106,10 +112,27 @@ class _EndedError(TemplateError):
     """The process ended, but did not reach a limit."""
 
 
-class _Process:
-    """A process that runs template_sandbox.py."""
+class _Budget:
+    """The processor time that a template may take in all its renderings together."""
 
     def __init__(self) -> None:
+        self.renderings, self.spent = 0, 0.0
+
+    def left(self) -> float:
+        """Return the number of seconds left."""
+        return SPARE_SECONDS + SECONDS_EACH * self.renderings - self.spent
+
+    def check(self) -> None:
+        """Raise TemplateError if no time is left."""
+        if self.left() < 0:
+            raise TemplateError(f"it takes more than {SECONDS_EACH:g} s of processor time for each of many renderings")
+
+
+class _Process:
+    """A process that runs template_sandbox.py. `budget` counts its processor time."""
+
+    def __init__(self, budget: _Budget) -> None:
+        self._budget = budget
         python_path = os.pathsep.join(filter(None, sys.path))  # The process uses the same Jinja as this one.
         self._popen = subprocess.Popen(
             [sys.executable, "-S", "-P", template_sandbox.__file__, str(MOST_SECONDS), str(MOST_MEMORY)],
@@ -140,6 +163,8 @@ class _Process:
                 return text
             raise TemplateError(text)
         code = self._popen.returncode
+        if code == OUT_OF_TIME:
+            self._budget.check()
         if code == -signal.SIGPROF:
             raise _OverrunError(f"it takes more than {MOST_SECONDS:g} s of processor time")
         if code == OUT_OF_MEMORY:
@@ -150,14 +175,17 @@ class _Process:
         """Return for each request whether it succeeded, and its text. There are fewer answers if the process ends."""
         assert self._popen.stdin
         answers: list[tuple[bool, str]] = []
+        self._budget.renderings += len(requests)
         try:
-            self._popen.stdin.write(pickle.dumps(requests))
+            self._popen.stdin.write(pickle.dumps((self._budget.left(), requests)))
             self._popen.stdin.flush()
             for _ in requests:
-                succeeded, size = HEADER.unpack(self._read(HEADER.size))
+                succeeded, seconds, size = HEADER.unpack(self._read(HEADER.size))
+                self._budget.spent += seconds
                 answers.append((succeeded, self._read(size).decode("utf-8", "surrogatepass")))
         except (BrokenPipeError, EOFError):
-            self._popen.wait()
+            code = self._popen.wait()
+            self._budget.spent += {OUT_OF_TIME: math.inf, -signal.SIGPROF: MOST_SECONDS}.get(code, 0.0)
         finally:
             if len(answers) < len(requests):  # Also after Ctrl-C: the next request must not get old answers.
                 self._end()

@@ -4,10 +4,12 @@
 requests from its standard input and writes the answers to its standard output. The process has to start fast, so this
 file imports only Jinja and the standard library.
 
-    requests  a pickled list of pickles. The first request has the arguments of `Template`, each later request has the
-              arguments of `Template.render`.
-    answers   for each request, in order: HEADER (whether the request succeeded, number of bytes) and a text, which is
-              the rendered text or the reason of a failure. The first answer is MARKS_ANSWERS or an empty text.
+    requests  a pickled number, the seconds of processor time that the requests may take together, with a list of
+              pickles. The first request has the arguments of `Template`, each later request has the arguments of
+              `Template.render`.
+    answers   for each request, in order: HEADER (whether the request succeeded, its seconds of processor time, number
+              of bytes) and a text, which is the rendered text or the reason of a failure. The first answer is
+              MARKS_ANSWERS or an empty text.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import resource
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime
@@ -33,12 +36,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 # Characters around each {% generation %} block in the rendered text; messages must not contain them.
 ANSWER_START, ANSWER_END = "\ufdd1", "\ufdd2"
 
-LARGEST_TEXT = 1 << 24  # characters that a template may write
+LARGEST_TEXT = 4_000_000  # characters that a template may write
 LONGEST_REASON = 1000  # characters of an error's message
 
-HEADER = struct.Struct(">?Q")
+HEADER = struct.Struct(">?dQ")
 MARKS_ANSWERS = "marks answers"
-OUT_OF_MEMORY = 3  # exit code
+OUT_OF_MEMORY, OUT_OF_TIME = 3, 4  # exit codes
 
 
 class TemplateError(Exception):
@@ -137,12 +140,17 @@ def _raise_exception(message: str) -> NoReturn:
 def serve(requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
     """Answer requests until there are no more.
 
-    The process ends by SIGPROF when one request takes more than `seconds` of processor time, and with the exit code
-    OUT_OF_MEMORY when it needs more memory than there is.
+    The process ends by SIGPROF when one request takes more than `seconds` of processor time, with the exit code
+    OUT_OF_TIME when requests together take too much of it, and with OUT_OF_MEMORY when it needs more memory than there
+    is.
     """
     template: Template | None = None
     while batch := _next_batch(requests):
-        for arguments in map(pickle.loads, batch):
+        left, pickles = batch
+        for arguments in map(pickle.loads, pickles):
+            if left < 0:
+                os._exit(OUT_OF_TIME)
+            began = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
                 if template is None:
@@ -156,15 +164,17 @@ def serve(requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
                 os._exit(OUT_OF_MEMORY)
             signal.setitimer(signal.ITIMER_PROF, 0)
             data = text.encode("utf-8", "surrogatepass")
-            answers.write(HEADER.pack(succeeded, len(data)) + data)
+            used = time.process_time() - began
+            left -= used
+            answers.write(HEADER.pack(succeeded, used, len(data)) + data)
         answers.flush()
 
 
-def _next_batch(requests: BinaryIO) -> list[bytes]:
+def _next_batch(requests: BinaryIO) -> tuple[float, list[bytes]] | None:
     try:
         return pickle.load(requests)
     except EOFError:
-        return []
+        return None
 
 
 def limit_process(memory: int) -> None:

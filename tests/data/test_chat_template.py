@@ -69,8 +69,9 @@ def test_a_template_cannot_fill_the_memory(source: str) -> None:
 
 
 def test_a_template_cannot_write_more_than_a_conversation_can_hold() -> None:
-    with pytest.raises(UserError, match="it writes more than 16,777,216 characters"):
-        render("{{ 'a' * 20000000 }}")
+    for source in ("{{ 'a' * 4000001 }}", "{{ [1]|tojson(indent=4000000) }}"):
+        with pytest.raises(UserError, match="it writes more than 4,000,000 characters"):
+            render(source)
 
 
 @pytest.mark.usefixtures("short_time")
@@ -112,6 +113,23 @@ def test_a_template_that_takes_too_much_again_and_again_is_given_up(
     for content in ("loop", "a"):
         with pytest.raises(TemplateError, match="2 times, and is not tried again"):
             harmful.render(*say(content))
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_all_renderings_together_have_limited_time(expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rendering stays far below its own limit, but a file has many rows."""
+    monkeypatch.setattr(template_process, "SPARE_SECONDS", 0.3)
+    monkeypatch.setattr(template_process, "SECONDS_EACH", 0.001)
+    slow = LimitedTemplate("{% for i in range(99999) %}{% endfor %}{{ messages[0].content }}", {})
+    contents = list(map(str, range(2000)))
+    if expected:
+        slow.expect(map(say, contents[-template_process.MOST_EXPECTED :]))
+    with pytest.raises(TemplateError, match="more than 0.001 s of processor time for each of many renderings"):
+        for content in contents if not expected else contents[-template_process.MOST_EXPECTED :]:
+            assert slow.render(*say(content)) == content
+    assert slow._budget.renderings < 1000
+    with pytest.raises(TemplateError, match="for each of many"):
+        slow.render(*say("another"))
 
 
 def test_expected_renderings_are_those_that_are_not_expected(harmful: LimitedTemplate) -> None:
