@@ -173,6 +173,9 @@ def train(
 ) -> Run:
     """Train one stage, as `minimind-ray train` does. With `ray=False`, train in this process.
 
+    Ctrl-C stops the run after the current step, with a checkpoint. In a thread of your own with `ray=False`, signals
+    keep their usual effect instead.
+
     Raises:
         UserError: the command would fail with the same message.
     """

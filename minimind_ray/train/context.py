@@ -75,7 +75,10 @@ class PlainContext:
         """Return None: this host keeps no base weights in memory."""
 
     def stop_on_interrupt(self) -> AbstractContextManager[None]:
-        """Inside, the first SIGINT, SIGTERM or SIGHUP asks for a stop; the second has its usual effect."""
+        """Inside, the first SIGINT, SIGTERM or SIGHUP asks for a stop; the second has its usual effect.
+
+        Outside of the main thread, signals keep their usual effect.
+        """
         return first_stops(self.stop)
 
     def stop(self) -> None:

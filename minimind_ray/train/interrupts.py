@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -70,7 +71,13 @@ def exit_at_once() -> None:
 
 @contextmanager
 def first_stops(stop: Callable[[], object]) -> Generator[None]:
-    """Inside, the first signal calls `stop`. The second signal has its usual effect."""
+    """Inside, the first signal calls `stop`. The second signal has its usual effect.
+
+    Outside of the main thread, Python allows no change of signals: they keep their usual effect.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:

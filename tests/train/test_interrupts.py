@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -58,3 +59,17 @@ def test_what_is_ignored_stays_ignored_though_another_handler_was_installed() ->
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
     assert interrupts.exit_code(130) == 143
+
+
+def test_another_thread_leaves_signals_alone() -> None:
+    outcomes: list[object] = []
+
+    def work() -> None:
+        with PlainContext().stop_on_interrupt():
+            outcomes.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert outcomes == [before]
