@@ -82,6 +82,20 @@ def test_private_parts_of_packages_are_used_in_the_files_for_them(path: Path) ->
     assert not [name for name in imports(path) if re.search(r"(^|\.)_[a-z]", name)]
 
 
+def test_private_arguments_of_packages_are_described() -> None:
+    """Arguments whose names begin with _, such as `_temp_dir` of `ray.init`."""
+    document = (ROOT / "docs" / "private.md").read_text(encoding="utf-8")
+    found = {
+        (str(path.relative_to(PACKAGE)), keyword.arg)
+        for path in FILES
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg and re.match("_[a-z]", keyword.arg) and not is_private(path)
+    }
+    assert all(f"| `{path}` | The argument `{name}`" in document for path, name in found), found
+
+
 def test_private_files_are_imported_where_they_are_used() -> None:
     """Never at a file's start: with other versions of their packages they may not import."""
     names = {module_name(path) for path in FILES if is_private(path)}
