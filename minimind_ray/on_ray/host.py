@@ -55,7 +55,8 @@ def train_stage(
 ) -> RunDirectory:
     """Check, prepare and train one stage; return its run directory, whose state says how the run ended.
 
-    Ctrl-C stops the run after the current step, with a checkpoint.
+    A finished run is not resumed: `say` gets how to train longer. Ctrl-C stops the run after the current step, with a
+    checkpoint.
 
     Raises:
         UserError: as `prepare_job`, `begun` and `host`; or a directory cannot be written, or input files are missing.
@@ -65,14 +66,15 @@ def train_stage(
     run = RunDirectory(config.out)
     run.check(config, resume=resume)
     before = run.state() if resume else None
+    if before == "finished" and run.holds_last_checkpoint():
+        say(f"{run.where} is finished. {longer(run.where, run.file('config.yaml'), config)}")
+        return run
     require_sources([config])
     check_trackers(config)
     with host([config.scale], ray=ray) as (work, run_job):
         job = prepare_job(config, work, say)
         with begun(job, resume=resume):
-            if before == "finished" and run.checkpoints():
-                say(f"{run.where} is finished. {longer(run.where, run.file('config.yaml'), config)}")
-            elif resume:
+            if resume:
                 say(f"{run.where}: {before or 'not begun'}; {run.resume_point()}")
             with watch(job):
                 run_job(job)

@@ -258,6 +258,11 @@ class RunDirectory:
             return there
         return sorted(folder.glob("step-????????"))
 
+    def holds_last_checkpoint(self) -> bool:
+        """Whether the run's newest checkpoint is there and undamaged."""
+        checkpoints = self.checkpoints()
+        return bool(checkpoints) and sound(self.fetch(checkpoints[-1]))
+
     def resume_point(self) -> str:
         """Return where a resume would begin, as a clause for a message. Raises StoreError."""
         if checkpoints := self.checkpoints():

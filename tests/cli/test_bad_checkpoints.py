@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minimind_ray.train.run import CHECKPOINT_SUMS, file_sha256
+from minimind_ray.train.run import CHECKPOINT_SUMS, RunDirectory, file_sha256
 from tests.cli.conftest import Command, Models, Outcome
 
 pytestmark = pytest.mark.slow
@@ -176,6 +176,7 @@ def test_what_a_resume_reads(command: Command, models: Models, rows: Path, tmp_p
             "--preset", "tiny", "--max-steps", 1, "--wandb", "off", "--out", "run", "--batch-tokens", 512,
             "--pack-tokens", 512, "--set", "eval.samples=0", "--set", "eval.max_tokens=64"]  # fmt: skip
     assert command(*args).code == 0
+    RunDirectory(tmp_path / "run").update(state="stopped")  # A finished run would not be read.
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
     shutil.copytree(checkpoint, tmp_path / "good")
     optimizer = load_file(checkpoint / "resume" / "optimizer.safetensors")
