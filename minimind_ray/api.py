@@ -204,7 +204,8 @@ def tune(
 
     A list of values such as `beta=[0.05, 0.1]`, or a text such as "log(1e-6,1e-4)", makes a setting an axis. `axes` has
     axes by config key, such as `{"optim.weight_decay": [0, 0.1]}`. The command's options for the search, such as
-    `seeds`, `scheduler` and `trials`, are settings, too. `resume` continues the sweep in `out`.
+    `seeds`, `scheduler` and `trials`, are settings, too. `resume` continues the sweep in `out`. With more `seeds` than
+    before, it adds seeds to all points, or to the points that the list `points` names, such as `["best,second"]`.
 
     Raises:
         UserError: the command would fail with the same message.
@@ -216,14 +217,15 @@ def tune(
     from minimind_ray.sweep.plan import check_free
     from minimind_ray.sweep.publish import publish
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
-    from minimind_ray.sweep.resume import reopen_sweep
+    from minimind_ray.sweep.resume import resumed_plan
     from minimind_ray.sweep.run import sweep_on_ray
     from minimind_ray.sweep.trials import read_sweep
 
     if resume:
         if out is None:
             raise UserError("resume continues a sweep: name its directory with out")
-        plan = reopen_sweep(out)
+        fixed = {"stage": stage, "sweep": sweep, "config": config, "axes": axes, "gpus_per_trial": gpus_per_trial}
+        plan = resumed_plan(out, {name: v for name, v in {**fixed, **settings}.items() if v is not None})
     else:
         given = _known(settings, [*config_flags(), *SearchConfig.model_fields])
         search = {name: value for name, value in given.items() if name in SearchConfig.model_fields}

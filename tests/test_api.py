@@ -93,6 +93,8 @@ def _example(readme: str) -> str:
     block = re.search(r"^    from minimind_ray import .*?(?=\n\n\S)", text, re.DOTALL | re.MULTILINE)
     assert block
     return textwrap.dedent(block[0])
+    with pytest.raises(UserError, match="leave --lr out"):
+        tune(out=tmp_path / "sweep", resume=True, lr=1e-3, seeds=3)
 
 
 @pytest.mark.ray

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +66,10 @@ def tune(
 
     asked = given(context)
     if resume:
-        run_plan(resumed_plan(resume, asked), resume=True)
+        from minimind_ray.sweep.resume import resumed_plan
+
+        options = {name: value for name, value in asked.items() if name != "resume"}
+        run_plan(resumed_plan(resume, {**options, **_search(asked)}), resume=True)
         return
     if points:
         raise UserError("--points chooses the points to which --resume and --seeds add seeds: give these, too")
@@ -80,33 +82,6 @@ def tune(
         print_plan(plan)
     else:
         run_plan(plan, resume=False)
-
-
-def resumed_plan(path: str, asked: Mapping[str, Any]) -> SweepPlan:
-    """Return the plan of the sweep in this directory, changed by the command's parameters where they may change it.
-
-    Raises:
-        UserError: a parameter that cannot change or another stage was given, or the directory holds no sweep.
-    """
-    from minimind_ray.config.search import search_config
-    from minimind_ray.sweep.resume import reopen_sweep, with_seeds
-
-    may_change = ("stage", "resume", "concurrent", "budget_hours", "fuse", "seeds", "points")
-    if fixed := [name.strip("_") for name in asked if name not in may_change]:
-        raise UserError(
-            f"--resume continues the sweep with its own settings: leave --{fixed[0].replace('_', '-')} out, or start "
-            "another sweep"
-        )
-    plan = reopen_sweep(path)
-    if asked.get("stage", plan.base.stage) != plan.base.stage:
-        raise UserError(f"{path} is a sweep of {plan.base.stage}, not of {asked['stage']}")
-    search = {**plan.search.model_dump(), **_search(asked), "seeds": plan.search.seeds}
-    plan = replace(plan, search=search_config(search))
-    if "seeds" in asked:
-        return with_seeds(plan, asked["seeds"], asked.get("points", []))
-    if "points" in asked:
-        raise UserError("--points chooses the points to which --seeds adds seeds: give --seeds, too")
-    return plan
 
 
 def plan_of(asked: Mapping[str, Any]) -> SweepPlan:

@@ -16,7 +16,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, validate
 from minimind_ray.config.paths import output_path
 from minimind_ray.config.reading import read_json
-from minimind_ray.config.search import SearchConfig
+from minimind_ray.config.search import SearchConfig, search_config
 from minimind_ray.data.storage import url_of
 from minimind_ray.stages.run import Job, changed_inputs
 from minimind_ray.sweep.axes import Axis, Grid, PlannedTrial, parse_axis, short_names, trial_id
@@ -26,6 +26,32 @@ from minimind_ray.sweep.plan import DONE, SweepPlan, create_trial
 from minimind_ray.sweep.text import duration_text, value_text
 from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep, read_sweep
 from minimind_ray.train.run import RunDirectory
+
+MAY_CHANGE = ("concurrent", "budget_hours", "fuse", "seeds")
+"""The settings of the search that a resume may change."""
+
+
+def resumed_plan(path: str | Path, asked: Mapping[str, Any]) -> SweepPlan:
+    """Return the plan of the sweep in `path`, changed by the options of `tune` that were given, by names in Python.
+
+    Raises:
+        UserError: an option that cannot change or another stage was given; also as `reopen_sweep` and `with_seeds`.
+    """
+    if fixed := [name.strip("_") for name in asked if name not in ("stage", "points", *MAY_CHANGE)]:
+        raise UserError(
+            f"--resume continues the sweep with its own settings: leave --{fixed[0].replace('_', '-')} out, or start "
+            "another sweep"
+        )
+    plan = reopen_sweep(path)
+    if asked.get("stage", plan.base.stage) != plan.base.stage:
+        raise UserError(f"{path} is a sweep of {plan.base.stage}, not of {asked['stage']}")
+    search = search_config({**plan.search.model_dump(), **{name: asked[name] for name in MAY_CHANGE if name in asked}})
+    plan = replace(plan, search=search.model_copy(update={"seeds": plan.search.seeds}))
+    if "seeds" in asked:
+        return with_seeds(plan, search.seeds, asked.get("points", ()))
+    if "points" in asked:
+        raise UserError("--points chooses the points to which --seeds adds seeds: give --seeds, too")
+    return plan
 
 
 def reopen_sweep(path: str | Path) -> SweepPlan:

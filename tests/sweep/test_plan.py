@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minimind_ray.cli.tune import plan_of, resumed_plan, run_plan
+from minimind_ray.cli.tune import plan_of, run_plan
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
@@ -38,6 +38,7 @@ from minimind_ray.sweep.resume import (
     continue_sweep,
     record_resume,
     reopen_sweep,
+    resumed_plan,
     seeds_commands,
     with_seeds,
 )
@@ -518,9 +519,12 @@ def test_seeds_cannot_be_added_with_pbt_or_without_saying_how_many(tmp_path: Pat
     plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4"}, {"scheduler": "pbt"})
     create_sweep(plan, prepared(plan), {})
     with pytest.raises(UserError, match="cannot add seeds to a sweep with pbt"):
-        resumed_plan(str(plan.path), {"resume": str(plan.path), "seeds": 2})
+        resumed_plan(plan.path, {"seeds": 2})
     with pytest.raises(UserError, match="give --seeds, too"):
-        resumed_plan(str(plan.path), {"resume": str(plan.path), "points": ["best"]})
+        resumed_plan(plan.path, {"points": ["best"]})
+    with pytest.raises(UserError, match="leave --lr out"):
+        resumed_plan(plan.path, {"lr": 1e-3})
+    assert resumed_plan(plan.path, {"concurrent": 2}).search.concurrent == 2
 
 
 def test_points_are_chosen_by_their_rank(tmp_path: Path) -> None:
