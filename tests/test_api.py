@@ -80,6 +80,8 @@ def test_wrong_settings_are_told_as_the_command_tells_them(tmp_path: Path) -> No
         tune()
     with pytest.raises(UserError, match="optim.lr: given as an axis twice"):
         tune("sft", lr=[1, 2], axes={"optim.lr": [1, 2]})
+    with pytest.raises(UserError, match="leave --lr out"):
+        tune(out=tmp_path / "sweep", resume=True, lr=1e-3, seeds=3)
     with pytest.raises(UserError, match="is not a model"):
         load(tmp_path)
     with pytest.raises(UserError, match=str(tmp_path)):
@@ -93,8 +95,6 @@ def _example(readme: str) -> str:
     block = re.search(r"^    from minimind_ray import .*?(?=\n\n\S)", text, re.DOTALL | re.MULTILINE)
     assert block
     return textwrap.dedent(block[0])
-    with pytest.raises(UserError, match="leave --lr out"):
-        tune(out=tmp_path / "sweep", resume=True, lr=1e-3, seeds=3)
 
 
 @pytest.mark.ray
