@@ -53,7 +53,7 @@ def inspect(
     if stage is None:
         stage, source_rows = guess_stage(source_rows, unstaged)
     config = config_from_flags(stage, [], set_ or [], flags)
-    inspection = inspect_rows(config.stage, source_rows, loaded, config.data, samples)
+    inspection = inspect_rows(config.stage, source_rows, loaded, config.data, config.eval.cluster, samples)
     _print_inspection(inspection, config.stage, loaded, config.data)
 
 
@@ -99,7 +99,8 @@ def prepare(
         for split in splits:
             with _progress(split, console) as report:
                 run_units = on_ray if ray else run_units_here
-                prepared.append(prepare(config.stage, config.data, split, loaded, run_units, report))
+                cluster = config.eval.cluster
+                prepared.append(prepare(config.stage, config.data, split, loaded, run_units, report, cluster))
     _print_prepared(prepared, console)
 
 

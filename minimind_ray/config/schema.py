@@ -436,6 +436,11 @@ class EvalConfig(Section):
         default=None, description="steps between validations; default: about ten in a run"
     )
     max_tokens: PositiveInt | None = Field(default=None, description="most tokens to validate on; default: all")
+    cluster: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="field of validation rows with a value that related rows share, such as a passage's id. A sweep's "
+        "statistics resample these clusters. Default: clusters are documents, conversations, or the prompts of pairs",
+    )
     samples: Annotated[int, Field(ge=0)] = Field(default=3, description="texts to generate at each validation")
     prompts: list[str] = Field(default_factory=list, description="beginnings of the samples; default: none")
     sample_tokens: PositiveInt = 64

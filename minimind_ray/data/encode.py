@@ -26,6 +26,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig
 from minimind_ray.config.stages import STAGES, StageName
 from minimind_ray.data.chat_format import Rendering
+from minimind_ray.data.clusters import cluster_of
 from minimind_ray.data.fields import BadRowError
 from minimind_ray.data.formats import Conversation, Item, Pair, Prompt, Rated, RowReader
 from minimind_ray.data.pack import Document, Group
@@ -98,18 +99,28 @@ class Whole(NamedTuple):
 class RowEncoder:
     """Turns the rows of one stage into documents.
 
-    `tally` counts kept, rejected and changed rows. `reader` records the rows' formats and ignored fields.
+    `tally` counts kept, rejected and changed rows. `reader` records the rows' formats and ignored fields. `cluster` is
+    `eval.cluster`. Documents get their clusters only with `clusters`, which a validation set needs.
 
     Raises:
         UserError: the tokenizer's chat template is missing, or answers cannot be found in its texts.
     """
 
-    def __init__(self, stage: StageName, tokenizer: Tokenizer, config: DataConfig) -> None:
+    def __init__(
+        self,
+        stage: StageName,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        cluster: str | None = None,
+        *,
+        clusters: bool = False,
+    ) -> None:
         self.stage: StageName = stage
         self.kind = STAGES[stage].rows
         self.tokenizer, self.config = tokenizer, config
+        self.cluster, self.clusters = cluster, clusters
         self.tally = Tally()
-        self.reader = RowReader(self.kind, config, tokenizer.writes)
+        self.reader = RowReader(self.kind, config, tokenizer.writes, cluster)
         self.longest = longest_document(stage, config)
         if self.kind != "text":
             tokenizer.require_conversations()
@@ -123,7 +134,7 @@ class RowEncoder:
         decides about conversations and pairs. Each document of a pair takes half a pack at most.
 
         Raises:
-            UserError: a file holds two formats.
+            UserError: a file holds two formats; a row does not have the field of `eval.cluster`.
         """
         for whole in self.whole_documents(rows):
             yield from self.limit(whole)
@@ -131,7 +142,8 @@ class RowEncoder:
     def remarks(self) -> list[str]:
         """Return sentences for the user about rows left out or shortened so far, and about ignored fields."""
         tally = self.tally
-        return remarks(self.stage, self.config, tally.kept, tally.shortened, tally.too_long, self.reader.ignored)
+        ignored = self.reader.ignored
+        return remarks(self.stage, self.config, self.cluster, tally.kept, tally.shortened, tally.too_long, ignored)
 
     def whole_documents(self, rows: Iterable[Row | Reject]) -> Iterator[Whole | Reject]:
         """The first half of `encode`: each row with its documents of any length."""
@@ -153,7 +165,14 @@ class RowEncoder:
             self.tally.too_long[-(-outcome.tokens // LENGTH_STEP) * LENGTH_STEP] += 1
         else:
             self.tally.kept += 1
-            yield from outcome
+            assert isinstance(whole, Whole)
+            yield from self._clustered(whole, outcome) if self.clusters else outcome
+
+    def _clustered(self, whole: Whole, groups: list[Group]) -> Iterator[Group]:
+        """Yield a row's groups with the cluster of the whole row."""
+        cluster = cluster_of(whole.row, whole.item, self.cluster)
+        for group in groups:
+            yield tuple(document._replace(cluster=cluster) for document in group)
 
     def _limited(self, whole: Whole) -> list[Group] | Reject | TooLong:
         if self._fits(whole):
@@ -359,7 +378,7 @@ def _require_answers(turns: list[Turn], where: str) -> None:
 
 
 def _require_same_prompt(pair: Pair) -> None:
-    shared = _shared(pair)
+    shared = pair.shared
     if pair.chosen.turns == pair.rejected.turns and pair.chosen.tools == pair.rejected.tools:
         raise BadRowError("chosen and rejected are the same")
     ends = {"chosen": pair.chosen.turns[shared:], "rejected": pair.rejected.turns[shared:]}
@@ -372,19 +391,9 @@ def _require_same_prompt(pair: Pair) -> None:
         raise BadRowError("chosen and rejected have no turn before the answers")
 
 
-def _shared(pair: Pair) -> int:
-    """Return the number of equal turns at the beginning of both sides."""
-    common = 0
-    for one, other in zip(pair.chosen.turns, pair.rejected.turns):
-        if one.message != other.message:
-            break
-        common += 1
-    return common
-
-
 def _loss_flags(item: Conversation | Pair) -> list[list[bool]]:
     """Return for each side which assistant turns carry loss. Turns that both sides of a pair share carry no loss."""
-    sides, shared = ([item], 0) if isinstance(item, Conversation) else ([item.chosen, item.rejected], _shared(item))
+    sides, shared = ([item], 0) if isinstance(item, Conversation) else ([item.chosen, item.rejected], item.shared)
     return [
         [turn.learned and i >= shared for i, turn in enumerate(side.turns) if turn.message["role"] == "assistant"]
         for side in sides
@@ -400,7 +409,7 @@ def _cuts(item: str | Conversation | Pair) -> list[tuple[int, int]]:
     An exchange is a question and the turns up to the next question. The system turn and the last exchange always stay.
     """
     assert not isinstance(item, str)
-    turns = item.turns if isinstance(item, Conversation) else item.chosen.turns[: _shared(item)]
+    turns = item.turns if isinstance(item, Conversation) else item.chosen.turns[: item.shared]
     roles = [turn.message["role"] for turn in turns]
     start = int(roles[0] == "system")
     # Questions that follow each other directly belong together.
@@ -421,7 +430,7 @@ def _cut(side: Conversation, start: int, end: int) -> Conversation:
 def _first_question(item: str | Conversation | Pair) -> str:
     """Return the first question, which both sides of a pair share; "" if there is no question."""
     assert not isinstance(item, str)
-    turns = item.turns if isinstance(item, Conversation) else item.chosen.turns[: _shared(item)]
+    turns = item.turns if isinstance(item, Conversation) else item.chosen.turns[: item.shared]
     return next((str(turn.message["content"]) for turn in turns if turn.message["role"] == "user"), "")
 
 
@@ -459,6 +468,7 @@ def longest_document(stage: StageName, config: DataConfig) -> int:
 def remarks(
     stage: StageName,
     config: DataConfig,
+    cluster: str | None,
     kept: int,
     shortened: int,
     too_long: Counter[int],
@@ -470,7 +480,7 @@ def remarks(
         lines.append(_too_long(stage, config, kept, too_long))
     if shortened:
         lines.append(f"{_rows(shortened)} shortened to fit: cut the oldest turns or the beginning of the question")
-    if ignored:
+    if ignored := Counter({field: rows for field, rows in ignored.items() if field != cluster}):
         named = [f"{field} ({_rows(rows)})" for field, rows in ignored.most_common(MOST_NAMED)]
         more = f" and {len(ignored) - MOST_NAMED:,} more" if len(ignored) > MOST_NAMED else ""
         lines.append(f"ignored fields: {', '.join(named)}{more}")

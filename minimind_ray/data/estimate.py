@@ -45,13 +45,15 @@ class Estimate:
     remarks: list[str]
 
 
-def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer) -> Estimate:
+def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer, cluster: str | None = None) -> Estimate:
     """Encode the first rows of some source files, picked evenly from all, and scale the counts up to all bytes.
+
+    `cluster` is `eval.cluster`.
 
     Raises:
         UserError: the sources match nothing or cannot be read.
     """
-    encoding, sources = encoding_of(stage, config, "train", tokenizer)
+    encoding, sources = encoding_of(stage, config, "train", tokenizer, cluster)
     sizes: dict[str, int] = defaultdict(int)
     for source in sources:
         sizes[source.suffix] += source.size
@@ -65,7 +67,7 @@ def estimate(stage: StageName, config: DataConfig, tokenizer: Tokenizer) -> Esti
         stored[source.suffix] += _stored_size(source, sample)
         rows += [raw if isinstance(raw, Reject) else parse_row(source.path, raw) for raw in sample]
     total = sum(round(sizes[suffix] * counts[suffix] / stored[suffix]) for suffix in sizes if stored[suffix])
-    found = inspect_rows(stage, rows, tokenizer, config, samples=0)
+    found = inspect_rows(stage, rows, tokenizer, config, cluster, samples=0)
     held_out = config.val_fraction if encoding.split else 0.0
     longest = longest_document(stage, config)
     scale = total / max(1, len(rows)) * (1 - held_out)

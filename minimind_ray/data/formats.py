@@ -59,6 +59,21 @@ class Pair(NamedTuple):
     chosen: Conversation
     rejected: Conversation
 
+    @property
+    def shared(self) -> int:
+        """The number of equal turns at the beginning of both sides."""
+        common = 0
+        for one, other in zip(self.chosen.turns, self.rejected.turns):
+            if one.message != other.message:
+                break
+            common += 1
+        return common
+
+    @property
+    def prompt(self) -> Conversation:
+        """The turns that both sides share."""
+        return self.chosen._replace(turns=self.chosen.turns[: self.shared])
+
 
 class Prompt(NamedTuple):
     """A conversation without its last answer, and the right answer if the row has one."""
@@ -89,12 +104,17 @@ class Format(NamedTuple):
 class RowReader:
     """Reads the rows of one kind. `writes` says whether the chat template could write a field of a message.
 
+    `cluster` is the field that `eval.cluster` names. A row may have this field although its format does not use it.
     `ignored` counts, for each field that is not used, the rows that have it. `formats` has for each file the format and
     the line of its first row.
     """
 
     def __init__(
-        self, kind: Kind, config: DataConfig, writes: Callable[[str, str], bool] = lambda field, role: False
+        self,
+        kind: Kind,
+        config: DataConfig,
+        writes: Callable[[str, str], bool] = lambda field, role: False,
+        cluster: str | None = None,
     ) -> None:
         if config.format and FORMATS[config.format].kind != kind:
             raise UserError(f"data.format is {config.format}, {_learners(config.format)}; leave it out or change it")
@@ -105,7 +125,7 @@ class RowReader:
         self._row_names = {ours: theirs for ours, theirs in config.fields.items() if ours not in TURN_FIELDS}
         self._turn_names = {ours: theirs for ours, theirs in config.fields.items() if ours in TURN_FIELDS}
         self._left_out = frozenset(config.ignore)
-        self._writes = writes
+        self._writes, self._cluster = writes, cluster
 
     def read(self, row: Row) -> Item:
         """Read a row.
@@ -150,16 +170,25 @@ class RowReader:
         """Check the unread fields: refuse the row if one has a meaning, else count them."""
         unread = fields.unread()
         if FORMATS[name].kind != "text":
-            _refuse_meaningful(name, unread)
+            _refuse_meaningful(name, {field: value for field, value in unread.items() if field != self._cluster})
         for field in {*(field for field in unread if not is_harmless(field)), *turns.ignored}:
             count_ignored(self.ignored, field, 1)
 
 
 def _refuse_meaningful(name: FormatName, unread: dict[str, Any]) -> None:
     for field, value in unread.items():
-        why = _ONLY_TEXT if NOT_TEXT.fullmatch(field) else MEANINGFUL.get(field)
+        why = _meaning(field)
         if why and why.applies(value):
             raise BadRowError(f"{field} cannot be used in a row of format {name}: {why.reason}")
+
+
+def _meaning(field: str) -> _Meaning | None:
+    return _ONLY_TEXT if NOT_TEXT.fullmatch(field) else MEANINGFUL.get(field)
+
+
+def is_meaningful(field: str) -> bool:
+    """Whether a row may be refused because it has this field."""
+    return _meaning(field) is not None
 
 
 def count_ignored(total: Counter[str], field: str, rows: int) -> None:

@@ -99,14 +99,19 @@ def _recognised(row: Row | Reject, fields: dict[str, str]) -> FormatName | None:
 
 
 def inspect_rows(
-    stage: StageName, rows: Iterable[Row | Reject], tokenizer: Tokenizer, config: DataConfig, samples: int = 3
+    stage: StageName,
+    rows: Iterable[Row | Reject],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    cluster: str | None = None,
+    samples: int = 3,
 ) -> Inspection:
-    """Encode and pack all rows as training does, and return the numbers.
+    """Encode and pack all rows as training does, and return the numbers. `cluster` is `eval.cluster`.
 
     Raises:
         UserError: see `RowEncoder.encode`.
     """
-    encoder = RowEncoder(stage, tokenizer, config)
+    encoder = RowEncoder(stage, tokenizer, config, cluster)
     tally = encoder.tally
     lengths = array("i")
     reasons: dict[str, RejectReason] = {}
@@ -126,7 +131,7 @@ def inspect_rows(
                     reasons[alike] = RejectReason(before.count + 1, before.first)
                     continue
                 if place == 0:
-                    draw_sample(outcome)
+                    _draw_sample(outcome, drawn, samples, tally.kept, draw)
                 if documents < DECODED:
                     text = "".join(tokenizer.decode(d.tokens.tolist(), skip_special=True) for d in outcome)
                     decoded += sum(len(d.tokens) for d in outcome)
@@ -135,12 +140,6 @@ def inspect_rows(
                 tokens += sum(len(d.tokens) for d in outcome)
                 counted += sum(int(d.weights.sum()) for d in outcome)
                 yield outcome
-
-    def draw_sample(group: Group) -> None:
-        """Draw samples by reservoir sampling (Vitter 1985), so that every row is equally likely to be shown."""
-        place = len(drawn) if len(drawn) < samples else draw.randrange(tally.kept)
-        if place < samples:
-            drawn[place : place + 1] = [group]
 
     packs = sum(1 for _ in pack_groups(groups(), config.pack_tokens))
     return Inspection(
@@ -156,6 +155,13 @@ def inspect_rows(
         samples=drawn,
         per_token=(chars / max(1, decoded), size / max(1, decoded)),
     )
+
+
+def _draw_sample(group: Group, drawn: list[Group], samples: int, rows: int, draw: random.Random) -> None:
+    """Draw samples by reservoir sampling (Vitter 1985), so that each of the `rows` is equally likely to be shown."""
+    place = len(drawn) if len(drawn) < samples else draw.randrange(rows)
+    if place < samples:
+        drawn[place : place + 1] = [group]
 
 
 def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:

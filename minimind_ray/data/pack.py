@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 
 class Document(NamedTuple):
-    """`tokens` int32 [L]; `weights` uint8 [L]: 1 if predicting the token carries loss (never the first token)."""
+    """`tokens` int32 [L]; `weights` uint8 [L]: 1 if predicting the token carries loss (never the first token).
+
+    `cluster` is the document's cluster in a validation set, and 0 where clusters are not needed (see clusters.py).
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
+    cluster: int = 0
 
 
 Group = tuple[Document, ...]

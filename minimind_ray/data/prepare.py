@@ -7,6 +7,7 @@ ENCODING_VERSION. So a second run finds everything in the cache, a changed file 
 again, a killed run continues where it was, and two runs at the same time can only write the same files.
 
     <cache>/units/<key>.parquet, .rejects.jsonl, .json    packs, rejected rows and counts of a unit; .json is last
+    <cache>/units/<key>.clusters.parquet                  the clusters of a unit's documents, for validation only
     <cache>/sources/<key>.json                            the units of a file, so that it is not hashed again
     <cache>/datasets/<key>/                               see store.py
 """
@@ -34,10 +35,13 @@ from pydantic import ValidationError
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig, FormatName
 from minimind_ray.config.section import Section
-from minimind_ray.config.stages import StageName
+from minimind_ray.config.stages import STAGES, StageName
+from minimind_ray.data.clusters import CLUSTER, clusters_file, clusters_name, clusters_table, count_clusters
+from minimind_ray.data.clusters import SCHEMA as CLUSTER_SCHEMA
+from minimind_ray.data.columns import Column
 from minimind_ray.data.encode import RowEncoder, remarks
-from minimind_ray.data.files import TEMPORARY, absolute, atomic_output, join, locate, one_line
-from minimind_ray.data.formats import count_ignored, mixed
+from minimind_ray.data.files import TEMPORARY, absolute, atomic_output, exists, join, locate, one_line
+from minimind_ray.data.formats import count_ignored, is_meaningful, mixed
 from minimind_ray.data.pack import Group, pack_groups, pack_schema, packs_table
 from minimind_ray.data.records import (
     CHUNK,
@@ -77,12 +81,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Encoding:
-    """The settings of all units of a dataset. `split` None: the dataset contains every row."""
+    """The settings of all units of a dataset. `split` None: the dataset contains every row.
+
+    `cluster` is `eval.cluster`. `clusters` says whether the clusters of documents are stored, too.
+    """
 
     stage: StageName
     config: DataConfig
     tokenizer: Tokenizer
     split: Split | None
+    cluster: str | None = None
+    clusters: bool = False
 
     def key(self, *content: object) -> str:
         """Return the cache key of the result of a unit with this content."""
@@ -91,6 +100,8 @@ class Encoding:
             config.max_seq_len, config.pack_tokens, config.long_documents, config.long_conversations,
             config.format, sorted(config.fields.items()), sorted(config.ignore),
         )  # fmt: skip
+        if self.cluster and is_meaningful(self.cluster):  # Without eval.cluster, rows with this field may be refused.
+            options += (self.cluster,)
         split = (self.split, config.val_fraction) if self.split else None
         return _hash([ENCODING_VERSION, self.stage, self.tokenizer.fingerprint, options, split, content])
 
@@ -116,11 +127,15 @@ RunUnits = Callable[[Sequence[Unit], Encoding], Iterable[UnitStats]]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prepared dataset at `path` (for a PackStore), with the numbers of units encoded now and found in the cache."""
+    """A prepared dataset at `path` (for a PackStore), with the numbers of units encoded now and found in the cache.
+
+    `cluster` is `eval.cluster`.
+    """
 
     path: str
     manifest: Manifest
     config: DataConfig
+    cluster: str | None
     made: int
     reused: int
     seconds: float
@@ -129,6 +144,11 @@ class Prepared:
     def rejects(self) -> str:
         """The file that lists the rejected rows: file, line, reason."""
         return join(self.path, "rejects.jsonl")
+
+    @property
+    def columns(self) -> dict[Column, str]:
+        """The files of the columns that were made with the packs: the clusters of a validation set."""
+        return {CLUSTER: clusters_file(self.path, self.cluster)} if self.manifest.split == "val" else {}
 
     @property
     def fullness(self) -> float:
@@ -154,14 +174,20 @@ class Prepared:
         )
 
     def remarks(self) -> list[str]:
-        """Return sentences for the user about rows that were left out or shortened, and about ignored fields."""
+        """Return sentences for the user about left out and shortened rows, ignored fields, and clusters."""
         total, units = self.manifest.total, self.manifest.units
         too_long = sum((Counter(unit.too_long) for unit in units), Counter[int]())
         ignored = Counter[str]()
         for unit in units:
             for field, rows in unit.ignored.items():
                 count_ignored(ignored, field, rows)
-        return remarks(self.manifest.stage, self.config, total("kept"), total("shortened"), too_long, ignored)
+        counts = total("kept"), total("shortened"), too_long, ignored
+        lines = remarks(self.manifest.stage, self.config, self.cluster, *counts)
+        for clusters in map(count_clusters, self.columns.values()):
+            if clusters != total("kept"):
+                noun = STAGES[self.manifest.stage].clusters(self.cluster)
+                lines.append(f"{total('kept'):,} rows have {clusters:,} different {noun}, which `compare` resamples")
+        return lines
 
 
 def run_units_here(units: Sequence[Unit], encoding: Encoding) -> Iterator[UnitStats]:
@@ -186,24 +212,27 @@ def prepare(
     tokenizer: Tokenizer,
     run_units: RunUnits = run_units_here,
     report: Callable[[Progress], None] = lambda progress: None,
+    cluster: str | None = None,
 ) -> Prepared:
-    """Make the packs of one split of the data that are not in the cache yet.
+    """Make the packs of one split of the data that are not in the cache yet; for validation, also their clusters.
 
     With `data.val`, each split has its own files. Without it, `data.val_fraction` of the rows of `data.train` are held
     out for validation, chosen by a hash of their content. `run_units` encodes the missing units, in any order.
+    `cluster` is `eval.cluster`.
 
     Raises:
         UserError: the sources match nothing or hold no rows; more rows are bad than `data.max_reject_fraction` allows;
-            a file is damaged and that setting is below 1; a source changes meanwhile; the cache cannot be written.
+            a file is damaged and that setting is below 1; a source changes meanwhile; the cache cannot be written; a
+            validation row does not have the field `cluster`.
     """
     started = time.perf_counter()
     config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
     with _cache_errors(config):
-        encoding, sources = encoding_of(stage, config, split, tokenizer)
+        encoding, sources = encoding_of(stage, config, split, tokenizer, cluster)
         cache = _Cache(config.cache_dir)
         units = plan_units(sources, encoding)
         by_key = {unit.key: unit for unit in units}
-        found = cache.find(by_key)
+        found = cache.find(by_key, encoding)
         missing = [unit for key, unit in by_key.items() if key not in found]
         if missing:
             rows = done = 0
@@ -212,7 +241,7 @@ def prepare(
             for stats in run_units(missing, encoding):
                 rows, done = rows + stats.rows, done + by_key[stats.key].size
                 report(Progress(rows, done, total))
-            found = cache.find(by_key)
+            found = cache.find(by_key, encoding)
             if len(found) < len(by_key):
                 raise UserError(
                     f"data.cache_dir {config.cache_dir}: files that other processes wrote there are missing here; "
@@ -221,13 +250,17 @@ def prepare(
         _require_one_format(units, found)
         manifest = _manifest(encoding, split, sources, units, found)
         path = cache.publish(manifest, units)
+        if encoding.clusters:
+            cache.join_clusters(manifest, path, cluster)
     seconds = time.perf_counter() - started
-    prepared = Prepared(path, manifest, config, len(missing), len(by_key) - len(missing), seconds)
+    prepared = Prepared(path, manifest, config, cluster, len(missing), len(by_key) - len(missing), seconds)
     _check(prepared, config, [unit.source.path for unit in units if found[unit.key].damaged])
     return prepared
 
 
-def find_prepared(stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer) -> Manifest | None:
+def find_prepared(
+    stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer, cluster: str | None = None
+) -> Manifest | None:
     """Return the manifest of the dataset if it is completely in the cache, else None. Does not read the sources.
 
     Raises:
@@ -235,13 +268,13 @@ def find_prepared(stage: StageName, config: DataConfig, split: Split, tokenizer:
     """
     config = config.model_copy(update={"cache_dir": absolute(config.cache_dir)})
     with _cache_errors(config):
-        encoding, sources = encoding_of(stage, config, split, tokenizer)
+        encoding, sources = encoding_of(stage, config, split, tokenizer, cluster)
         cache = _Cache(config.cache_dir)
         scans = [scan for source in sources if (scan := cache.known_scan(source))]
         if len(scans) < len(sources):
             return None
         units = _units(sources, scans, encoding)
-        found = cache.find(unit.key for unit in units)
+        found = cache.find((unit.key for unit in units), encoding)
         if any(unit.key not in found for unit in units):
             return None
         return _manifest(encoding, split, sources, units, found)
@@ -278,7 +311,7 @@ def _manifest(
 
 
 def encoding_of(
-    stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer
+    stage: StageName, config: DataConfig, split: Split, tokenizer: Tokenizer, cluster: str | None = None
 ) -> tuple[Encoding, list[Source]]:
     """Return the encoding of a split's rows, and the source files of the split.
 
@@ -297,7 +330,7 @@ def encoding_of(
                 "the training files without it"
             )
     held_out = config.val is None and (split == "val" or config.val_fraction > 0)
-    return Encoding(stage, config, tokenizer, split if held_out else None), sources
+    return Encoding(stage, config, tokenizer, split if held_out else None, cluster, split == "val"), sources
 
 
 def require_undamaged(damaged: Sequence[str], split: str, rejects: str, config: DataConfig) -> None:
@@ -471,7 +504,9 @@ def unit_groups(unit: Unit, encoding: Encoding, seen: Seen) -> tuple[Iterator[Gr
             else:
                 yield parse_row(unit.source.path, raw)
 
-    encoder = RowEncoder(encoding.stage, encoding.tokenizer, encoding.config)
+    encoder = RowEncoder(
+        encoding.stage, encoding.tokenizer, encoding.config, encoding.cluster, clusters=encoding.clusters
+    )
     return encoder.encode(read()), encoder
 
 
@@ -479,7 +514,8 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
     """Encode a unit into packs in the cache. The memory needed does not depend on the unit's size.
 
     Raises:
-        UserError: the source cannot be read or has changed since it was cut; the cache cannot be written.
+        UserError: the source cannot be read or has changed since it was cut; the cache cannot be written; a validation
+            row does not have the field of `eval.cluster`.
     """
     cache = _Cache(encoding.config.cache_dir)
     seen = Seen()
@@ -503,12 +539,14 @@ def encode_unit(unit: Unit, encoding: Encoding) -> UnitStats:
         _cache_errors(encoding.config),
         cache.output(unit.key, "rejects.jsonl") as rejects,
         cache.output(unit.key, "parquet") as shard,
+        cache.clusters(unit.key, encoding) as write_clusters,
     ):
         packs = pack_groups(groups(rejects), encoding.config.pack_tokens)
         with pq.ParquetWriter(shard, pack_schema(vocab_size), compression="zstd", write_statistics=False) as writer:
             while batch := list(islice(packs, ROW_GROUP)):
                 table = packs_table(batch, vocab_size)
                 writer.write_table(table, row_group_size=ROW_GROUP)
+                write_clusters(batch)
                 row_groups.append(len(batch))
                 tokens += len(table["tokens"].combine_chunks().values)
                 counted += int(table["weights"].combine_chunks().values.to_numpy().sum())
@@ -567,8 +605,39 @@ class _Cache:
         """Return an atomic output for a file of the unit with this key."""
         return atomic_output(self._filesystem, join(self._root, "units", f"{key}.{suffix}"))
 
-    def find(self, keys: Iterable[str]) -> dict[str, UnitStats]:
-        """Return the complete units in the cache, by key. Also remove day-old temporary files of killed processes."""
+    @contextmanager
+    def clusters(self, key: str, encoding: Encoding) -> Generator[Callable[[Sequence[Sequence[Group]]], None]]:
+        """Yield a function that writes the clusters of a unit's packs, or nothing without `encoding.clusters`."""
+        if not encoding.clusters:
+            yield lambda packs: None
+            return
+        with (
+            self.output(key, clusters_name(encoding.cluster)) as stream,
+            pq.ParquetWriter(stream, CLUSTER_SCHEMA) as writer,
+        ):
+            yield lambda packs: writer.write_table(clusters_table(packs), row_group_size=ROW_GROUP)
+
+    def join_clusters(self, manifest: Manifest, dataset: str, cluster: str | None) -> None:
+        """Join the clusters of all units to the column CLUSTER of the dataset, unless its file exists."""
+        path = clusters_file(dataset, cluster)
+        if exists(path):
+            return
+        name = clusters_name(cluster)
+        paths = [join(self._root, "units", f"{unit.key}.{name}") for unit in manifest.units if unit.row_groups]
+        filesystem, inner = locate(path)
+        with (
+            ThreadPoolExecutor(8) as threads,
+            atomic_output(filesystem, inner) as stream,
+            pq.ParquetWriter(stream, CLUSTER_SCHEMA) as writer,
+        ):
+            for table in threads.map(lambda path: pq.read_table(path, filesystem=self._filesystem), paths):
+                writer.write_table(table, row_group_size=ROW_GROUP)
+
+    def find(self, keys: Iterable[str], encoding: Encoding) -> dict[str, UnitStats]:
+        """Return the complete units in the cache, by key. Also remove day-old temporary files of killed processes.
+
+        With `encoding.clusters`, a unit without the file of its clusters is not complete.
+        """
         folder = join(self._root, "units")
         listing = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         for info in listing:
@@ -577,7 +646,8 @@ class _Cache:
                 with suppress(FileNotFoundError):  # Another process may have deleted it.
                     self._filesystem.delete_file(info.path)
         sizes = {info.base_name: info.size for info in listing}
-        candidates = [key for key in keys if f"{key}.json" in sizes and f"{key}.rejects.jsonl" in sizes]
+        needed = ["json", "rejects.jsonl", *([clusters_name(encoding.cluster)] if encoding.clusters else [])]
+        candidates = [key for key in keys if all(f"{key}.{suffix}" in sizes for suffix in needed)]
         with ThreadPoolExecutor(8) as threads:
             stats = threads.map(lambda key: self._load(UnitStats, "units", key), candidates)
         return {unit.key: unit for unit in stats if unit and sizes.get(f"{unit.key}.parquet") == unit.bytes}

@@ -14,7 +14,7 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.data.pack import Pack
-from minimind_ray.data.prepare import prepare
+from minimind_ray.data.prepare import Prepared, prepare
 from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.store import PackStore
 from minimind_ray.stages.base import base_at
@@ -42,7 +42,7 @@ def measure(
         raise UserError(f"{settings or f'stage {config.stage}'} has no reference model: leave --reference out")
     trained = open_trained(model, adapter=adapter, precision=config.train.precision)
     config = resolve_paths(config)
-    prepared = prepare(config.stage, config.data, "val", trained.tokenizer)
+    prepared = prepare(config.stage, config.data, "val", trained.tokenizer, cluster=config.eval.cluster)
     say(prepared.summary())
     if not prepared.manifest.n_packs:
         raise UserError(f"{config.data.val}: no row is left to measure on; see {prepared.rejects}")
@@ -51,7 +51,7 @@ def measure(
     if count < prepared.manifest.n_packs:
         say(f"measured on the first {count:,} packs, as eval.max_tokens {config.eval.max_tokens:,} says")
     evaluation = evaluate(
-        trained.model, objective, islice(_packs(config, prepared.path, reference), count),
+        trained.model, objective, islice(_packs(config, prepared, reference), count),
         token_bytes_V=torch.from_numpy(trained.tokenizer.token_bytes()).to(trained.device),
         device=trained.device, dtype=trained.dtype,
     )  # fmt: skip
@@ -61,18 +61,18 @@ def measure(
     return evaluation, facts | stage.report(config, evaluation, reference is not None)
 
 
-def _packs(config: Config, path: str, reference: str | None) -> Iterable[Pack]:
+def _packs(config: Config, prepared: Prepared, reference: str | None) -> Iterable[Pack]:
     """Return the prepared packs with the objective's columns, computed by the model `reference`; 0 if it is None."""
 
     columns = stage_of(config).columns(config)
     if reference is None:
         zeros = [(s.column, "lengths" if s.column.axis == "document" else "tokens") for s in columns]
         return (
-            replace(pack, columns={c: np.zeros(len(getattr(pack, like)), c.dtype) for c, like in zeros})
-            for pack in PackStore(path)
+            replace(pack, columns={**pack.columns, **{c: np.zeros(len(getattr(pack, k)), c.dtype) for c, k in zeros}})
+            for pack in PackStore(prepared.path, prepared.columns)
         )
     base = base_at(whole_model(reference, "--reference"))
-    files = [FrozenColumn(scored, path, base, dtype_here(config.train.precision)) for scored in columns]
+    files = [FrozenColumn(scored, prepared.path, base, dtype_here(config.train.precision)) for scored in columns]
     for frozen in files:
         ensure_column(frozen, compute_here)
-    return PackStore(path, {frozen.scored.column: frozen.path for frozen in files})
+    return PackStore(prepared.path, prepared.columns | {frozen.scored.column: frozen.path for frozen in files})

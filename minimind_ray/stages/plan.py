@@ -89,7 +89,7 @@ def plan_run(config: Config) -> RunPlan:
     require_used(config)
     check_stage(config, tokenizer)
     shape = model_shape(config, tokenizer)
-    sample = estimate(config.stage, data, tokenizer)
+    sample = estimate(config.stage, data, tokenizer, config.eval.cluster)
     epoch = _epoch(config, tokenizer, sample)
     if not epoch.packs:
         first = sample.reasons[0].first if sample.reasons else None
@@ -109,8 +109,8 @@ def plan_run(config: Config) -> RunPlan:
 
 def _epoch(config: Config, tokenizer: Tokenizer, sample: Estimate) -> Epoch:
     """Return the epoch's exact size if its data is in the cache, otherwise an estimate from the sample."""
-    manifest = find_prepared(config.stage, config.data, "train", tokenizer) if config.data.cache else None
-    if manifest:
+    key = config.stage, config.data, "train", tokenizer, config.eval.cluster
+    if manifest := find_prepared(*key) if config.data.cache else None:
         documents, tokens, counted = (manifest.total(n) for n in ("documents", "tokens", "counted_tokens"))
         return Epoch(documents, tokens, counted, manifest.n_packs, "exact, because the data is prepared already")
     return Epoch(

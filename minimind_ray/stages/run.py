@@ -16,6 +16,7 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, DataConfig, ScaleConfig
 from minimind_ray.data.claim import claimed
+from minimind_ray.data.clusters import CLUSTER, clusters_file
 from minimind_ray.data.columns import Column
 from minimind_ray.data.files import join
 from minimind_ray.data.pack import Pack
@@ -82,7 +83,9 @@ class Job:
 
     def val_store(self) -> PackStore | None:
         """Return the validation packs, if there are any."""
-        return PackStore(self.val, self.val_columns) if self.val else None
+        if not self.val:
+            return None
+        return PackStore(self.val, {**self.val_columns, CLUSTER: clusters_file(self.val, self.config.eval.cluster)})
 
     def with_config(self, config: Config) -> Job:
         """Return a job on the same data with another config, which may differ in optimisation, length and seed."""
@@ -144,7 +147,7 @@ def prepare_job(
         say(f"  {rows}; rejected rows: {stream.rejects}")
     for split in splits:
         data = validation if validation and split == "val" else config.data
-        prepared = prepare(config.stage, data, split, tokenizer, host.run_units)
+        prepared = prepare(config.stage, data, split, tokenizer, host.run_units, cluster=config.eval.cluster)
         say(prepared.summary())
         if prepared.manifest.n_packs:
             stores[split] = prepared.path
@@ -183,7 +186,7 @@ def _stream(config: Config, tokenizer: Tokenizer) -> Stream:
             f"data.cache is false, but this run keeps {columns[0].what} with the packs; leave data.cache out"
             + "".join(f", or change {key}" for key in stage_of(config).column_keys)
         )
-    encoding, sources = encoding_of(config.stage, config.data, "train", tokenizer)
+    encoding, sources = encoding_of(config.stage, config.data, "train", tokenizer, config.eval.cluster)
     return Stream(tuple(plan_units(sources, encoding)), encoding, config.train.seed, join(config.out, "rejects"))
 
 

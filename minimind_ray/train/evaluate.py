@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minimind_ray.data.batch import batch_from_packs, passes
+from minimind_ray.data.clusters import CLUSTER
 from minimind_ray.data.pack import Pack
 from minimind_ray.data.store import PackStore
 from minimind_ray.model.transformer import Transformer
@@ -28,9 +29,10 @@ from minimind_ray.train.step import Objective, autocast
 class Evaluation:
     """The result of a validation: means, and one row per example (a document or a pair).
 
-    `examples` has one array per column, float64, with rows in the order of `example`:
+    `examples` has one array per column, with rows in the order of `example`; float64, but ids are int64:
 
-        example    the row's id, int64. It is the same for every model, so two models can be compared row by row.
+        example    the row's id. It is the same for every model, so two models can be compared row by row.
+        cluster    the id of the row's cluster (see data/clusters.py)
         loss       summed over the example's counted items
         count      the number of these items
         bytes      bytes of text that the counted tokens stand for (only for losses per token)
@@ -98,10 +100,14 @@ def evaluate(
         per_example = (len(batch.bounds_D1) - 1) // len(values["loss"])  # Documents per example: 2 for a pair.
         ids = np.concatenate([(pack.id << 20) + np.arange(len(pack.lengths) // per_example) for pack in together])
         arrays = {name: value.double().cpu().numpy() for name, value in values.items()}
-        for name, array in {"example": ids, **arrays}.items():
+        clusters = np.concatenate([pack.columns[CLUSTER][::per_example] for pack in together])
+        for name, array in {"example": ids, "cluster": clusters, **arrays}.items():
             columns.setdefault(name, []).append(array)
     model.train(was_training)
     return _evaluation({name: np.concatenate(parts) for name, parts in columns.items()}, objective.unit)
+
+
+NO_MEANS = ("example", "cluster", "count", "bytes")
 
 
 def _evaluation(examples: dict[str, np.ndarray], unit: str) -> Evaluation:
@@ -114,7 +120,7 @@ def _evaluation(examples: dict[str, np.ndarray], unit: str) -> Evaluation:
     order = np.argsort(examples["example"])
     examples = {name: values[order] for name, values in examples.items()}
     count = examples["count"].sum()
-    means = {n: float(v.sum() / count) for n, v in examples.items() if n not in ("example", "count", "bytes")}
+    means = {n: float(v.sum() / count) for n, v in examples.items() if n not in NO_MEANS}
     if unit == "token":
         means["perplexity"] = math.exp(min(means["loss"], 700.0))
         if size := float(examples["bytes"].sum()):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from minimind_ray.config.schema import DataConfig
-from minimind_ray.data.prepare import ENCODING_VERSION, prepare
+from minimind_ray.data.clusters import CLUSTER
+from minimind_ray.data.prepare import ENCODING_VERSION, Prepared, Split, prepare
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import MARKUP_TOKENS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
@@ -112,6 +113,14 @@ HASHES = {
     "OpenAI's pairs": "da98c8f0539c5334",
 }
 
+CLUSTER_HASHES = {
+    "texts": "16bf8f096f9763b0",
+    "messages": "e6a0b3e05f6d4d6a",
+    "messages shortened": "a82e9cde1df41133",
+    "pairs": "d447d65f9060a5a5",
+    "pairs shortened": "4862a4ef440965a1",
+}
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
@@ -129,13 +138,26 @@ def packs_hash(store: PackStore) -> str:
     return digest.hexdigest()[:16]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_encoding_changes_only_with_its_version(tmp_path: Path, tokenizer: Tokenizer, case: str) -> None:
+def prepared(tmp_path: Path, tokenizer: Tokenizer, case: str, split: Split) -> Prepared:
     stage, name, content, settings = CASES[case]
     (tmp_path / name).write_bytes(content)
+    files: dict[str, Any] = {split: str(tmp_path / name)}
     base: dict[str, Any] = {"max_seq_len": 128, "pack_tokens": 256, "val_fraction": 0.0, "max_reject_fraction": 1.0}
-    config = DataConfig(train=str(tmp_path / name), cache_dir=str(tmp_path / "cache"), **{**base, **settings})
-    found = packs_hash(PackStore(prepare(stage, config, "train", tokenizer).path))  # pyright: ignore[reportArgumentType]
+    config = DataConfig(**files, cache_dir=str(tmp_path / "cache"), **{**base, **settings})
+    return prepare(stage, config, split, tokenizer)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_encoding_changes_only_with_its_version(tmp_path: Path, tokenizer: Tokenizer, case: str) -> None:
+    found = packs_hash(PackStore(prepared(tmp_path, tokenizer, case, "train").path))
     assert (ENCODING_VERSION, found) == (VERSION, HASHES[case]), (
         "encoding changed: raise ENCODING_VERSION and this hash"
     )
+
+
+@pytest.mark.parametrize("case", CLUSTER_HASHES)
+def test_clusters_change_only_with_the_version(tmp_path: Path, tokenizer: Tokenizer, case: str) -> None:
+    val = prepared(tmp_path, tokenizer, case, "val")
+    ids = [cluster for pack in PackStore(val.path, val.columns) for cluster in pack.columns[CLUSTER].tolist()]
+    found = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    assert (ENCODING_VERSION, found) == (VERSION, CLUSTER_HASHES[case]), "raise ENCODING_VERSION and this hash"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minimind_ray.config.schema import ModelConfig
+from minimind_ray.data.clusters import CLUSTER
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
@@ -18,11 +19,13 @@ from minimind_ray.train.evaluate import Evaluation, drop_stale, evaluate, packs_
 
 pytestmark = pytest.mark.unit
 
+ONE = np.ones(1, np.int64)
+
 
 def measure(token_bytes_V: torch.Tensor) -> Evaluation:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(preset="tiny").shape(64))
-    pack = Pack(0, np.arange(20, dtype=np.uint16), np.ones(20, np.uint8), np.array([20], np.int32))
+    pack = Pack(0, np.arange(20, dtype=np.uint16), np.ones(20, np.uint8), np.array([20], np.int32), {CLUSTER: ONE})
     return evaluate(
         model, CausalLM(model.shape), [pack],
         token_bytes_V=token_bytes_V, device=torch.device("cpu"), dtype=torch.float32,

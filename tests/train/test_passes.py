@@ -14,6 +14,7 @@ import torch
 
 from minimind_ray.config.stages import DpoConfig
 from minimind_ray.data.batch import batch_from_packs, passes
+from minimind_ray.data.clusters import CLUSTER
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.objectives.causal_lm import CausalLM
@@ -78,8 +79,8 @@ def test_validation_in_one_pass_is_the_same(stage: str, tmp_path: Path) -> None:
     model = Transformer(shape)
     objective = CausalLM(shape) if stage == "pretrain" else Preference(DpoConfig(), shape)
     packs = [pack(0, 20, 9, 30, 8), pack(1, 40, 12), pack(2, 7, 7)]
-    if stage == "dpo":
-        packs = [dataclasses.replace(p, columns={REFERENCE: np.zeros(len(p.lengths), np.float32)}) for p in packs]
+    columns = [REFERENCE, CLUSTER] if stage == "dpo" else [CLUSTER]
+    packs = [dataclasses.replace(p, columns={c: np.zeros(len(p.lengths), c.dtype) for c in columns}) for p in packs]
     found = []
     for tokens in (0, 120, 1000):
         found.append(
