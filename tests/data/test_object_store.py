@@ -19,6 +19,7 @@ from pyarrow import fs
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig
 from minimind_ray.data import prepare as module
+from minimind_ray.data.clusters import CLUSTER
 from minimind_ray.data.columns import Column
 from minimind_ray.data.prepare import prepare
 from minimind_ray.data.records import Row, discover, read_rows
@@ -78,11 +79,12 @@ def test_from_bucket_to_packs_in_a_bucket(
         assert prepared.made > 2
         total = prepared.manifest.total
         assert total("rows") == total("kept") + total("rejected") + total("held_out") == 201
-        store = PackStore(prepared.path)
+        store = PackStore(prepared.path, prepared.columns)
         assert sum(len(pack.lengths) for pack in store) == store.n_documents == total("kept")
         assert [pack.id for pack in store.read([store.n_packs - 1, 0])] == [store.n_packs - 1, 0]
         again = prepare("pretrain", config, split, tokenizer)
         assert (again.made, again.path) == (0, prepared.path)
+    assert len({cluster for pack in store for cluster in pack.columns[CLUSTER].tolist()}) > 5
     (inner,) = [
         path for path in _files(bucket, "bucket/cache/datasets") if _content(bucket, path).startswith(b'{"file')
     ]

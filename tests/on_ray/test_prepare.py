@@ -10,6 +10,7 @@ import ray
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import DataConfig
 from minimind_ray.data import prepare as module
+from minimind_ray.data.clusters import CLUSTER
 from minimind_ray.data.prepare import Encoding, Progress, Unit, prepare, run_units_here
 from minimind_ray.data.records import Part, Source
 from minimind_ray.data.store import PackStore, UnitStats
@@ -56,9 +57,12 @@ def test_ray_data_makes_the_same_dataset(
     assert on_ray.manifest == here.manifest
     assert Path(on_ray.path).name == Path(here.path).name
     assert Path(on_ray.rejects).read_bytes() == Path(here.rejects).read_bytes()
-    for a, b in zip(PackStore(on_ray.path), PackStore(here.path), strict=True):
+    assert set(on_ray.columns) == ({CLUSTER} if split == "val" else set())
+    stores = (PackStore(prepared.path, prepared.columns) for prepared in (on_ray, here))
+    for a, b in zip(*stores, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         assert a.weights.tolist() == b.weights.tolist()
+        assert all(a.columns[column].tolist() == b.columns[column].tolist() for column in on_ray.columns)
     assert len(seen) == on_ray.made + 1
     assert seen[-1] == Progress(300, source.stat().st_size, source.stat().st_size)
     again = prepare("pretrain", config(tmp_path / "on_ray", source), split, tokenizer, run_units_on_ray)
