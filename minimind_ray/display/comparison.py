@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.compare import Comparison, Row
 from minimind_ray.sweep.export import seeds_text, sentences, standing
+from minimind_ray.sweep.table import Comparison, Row
 from minimind_ray.sweep.text import duration_text, value_text
 
 STYLES = {"best": "bold green", "tied": "green", "worse": "dim", "open": ""}

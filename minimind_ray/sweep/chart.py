@@ -26,9 +26,9 @@ from matplotlib.path import Path
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.compare import Comparison, Row
 from minimind_ray.sweep.export import standing
 from minimind_ray.sweep.metric import trial_metric
+from minimind_ray.sweep.table import Comparison, Row
 from minimind_ray.sweep.text import count_text, number_text, shorten, value_text
 from minimind_ray.sweep.trials import Trial
 

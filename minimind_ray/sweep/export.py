@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from minimind_ray.sweep.compare import Comparison, Interval, More, Row, Verdict
+from minimind_ray.sweep.statistics import Interval
+from minimind_ray.sweep.table import Comparison, More, Row, Verdict
 from minimind_ray.sweep.text import duration_text, value_text
 
 MOST_LABELS = 5

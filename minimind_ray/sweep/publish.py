@@ -10,8 +10,8 @@ from minimind_ray.config.load import validate
 from minimind_ray.config.reading import read_json
 from minimind_ray.config.trackers import TRACKER_RECORDS
 from minimind_ray.data.storage import mirror_of
-from minimind_ray.sweep.compare import Comparison
 from minimind_ray.sweep.export import to_json, to_records
+from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.trials import Sweep
 from minimind_ray.track.registry import Trackers
 from minimind_ray.track.tracker import TrackedRun

@@ -22,8 +22,8 @@ from minimind_ray.config.reading import dump_yaml
 from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.compare import LEAST_EXAMPLES, Comparison, Row
 from minimind_ray.sweep.export import best_set_text, headline_text, seeds_text, sentences, standing
+from minimind_ray.sweep.table import LEAST_CLUSTERS, Comparison, Row
 from minimind_ray.sweep.text import count_text, duration_text, shorten, value_text
 from minimind_ray.sweep.trials import Sweep
 from minimind_ray.train.run import write_atomically
@@ -71,7 +71,7 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
     environment.filters.update(filters)
     rows, info = comparison.rows, sweep.info
     measured = [row for row in rows if row.verdict]
-    judged, worse = comparison.examples >= LEAST_EXAMPLES, [row for row in measured if row.verdict == "worse"]
+    judged, worse = comparison.clusters >= LEAST_CLUSTERS, [row for row in measured if row.verdict == "worse"]
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         info=info,

@@ -20,9 +20,10 @@ from minimind_ray.config.search import SearchConfig, search_config
 from minimind_ray.data.storage import url_of
 from minimind_ray.stages.run import Job, changed_inputs
 from minimind_ray.sweep.axes import Axis, Grid, PlannedTrial, parse_axis, short_names, trial_id
-from minimind_ray.sweep.compare import Comparison, compare
+from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import MOST_PAIRS
 from minimind_ray.sweep.plan import DONE, SweepPlan, create_trial
+from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.text import duration_text, value_text
 from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep, read_sweep
 from minimind_ray.train.run import RunDirectory

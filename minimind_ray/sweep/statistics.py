@@ -1,8 +1,24 @@
-"""Compute means of points, their differences, and 95 % intervals that account for examples and seeds.
+"""Judge points from their trials' results: estimates, differences, and 95 % intervals for examples and seeds.
 
-The functions here work on arrays of numbers. `compare.py` reads the arrays from the trials of sweeps.
+The functions here work on arrays of numbers. `compare.py` reads the arrays from the trials of sweeps; `seeds.py` holds
+the model of the seeds, `binary.py` what is special for shares such as an accuracy.
 
-    P points, S seeds, T trials (a point with a seed), E validation examples, B bootstrap draws
+A trial's metric is the ratio of its sums over the clusters. A point's estimate is a weighted mean over trials (see
+`fit_seeds`; the plain mean over its seeds if all points have the same seeds). The same weights serve the values,
+their order, the differences and all draws.
+
+*Examples*: clusters are resampled with replacement, one resample for all trials at once (the crossed bootstrap of
+Owen 2007, "The pigeonhole bootstrap"; clusters: Miller 2024, arXiv 2411.00640).
+
+*Seeds* are too few to resample. Their part of a draw comes from Student's t, with the variances of `fit_seeds`. If
+all points have one seed, this part is unknown and left out.
+
+*Differences* use the same resamples for both points (paired examples), and the seeds' effects on all points cancel
+as far as the points share seeds. The intervals are simultaneous over all pairs: each is widened by the same factor,
+so that in 95 % of draws the deviation of every pair lies inside its interval (single-step max-T, Westfall & Young
+1993; for independent means it is Tukey's range test).
+
+    P points, T trials (a point with a seed), C clusters of validation examples, B draws
 """
 
 from __future__ import annotations
@@ -11,254 +27,286 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minimind_ray.sweep.binary import effective_count, widen_pairs, wilson
+from minimind_ray.sweep.seeds import Seeds, fit_seeds
+
 DRAWS = 4000
-OUTLIER = 16.0
-"""A point keeps its own variance over seeds if that is this many times larger than the typical variance."""
+MOST_CLUSTERS = 2000
+"""More clusters are merged at random into this many groups. The intervals stay the same, and large validation sets do
+not take longer."""
+VAGUE = 10.0
+"""See `_vague`."""
+NOISE = 1e-9
+"""A difference that is smaller than this part of the values is due to rounding, and counts as 0."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % interval. The bounds are None if the uncertainty is unknown."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def text(self, digits: int) -> str:
+        """The bounds as text, such as "2.31 to 2.38"; empty if they are unknown."""
+        return "" if self.low is None else f"{self.low:.{digits}f} to {self.high:.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Means with 95 % intervals, and all differences (row minus column) with simultaneous 95 % intervals."""
+    """What is known about the points.
 
-    mean_P: np.ndarray
+    `estimate_P` with `low_P` and `high_P` are single 95 % intervals. `difference_PP` is row minus column; its intervals
+    hold for all pairs at once. `order_P` lists the points, best first. `may_be_best_P` is False for points that are
+    worse than some other point (Hsu), and `vs_best_P3` holds value, low and high of each point minus the best of the
+    others. `headline` is the value of the best point, corrected for having been picked. `examples_variance_PP` and
+    `seeds_variance_PP` are the two parts of the differences' variances. `seeds_free_P` are the degrees of freedom of
+    the points' variances over seeds, and `common_free` those of the seeds' effects on all points; 0 means unknown.
+    `vague_P` marks points whose interval says nothing: its seeds' part has 1 degree of freedom and is very wide.
+    """
+
+    estimate_P: np.ndarray
     low_P: np.ndarray
     high_P: np.ndarray
     difference_PP: np.ndarray
     low_PP: np.ndarray
     high_PP: np.ndarray
+    order_P: np.ndarray
+    may_be_best_P: np.ndarray
+    vs_best_P3: np.ndarray
+    headline: Interval
+    odd_P: np.ndarray
+    examples_variance_PP: np.ndarray
+    seeds_variance_PP: np.ndarray
+    seeds_free_P: np.ndarray
+    common_free: int
+    vague_P: np.ndarray
 
 
-def statistics(
-    numerator_TE: np.ndarray,
-    denominator_TE: np.ndarray,
+def judge(
+    numerator_TC: np.ndarray,
+    denominator_TC: np.ndarray,
     point_T: np.ndarray,
     seed_T: np.ndarray,
     *,
+    larger_is_better: bool,
+    shift_T: np.ndarray | None = None,
+    extra_T: np.ndarray | None = None,
+    eligible_P: np.ndarray | None = None,
+    binary: bool = False,
     draws: int = DRAWS,
     random_seed: int = 0,
 ) -> Statistics:
-    """Compute means, differences and their intervals for points with several seeds on the same examples.
-
-    A trial's metric is the ratio of its sums over the examples; a point's metric is the mean over its seeds.
-
-    *Examples* are resampled with replacement, one resample for all trials at once (the crossed bootstrap of Owen 2007,
-    "The pigeonhole bootstrap", which errs a little on the safe side).
-
-    *Seeds* are too few to resample: with two seeds, a bootstrap interval holds the truth in 60 % of cases. Their part
-    of a draw comes from Student's t instead, with the variances of `split_seeds`. If all points have one seed, this
-    part is unknown and left out.
-
-    *Differences* use the same resamples for both points (paired examples). For points with common seeds, the effect of
-    a seed on all points cancels (paired seeds). The intervals are simultaneous over all pairs: each is widened by the
-    same factor, so that in 95 % of draws the deviation of every pair lies inside its interval (single-step max-T,
-    Westfall & Young 1993; for independent means it is Tukey's range test). Separate intervals would find a difference
-    between the best of eight equal points and another point in half of all sweeps. Holm's method for the comparisons
-    with the best would ignore that the best was chosen from the same data.
+    """Compute estimates, differences and their intervals for points with several seeds on the same examples.
 
     Args:
-        numerator_TE: the summed values per trial and example; at least two examples.
-        denominator_TE: the divisors: the number of counted tokens, or 1.
+        numerator_TC: the summed values per trial and cluster; at least two clusters.
+        denominator_TC: the divisors: the number of counted tokens, or of examples.
         point_T: each trial's point, 0 to P - 1.
         seed_T: each trial's seed, any whole numbers.
-        draws: B.
-        random_seed: the seed of the draws; the same input gives the same numbers.
+        larger_is_better: the direction of the metric.
+        shift_T: what is added to trials' metrics, such as the predicted rest of a trial that was stopped early.
+        extra_T: the variances of these shifts, which are independent between trials.
+        eligible_P: the points that may be picked as the best; all by default.
+        binary: whether the metric is a share: every example has the value 0 or 1 and counts once.
+        draws: B; `random_seed` is their seed, so that the same input gives the same numbers.
     """
-    rng = np.random.default_rng(random_seed)
-    points, (seeds, at_seed_T) = int(point_T.max()) + 1, np.unique(seed_T, return_inverse=True)
-    value_T = numerator_TE.sum(1) / denominator_TE.sum(1)
-    value_PS = np.full((points, len(seeds)), np.nan)
-    value_PS[point_T, at_seed_T] = value_T
-    seeds_P = np.isfinite(value_PS).sum(1)
-    mean_P = np.nanmean(value_PS, 1)
-    spread = split_seeds(value_PS)
+    rng, nothing_T = np.random.default_rng(random_seed), np.zeros(len(point_T))
+    points, sign = int(point_T.max()) + 1, -1.0 if larger_is_better else 1.0
+    value_T = numerator_TC.sum(1) / denominator_TC.sum(1) + (nothing_T if shift_T is None else shift_T)
+    seeds = fit_seeds(value_T, point_T, seed_T, nothing_T if extra_T is None else extra_T)
+    estimate_P = seeds.weight_PT @ value_T
+    examples_BP = _resampled(numerator_TC, denominator_TC, draws, rng) @ seeds.weight_PT.T
+    draws_BP = examples_BP + seeds.draw(draws, rng)
 
-    averaging_TP = (point_T[:, None] == np.arange(points)) / seeds_P
-    examples_BP = _resampled_examples(numerator_TE, denominator_TE, draws, rng) @ averaging_TP
-    runs_BP = examples_BP + _drawn_t(spread.own_P / seeds_P, spread.own_free_P, spread.pooled_P, draws, rng)
-    alike_S = np.ones(len(seeds))
-    common_BS = _drawn_t(spread.common * alike_S, spread.common_free * alike_S, alike_S > 0, draws, rng)
-    weight_PS = np.isfinite(value_PS) / seeds_P[:, None]
-    low_P, high_P = mean_P + np.quantile(runs_BP + common_BS @ weight_PS.T, (0.025, 0.975), axis=0)
-    adjusted_P = np.nanmean(value_PS - spread.effect_S, 1)
-    difference_PP = adjusted_P[:, None] - adjusted_P
-    reach_PP = _simultaneous_reach(runs_BP + common_BS @ spread.unadjusted(weight_PS).T)
-    return Statistics(mean_P, low_P, high_P, difference_PP, difference_PP - reach_PP, difference_PP + reach_PP)
-
-
-def _resampled_examples(
-    numerator_TE: np.ndarray, denominator_TE: np.ndarray, draws: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Return every trial's metric on each resample of the examples, minus the metric on all examples: [B, T].
-
-    Resamples of E examples have only (E - 1) / E of the variance, and estimate it with E - 1 degrees of freedom. Both
-    are corrected as in Student's t, which matters for validation sets with few examples.
-    """
-    examples = numerator_TE.shape[1]
-    value_T = numerator_TE.sum(1) / denominator_TE.sum(1)
-    blocks: list[np.ndarray] = []
-    step = max(1, 4_000_000 // examples)  # so that a block of weights takes at most 32 MB
-    for start in range(0, draws, step):
-        rows = min(step, draws - start)
-        drawn = rng.integers(examples, size=(rows, examples)) + examples * np.arange(rows)[:, None]
-        weight_BE = np.bincount(drawn.ravel(), minlength=rows * examples).reshape(rows, examples).astype(float)
-        blocks.append((weight_BE @ numerator_TE.T) / (weight_BE @ denominator_TE.T))
-    wider_B = np.sqrt(examples / rng.chisquare(examples - 1, draws))
-    return (np.concatenate(blocks) - value_T) * wider_B[:, None]
+    found = _intervals(estimate_P, draws_BP)
+    if binary:
+        found = _of_shares(estimate_P, found, examples_BP.var(0), numerator_TC, denominator_TC, seeds)
+    may_be_best_P, vs_best_P3 = _against_the_best(sign * found.difference_PP, sign * draws_BP, found)
+    eligible_P = np.ones(points, bool) if eligible_P is None else eligible_P
+    order_P = np.lexsort((sign * estimate_P, ~eligible_P))
+    headline = _headline(sign * estimate_P, sign * draws_BP, eligible_P)
+    headline = headline if sign > 0 else _mirrored(headline)
+    if binary:
+        bounds = min(headline[1], found.low_P[order_P[0]]), max(headline[2], found.high_P[order_P[0]])
+        headline = np.clip([headline[0], *bounds], 0, 1)
+    return Statistics(
+        estimate_P, found.low_P, found.high_P, found.difference_PP, found.low_PP, found.high_PP,
+        order_P=order_P,
+        may_be_best_P=may_be_best_P,
+        vs_best_P3=vs_best_P3 if sign > 0 else _mirrored(vs_best_P3),
+        headline=Interval(*headline.tolist()),
+        odd_P=seeds.odd_P,
+        examples_variance_PP=_variances_of_differences(np.cov(examples_BP.T).reshape(points, points)),
+        seeds_variance_PP=_variances_of_differences(seeds.covariance()),
+        seeds_free_P=seeds.own_free_P,
+        common_free=seeds.common_free,
+        vague_P=_vague(found.high_P - found.low_P, examples_BP, estimate_P if points > 1 else value_T, seeds),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SeedSpread:
-    """How much the seed changes a trial's metric: variances for a single seed, with their degrees of freedom.
+class _Intervals:
+    """Intervals of points and of all pairs. `single_PP` are half-widths of single 95 % intervals of differences.
 
-    `effect_S` is each seed's effect on all points, and `common` the variance of these effects. Only effects of seeds
-    that points share can be compared: `group_S` numbers the groups of such seeds; -1 means that only one point has the
-    seed, so its effect is unknown. `own_P` is the remaining variance of each point; `pooled_P` marks the points that
-    share one estimate of it. Zero degrees of freedom mean that a variance is unknown.
+    `least_PP` are half-widths that are needed apart from the draws; 0 where the draws are enough.
     """
 
-    effect_S: np.ndarray
-    group_S: np.ndarray
-    common: float
-    common_free: int
-    own_P: np.ndarray
-    own_free_P: np.ndarray
-    pooled_P: np.ndarray
-
-    def unadjusted(self, weight_PS: np.ndarray) -> np.ndarray:
-        """Return the weights that the seeds' true effects still have after `effect_S` was subtracted.
-
-        `weight_PS` are the weights of the seeds in each point's mean before the subtraction.
-
-        An unknown effect keeps its full weight, and each group keeps its mean effect. Points with the same seeds have
-        the same weights here, which cancel in their difference.
-        """
-        left_PS = weight_PS.copy()
-        for group in range(self.group_S.max() + 1):
-            members_S = self.group_S == group
-            left_PS[:, members_S] = weight_PS[:, members_S].mean(1, keepdims=True)
-        return left_PS
+    low_P: np.ndarray
+    high_P: np.ndarray
+    difference_PP: np.ndarray
+    low_PP: np.ndarray
+    high_PP: np.ndarray
+    single_PP: np.ndarray
+    least_PP: np.ndarray
 
 
-def split_seeds(value_PS: np.ndarray) -> SeedSpread:
-    """Separate seeds' common effects from effects on single points (randomised block design, seeds as blocks).
-
-    Two seeds alone give little information: a t interval with 1 degree of freedom is 13 standard errors wide. So the
-    residuals after the common effects are pooled over the points into one mean square (Montgomery, Design and Analysis
-    of Experiments, ch. 4). Points that vary far more than is typical (such as a learning rate at the edge of stability)
-    would spoil the pooled estimate: they keep their own variance and their own few degrees of freedom. Common effects
-    are medians over the points, so that one diverging point does not look like an effect of a seed.
-
-    `value_PS` holds NaN where a point lacks a seed. A point with one seed uses the pooled variance. So does a point
-    that shares no seed with other points (from a sweep with another first seed), if other points share seeds.
-    """
-    points, there_PS = len(value_PS), np.isfinite(value_PS)
-    several_PS = used_PS = there_PS & (there_PS.sum(1) > 1)[:, None]
-    # Use seeds that at least two points have, and points with at least two such seeds.
-    while (fewer_PS := used_PS & (used_PS.sum(0) > 1) & (used_PS.sum(1) > 1)[:, None]).sum() < used_PS.sum():
-        used_PS = fewer_PS
-    group_S = _groups(used_PS)
-    if not used_PS.any():  # Common effects cannot be separated; the points' own variances contain them.
-        used_PS = several_PS
-    free_P = np.maximum(used_PS.sum(1) - 1, 0)
-    known_P = free_P > 0
-    effect_S = _seed_effects(np.where(used_PS & known_P[:, None], value_PS, np.nan), group_S)
-    if not known_P.any():
-        nothing = np.zeros(points)
-        return SeedSpread(effect_S, group_S, 0.0, 0, nothing, free_P, np.ones(points, bool))
-
-    sum_P, common_free = _squares(value_PS - effect_S, used_PS), 0
-    for group in range(group_S.max() + 1):
-        members_S = group_S == group
-        of_P, fitted = known_P & used_PS[:, members_S].any(1), int(members_S.sum()) - 1
-        # The fitted effects have taken a part of the variance and of the degrees of freedom: correct for both.
-        sum_P[of_P] *= free_P[of_P].sum() / (free_P[of_P].sum() - fitted)
-        common_free += fitted
-    variance_P = sum_P / np.maximum(free_P, 1)
-    # The median of chi-squared over its degrees of freedom (Wilson & Hilferty 1931).
-    typical = np.median(variance_P[known_P] / (1 - 2 / (9 * free_P[known_P])) ** 3)
-    pooled_P = ~known_P | (variance_P <= OUTLIER * typical)
-    pooled = sum_P[pooled_P].sum() / free_P[pooled_P].sum()
-    pooled_free = max(1, free_P[pooled_P].sum() - common_free)
-    # The effects also vary by chance, as the mean of the residuals of so many points does.
-    sharing = used_PS[known_P].sum() / max(1, (group_S >= 0).sum())
-    common = max(0.0, (effect_S**2).sum() / common_free - pooled / sharing) if common_free else 0.0
-    # A point that uses the pooled variance, but varies far more than the pooled variance explains.
-    all_free_P = np.maximum(there_PS.sum(1) - 1, 1)
-    all_P = _squares(value_PS, there_PS) / all_free_P
-    astray_P = ~known_P & (all_P > OUTLIER * (pooled + common))
-    variance_P, free_P = np.where(astray_P, all_P, variance_P), np.where(astray_P, all_free_P, free_P)
-    pooled_P &= ~astray_P
-    return SeedSpread(
-        effect_S,
-        group_S,
-        common,
-        common_free,
-        np.where(pooled_P, pooled, variance_P),
-        np.where(pooled_P, pooled_free, free_P),
-        pooled_P,
+def _intervals(estimate_P: np.ndarray, draws_BP: np.ndarray) -> _Intervals:
+    """Return the intervals that follow from the draws of the estimates' errors."""
+    difference_PP = estimate_P[:, None] - estimate_P
+    reach_PP, single_PP = _simultaneous_reach(draws_BP)
+    for noisy_PP in (difference_PP, reach_PP):
+        noisy_PP[np.abs(noisy_PP) <= NOISE * np.abs(estimate_P).max()] = 0.0
+    low_P, high_P = estimate_P + np.quantile(draws_BP, (0.025, 0.975), axis=0)
+    least_PP = np.zeros_like(reach_PP)
+    return _Intervals(
+        low_P, high_P, difference_PP, difference_PP - reach_PP, difference_PP + reach_PP, single_PP, least_PP
     )
 
 
-def _groups(shared_PS: np.ndarray) -> np.ndarray:
-    """Return the group number, from 0, of each seed; -1 if the seed is not shared.
+def _of_shares(
+    share_P: np.ndarray, drawn: _Intervals, variance_P: np.ndarray, right_TC: np.ndarray, count_TC: np.ndarray,
+    seeds: Seeds,
+) -> _Intervals:  # fmt: skip
+    """Return the intervals of shares: Wilson's, and exact ones where few clusters differ between two points.
 
-    Two seeds are in the same group if a point has both, directly or through a chain of points.
+    `variance_P` is the shares' variance over the examples. Where the draws account for seeds and give a wider interval
+    than Wilson's, theirs is used.
     """
-    group_S = np.full(shared_PS.shape[1], -1)
-    for first in np.flatnonzero(shared_PS.any(0)):
-        if group_S[first] >= 0:
-            continue
-        members_S = np.arange(len(group_S)) == first
-        while (more_S := shared_PS[shared_PS[:, members_S].any(1)].any(0)).sum() > members_S.sum():
-            members_S = more_S
-        group_S[members_S] = group_S.max() + 1
-    return group_S
+    count, clusters = int(count_TC[0].sum()), count_TC.shape[1]
+    count_P = np.array([effective_count(float(s), float(v), count, clusters) for s, v in zip(share_P, variance_P)])
+    low_P, high_P = np.array([wilson(min(max(float(s), 0.0), 1.0), c) for s, c in zip(share_P, count_P)]).T
+    if seeds.covariance().any():
+        low_P, high_P = np.clip(np.minimum(drawn.low_P, low_P), 0, 1), np.clip(np.maximum(drawn.high_P, high_P), 0, 1)
+    low_PP, high_PP = drawn.low_PP.copy(), drawn.high_PP.copy()
+    widen_pairs(share_P, seeds.weight_PT @ right_TC, count_P, low_PP, high_PP)
+    wider_PP = np.maximum(high_PP - drawn.difference_PP, drawn.difference_PP - low_PP)
+    least_PP = np.where((low_PP < drawn.low_PP) | (high_PP > drawn.high_PP), wider_PP, 0.0)
+    return _Intervals(low_P, high_P, drawn.difference_PP, low_PP, high_PP, drawn.single_PP, least_PP)
 
 
-def _seed_effects(value_PS: np.ndarray, group_S: np.ndarray) -> np.ndarray:
-    """Return the median effect of each seed over the points, with mean 0 in each group; 0 outside of groups.
-
-    The level of a point that lacks a seed depends on the effects of its other seeds, and the effects depend on the
-    levels. So both are computed in turn, a few times.
-    """
-    effect_S = np.zeros(len(group_S))
-    in_groups_S = group_S >= 0
-    rows_PS = value_PS[np.isfinite(value_PS).any(1)][:, in_groups_S]
-    for _ in range(50 if in_groups_S.any() else 0):
-        before_S, level_P = effect_S.copy(), np.nanmean(rows_PS - effect_S[in_groups_S], 1)
-        effect_S[in_groups_S] = np.nanmedian(rows_PS - level_P[:, None], 0)
-        for group in range(group_S.max() + 1):
-            effect_S[group_S == group] -= effect_S[group_S == group].mean()
-        if np.allclose(effect_S, before_S, rtol=1e-9, atol=0):
-            break
-    return effect_S
+def _mirrored(interval: np.ndarray) -> np.ndarray:
+    """Return value, low and high (the last axis) of the negative quantity."""
+    return 0.0 - interval[..., [0, 2, 1]]
 
 
-def _squares(value_PS: np.ndarray, used_PS: np.ndarray) -> np.ndarray:
-    """Return the sums of squared deviations from each point's own mean; 0 for a point without used values."""
-    mean_P = np.where(used_PS, value_PS, 0).sum(1) / np.maximum(used_PS.sum(1), 1)
-    return (np.where(used_PS, value_PS - mean_P[:, None], 0) ** 2).sum(1)
-
-
-def _drawn_t(
-    variance_P: np.ndarray, free_P: np.ndarray, pooled_P: np.ndarray, draws: int, rng: np.random.Generator
+def _resampled(
+    numerator_TC: np.ndarray, denominator_TC: np.ndarray, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw from Student's t with `free_P` degrees of freedom, times the standard deviation: [B, P]; 0 if unknown."""
-    free_BP = np.broadcast_to(np.maximum(free_P, 1), (draws, len(free_P)))
-    chi_BP = rng.chisquare(free_BP) / free_BP
-    # Points that share an estimate of the variance share its error.
-    chi_BP[:, pooled_P] = chi_BP[:, pooled_P][:, :1]
-    return rng.standard_normal(chi_BP.shape) * np.sqrt(variance_P / chi_BP)
+    """Return every trial's metric on each resample of the clusters, minus the metric on all clusters: [B, T].
+
+    Resamples of C clusters have only (C - 1) / C of the variance, and estimate it with C - 1 degrees of freedom. Both
+    are corrected as in Student's t, which matters for validation sets with few clusters.
+    """
+    if numerator_TC.shape[1] > MOST_CLUSTERS:
+        order_C = rng.permutation(numerator_TC.shape[1])
+        starts = np.linspace(0, len(order_C), MOST_CLUSTERS, endpoint=False).astype(int)
+        numerator_TC = np.add.reduceat(numerator_TC[:, order_C], starts, axis=1)
+        denominator_TC = np.add.reduceat(denominator_TC[:, order_C], starts, axis=1)
+    clusters = numerator_TC.shape[1]
+    value_T = numerator_TC.sum(1) / denominator_TC.sum(1)
+    blocks: list[np.ndarray] = []
+    step = max(1, 4_000_000 // clusters)  # so that a block of weights takes at most 32 MB
+    for start in range(0, draws, step):
+        rows = min(step, draws - start)
+        drawn = rng.integers(clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
+        weight_BC = np.bincount(drawn.ravel(), minlength=rows * clusters).reshape(rows, clusters).astype(float)
+        blocks.append((weight_BC @ numerator_TC.T) / (weight_BC @ denominator_TC.T))
+    wider_B = np.sqrt(clusters / rng.chisquare(clusters - 1, draws))
+    return (np.concatenate(blocks) - value_T) * wider_B[:, None]
 
 
-def _simultaneous_reach(draws_BP: np.ndarray) -> np.ndarray:
-    """Return half-widths of intervals around all pairwise differences: [P, P]. In 95 % of draws, all hold at once."""
+def _simultaneous_reach(draws_BP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return half-widths of intervals around all pairwise differences: [P, P]. In 95 % of draws, all hold at once.
+
+    The second matrix holds the half-widths of single 95 % intervals.
+    """
     points = draws_BP.shape[1]
     single_PP = np.zeros((points, points))
     largest_B = np.zeros(len(draws_BP))
     for i in range(points):
         deviation_BP = np.abs(draws_BP - draws_BP[:, i : i + 1])
         single_PP[i] = np.quantile(deviation_BP, 0.95, axis=0)
-        with np.errstate(invalid="ignore"):  # For two points that always agree, this is 0 / 0.
-            largest_B = np.fmax(largest_B, np.nan_to_num(deviation_BP / single_PP[i], nan=0.0).max(1))
-    return single_PP * np.quantile(largest_B, 0.95)
+        largest_B = np.maximum(largest_B, _ratio(deviation_BP, single_PP[i]).max(1))
+    return single_PP * np.quantile(largest_B, 0.95), single_PP
+
+
+def _ratio(deviation_BP: np.ndarray, single_P: np.ndarray) -> np.ndarray:
+    """Return the deviations in units of the half-widths; 0 for two points that always agree."""
+    return deviation_BP / np.where(single_P > 0, single_P, np.inf)
+
+
+def _against_the_best(
+    difference_PP: np.ndarray, draws_BP: np.ndarray, found: _Intervals
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare each point with the best of the others, for a metric whose smaller values are better.
+
+    Hsu's multiple comparisons with the best (Hsu 1984; for unequal variances Edwards & Hsu 1983; Hsu 1996, "Multiple
+    Comparisons", ch. 4). Each point in turn is the control of one-sided comparisons with all others, with a critical
+    value of its own from the draws. The true best passes as a control in 95 % of cases, so all points that pass contain
+    the best with 95 % confidence. These critical values are smaller than those for all pairs. No half-width is below
+    `found.least_PP`.
+
+    Returns:
+        Whether each point may be the best, and value, low and high of each point minus the best other point: [P, 3].
+    """
+    points = len(difference_PP)
+    if points == 1:
+        return np.ones(1, bool), np.zeros((1, 3))
+    reach_PP = np.zeros((points, points))
+    for i in range(points):
+        worst_B = _ratio(draws_BP[:, i : i + 1] - draws_BP, found.single_PP[i]).max(1)
+        reach_PP[i] = np.maximum(found.single_PP[i] * max(0.0, float(np.quantile(worst_B, 0.95))), found.least_PP[i])
+    itself = np.where(np.eye(points, dtype=bool), -np.inf, 0.0)
+    low_P = np.minimum(0.0, (difference_PP - reach_PP + itself).max(1))
+    may_be_best_P = low_P < 0
+    may_be_best_P |= (difference_PP - reach_PP + itself).max(1) <= 0
+    controls_PP = np.where(may_be_best_P, difference_PP + reach_PP.T + itself, -np.inf)
+    high_P = np.maximum(0.0, controls_PP.max(1))
+    return may_be_best_P, np.stack([(difference_PP + itself).max(1), low_P, high_P], 1)
+
+
+def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, eligible_P: np.ndarray) -> np.ndarray:
+    """Return the best point's value, low and high, corrected for having been picked; smaller values are better.
+
+    The best of several estimates is too good on average (the winner's curse). A parametric bootstrap repeats the
+    picking: in each draw, errors are added to the estimates, the best point is picked, and its error is noted. The
+    estimates themselves differ more than the true values, so they are first drawn together by as much as their errors
+    explain (James & Stein 1961; the positive part). The median error of the picked points is the correction.
+    """
+    estimate_P, draws_BP = estimate_P[eligible_P], draws_BP[:, eligible_P]
+    best, points = float(estimate_P.min()), len(estimate_P)
+    middle = estimate_P.mean()
+    if points > 1:
+        # The middle 68 % of the draws: variances from two seeds give heavy tails, which have no variance themselves.
+        centred_BP = draws_BP - draws_BP.mean(1, keepdims=True)
+        noise = (((np.quantile(centred_BP, 0.84, axis=0) - np.quantile(centred_BP, 0.16, axis=0)) / 2) ** 2).sum()
+        squares = ((estimate_P - middle) ** 2).sum()
+        estimate_P = middle + max(0.0, 1 - noise / squares if squares > 0 else 0.0) * (estimate_P - middle)
+    picked_B = (estimate_P + draws_BP).argmin(1)
+    error_B = draws_BP[np.arange(len(draws_BP)), picked_B]
+    low, median, high = np.quantile(error_B, (0.025, 0.5, 0.975))
+    return best - np.array([median, high, low])
+
+
+def _vague(width_P: np.ndarray, examples_BP: np.ndarray, values: np.ndarray, seeds: Seeds) -> np.ndarray:
+    """Return which intervals rest on one degree of freedom and are VAGUE times wider than the values lie apart."""
+    one_free_P = (seeds.own_free_P.round() == 1) | (seeds.common > 0 and seeds.common_free == 1)
+    low_P, high_P = np.quantile(examples_BP, (0.025, 0.975), axis=0)
+    return one_free_P & (width_P > VAGUE * np.ptp(values)) & (width_P > 2 * (high_P - low_P))
+
+
+def _variances_of_differences(covariance_PP: np.ndarray) -> np.ndarray:
+    variance_P = np.diag(covariance_PP)
+    return np.maximum(variance_P[:, None] + variance_P - 2 * covariance_PP, 0.0)

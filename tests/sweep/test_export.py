@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from minimind_ray.display.comparison import print_comparison
-from minimind_ray.sweep.compare import Comparison, Interval, More, compare
+from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import more_text, sentences, standing, to_json, to_records
 from minimind_ray.sweep.report import render
+from minimind_ray.sweep.statistics import Interval
+from minimind_ray.sweep.table import Comparison, More
 from minimind_ray.sweep.trials import Sweep, read_sweep
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 

@@ -18,7 +18,7 @@ from minimind_ray.data.tokenizer import train_tokenizer
 from minimind_ray.stages.columns import compute_here
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis, plan_trials
-from minimind_ray.sweep.compare import More, compare
+from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.estimate import Pace, asha_keeps, calibrate, estimate
 from minimind_ray.sweep.plan import (
     REFERENCES,
@@ -42,6 +42,7 @@ from minimind_ray.sweep.resume import (
     seeds_commands,
     with_seeds,
 )
+from minimind_ray.sweep.table import More
 from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.evaluate import Evaluation
 from minimind_ray.train.validation import Validation

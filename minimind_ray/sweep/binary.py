@@ -1,0 +1,112 @@
+"""Intervals for shares, such as an accuracy: every example is right (1) or wrong (0).
+
+Near 0 and 1 the bootstrap fails: 50 right answers out of 50 give an interval from 1 to 1. The intervals here hold
+there, too.
+
+    P points, C clusters
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+FEW_DISCORDANT = 25
+"""With fewer clusters in which two points differ, the exact test decides beside the bootstrap (Agresti, Categorical
+Data Analysis, ch. 11)."""
+
+
+def wilson(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """Return the bounds of the score interval of a share of `count` independent examples (Wilson 1927)."""
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def effective_count(share: float, variance: float, count: int, clusters: int) -> float:
+    """Return how many independent examples are worth as much as `count` examples in `clusters` clusters.
+
+    This is `count` over the design effect: the share's real variance over that of independent examples (Kish 1965).
+    If all examples are right, or all wrong, the design effect is unknown: each cluster then counts as one example.
+    """
+    independent = share * (1 - share) / count
+    if variance <= 0 or independent <= 0:
+        return float(clusters)
+    return min(float(count), max(independent / variance * count, 1.0))
+
+
+def mid_p(above: int, below: int) -> float:
+    """Return the two-sided mid-p value of McNemar's test.
+
+    It is the probability of a split as uneven as `above` to `below` if both sides are equally likely; the split itself
+    counts half (Fagerland, Lydersen & Laake 2013). The value is 1 if no example differs.
+    """
+    total, least = above + below, min(above, below)
+    if not total:
+        return 1.0
+    tail = sum(math.comb(total, k) for k in range(least + 1)) - math.comb(total, least) / 2
+    return min(1.0, 2 * tail / 2**total)
+
+
+def paired_bounds(first: float, second: float, correlation: float, count: float, level: float) -> tuple[float, float]:
+    """Return the bounds of the difference of two shares on the same examples (Newcombe 1998, method 10).
+
+    Args:
+        first: the first share.
+        second: the second share, which is subtracted.
+        correlation: of the two points' examples; 0 if unknown.
+        count: the effective number of examples.
+        level: the confidence, such as 0.95.
+    """
+    (low_1, high_1), (low_2, high_2) = wilson(first, count, level), wilson(second, count, level)
+
+    def half(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
+
+    difference = first - second
+    return (
+        difference - half(first - low_1, high_2 - second),
+        difference + half(high_1 - first, second - low_2),
+    )
+
+
+def widen_pairs(
+    share_P: np.ndarray, right_PC: np.ndarray, count_P: np.ndarray, low_PP: np.ndarray, high_PP: np.ndarray
+) -> None:
+    """Widen the simultaneous intervals of all pairs, in place, where only a few clusters differ between two points.
+
+    The level of each pair is divided by the number of pairs (Bonferroni). `right_PC` holds each point's mean number of
+    right answers per cluster, `count_P` the effective numbers of examples. An interval excludes 0 only if the mid-p
+    test does, too.
+    """
+    points, share_P = len(share_P), np.clip(share_P, 0.0, 1.0)
+    alpha = 0.05 / max(1, points * (points - 1) // 2)
+    for i in range(points):
+        for j in range(i):
+            difference_C = right_PC[i] - right_PC[j]
+            above, below = int((difference_C > 1e-12).sum()), int((difference_C < -1e-12).sum())
+            if above + below >= FEW_DISCORDANT:
+                continue
+            first, second, count = float(share_P[i]), float(share_P[j]), float(min(count_P[i], count_P[j]))
+            correlation = _correlation(first, second, (above + below + 1) / count)
+            low, high = paired_bounds(first, second, correlation, count, 1 - alpha)
+            if mid_p(above, below) > alpha:
+                low, high = min(low, 0.0), max(high, 0.0)
+            low_PP[i, j], high_PP[i, j] = min(low_PP[i, j], low), max(high_PP[i, j], high)
+            low_PP[j, i], high_PP[j, i] = -high_PP[i, j], -low_PP[i, j]
+
+
+def _correlation(first: float, second: float, discordant: float) -> float:
+    """Return the correlation of two points' answers, from their shares and the share of answers that differ.
+
+    The caller adds a half to both kinds of differing answers: without it, two points that agree on all examples would
+    seem to agree on all examples that exist.
+    """
+    variances = first * (1 - first), second * (1 - second)
+    if not min(variances):
+        return 0.0
+    covariance = (sum(variances) - discordant + (first - second) ** 2) / 2
+    return min(1.0, max(0.0, covariance / math.sqrt(variances[0] * variances[1])))

@@ -1,0 +1,166 @@
+"""Group the trials of sweeps into points, and collect the results that count as arrays for `statistics.py`.
+
+T trials that count, E validation examples, C clusters of examples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.stages import STAGES
+from minimind_ray.sweep.metric import terms
+from minimind_ray.sweep.stopping import Count, count_trials
+from minimind_ray.sweep.trials import Sweep, Trial, Validation
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a sweep with all its trials. The trials `counted` count as `counts` say.
+
+    `left_out` holds the id of each other trial, and the reason why it does not count.
+    """
+
+    sweep: Sweep
+    trials: list[Trial]
+    counted: list[Trial]
+    counts: list[Count]
+    left_out: list[tuple[str, str]]
+
+    @property
+    def finished(self) -> bool:
+        """Whether a trial that counts was trained to its end."""
+        return any(trial.state == "finished" for trial in self.counted)
+
+
+def points_of(sweep: Sweep, metric: str) -> list[Point]:
+    """Return the points of a sweep in the order of its trials.
+
+    Trials that finished count, and stopped trials whose end can be predicted (see `count_trials`). If none of a point's
+    trials counts by this rule, its stopped trials count with their last validation.
+    """
+    groups: dict[str, list[tuple[Trial, Count]]] = {}
+    for trial, count in zip(sweep.trials, count_trials(sweep.trials, metric)):
+        groups.setdefault(repr([trial.point[key] for key in sweep.info.axes]), []).append((trial, count))
+    points: list[Point] = []
+    for group in groups.values():
+        counted = [(t, c) for t, c in group if c.how] or [(t, c) for t, c in group if _stopped(t)]
+        ids = {trial.id for trial, _ in counted}
+        left_out = [(trial.id, count.reason) for trial, count in group if trial.id not in ids]
+        points.append(Point(sweep, [t for t, _ in group], *_unzip(counted), left_out))
+    return points
+
+
+def _unzip(counted: list[tuple[Trial, Count]]) -> tuple[list[Trial], list[Count]]:
+    return [trial for trial, _ in counted], [count for _, count in counted]
+
+
+def _stopped(trial: Trial) -> bool:
+    return trial.state in ("early-stopped", "stopped") and bool(trial.validation and trial.validation.finite)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of all trials that count; see `judge` for the arrays.
+
+    `binary` tells whether every example has the value 0 or 1 and counts once. `noun` names the clusters.
+    """
+
+    numerator_TC: np.ndarray
+    denominator_TC: np.ndarray
+    point_T: np.ndarray
+    seed_T: np.ndarray
+    shift_T: np.ndarray
+    extra_T: np.ndarray
+    examples: int
+    clusters: int
+    noun: str
+    binary: bool
+
+
+def results_of(points: Sequence[Point], metric: str) -> Results:
+    """Sum the metric's numerator and denominator over the examples of each cluster, for each trial that counts.
+
+    Raises:
+        UserError: trials were validated on different examples, or the per-example results lack a column.
+    """
+    trials_T = [trial for point in points for trial in point.counted]
+    counts_T = [count for point in points for count in point.counts]
+    check_same_examples(trials_T)
+    terms_T = [terms(trial, metric) for trial in trials_T]
+    cluster_E, noun = _clusters(points)
+    clusters = int(cluster_E.max()) + 1
+
+    def summed(value_E: np.ndarray) -> np.ndarray:
+        return np.bincount(cluster_E, value_E, clusters)
+
+    return Results(
+        numerator_TC=np.stack([summed(numerator_E) for numerator_E, _ in terms_T]),
+        denominator_TC=np.stack([summed(denominator_E) for _, denominator_E in terms_T]),
+        point_T=np.array([p for p, point in enumerate(points) for _ in point.counted]),
+        seed_T=np.array([trial.seed for trial in trials_T]),
+        shift_T=np.array([count.shift for count in counts_T]),
+        extra_T=np.array([count.extra for count in counts_T]),
+        examples=len(cluster_E),
+        clusters=clusters,
+        noun=noun,
+        binary=all(_is_binary(*pair) for pair in terms_T),
+    )
+
+
+def _is_binary(numerator_E: np.ndarray, denominator_E: np.ndarray) -> bool:
+    return bool((denominator_E == 1).all() and ((numerator_E == 0) | (numerator_E == 1)).all())
+
+
+def _clusters(points: Sequence[Point]) -> tuple[np.ndarray, str]:
+    """Return the number of each example's cluster, 0 to C - 1, and the noun for clusters.
+
+    Files of older versions have no clusters, so the file with the fewest clusters decides.
+    """
+    found = [_validation(trial).cluster_E for point in points for trial in point.counted]
+    numbers = min((np.unique(ids, return_inverse=True)[1] for ids in _different(found)), key=lambda n: n.max())
+    info = points[0].sweep.info
+    field = info.config.get("eval", {}).get("cluster")
+    return numbers, STAGES[info.stage].clusters(field) if numbers.max() + 1 < len(numbers) else "examples"
+
+
+def _different(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the arrays without repetitions."""
+    found: list[np.ndarray] = []
+    for array in arrays:
+        if not any(np.array_equal(array, other) for other in found):
+            found.append(array)
+    return found
+
+
+def _validation(trial: Trial) -> Validation:
+    assert trial.validation
+    return trial.validation
+
+
+def check_same_examples(trials: Sequence[Trial]) -> None:
+    """Check that all trials were validated on the same examples.
+
+    Raises:
+        UserError: two trials had different examples. The message names the difference.
+    """
+    first, a = trials[0], _validation(trials[0])
+    for trial in trials[1:]:
+        b = _validation(trial)
+        if len(a.example_E) != len(b.example_E):
+            difference = f"{len(a.example_E)} and {len(b.example_E)} examples"
+        elif not np.array_equal(a.example_E, b.example_E):
+            difference = "different examples"
+        elif not np.array_equal(a.columns["count"], b.columns["count"]):
+            difference = "examples of different lengths"
+        elif first.validated_on and trial.validated_on and first.validated_on != trial.validated_on:
+            difference = "different prepared data"
+        else:
+            continue
+        raise UserError(
+            f"{first.path} and {trial.path} were validated on {difference}; trials can be compared only on the same "
+            "validation set, tokenizer and data.max_seq_len"
+        )

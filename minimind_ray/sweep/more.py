@@ -1,0 +1,77 @@
+"""Estimate how many more seeds or examples would decide a pair of points that is not distinguishable."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from minimind_ray.sweep.stopping import t_quantile
+
+MOST_SEEDS = 1000
+NORMAL = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The number of seeds of both points, and the factor on the number of examples. None if no number would do.
+
+    `why` says what stands in the way; it is empty if both numbers are known.
+    """
+
+    seeds: int | None
+    examples_factor: float | None
+    why: str
+
+
+def needed(
+    difference: float, half: float, examples_variance: float, seeds_variance: float, seeds: int, free: float
+) -> Needed:
+    """Return what makes the half-width of a difference's interval smaller than the difference.
+
+    The half-width is split as `half² = k² (z² examples_variance + t² seeds_variance)`: z is the normal quantile, t
+    Student's for `free` degrees of freedom, and k the widening for several pairs. The first part falls with the number
+    of examples; the second falls with the number of seeds, and each seed adds one degree of freedom.
+
+    Args:
+        difference: the observed difference.
+        half: the present half-width.
+        examples_variance: the part of the difference's variance that is due to the examples.
+        seeds_variance: the part that is due to the seeds; 0 with one seed, where it is unknown.
+        seeds: the present number of seeds of each point.
+        free: the degrees of freedom of `seeds_variance`; 0 if it is unknown.
+    """
+    if difference == 0:
+        return Needed(None, None, "no difference was observed")
+
+    def of_seeds(number: int) -> float:
+        quantile = t_quantile(max(1, math.floor(free + number - seeds))) if free else 0.0
+        return quantile**2 * seeds_variance * seeds / number
+
+    of_examples = NORMAL**2 * examples_variance
+    total = of_examples + of_seeds(seeds)
+    if total <= 0:
+        return Needed(None, None, "the uncertainty is unknown")
+    target = (difference / half) ** 2 * total if half else math.inf
+    factor = of_examples / left * (1 + 1e-9) if (left := target - of_seeds(seeds)) > 0 else None
+    if not free:
+        return Needed(None, factor, "with one seed, the uncertainty of the seeds is unknown")
+    number = next((n for n in range(seeds + 1, MOST_SEEDS + 1) if of_examples + of_seeds(n) < target), None)
+    reasons: list[str] = []
+    if number is None:
+        alone = of_examples >= target
+        reasons.append(
+            "more seeds are not enough: the uncertainty of the examples alone is too large"
+            if alone
+            else f"it would take more than {MOST_SEEDS:,} seeds"
+        )
+    if factor is None:
+        reasons.append("more examples are not enough: the uncertainty of the seeds alone is too large")
+    return Needed(number, factor, "; ".join(reasons))
+
+
+def narrowing(seeds: int, free: float) -> float:
+    """Return by what factor one more seed is expected to narrow the seeds' part of an interval."""
+    return float(t_quantile(int(free) + 1) / t_quantile(int(free)) * np.sqrt(seeds / (seeds + 1)))

@@ -1,0 +1,126 @@
+"""Say in words how a comparison was computed, and what its reader has to know about its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from minimind_ray.sweep.gather import Results
+from minimind_ray.sweep.more import narrowing
+from minimind_ray.sweep.statistics import Statistics
+from minimind_ray.sweep.table import LEAST_CLUSTERS, Row
+
+FEW_CLUSTERS = 30
+MOST_NAMES = 5
+
+
+def method_of(results: Results, found: Statistics, rows: Sequence[Row], margin: float) -> str:
+    """Return how the intervals were computed, in sentences. Empty if there are too few clusters for intervals."""
+    if results.clusters < LEAST_CLUSTERS:
+        return ""
+    drawn = f"whole {results.noun} are resampled" if results.clusters < results.examples else "examples are resampled"
+    sources = [f"the validation examples (bootstrap: {drawn}, the same for every trial)"]
+    if _one_seed(rows):
+        text = f"Intervals cover 95 % and account only for {sources[0]}, since each point has one seed."
+    else:
+        text = f"Intervals cover 95 % and account for both {sources[0]} and the seeds (Student's t)."
+    if results.extra_T.any():
+        text += " They include the uncertainty of predicted ends."
+    if results.binary:
+        text += (
+            " The intervals of shares are Wilson's; where few examples differ between two points, the mid-p McNemar "
+            "test decides."
+        )
+    if len(found.order_P) > 1:
+        text += (
+            " A point differs from the best if the interval of their paired difference does not contain zero. These "
+            "intervals hold for all pairs of points at once, because the best was chosen from the same data."
+        )
+    if margin > 0:
+        text += (
+            f" A point equals the best within {margin:g} if this interval lies inside -{margin:g} to {margin:g} (two "
+            "one-sided tests at 2.5 % each)."
+        )
+    return text
+
+
+def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[Row]) -> list[str]:
+    """Return sentences on what limits a comparison; `found` and `results` are None if nothing can be compared.
+
+    The first rows are those that are compared.
+    """
+    notes = _clusters(results) if results else []
+    compared = [row for row in rows if row.compared]
+    if compared and found:
+        notes += _seeds(rows, found)
+    seeds = {frozenset(trial.seed for trial in row.compared) for row in compared}
+    if any(a.isdisjoint(b) for a in seeds for b in seeds):
+        notes.append(
+            "Points that have no seed in common differ by their seeds, too: as far as this effect is known, the "
+            "intervals of their differences account for it."
+        )
+    elif len(seeds) > 1:
+        notes.append("Points that lack a seed are compared without that seed's effect on the other points.")
+    if any(t.lineage for row in rows for t in row.trials):
+        notes.append("pbt moved points in training: the table shows where each began, and its status where it ended.")
+    if any(row.stopped_seeds and row.seeds for row in compared):
+        notes.append("Stopped trials of points that also have finished trials count with a predicted end.")
+    if any(row.stopped_seeds and not row.seeds for row in compared):
+        notes.append(
+            "Stopped points are compared by their last validation, or by a predicted end if enough other trials "
+            "finished."
+        )
+    dropped = [trial for row in rows for trial in row.left_out if trial[1] not in ("running", "waiting")]
+    if left_out := [f"{id} ({reason})" for id, reason in dropped]:
+        notes.append(f"Not compared: {_listed(left_out)}.")
+    return notes
+
+
+def _clusters(results: Results) -> list[str]:
+    clusters, noun, examples = results.clusters, results.noun, results.examples
+    advice = "give data.val, or raise data.val_fraction"
+    if examples < LEAST_CLUSTERS:
+        return [f"{examples} validation example(s) are too few to compare points: {advice}."]
+    if clusters < LEAST_CLUSTERS:
+        return [f"{examples:,} validation examples of only {clusters} {noun} are too few to compare points: {advice}."]
+    if clusters < FEW_CLUSTERS:
+        return [f"Only {clusters} {noun}: the intervals are rough. For better intervals, {advice}."]
+    return []
+
+
+def _seeds(rows: Sequence[Row], found: Statistics) -> list[str]:
+    """Return the notes on the number of seeds and their spread. `rows` are in the order of `found.order_P`."""
+    compared, notes = [row for row in rows if row.compared], list[str]()
+    if _one_seed(rows):
+        more = any(len(row.trials) > 1 for row in rows)
+        advice = "no point has two finished seeds" if more else "use --seeds 2 or more to compare settings"
+        notes.append(
+            "One seed: intervals account only for the validation examples. The verdicts compare these trained models, "
+            f"not their settings; {advice}."
+        )
+    elif all(len(row.compared) <= 2 for row in compared):
+        notes.append("Two seeds say little about a seed's effect on all points: a third narrows the intervals.")
+    if found.vague_P.any():
+        part = narrowing(2, 1)
+        notes.append(
+            "Intervals that would be more than 10 times wider than the points' values lie apart are left out: two "
+            f"seeds give them 1 degree of freedom. A third seed would narrow them to about {part:.0%} of their width."
+        )
+    odd = [compared[place].label for place, p in enumerate(found.order_P) if found.odd_P[p]]
+    if odd:
+        notes.append(
+            f"The seeds of {_listed(odd)} differ much more than those of the other points. Its intervals use its own "
+            "spread; a setting that varies this much may be unstable."
+            if len(odd) == 1
+            else f"The seeds of these points differ much more than those of the other points: {_listed(odd)}. Their "
+            "intervals use their own spread; settings that vary this much may be unstable."
+        )
+    return notes
+
+
+def _one_seed(rows: Sequence[Row]) -> bool:
+    return all(len(row.compared) <= 1 for row in rows)
+
+
+def _listed(names: Sequence[str]) -> str:
+    left = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {left} more" if left > 0 else "")

@@ -1,0 +1,114 @@
+"""The table of a comparison: its rows and what is said about it as a whole. `compare.py` fills it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minimind_ray.config.stages import Mode
+from minimind_ray.sweep.metric import trial_metric
+from minimind_ray.sweep.statistics import Interval
+from minimind_ray.sweep.trials import Trial
+
+ONE_SEED = "differs on these examples; one seed"
+Verdict = str
+"""One of "best", "better", "worse", "not distinguishable", "equal within M" (with a margin M), and ONE_SEED."""
+LEAST_CLUSTERS = 5
+"""With fewer clusters the intervals are too narrow. In simulations with 4 equal points, all intervals together held the
+truth in 92 % of cases with 5 clusters, in 80 % with 3, and in 70 % with 2."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point with all its seeds.
+
+    `metric` is the point's value over its seeds. `difference` is this point minus the best point, with an interval that
+    holds for all pairs of points at once. `vs_best` is this point minus the best of all other points, with an interval
+    that holds for all points at once. `may_be_best` is False if the point is worse than another point by this interval.
+
+    `trials` are all trials of the point; `compared` are the trials whose validation counts. Of these, `seeds` finished
+    and `stopped_seeds` were stopped. `left_out` names each other trial, and the reason why it does not count.
+    `cost` is None without a price.
+    """
+
+    sweep: str
+    point: dict[str, Any]
+    label: str
+    trials: tuple[Trial, ...]
+    compared: tuple[Trial, ...]
+    metric: Interval | None
+    difference: Interval | None
+    vs_best: Interval | None
+    verdict: Verdict | None
+    may_be_best: bool
+    seeds: int
+    stopped_seeds: int
+    left_out: tuple[tuple[str, str], ...]
+    tokens: int
+    seconds: float
+    cost: float | None
+    status: str
+
+
+@dataclass(frozen=True)
+class More:
+    """How many more seeds or examples would decide a pair of points, if the difference stays as observed.
+
+    `pair` holds the labels of the best point and the other point. `seeds` is the number of seeds for each of the two
+    points on the same examples, `examples` the number of validation examples with the same seeds. Each is None if no
+    number would do; then `why` says what stands in the way. `seconds` and `cost` are for the seeds to add.
+    """
+
+    pair: tuple[str, str]
+    seeds: int | None
+    examples: int | None
+    why: str
+    seconds: float | None
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All points, best first. Rows with a verdict come first; for these, `difference_PP[i, j]` is row i minus row j.
+
+    With fewer than LEAST_CLUSTERS clusters, no row has bounds, and `low_PP` and `high_PP` have no meaning.
+
+    `clusters` counts the independent groups of examples, `cluster_noun` names them, such as "documents". `headline` is
+    the best point's value, corrected for having been picked from several. `more` says what would decide the pairs that
+    are not distinguishable. `method` describes how the intervals were computed. `margin` is 0 if none was asked for.
+    """
+
+    metric: str
+    mode: Mode
+    keys: list[str]
+    rows: list[Row]
+    examples: int
+    clusters: int
+    cluster_noun: str
+    notes: list[str]
+    method: str
+    headline: Interval | None
+    more: list[More]
+    margin: float
+    difference_PP: np.ndarray
+    low_PP: np.ndarray
+    high_PP: np.ndarray
+
+    @property
+    def winner(self) -> Trial | None:
+        """The trial with the best metric of the best point; None while no trial can be compared."""
+        if not self.rows or not self.rows[0].compared:
+            return None
+        sign = 1.0 if self.mode == "min" else -1.0
+        return min(self.rows[0].compared, key=lambda trial: sign * trial_metric(trial, self.metric))
+
+    @property
+    def digits(self) -> int:
+        """The number of decimals that show two digits of the narrowest interval."""
+        intervals = [i for row in self.rows for i in (row.metric, row.difference) if i]
+        widths = [(i.high - i.low) / 2 for i in intervals if i.low is not None and i.high is not None]
+        narrowest = min((w for w in widths if w > 0), default=1e-3)
+        return min(max(1 - math.floor(math.log10(narrowest)), 2), 6)

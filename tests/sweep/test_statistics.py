@@ -1,0 +1,276 @@
+"""The statistics against known truth. `make bench ARGS=coverage` simulates more kinds of sweeps."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minimind_ray.sweep.binary import mid_p, paired_bounds, wilson
+from minimind_ray.sweep.more import needed
+from minimind_ray.sweep.seeds import Seeds, fit_seeds
+from minimind_ray.sweep.statistics import Statistics, judge
+from tests.bench.coverage import COLUMNS, KINDS, coverage, crossed
+
+pytestmark = pytest.mark.unit
+
+
+def simulate(rng: np.random.Generator, truth: Sequence[float], **options: Any) -> tuple[Statistics, dict[str, Any]]:
+    """A crossed design of points, seeds and examples of unequal length, each with its own random effect."""
+    sweep = crossed(rng, truth, **options)
+    data: dict[str, Any] = {
+        "numerator_TC": sweep.numerator_TE,
+        "denominator_TC": sweep.denominator_TE,
+        "point_T": sweep.point_T,
+        "seed_T": sweep.seed_T,
+        "larger_is_better": False,
+    }
+    return judge(**data, draws=400, random_seed=int(rng.integers(2**31))), data
+
+
+def judged(value_TC: np.ndarray, point_T: Sequence[int], seed_T: Sequence[int], **options: Any) -> Statistics:
+    """Examples that count once each."""
+    options = {"larger_is_better": False, "draws": 1000, **options}
+    return judge(value_TC, np.ones_like(value_TC), np.array(point_T), np.array(seed_T), **options)
+
+
+def fitted(value_PS: Sequence[Sequence[float]]) -> Seeds:
+    """NaN stands for a seed that a point lacks."""
+    values = np.array(value_PS, float)
+    point_T, seed_T = np.nonzero(np.isfinite(values))
+    return fit_seeds(values[point_T, seed_T], point_T, seed_T, np.zeros(len(point_T)))
+
+
+@pytest.mark.slow
+def test_a_clear_difference_is_found_and_its_size_is_right() -> None:
+    rng = np.random.default_rng(1)
+    found, covered = [], []
+    for _ in range(60):
+        s, _ = simulate(rng, [2.0, 2.0, 2.0, 2.25], seeds=3)
+        found.append(s.low_PP[3, s.order_P[0]] > 0 and not s.may_be_best_P[3])
+        covered.append(s.low_PP[3, 0] <= 0.25 <= s.high_PP[3, 0])
+    assert np.mean(found) >= 0.9
+    assert np.mean(covered) >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_intervals_keep_their_promise(kind: str) -> None:
+    found = coverage(kind, sweeps=60, draws=300)
+    after = dict(zip(COLUMNS, found["after"]))
+    one_seed, two_odd = "1 seed" in kind, "odd" in kind and "2 seeds" in kind
+    assert after["error"] <= (0.20 if two_odd else 0.10)
+    if not one_seed:
+        assert after["single"] >= 0.90 and after["pairs"] >= (0.80 if two_odd else 0.90)
+        assert after["best set"] >= 0.90
+        assert after["winner"] >= 0.88
+
+
+def test_documents_are_resampled_whole() -> None:
+    before, after = (coverage("687 pieces of 40 documents", sweeps=15, draws=200)[rule] for rule in ("before", "after"))
+    assert before[0] < 0.85 and after[0] >= 0.9
+
+
+def test_pairing_removes_what_examples_and_seeds_do_to_all() -> None:
+    # Examples and seeds move all points alike by far more than the points differ.
+    s, _ = simulate(np.random.default_rng(2), [2.0, 2.05], common=0.3, own=0.002, ease=2.0, noise=0.02)
+    assert s.high_P[0] - s.low_P[0] > 0.5
+    assert s.low_PP[1, 0] > 0
+    assert s.difference_PP[1, 0] == pytest.approx(0.05, abs=0.02)
+
+
+def test_ratio_of_sums_and_mean_over_seeds() -> None:
+    s, data = simulate(np.random.default_rng(3), [1.0, 2.0])
+    value_T = data["numerator_TC"].sum(1) / data["denominator_TC"].sum(1)
+    assert s.estimate_P == pytest.approx([value_T[:2].mean(), value_T[2:].mean()])
+    assert s.difference_PP[1, 0] == pytest.approx(value_T[2:].mean() - value_T[:2].mean())
+    assert s.order_P.tolist() == [0, 1]
+
+
+def test_examples_alone_give_the_textbook_interval() -> None:
+    rng = np.random.default_rng(4)
+    x_C = rng.normal(3, 1, 400)
+    s = judged(x_C[None], [0], [0], draws=4000)
+    half = 1.96 * x_C.std(ddof=1) / 20
+    assert (s.low_P[0], s.high_P[0]) == pytest.approx((x_C.mean() - half, x_C.mean() + half), abs=0.1 * half)
+
+
+def test_many_clusters_are_merged_without_changing_the_interval() -> None:
+    x_C = np.random.default_rng(5).normal(3, 1, 20_000)
+    s = judged(x_C[None], [0], [0], draws=4000)
+    assert s.high_P[0] - s.low_P[0] == pytest.approx(2 * 1.96 * x_C.std() / math.sqrt(20_000), rel=0.1)
+
+
+def test_seeds_alone_give_the_textbook_interval() -> None:
+    # No example differs from another: Student's t on 2 degrees of freedom is all there is.
+    seeds = np.array([1.0, 1.2, 1.7])
+    s = judged(np.tile(seeds[:, None], 50), [0, 0, 0], [0, 1, 2], draws=100_000)
+    half = 4.303 * seeds.std(ddof=1) / math.sqrt(3)
+    assert (s.low_P[0], s.high_P[0]) == pytest.approx((1.3 - half, 1.3 + half), abs=0.05 * half)
+    assert not s.vague_P.any()
+    assert judged(np.tile(seeds[:2, None], 50), [0, 0], [0, 1]).vague_P.tolist() == [True]
+
+
+def test_two_points_share_one_variance() -> None:
+    # By hand: two points, seeds' common effect 0.2 either way, 0.1 left at each, 1 degree of freedom.
+    seeds = fitted([[0.3, -0.3], [0.1, -0.1]])
+    assert seeds.own_P == pytest.approx([0.04, 0.04])
+    assert seeds.shared and seeds.own_free_P.tolist() == [1, 1]
+    assert (seeds.common, seeds.common_free) == (pytest.approx(0.08 - 0.04 / 2), 1)
+
+
+def test_points_vary_over_seeds_by_different_amounts() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, 40) + rng.normal(0, 1, (4, 40)) * np.array([[1.0], [1.0], [2.0], [6.0]])
+    seeds = fitted(values.tolist())
+    assert np.sqrt(seeds.own_P) == pytest.approx([1, 1, 2, 6], rel=0.3)
+    assert seeds.own_free_P == pytest.approx([42] * 4)
+    assert seeds.odd_P[3] and not seeds.odd_P[:2].any()
+    # With three seeds, a point's variance leans on the other points', but is never smaller than its own estimate.
+    few = fitted(values[:, :3].tolist())
+    assert few.own_free_P == pytest.approx([5] * 4) and few.own_P[3] > few.own_P[:2].max()
+    # A point with a single seed has the typical variance of the others.
+    values[0, 1:] = np.nan
+    single = fitted(values[:, :5].tolist())
+    assert 0 < single.own_P[0] < single.own_P[3] and np.isfinite(single.own_free_P).all()
+    assert not fitted([[1.0], [2.0], [3.0]]).own_P.any()
+
+
+def test_weights_are_plain_means_only_with_equal_seeds() -> None:
+    assert fitted([[1.3, 0.7], [1.1, 0.9]]).weight_PT == pytest.approx(np.kron(np.eye(2), [0.5, 0.5]))
+    # The lost trial's seed is worse by 1 for the other points: without it, the third point would seem the best.
+    nan = math.nan
+    value_PS = np.array([[1.0, 2.0, 3.0], [1.1, 2.1, 3.1], [1.2, 2.2, nan], [1.3, 2.3, 3.3]])
+    value_PS += np.random.default_rng(0).normal(0, 1e-3, value_PS.shape)
+    seeds = fitted(value_PS.tolist())
+    estimate_P = seeds.weight_PT @ value_PS[np.isfinite(value_PS)]
+    assert estimate_P == pytest.approx([2.0, 2.1, 2.2, 2.3], abs=0.01)
+
+
+def test_seeds_that_points_do_not_have_in_common() -> None:
+    nan = math.nan
+    # Two pairs of points, each with seeds of its own.
+    seeds = fitted([[1.3, 0.7, nan, nan], [1.1, 0.9, nan, nan], [nan, nan, 2.1, 1.9], [nan, nan, 2.3, 1.7]])
+    assert seeds.common_free == 2 and seeds.own_P == pytest.approx([0.04] * 4)
+    # Seeds that tie points into a chain, and no seed in common: nothing tells effects from chance.
+    for values in (
+        [[0, 1, nan, nan], [2, nan, 3, nan], [nan, 4, nan, 5]],
+        [[1.1, 0.9, nan, nan], [nan, nan, 2.3, 1.7]],
+    ):
+        seeds = fitted(values)
+        assert (seeds.common, seeds.common_free) == (0, 0) and (seeds.own_P > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("points", "seeds"),
+    [
+        ([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], [0, 1, 2] * 2 + [10, 11, 12] * 2),
+        ([0, 0, 1, 1], [0, 1, 2, 3]),
+        ([0, 0, 0, 1, 1, 1, 2], [0, 1, 2, 0, 1, 2, 10]),
+        ([0, 0, 0, 1, 1, 1], [0, 1, 2, 2, 3, 4]),
+    ],
+    ids=["two sweeps", "two points", "one of another seed", "one seed in common"],
+)
+@pytest.mark.slow
+def test_equal_points_with_other_seeds_are_not_told_apart(points: list[int], seeds: list[int]) -> None:
+    rng, apart = np.random.default_rng(7), []
+    seed_T = np.array(seeds)
+    for _ in range(100):
+        common = rng.normal(0, 0.05, 20)[seed_T] + rng.normal(0, 0.01, len(seed_T))
+        x_TC = common[:, None] + rng.normal(2, 0.4, 100) + rng.normal(0, 0.2, (len(seed_T), 100))
+        s = judged(x_TC, points, seeds, draws=400, random_seed=int(rng.integers(2**31)))
+        apart.append((s.low_PP[:, s.order_P[0]] > 0).any())
+    assert np.mean(apart) <= 0.08
+
+
+def test_predicted_ends_shift_the_estimate_and_widen_the_interval() -> None:
+    x_TC = np.random.default_rng(8).normal(2, 0.1, (4, 100))
+    plain = judged(x_TC, [0, 0, 1, 1], [0, 1, 0, 1])
+    shifted = judged(x_TC, [0, 0, 1, 1], [0, 1, 0, 1], shift_T=np.array([0, 0, -0.5, -0.5]), extra_T=np.full(4, 0.01))
+    assert shifted.estimate_P == pytest.approx(plain.estimate_P - [0, 0.5])
+    assert (shifted.high_P - shifted.low_P > plain.high_P - plain.low_P).all()
+    only_first = judged(x_TC, [0, 0, 1, 1], [0, 1, 0, 1], shift_T=np.array([0, 0, -9.0, -9.0]),
+                        eligible_P=np.array([True, False]))  # fmt: skip
+    assert only_first.order_P.tolist() == [0, 1]
+
+
+def test_same_input_same_numbers() -> None:
+    _, data = simulate(np.random.default_rng(5), [1.0, 1.1])
+    a, b = judge(**data), judge(**data)
+    assert a.low_PP.tobytes() == b.low_PP.tobytes()
+    assert a.low_P.tobytes() == b.low_P.tobytes()
+
+
+def test_trials_that_agree_to_the_last_digit() -> None:
+    x_TC = np.tile(np.random.default_rng(6).normal(2, 1, 50), (4, 1))
+    with np.errstate(all="raise", under="ignore"):
+        s = judged(x_TC, [0, 0, 1, 1], [0, 1, 0, 1])
+    assert s.low_PP.tolist() == s.high_PP.tolist() == [[0, 0], [0, 0]]
+    assert s.may_be_best_P.all()
+    # Nor does rounding make a point worse.
+    x_TC[2:] *= 1 + 1e-12
+    s = judged(x_TC, [0, 0, 1, 1], [0, 1, 0, 1])
+    assert (s.low_PP <= 0).all() and (s.high_PP >= 0).all() and s.may_be_best_P.all()
+
+
+def test_comparisons_with_the_best_need_less_than_all_pairs() -> None:
+    rng = np.random.default_rng(9)
+    base_C = rng.normal(2, 1, 200)
+    x_TC = base_C + rng.normal(0, 0.2, (8, 200)) + np.array([0, *[0.08] * 7])[:, None]
+    x_TC += (np.array([0, *[0.08] * 7]) - (x_TC - base_C).mean(1))[:, None]  # exactly so far apart
+    s = judged(x_TC, range(8), [0] * 8, draws=4000)
+    reach = (s.high_PP - s.low_PP)[0, 1:].mean() / 2
+    value, low, high = s.vs_best_P3[3]
+    assert (value, low) == (pytest.approx(0.08), 0.0)
+    assert high - value < 0.95 * reach
+    # The other way round gives the same.
+    other = judged(-x_TC, range(8), [0] * 8, draws=4000, larger_is_better=True)
+    assert other.may_be_best_P.tolist() == s.may_be_best_P.tolist()
+    assert other.vs_best_P3[3] == pytest.approx([-value, -high, -low])
+
+
+def test_the_winner_of_equal_points_is_corrected() -> None:
+    rng, gains = np.random.default_rng(10), []
+    for _ in range(20):
+        x_TC = rng.normal(0, 1, (16, 100))
+        s = judged(x_TC, range(16), [0] * 16)
+        gains.append([s.estimate_P.min(), s.headline.value])
+    plain, corrected = np.mean(gains, 0)
+    assert plain < -0.15 and abs(corrected) < 0.05
+
+
+def test_shares() -> None:
+    # Wilson 1927; 81 of 263 as in Newcombe 1998, table II; 50 of 50.
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(1.0, 50) == pytest.approx((0.9287, 1.0), abs=1e-4)
+    # 1 against 8 of 9 that differ: the binomial tail 10 / 512 minus half of 9 / 512, twice.
+    assert mid_p(1, 8) == pytest.approx(2 * (10 - 4.5) / 512)
+    assert mid_p(0, 0) == 1.0
+    low, high = paired_bounds(1.0, 1.0, 0.0, 50, 0.95)
+    assert (low, high) == pytest.approx((-0.0713, 0.0713), abs=1e-4)
+
+
+def test_right_and_wrong_answers_near_the_boundary() -> None:
+    right_TC = np.ones((3, 50))
+    right_TC[1, :3], right_TC[2, :20] = 0, 0
+    s = judged(right_TC, [0, 1, 2], [0, 0, 0], larger_is_better=True, binary=True)
+    assert s.low_P[0] == pytest.approx(0.9287, abs=1e-4) and s.high_P[0] == 1.0
+    assert s.headline.low is not None and s.headline.low < 0.95
+    # Three examples that differ, all in one direction, do not show a difference; twenty do.
+    assert s.low_PP[0, 1] <= 0 and s.may_be_best_P[1]
+    assert s.low_PP[0, 2] > 0 and not s.may_be_best_P[2]
+
+
+def test_how_many_more() -> None:
+    # Only examples: the interval has to become half as wide.
+    found = needed(0.1, 0.2, examples_variance=1.0, seeds_variance=0.0, seeds=3, free=5)
+    assert found.seeds is None and found.examples_factor == pytest.approx(4.0) and "examples alone" in found.why
+    # Only seeds: more degrees of freedom help beside the larger number.
+    found = needed(0.1, 0.2, examples_variance=0.0, seeds_variance=1.0, seeds=2, free=1)
+    assert found.seeds == 3 and found.examples_factor is None and "seeds alone" in found.why
+    # Both parts, each of which can be made small enough.
+    found = needed(0.19, 0.2, examples_variance=1.0, seeds_variance=1.0, seeds=5, free=8)
+    assert found.seeds and found.seeds > 5 and found.examples_factor and found.examples_factor > 1 and not found.why
+    assert needed(0.1, 0.2, 1.0, 0.0, seeds=1, free=0).seeds is None
+    assert needed(0.0, 0.2, 1.0, 1.0, seeds=3, free=5).why == "no difference was observed"
