@@ -166,6 +166,14 @@ def test_checkpoint(bench: Bench) -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
+def test_coverage(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench("coverage --sweeps 2 --draws 50")["coverage"]["sweeps"]
+    assert all(list(kind) == ["before", "after"] for kind in found.values())
+    assert len(table_rows(capsys.readouterr().out)) == 2 * len(found)
+
+
+@pytest.mark.long
+@pytest.mark.slow
 def test_growth(bench: Bench, tmp_path: Path) -> None:
     points = "--workers 2 --worker-steps 1 --lengths 128,256 --packs 512,1024 --point-seconds 0"
     report = bench(f"growth --growth-model tiny {points} --plots {tmp_path}")["growth"]

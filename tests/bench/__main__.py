@@ -4,8 +4,8 @@
 
 Parts: training (ours, MiniMind's scripts and trl side by side), data (preparation beside `tokenizers` alone, reading),
 ray (what Ray costs over a plain process), sweep (what a sweep costs over its training), fused (LoRA trials trained
-together), checkpoint (the pause of a step), growth (plots). Training on a cluster whose workers and nodes are killed
-has a command of its own: python -m tests.bench.soak --help.
+together), checkpoint (the pause of a step), growth (plots), coverage (whether the intervals of simulated sweeps hold).
+Training on a cluster whose workers and nodes are killed has a command of its own: python -m tests.bench.soak --help.
 
 The data are those in the folder MINIMIND_CORPUS, else the demo's. MiniMind is the checkout at MINIMIND_REPO; without
 one it is left out.
@@ -28,7 +28,7 @@ from tests.bench.training import SIDES, SIZES, STAGES, table
 # Imported when they are asked for: training needs no Ray.
 PARTS = {
     "training": "training", "data": "data", "ray": "ray_overhead", "sweep": "sweep", "fused": "fused",
-    "checkpoint": "checkpoint", "growth": "growth",
+    "checkpoint": "checkpoint", "growth": "growth", "coverage": "coverage",
 }  # fmt: skip
 
 
@@ -115,6 +115,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--packs", default="512,1024,2048,4096,8192,16384", help="their sizes, tokens; default: %(default)s")
     add("--point-seconds", type=float, default=4, help="to time a document length or pack size; default: %(default)s")
     add("--plots", type=Path, default=Path("docs"), help="where the pictures go; default: %(default)s")
+    add = parser.add_argument_group("coverage").add_argument
+    add("--sweeps", type=int, default=200, help="to simulate of each kind; default: %(default)s")
+    add("--draws", type=int, default=500, help="of the bootstrap; default: %(default)s")
     args = parser.parse_args(words)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")

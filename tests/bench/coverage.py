@@ -1,0 +1,280 @@
+"""Whether a sweep's intervals hold: simulated sweeps with known truth, judged by the rules before issue 26 and after.
+
+    make bench ARGS=coverage
+
+For each kind of sweep and both rules, the table shows in how many sweeps or cases
+
+    single    a point's 95 % interval holds its true value (should be 0.95 or a little more)
+    pairs     the intervals of all pairs of points hold at once (0.95 or more)
+    error     a point that is truly as good as the best or better is called worse (0.05 or less)
+    wrong     the point that is picked as the best is not a truly best point
+    winner    the interval of the picked point's value holds (before: its plain interval; after: the headline)
+    best set  Hsu's set of points that may be the best contains a truly best point (0.95 or more for each of them)
+
+and the width: the median half-width of the pairs' intervals, in units of the metric.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from minimind_ray.sweep.statistics import judge
+from minimind_ray.sweep.stopping import predicted_ends
+from tests.bench.common import Report
+
+COLUMNS = ("single", "pairs", "error", "wrong", "winner", "best set", "width")
+Rng = np.random.Generator
+
+
+@dataclass
+class Simulated:
+    """A sweep whose truth is known. `unfinished_T` marks trials that were stopped; their shift is predicted."""
+
+    numerator_TE: np.ndarray
+    denominator_TE: np.ndarray
+    point_T: np.ndarray
+    seed_T: np.ndarray
+    truth_P: np.ndarray
+    cluster_E: np.ndarray
+    larger_is_better: bool = False
+    binary: bool = False
+    unfinished_T: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    shift_T: np.ndarray | None = None
+    extra_T: np.ndarray | None = None
+
+    def kept(self, keep_T: np.ndarray) -> Simulated:
+        """Return the sweep with some of its trials only."""
+        return replace(
+            self,
+            numerator_TE=self.numerator_TE[keep_T],
+            denominator_TE=self.denominator_TE[keep_T],
+            point_T=self.point_T[keep_T],
+            seed_T=self.seed_T[keep_T],
+        )
+
+
+@dataclass
+class Judged:
+    """What a rule says of a sweep: the fields of `Statistics` that are scored."""
+
+    estimate_P: np.ndarray
+    low_P: np.ndarray
+    high_P: np.ndarray
+    low_PP: np.ndarray
+    high_PP: np.ndarray
+    winner: tuple[float, float]
+    may_be_best_P: np.ndarray | None
+    claims: bool
+
+
+def crossed(
+    rng: Rng, truth: Sequence[float], *, seeds: int = 2, clusters: int = 100, pieces: int = 1, common: float = 0.02,
+    own: float | Sequence[float] = 0.03, ease: float = 0.4, noise: float = 0.2, document: float = 0.0,
+) -> Simulated:  # fmt: skip
+    """A crossed design of points, seeds and examples of unequal length, each with its own random effect.
+
+    `pieces` examples of a cluster share the effect `ease`, and for each trial the effect `document`.
+    """
+    point_T, seed_T = np.repeat(np.arange(len(truth)), seeds), np.tile(np.arange(seeds), len(truth))
+    cluster_E = np.repeat(np.arange(clusters), rng.poisson(pieces - 1, clusters) + 1 if pieces > 1 else 1)
+    examples, trials = len(cluster_E), len(point_T)
+    own_T = np.broadcast_to(own, len(truth))[point_T]
+    level_T = np.array(truth)[point_T] + rng.normal(0, common, seeds)[seed_T] + rng.normal(0, 1, trials) * own_T
+    value_TE = level_T[:, None] + rng.normal(0, ease, clusters)[cluster_E] + rng.normal(0, noise, (trials, examples))
+    # What settings do to a document: the same for all seeds of a point.
+    value_TE += rng.normal(0, document, (len(truth), clusters))[point_T][:, cluster_E]
+    length_E = rng.integers(5, 100, examples).astype(float)
+    return Simulated(value_TE * length_E, np.tile(length_E, (trials, 1)), point_T, seed_T, np.array(truth), cluster_E)
+
+
+def unequal_seeds(rng: Rng) -> Simulated:
+    """Four points with three seeds, of which two trials were lost; the seed's effect on all points is large."""
+    sweep = crossed(rng, [2.0, 2.1, 2.1, 2.1], seeds=3, common=0.3)
+    keep_T = np.ones(12, bool)
+    keep_T[[rng.integers(3), 3 + rng.integers(9)]] = False
+    return sweep.kept(keep_T)
+
+
+def accuracy(rng: Rng, examples: int, share: float = 0.99) -> Simulated:
+    """Two points with one seed that answer `examples` questions, with the same probability and partly the same luck."""
+    together = rng.random(examples)
+    right_TE = np.stack([np.where(rng.random(examples) < 0.5, together, rng.random(examples)) for _ in range(2)])
+    right_TE = (right_TE < share).astype(float)
+    return Simulated(
+        right_TE, np.ones_like(right_TE), np.arange(2), np.zeros(2, int), np.full(2, share), np.arange(examples),
+        larger_is_better=True, binary=True,
+    )  # fmt: skip
+
+
+def asha(rng: Rng, points: int = 6, seeds: int = 3) -> Simulated:
+    """The worse half of the trials is stopped at a third of the training, where all losses are higher by 0.5."""
+    sweep = crossed(rng, [2.0] * points, seeds=seeds, own=0.05)
+    middle = 0.5 + rng.normal(0, 0.03, len(sweep.point_T))
+    early_T = sweep.numerator_TE.sum(1) / sweep.denominator_TE.sum(1) + middle
+    sweep.unfinished_T = early_T > np.median(early_T)
+    sweep.numerator_TE += np.where(sweep.unfinished_T, middle, 0)[:, None] * sweep.denominator_TE
+    value_T = sweep.numerator_TE.sum(1) / sweep.denominator_TE.sum(1)
+    curves = [{10: float(e), **({} if u else {30: float(v)})} for e, v, u in zip(early_T, value_T, sweep.unfinished_T)]
+    sweep.shift_T, sweep.extra_T = predicted_ends(curves, (~sweep.unfinished_T).tolist())
+    return sweep
+
+
+def odd(points: int, seeds: int) -> Callable[[Rng], Simulated]:
+    """Equal points, of which one varies over seeds six times as much as the others."""
+    own = [0.3, *[0.05] * (points - 1)]
+    return lambda rng: crossed(rng, [2.0] * points, seeds=seeds, own=own, noise=0.1)
+
+
+KINDS: dict[str, Callable[[Rng], Simulated]] = {
+    "4 equal points, 3 seeds": lambda rng: crossed(rng, [2.0] * 4, seeds=3),
+    "4 equal points, 2 seeds": lambda rng: crossed(rng, [2.0] * 4),
+    "687 pieces of 40 documents": lambda rng: crossed(
+        rng, [2.0] * 4, clusters=40, pieces=17, document=0.1, own=0.01, noise=0.1
+    ),
+    "DPO pairs that share prompts": lambda rng: crossed(
+        rng, [2.0] * 4, clusters=60, pieces=4, document=0.2, own=0.01
+    ),
+    "two lost trials, 3 seeds": unequal_seeds,
+    "one odd point of 4, 2 seeds": odd(4, 2),
+    "one odd point of 8, 2 seeds": odd(8, 2),
+    "one odd point of 8, 3 seeds": odd(8, 3),
+    "one odd point of 8, 5 seeds": odd(8, 5),
+    "4 equal points, 1 seed": lambda rng: crossed(rng, [2.0] * 4, seeds=1, own=0.05),
+    "accuracy 0.99, 50 examples": lambda rng: accuracy(rng, 50),
+    "accuracy 0.99, 200 examples": lambda rng: accuracy(rng, 200),
+    "16 equal points, 3 seeds": lambda rng: crossed(rng, [2.0] * 16, seeds=3, own=0.05, ease=0.1),
+    "4 slightly different points": lambda rng: crossed(rng, [2, 2.01, 2.02, 2.03], seeds=3, own=0.05, ease=0.1),
+    "16 slightly different points": lambda rng: crossed(
+        rng, list(2 + 0.004 * np.arange(16)), seeds=3, own=0.05, ease=0.1
+    ),
+    "ASHA, 6 equal points, 3 seeds": asha,
+}  # fmt: skip
+
+
+def judge_after(sweep: Simulated, draws: int, random_seed: int) -> Judged:
+    """Judge as `minimind-ray compare` does."""
+    starts = np.flatnonzero(np.diff(sweep.cluster_E, prepend=-1))
+    found = judge(
+        np.add.reduceat(sweep.numerator_TE, starts, axis=1), np.add.reduceat(sweep.denominator_TE, starts, axis=1),
+        sweep.point_T, sweep.seed_T, larger_is_better=sweep.larger_is_better, binary=sweep.binary,
+        shift_T=sweep.shift_T, extra_T=sweep.extra_T, draws=draws, random_seed=random_seed,
+    )  # fmt: skip
+    headline = found.headline
+    assert headline.low is not None and headline.high is not None
+    several = len(np.unique(sweep.seed_T)) > 1 or sweep.binary
+    return Judged(
+        found.estimate_P, found.low_P, found.high_P, found.low_PP, found.high_PP,
+        (headline.low, headline.high), found.may_be_best_P, several,
+    )  # fmt: skip
+
+
+def judge_before(sweep: Simulated, draws: int, random_seed: int) -> Judged:
+    """Judge by the rules before issue 26.
+
+    Examples are independent, a point's value is the mean over the seeds that finished, all points share one variance
+    over seeds (unless one is 16 times the typical variance), and nothing is special about shares.
+    """
+    if sweep.unfinished_T.any():
+        done = {int(p) for p in sweep.point_T[~sweep.unfinished_T]}
+        sweep = sweep.kept(~sweep.unfinished_T | np.array([p not in done for p in sweep.point_T]))
+    rng, points, value_T = np.random.default_rng(random_seed), len(sweep.truth_P), _values(sweep)
+    present_PT = sweep.point_T == np.arange(points)[:, None]
+    mean_PT = present_PT / present_PT.sum(1, keepdims=True)
+    examples = sweep.numerator_TE.shape[1]
+    weight_BE = rng.multinomial(examples, np.full(examples, 1 / examples), draws).astype(float)
+    draws_BT = (weight_BE @ sweep.numerator_TE.T) / (weight_BE @ sweep.denominator_TE.T) - value_T
+    own_P, common, free, seeds = _pooled(value_T, sweep, mean_PT)
+    chi_B = rng.chisquare(free, draws) / free
+    error_BP = rng.standard_normal((draws, points)) * np.sqrt(own_P / present_PT.sum(1) / chi_B[:, None])
+    chi_B = rng.chisquare(max(1, seeds - 1), draws) / max(1, seeds - 1)
+    common_B = rng.standard_normal(draws) * np.sqrt(common / seeds / chi_B)
+    error_BP += draws_BT @ mean_PT.T
+    estimate_P = mean_PT @ value_T
+    low_P, high_P = estimate_P + np.quantile(error_BP + common_B[:, None], (0.025, 0.975), axis=0)
+    deviation_BPP = np.abs(error_BP[:, :, None] - error_BP[:, None])
+    single_PP = np.quantile(deviation_BPP, 0.95, axis=0)
+    ratio_B = (deviation_BPP / np.where(single_PP > 0, single_PP, np.inf)).max((1, 2))
+    reach_PP, difference_PP = single_PP * np.quantile(ratio_B, 0.95), estimate_P[:, None] - estimate_P
+    best = int((-estimate_P if sweep.larger_is_better else estimate_P).argmin())
+    return Judged(
+        estimate_P, low_P, high_P, difference_PP - reach_PP, difference_PP + reach_PP,
+        (float(low_P[best]), float(high_P[best])), None, True,
+    )  # fmt: skip
+
+
+def _values(sweep: Simulated) -> np.ndarray:
+    return sweep.numerator_TE.sum(1) / sweep.denominator_TE.sum(1)
+
+
+def _pooled(value_T: np.ndarray, sweep: Simulated, mean_PT: np.ndarray) -> tuple[np.ndarray, float, int, int]:
+    """Return each point's variance over seeds, the variance of the common effects, and degrees of freedom and seeds."""
+    points, seeds = len(mean_PT), len(np.unique(sweep.seed_T))
+    residual_T = value_T - (mean_PT @ value_T)[sweep.point_T]
+    effect_S = np.array([np.median(residual_T[sweep.seed_T == s]) for s in np.unique(sweep.seed_T)])
+    residual_T = residual_T - effect_S[np.searchsorted(np.unique(sweep.seed_T), sweep.seed_T)]
+    free = len(value_T) - points - (seeds - 1)
+    if seeds == 1 or free < 1:
+        return np.zeros(points), 0.0, 1, seeds
+    pooled = float((residual_T**2).sum() / free)
+    own_P = np.array([(residual_T[sweep.point_T == p] ** 2).mean() * seeds / (seeds - 1) for p in range(points)])
+    odd_P = own_P > 16 * np.median(own_P) / (1 - 2 / (9 * (seeds - 1))) ** 3
+    common = max(0.0, float((effect_S**2).sum() / (seeds - 1)) - pooled / points)
+    return np.where(odd_P, own_P, pooled), common, free, seeds
+
+
+def score(sweep: Simulated, found: Judged) -> list[float]:
+    """Return the numbers of one sweep, in the order of COLUMNS."""
+    sign = -1.0 if sweep.larger_is_better else 1.0
+    truth_P, true_PP = sweep.truth_P, sweep.truth_P[:, None] - sweep.truth_P
+    best = int((sign * found.estimate_P).argmin())
+    low_P, high_P = found.low_PP[:, best], found.high_PP[:, best]
+    worse_P = low_P > 0 if sign > 0 else high_P < 0
+    wrongly_P = worse_P & (sign * (truth_P - truth_P[best]) <= 0)
+    best_P = sign * truth_P == (sign * truth_P).min()
+    pairs = np.triu_indices(len(truth_P), 1)
+    slack = 1e-12
+    return [
+        float(((found.low_P <= truth_P + slack) & (found.high_P >= truth_P - slack)).mean()),
+        float(((found.low_PP <= true_PP + slack) & (found.high_PP >= true_PP - slack)).all()),
+        float(wrongly_P.any() and found.claims),
+        float(not best_P[best]),
+        float(found.winner[0] <= truth_P[best] <= found.winner[1]),
+        np.nan if found.may_be_best_P is None else float(found.may_be_best_P[best_P].mean()),
+        float(((found.high_PP - found.low_PP) / 2)[pairs].mean()),
+    ]
+
+
+def coverage(kind: str, sweeps: int, draws: int, random_seed: int = 0) -> dict[str, list[float]]:
+    """Return the means over simulated sweeps (of the width: the median), before and after, in the order of COLUMNS."""
+    rng, scores = np.random.default_rng(random_seed), {"before": list[list[float]](), "after": list[list[float]]()}
+    for _ in range(sweeps):
+        sweep, seed = KINDS[kind](rng), int(rng.integers(2**31))
+        scores["before"].append(score(sweep, judge_before(sweep, draws, seed)))
+        scores["after"].append(score(sweep, judge_after(sweep, draws, seed)))
+    return {
+        rule: [*np.mean(np.array(found)[:, :-1], 0).tolist(), float(np.median(np.array(found)[:, -1]))]
+        for rule, found in scores.items()
+    }
+
+
+def measure_coverage(args: Namespace, report: Report, scratch: Path) -> None:
+    """Simulate all kinds of sweeps, print the table and put it into the report."""
+    print(f"{args.sweeps} simulated sweeps of each kind, {args.draws} draws\n")
+    print(f"| sweeps | rule | {' | '.join(COLUMNS)} |")
+    print(f"| --- | --- |{' ---: |' * len(COLUMNS)}")
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for kind in KINDS:
+        found = coverage(kind, args.sweeps, args.draws)
+        for rule, numbers in found.items():
+            digits = [3 if name == "width" else 2 for name in COLUMNS]
+            cells = ["" if np.isnan(n) else f"{n:.{d}f}" for n, d in zip(numbers, digits)]
+            print(f"| {kind} | {rule} | {' | '.join(cells)} |", flush=True)
+        table[kind] = {
+            rule: {name: n for name, n in zip(COLUMNS, numbers) if not np.isnan(n)} for rule, numbers in found.items()
+        }
+    report.put("coverage", "sweeps", table)
