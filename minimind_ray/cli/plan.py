@@ -32,9 +32,9 @@ def _model_and_data(plan: RunPlan) -> dict[str, str]:
         + (f", {active:,} of them active for a token" if active < total else "")
         + (f"; {plan.memory.trainable:,} are trained" if plan.memory.trainable < total else ""),
         "data": f"{epoch.tokens:,} tokens an epoch in {epoch.documents:,} documents, {epoch.counted:,} of them carry "
-        f"loss; {epoch.packs:,} packs, {plan.fullness:.0%} full ({epoch.source})",
+        f"loss; {counted(epoch.packs, 'pack')}, {plan.fullness:.0%} full ({epoch.source})",
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch), each {config.batch.tokens:,} tokens = "
-        f"{plan.packs_per_step} packs of {config.data.pack_tokens:,}, {each_worker} on each worker",
+        f"{counted(plan.packs_per_step, 'pack')} of {config.data.pack_tokens:,}, {each_worker} on each worker",
     }
 
 
@@ -47,7 +47,8 @@ def _cost(plan: RunPlan) -> dict[str, str]:
         "memory": f"{_size(memory.total)} on each worker: {_size(memory.weights)} weights + {_size(memory.gradients)} "
         f"gradients + {_size(memory.optimizer)} AdamW + {_size(memory.activations)} activations of "
         f"{_pass(plan.config, plan.pass_tokens)} (estimated)",
-        "workers": f"{scale.workers}, each with {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker:g} GPUs; one "
+        "workers": f"{scale.workers}, each with {counted(scale.cpus_per_worker, 'CPU')} and "
+        f"{counted(scale.gpus_per_worker, 'GPU')}; one "
         f"more CPU for the data; matrix products in {str(plan.dtype).removeprefix('torch.')} on hardware like this"
         f"{missing_gpus(scale)}",
         "run": f"{run.where}{' (it already holds a run)' if run.file('config.yaml').exists() else ''}",
@@ -84,6 +85,12 @@ def missing_gpus(scale: ScaleConfig) -> str:
     if not scale.gpus_per_worker or "RAY_ADDRESS" in os.environ or torch.cuda.is_available():
         return ""
     return "; this machine has no GPU: use a cluster that has GPUs, or set scale.gpus_per_worker to 0"
+
+
+def counted(count: float, noun: str) -> str:
+    """Return a count with its noun: 1 pack, 2,000 packs, 0.5 CPUs."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun if count == 1 else f'{noun}s'}"
 
 
 def _pass(config: Config, tokens: int) -> str:

@@ -17,6 +17,7 @@ import torch
 import zstandard
 
 from minimind_ray.cli.flags import config_from_flags
+from minimind_ray.cli.plan import counted
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import DataConfig, LoraConfig, ModelConfig
 from minimind_ray.data import estimate as module
@@ -38,6 +39,15 @@ from tests.jobs import rows_of
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 382
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1, "1 pack"), (0, "0 packs"), (2000, "2,000 packs"), (1.0, "1 pack"), (0.5, "0.5 packs")]
+)
+def test_a_count_has_the_number_of_its_noun(count: float, text: str) -> None:
+    assert counted(count, "pack") == text
+
+
 SIZES = {"data.max_seq_len": 64, "data.pack_tokens": 256, "batch.tokens": 1024, "data.val_fraction": 0.2}
 
 
