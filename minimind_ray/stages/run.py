@@ -127,7 +127,7 @@ def prepare_job(
 
     Raises:
         UserError: a source cannot be read, too many rows are bad, no row is left to train on, the batch does not divide
-            into packs and workers, or a setting is not used.
+            into packs and workers, a setting is not used, or a trial has no row to validate on.
     """
     if config.data.train is None:
         raise UserError("data.train is not set: give the training files, such as --train 'data/*.jsonl'")
@@ -153,6 +153,11 @@ def prepare_job(
             stores[split] = prepared.path
         elif split == "train":
             raise UserError(f"data.train: no row of {config.data.train} is left to train on; see {prepared.rejects}")
+        elif validation:
+            raise UserError(
+                "a sweep compares trials on validation data, and no row is left for it: give data.val, or raise "
+                f"data.val_fraction {validation.val_fraction:g}"
+            )
         else:
             say("  no validation, since no row is left for it: give data.val, or raise data.val_fraction")
     columns = {split: _columns(config, base, store, split, host, say) for split, store in stores.items()}

@@ -215,11 +215,6 @@ class Preparation:
         key = repr(key)
         if key not in self.jobs:
             self.jobs[key] = prepare_job(config, self.host, self.say, self.validation)
-            if self.jobs[key].val is None:
-                raise UserError(
-                    "a sweep compares trials on validation data, and no row is left for it: give data.val, or raise "
-                    f"data.val_fraction {self.validation.val_fraction:g}"
-                )
             if len({job.val for job in self.jobs.values()}) > 1:
                 raise UserError(
                     "the trials' tokenizers differ, so the trials would be validated on different tokens and cannot be "

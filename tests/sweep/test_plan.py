@@ -268,6 +268,14 @@ def prepared(plan: SweepPlan) -> list[Job]:
     return [preparation.job(trial.config) for trial in plan.trials]
 
 
+def test_validation_data_that_hold_no_row_are_refused_before_the_reference_is_computed(tmp_path: Path) -> None:
+    axes = {"dpo.beta": "0.05,0.1"}
+    plan = planned(tmp_path, axes, None, "dpo", init_from=base_model(tmp_path), data__val_fraction=1e-6)
+    preparation = Preparation(plan.base, Host(compute_column=lambda frozen: pytest.fail("computed")))
+    with pytest.raises(UserError, match="no row is left for it"):
+        preparation.job(plan.trials[0].config)
+
+
 def test_validation_data_that_hold_no_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row is left for it: give data.val, or raise data.val_fraction 1e-06"):
         prepared(planned(tmp_path, {"optim.lr": "1e-4,1e-3"}, data__val_fraction=1e-6))
