@@ -103,6 +103,11 @@ class DataConfig(Section):
         default=0.01, description="largest fraction of bad rows with which to train; 1: use damaged files, too"
     )
 
+    @property
+    def locations(self) -> list[str]:
+        """The paths and URLs of the training and validation files."""
+        return [path for each in (self.train, self.val) for path in ([each] if isinstance(each, str) else each or ())]
+
     @field_validator("train", "val")
     @classmethod
     def _are_locations(cls, value: str | list[str] | None) -> str | list[str] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from minimind_ray.config.load import config_keys
 from minimind_ray.config.schema import PRESETS, Config, ModelConfig, ModelShape
 from minimind_ray.config.stages import STAGES
 from minimind_ray.data.records import require_files
+from minimind_ray.data.storage import StoreError, is_url
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import check_model, load_model, load_shape
 from minimind_ray.model.lora import add_lora, is_adapter
@@ -216,9 +218,11 @@ def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> 
     The results of earlier runs in the list and the directory `tokenizer` may not exist yet, so they are not checked.
 
     Raises:
-        UserError: an input is missing. The message names the first missing input.
+        UserError: inputs are missing. The message names each run's base, tokenizer and first file that is missing. (If
+            another input is missing, files in an object store are not checked: the store may take minutes to answer.)
     """
     made: dict[str, Config] = {}
+    missing: dict[str, None] = {}
     seen = set[str]()
     for config in configs:
         base = made.get(config.init_from or "")
@@ -233,12 +237,24 @@ def require_sources(configs: Sequence[Config], tokenizer: str | None = None) -> 
             raise UserError(
                 f"data.train is not set for {config.out}: give the training files, such as --train 'data/*.jsonl'"
             )
-        # The data may be in an object store, where an error may take minutes: check the other inputs first.
         if base is None and (config.init_from or config.record.needs_base):
-            require_base(config)
+            _note(missing, partial(require_base, config))
         if config.data.tokenizer != tokenizer if config.data.tokenizer else base is None:
-            load_tokenizer(config)
-        require_files(config.data)
+            _note(missing, partial(load_tokenizer, config))
+        if not missing or not any(map(is_url, config.data.locations)):
+            _note(missing, partial(require_files, config.data))
+    if missing:
+        raise UserError("; ".join(missing))
+
+
+def _note(missing: dict[str, None], check: Callable[[], object]) -> None:
+    """Add the message of the check's UserError, if it raises one."""
+    try:
+        check()
+    except StoreError:
+        raise
+    except UserError as error:
+        missing[str(error)] = None
 
 
 def whole_model(path: str, name: str) -> Path:

@@ -220,6 +220,15 @@ def test_the_tokenizer_is_checked_before_an_object_store_is_asked(
         stages_start.require_sources([config])
 
 
+def test_all_missing_inputs_are_named(tmp_path: Path) -> None:
+    missing = {"data__train": str(tmp_path / "rows.jsonl"), "data__tokenizer": str(tmp_path / "t")}
+    configs = [make_config(tmp_path, **missing), make_config(tmp_path, **{**missing, "data__val": "/nowhere.jsonl"})]
+    with pytest.raises(UserError) as error:
+        stages_start.require_sources(configs)
+    message = str(error.value)
+    assert message.count(str(tmp_path / "t")) == 1 == message.count(str(tmp_path / "rows.jsonl")), message
+
+
 def test_base_and_model_section_must_agree(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model.hidden_size is 128, but init_from"):
         make_job(tmp_path, "sft", 50, init_from=str(base / "run-pretrain"), model__hidden_size=128)
