@@ -20,11 +20,13 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from minimind_ray.sweep.statistics import judge
 from minimind_ray.sweep.stopping import predicted_ends
+from tests.bench.asha import halved_sweep
 from tests.bench.common import Report
 
 COLUMNS = ("single", "pairs", "error", "wrong", "winner", "best set", "width")
@@ -46,6 +48,12 @@ class Simulated:
     unfinished_T: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     shift_T: np.ndarray | None = None
     extra_T: np.ndarray | None = None
+
+    @property
+    def eligible(self) -> np.ndarray:
+        """Whether a point has a finished trial, so that it may be picked as the best."""
+        finished_T = ~self.unfinished_T if self.unfinished_T.size else np.ones(len(self.point_T), bool)
+        return np.array([finished_T[self.point_T == p].any() for p in range(len(self.truth_P))])
 
     def kept(self, keep_T: np.ndarray) -> Simulated:
         """Return the sweep with some of its trials only."""
@@ -111,17 +119,25 @@ def accuracy(rng: Rng, examples: int, share: float = 0.99) -> Simulated:
     )  # fmt: skip
 
 
-def asha(rng: Rng, points: int = 6, seeds: int = 3) -> Simulated:
-    """The worse half of the trials is stopped at a third of the training, where all losses are higher by 0.5."""
-    sweep = crossed(rng, [2.0] * points, seeds=seeds, own=0.05)
-    middle = 0.5 + rng.normal(0, 0.03, len(sweep.point_T))
-    early_T = sweep.numerator_TE.sum(1) / sweep.denominator_TE.sum(1) + middle
-    sweep.unfinished_T = early_T > np.median(early_T)
-    sweep.numerator_TE += np.where(sweep.unfinished_T, middle, 0)[:, None] * sweep.denominator_TE
-    value_T = sweep.numerator_TE.sum(1) / sweep.denominator_TE.sum(1)
-    curves = [{10: float(e), **({} if u else {30: float(v)})} for e, v, u in zip(early_T, value_T, sweep.unfinished_T)]
-    sweep.shift_T, sweep.extra_T = predicted_ends(curves, (~sweep.unfinished_T).tolist())
-    return sweep
+def asha(points: int, seeds: int, **options: Any) -> Callable[[Rng], Simulated]:
+    """Sweeps under ASHA with at least two finished trials, so that the ends of the others are predicted.
+
+    With one seed, the truth is about these trained models.
+    """
+
+    def simulate(rng: Rng) -> Simulated:
+        while True:
+            found = halved_sweep(rng, points, seeds, **options)
+            shift_T, extra_T = predicted_ends(found.curves, found.finished_T.tolist())
+            if np.isfinite(shift_T).all():
+                break
+        truth_P, examples = found.end_T if seeds == 1 else found.truth_P, found.value_TE.shape[1]
+        return Simulated(
+            found.value_TE, np.ones_like(found.value_TE), found.point_T, found.seed_T, truth_P, np.arange(examples),
+            unfinished_T=~found.finished_T, shift_T=shift_T, extra_T=extra_T,
+        )  # fmt: skip
+
+    return simulate
 
 
 def odd(points: int, seeds: int) -> Callable[[Rng], Simulated]:
@@ -152,7 +168,10 @@ KINDS: dict[str, Callable[[Rng], Simulated]] = {
     "16 slightly different points": lambda rng: crossed(
         rng, list(2 + 0.004 * np.arange(16)), seeds=3, own=0.05, ease=0.1
     ),
-    "ASHA, 6 equal points, 3 seeds": asha,
+    "ASHA, 8 points, 2 seeds": asha(8, 2),
+    "ASHA, 16 points, 1 seed": asha(16, 1),
+    "ASHA, 4 points, 3 seeds": asha(4, 3),
+    "ASHA, 4 equal points, 3 seeds": asha(4, 3, spread=0.0, own=0.1),
 }  # fmt: skip
 
 
@@ -162,7 +181,7 @@ def judge_after(sweep: Simulated, draws: int, random_seed: int) -> Judged:
     found = judge(
         np.add.reduceat(sweep.numerator_TE, starts, axis=1), np.add.reduceat(sweep.denominator_TE, starts, axis=1),
         sweep.point_T, sweep.seed_T, larger_is_better=sweep.larger_is_better, binary=sweep.binary,
-        shift_T=sweep.shift_T, extra_T=sweep.extra_T, draws=draws, random_seed=random_seed,
+        shift_T=sweep.shift_T, extra_T=sweep.extra_T, eligible_P=sweep.eligible, draws=draws, random_seed=random_seed,
     )  # fmt: skip
     headline = found.headline
     assert headline.low is not None and headline.high is not None
@@ -179,6 +198,7 @@ def judge_before(sweep: Simulated, draws: int, random_seed: int) -> Judged:
     Examples are independent, a point's value is the mean over the seeds that finished, all points share one variance
     over seeds (unless one is 16 times the typical variance), and nothing is special about shares.
     """
+    eligible_P = sweep.eligible
     if sweep.unfinished_T.any():
         done = {int(p) for p in sweep.point_T[~sweep.unfinished_T]}
         sweep = sweep.kept(~sweep.unfinished_T | np.array([p not in done for p in sweep.point_T]))
@@ -200,7 +220,7 @@ def judge_before(sweep: Simulated, draws: int, random_seed: int) -> Judged:
     single_PP = np.quantile(deviation_BPP, 0.95, axis=0)
     ratio_B = (deviation_BPP / np.where(single_PP > 0, single_PP, np.inf)).max((1, 2))
     reach_PP, difference_PP = single_PP * np.quantile(ratio_B, 0.95), estimate_P[:, None] - estimate_P
-    best = int((-estimate_P if sweep.larger_is_better else estimate_P).argmin())
+    best = int(np.where(eligible_P, -estimate_P if sweep.larger_is_better else estimate_P, np.inf).argmin())
     return Judged(
         estimate_P, low_P, high_P, difference_PP - reach_PP, difference_PP + reach_PP,
         (float(low_P[best]), float(high_P[best])), None, True,
@@ -231,7 +251,7 @@ def score(sweep: Simulated, found: Judged) -> list[float]:
     """Return the numbers of one sweep, in the order of COLUMNS."""
     sign = -1.0 if sweep.larger_is_better else 1.0
     truth_P, true_PP = sweep.truth_P, sweep.truth_P[:, None] - sweep.truth_P
-    best = int((sign * found.estimate_P).argmin())
+    best = int(np.where(sweep.eligible, sign * found.estimate_P, np.inf).argmin())
     low_P, high_P = found.low_PP[:, best], found.high_PP[:, best]
     worse_P = low_P > 0 if sign > 0 else high_P < 0
     wrongly_P = worse_P & (sign * (truth_P - truth_P[best]) <= 0)
