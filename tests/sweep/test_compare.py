@@ -218,3 +218,81 @@ def test_only_a_point_that_is_worse_is_shown_as_worse(tmp_path: Path) -> None:
         found = compare([read_sweep(sweep)])
         assert (found.rows[-1].verdict == "worse") == shown
         assert ('class="samples"' in render(read_sweep(sweep), found)) == shown
+
+
+def put_clusters(path: Path, cluster_E: np.ndarray) -> None:
+    """Write the clusters of the examples into all trials' results."""
+    for file in path.glob("trials/*/validation.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("cluster", pa.array(cluster_E)), file)
+
+
+def test_examples_of_one_prompt_count_as_one_cluster(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"})
+    put_clusters(path, np.arange(240) // 6)
+    comparison = compare([read_sweep(path)])
+    assert (comparison.examples, comparison.clusters, comparison.cluster_noun) == (240, 40, "prompts")
+    assert "whole prompts are resampled" in comparison.method
+    few = make_sweep(tmp_path / "few", axes={"dpo.beta": "0.1,0.3"})
+    put_clusters(few, np.arange(240) // 24)
+    assert any("Only 10 prompts" in note for note in compare([read_sweep(few)]).notes)
+    none = make_sweep(tmp_path / "none", axes={"dpo.beta": "0.1,0.3"})
+    put_clusters(none, np.arange(240) // 60)
+    comparison = compare([read_sweep(none)])
+    assert "of only 4 prompts are too few" in comparison.notes[0]
+    assert all(row.metric and row.metric.low is None for row in comparison.rows) and comparison.headline is None
+
+
+def test_one_seed_compares_trained_models_only(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=1, quality=lambda p: 1 - p["dpo.beta"] * 2)
+    comparison = compare([read_sweep(path)], margin=100.0)
+    assert [row.verdict for row in comparison.rows] == ["best", ONE_SEED]
+    assert "each point has one seed" in comparison.method
+    assert any("not their settings" in note for note in comparison.notes)
+
+
+def test_points_that_are_equal_within_a_margin(tmp_path: Path) -> None:
+    path = make_sweep(
+        tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=3, quality=lambda point: 0.5, seed_noise=0.005
+    )
+    comparison = compare([read_sweep(path)], margin=0.1)
+    assert [row.verdict for row in comparison.rows] == ["best", "equal within 0.1"]
+    assert "two one-sided tests at 2.5 % each" in comparison.method
+    assert [row.verdict for row in compare([read_sweep(path)], margin=1e-4).rows] == ["best", "not distinguishable"]
+
+
+def test_every_row_says_which_seeds_count(tmp_path: Path) -> None:
+    comparison = compare([read_sweep(make_full_sweep(tmp_path / "s"))])
+    rows = by_point(comparison)
+    assert all(row.seeds + row.stopped_seeds == len(row.compared) for row in comparison.rows)
+    assert rows[0.05, 1e-5].left_out == (("beta=0.05,lr=1e-5,seed=0", "failed"),)
+    assert (rows[0.02, 1e-6].seeds, rows[0.02, 1e-6].stopped_seeds) == (1, 1)
+    assert any("predicted end" in note for note in comparison.notes)
+    assert any("beta=0.05,lr=1e-5,seed=0 (failed)" in note for note in comparison.notes)
+    assert comparison.rows[0].may_be_best and not comparison.rows[-1].may_be_best
+    # The best of eight was picked, so its value is corrected upwards.
+    best = comparison.rows[0].metric
+    assert comparison.headline and best and comparison.headline.value > best.value
+    undecided = [row.label for row in comparison.rows if row.verdict == "not distinguishable"]
+    assert [more.pair for more in comparison.more] == [(comparison.rows[0].label, label) for label in undecided]
+
+
+def test_a_point_whose_seeds_differ_more_than_others_is_named(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.02,0.05,0.1,0.3"}, seeds=5, quality=lambda point: 0.5)
+    for number, file in enumerate(sorted(path.glob("trials/beta=0.3,*/validation.parquet"))):
+        table = pq.read_table(file)
+        loss = table["loss"].to_numpy() + 0.5 * (-1) ** number
+        pq.write_table(table.set_column(table.column_names.index("loss"), "loss", pa.array(loss)), file)
+    [note] = [note for note in compare([read_sweep(path)]).notes if "differ much more" in note]
+    assert "beta 0.3" in note and "beta 0.1" not in note
+
+
+def test_an_interval_that_says_nothing_is_left_out(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, quality=lambda point: 0.5, seed_noise=0.0)
+    for file in path.glob("trials/*seed=1/validation.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.set_column(1, "loss", pa.array(table["loss"].to_numpy() + 1.0)), file)
+    comparison = compare([read_sweep(path)])
+    assert all(row.metric and row.metric.low is None for row in comparison.rows)
+    assert comparison.rows[1].difference and comparison.rows[1].difference.low is not None
+    assert any("A third seed would narrow them to about 28%" in note for note in comparison.notes)
