@@ -44,13 +44,21 @@ class Run:
 
     @property
     def state(self) -> str | None:
-        """The run's state: running, finished, stopped or failed; None if the run has not begun."""
+        """The run's state, None if the run has not begun: running, finished, stopped, failed, "early-stopped" (its
+        sweep's scheduler ended it), or "stopped (its process is gone)".
+        """
         return RunDirectory(self.path).state()
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: a dictionary for each step, with `val/loss` and others after a validation."""
+        """The lines of metrics.jsonl: a dictionary for each step, with `val/loss` and others after a validation.
+
+        Raises:
+            UserError: there is no run.
+        """
         run = RunDirectory(self.path)
+        if not run.file("config.yaml").exists():
+            raise UserError(f"{run.where} holds no run: give the directory of a run")
         run.file("metrics.jsonl")
         return list(run.metrics())
 
@@ -68,10 +76,11 @@ class Run:
         return load(self.path, **options)
 
     def __repr__(self) -> str:
-        lines = self.metrics
+        state = self.state
+        lines = self.metrics if state else []
         known = {name: line[name] for line in lines for name in ("step", "loss", "val/loss") if name in line}
         facts = "".join(f", {name} {value:.6g}" for name, value in known.items())
-        return f"Run({self.path!r}: {self.state or 'not begun'}{facts})"
+        return f"Run({self.path!r}: {state or 'not begun'}{facts})"
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Model:
         settings = {**SAMPLING, **sampling}
         if unknown := settings.keys() - SAMPLING.keys():
             raise UserError(f"{min(unknown)}: no such setting of sampling; valid: {', '.join(SAMPLING)}")
+        _require("seed", settings["seed"], int, "a whole number")
         settings["seed"] = (settings["seed"],)
         answered = answers(self.trained, texts, Sampling(**settings), batch_size, raw=raw, system=system)
         return [answer.text for answer in answered]
@@ -181,8 +191,11 @@ def train(
     """
     from minimind_ray.on_ray.host import train_stage
 
+    _require("stage", stage, str, "the name of one stage, such as 'sft'")
     files, trees = _configs(config)
-    resolved = load_config(stage, files, overrides_of(_known(settings, config_flags())), trees)
+    resolved = load_config(
+        stage, files, overrides_of(_known(settings, config_flags())), trees, overrides_from="the arguments"
+    )
     console = _console(progress)
     run = train_stage(resolved, resume=resume, ray=ray, say=_say(console), watch=partial(_watch, console=console))
     return Run(run.where)
@@ -221,6 +234,7 @@ def tune(
     from minimind_ray.sweep.run import sweep_on_ray
     from minimind_ray.sweep.trials import read_sweep
 
+    _require("axes", axes or {}, Mapping, "a mapping, such as {'optim.weight_decay': [0, 0.1]}")
     if resume:
         if out is None:
             raise UserError("resume continues a sweep: name its directory with out")
@@ -254,6 +268,7 @@ def load(path: str | Path, adapter: str | Path | None = None, *, precision: str 
     """
     from minimind_ray.stages.use import open_trained
 
+    _require("path", path, str | Path, "the path of a run, a model directory or an adapter")
     return Model(open_trained(path, adapter=adapter, precision=precision))
 
 
@@ -281,12 +296,23 @@ def compare(
 
 
 def _configs(config: Configs | None) -> tuple[list[str | Path], dict[str, Mapping[str, Any]]]:
-    """Return the arguments `files` and `trees` of `load_config`."""
+    """Return the arguments `files` and `trees` of `load_config`. Raises UserError if `config` is neither."""
     if config is None:
         return [], {}
     if isinstance(config, Mapping):
         return [], {"config": config}
-    return [config] if isinstance(config, str | Path) else list(config), {}
+    files = [config] if isinstance(config, str | Path) else config
+    wanted = "a mapping of settings, or the paths of YAML files"
+    _require("config", files, list | tuple, wanted)
+    for file in files:
+        _require("config", file, str | Path, wanted)
+    return list(files), {}
+
+
+def _require(name: str, value: Any, kinds: Any, wanted: str) -> None:
+    """Raise UserError if the argument `name` has a value of another kind. Notebooks are not type-checked."""
+    if not isinstance(value, kinds):
+        raise UserError(f"{name} is {value!r}: give {wanted}")
 
 
 def _known(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_wrong_settings_are_told_as_the_command_tells_them(tmp_path: Path) -> No
         train("pretrain", learning_rate=1)
     with pytest.raises(UserError, match="trials: no such setting"):
         train("pretrain", trials=1)
-    with pytest.raises(UserError, match=r"optim.lr \(from the command line\): input should be a valid number, not 'x'"):
+    with pytest.raises(UserError, match=r"optim.lr \(from the arguments\): input should be a valid number, not 'x'"):
         train("pretrain", lr="x")
     with pytest.raises(UserError, match=r"optim.lrr \(from config\): no such setting; did you mean optim.lr"):
         train("pretrain", config={"optim": {"lrr": 1}})
@@ -88,6 +89,35 @@ def test_wrong_settings_are_told_as_the_command_tells_them(tmp_path: Path) -> No
         compare(tmp_path)
     with pytest.raises(UserError, match="compare needs a sweep"):
         compare()
+
+
+@pytest.mark.unit
+def test_values_of_a_wrong_kind_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_ray import load, train, tune
+    from minimind_ray.api import Model, Run
+
+    wrong: Any = ["pretrain"]
+    with pytest.raises(UserError, match=r"stage is \['pretrain'\]: give the name of one stage"):
+        train(wrong)
+    for config in (5, [5]):
+        wrong = config
+        with pytest.raises(UserError, match=r"config is .*5.*: give a mapping of settings, or the paths of YAML files"):
+            train("pretrain", config=wrong)
+    wrong = ["optim.lr"]
+    with pytest.raises(UserError, match="axes is .*: give a mapping"):
+        tune("sft", axes=wrong)
+    wrong = None
+    with pytest.raises(UserError, match="path is None: give the path of a run"):
+        load(wrong)
+    wrong = SimpleNamespace(continues_texts=True)
+    with pytest.raises(UserError, match="temperature is 'hot': give a number"):
+        Model(wrong).generate("x", temperature="hot")
+    with pytest.raises(UserError, match="seed is 'x': give a whole number"):
+        Model(wrong).generate("x", seed="x")
+    run = Run(str(tmp_path / "nix"))
+    with pytest.raises(UserError, match="nix holds no run"):
+        _ = run.metrics
+    assert run.state is None and repr(run).endswith("nix': not begun)")
 
 
 def _example(readme: str) -> str:

@@ -58,8 +58,9 @@ def load_config(
     files: Sequence[str | Path] = (),
     overrides: Mapping[str, Any] | None = None,
     trees: Mapping[str, Mapping[str, Any]] | None = None,
+    overrides_from: str = "the command line",
 ) -> Config:
-    """Return the config of a stage.
+    """Return the config of a stage. `overrides_from` says in messages where the overrides come from.
 
     Later sources override earlier ones: the schema's defaults, the stage's defaults, each tree, each file, the dotted
     overrides.
@@ -92,7 +93,7 @@ def load_config(
                 raise UserError(f"{key}: {part} is a single value and has no key {last}; {nearest_key(key)}")
             node = child
         node[last] = value
-        origins[key] = "the command line"
+        origins[key] = overrides_from
     return validate(tree, origins)
 
 

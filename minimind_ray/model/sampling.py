@@ -44,7 +44,7 @@ class Sampling:
     `log_probs`: return the log-probability of each token, see `Event`.
 
     Raises:
-        UserError: a setting is not a finite number, or not within BOUNDS.
+        UserError: a setting is not a finite number, or is not within BOUNDS.
     """
 
     temperature: float = 1.0
@@ -59,6 +59,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():
             value, title = getattr(self, name), name.replace("_", "-")
+            if not isinstance(value, int | float):
+                raise UserError(f"{title} is {value!r}: give a number")
             if not math.isfinite(value):
                 raise UserError(f"{title} is {value}: give a finite number")
             if not least <= value <= most:
