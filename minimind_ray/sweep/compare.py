@@ -25,7 +25,7 @@ from minimind_ray.sweep.metric import judged_by
 from minimind_ray.sweep.more import needed
 from minimind_ray.sweep.notes import method_of, notes_of
 from minimind_ray.sweep.statistics import Interval, Statistics, judge
-from minimind_ray.sweep.table import LEAST_CLUSTERS, ONE_SEED, Comparison, More, Row, Verdict
+from minimind_ray.sweep.table import LEAST_CLUSTERS, Comparison, More, Row, verdict_of
 from minimind_ray.sweep.text import shorten, value_text
 from minimind_ray.sweep.trials import Sweep, Trial
 
@@ -122,23 +122,10 @@ def _with_statistics(rows: Sequence[Row], results: Results, found: Statistics, m
         )
         if p != best:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
-            verdict = _verdict(*sorted((sign * low, sign * high)), margin=margin, one_seed=one_seed)
+            verdict = verdict_of(*sorted((sign * low, sign * high)), margin=margin, one_seed=one_seed)
             row = replace(row, difference=Interval(difference, low, high), verdict=verdict)
         filled.append(row)
     return filled
-
-
-def _verdict(low: float, high: float, *, margin: float, one_seed: bool) -> Verdict:
-    """Return the verdict for the interval of a difference whose positive values are worse.
-
-    With one seed, an interval knows nothing of the seeds: it shows neither which settings are better nor that they are
-    equal.
-    """
-    if not one_seed and -margin < low and high < margin:
-        return f"equal within {margin:g}"
-    if low <= 0 <= high:
-        return "not distinguishable"
-    return ONE_SEED if one_seed else "worse" if low > 0 else "better"
 
 
 def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequence[float | None]) -> list[More]:
@@ -195,6 +182,7 @@ def _row(point: Point, keys: Sequence[str], metric: str) -> Row:
         may_be_best=False,
         seeds=sum(t.state == "finished" for t in point.counted),
         stopped_seeds=sum(t.state != "finished" for t in point.counted),
+        predicted=frozenset(t.id for t, count in zip(point.counted, point.counts) if count.how == "predicted"),
         left_out=tuple(point.left_out),
         tokens=sum(t.tokens for t in trials),
         seconds=seconds,

@@ -119,7 +119,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 def _point(row: Row) -> dict[str, Any]:
     reasons = dict(row.left_out)
-    counted = {t.id: "finished" if t.state == "finished" else "predicted" for t in row.compared}
+    counted = {t.id: "predicted" if t.id in row.predicted else t.state for t in row.compared}
     return {
         "sweep": row.sweep,
         "point": row.point,

@@ -22,14 +22,18 @@ from minimind_ray.config.reading import dump_yaml
 from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.export import best_set_text, headline_text, seeds_text, sentences, standing
-from minimind_ray.sweep.table import LEAST_CLUSTERS, Comparison, Row
+from minimind_ray.sweep.export import best_set_text, headline_text, one_seed, seeds_text, sentences, standing
+from minimind_ray.sweep.table import LEAST_CLUSTERS, ONE_SEED, Comparison, Row, verdict_of
 from minimind_ray.sweep.text import count_text, duration_text, shorten, value_text
 from minimind_ray.sweep.trials import Sweep
 from minimind_ray.train.run import write_atomically
 
 MATRIX_POINTS = 24
 """With more points, the matrix of all pairs would be unreadable and is left out."""
+
+
+MARKS = {"better": "+", "worse": "−", "not distinguishable": "·", "equal within": "=", ONE_SEED: "≠"}
+"""The marks of verdicts in the matrix, by the beginnings of the verdicts."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
     rows, info = comparison.rows, sweep.info
     measured = [row for row in rows if row.verdict]
     judged, worse = comparison.clusters >= LEAST_CLUSTERS, [row for row in measured if row.verdict == "worse"]
+    pairs = matrix(comparison, measured) if 2 < len(measured) <= MATRIX_POINTS and judged else None
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         info=info,
@@ -90,7 +95,12 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         colours=chart.COLOURS,
         metric_dimension=chart.metric_dimension(comparison),
         difference_dimension=chart.difference_dimension(comparison) if len(measured) > 1 and judged else None,
-        matrix=matrix(comparison, measured) if 2 < len(measured) <= MATRIX_POINTS and judged else None,
+        matrix=pairs,
+        marks={
+            start: mark
+            for start, mark in MARKS.items()
+            if any(mark == shown for line in pairs or [] for shown, _ in line)
+        },
         samples=samples(measured[0], worse[-1]) if worse else None,
         config=dump_yaml(info.config),
     )
@@ -130,17 +140,18 @@ def learning_curves(comparison: Comparison) -> list[Figure]:
 
 
 def matrix(comparison: Comparison, measured: list[Row]) -> list[list[tuple[str, str]]]:
-    """For every pair of measured points (row, column): whether the row is better, worse or neither, and hover text."""
-    sign = 1.0 if comparison.mode == "min" else -1.0
-    digits = comparison.digits
+    """For every pair of measured points (row, column): the sign and class of the row's verdict, and hover text."""
+    sign, digits = 1.0 if comparison.mode == "min" else -1.0, comparison.digits
+    alone = one_seed(comparison)
     cells: list[list[tuple[str, str]]] = []
     for i, row in enumerate(measured):
         line: list[tuple[str, str]] = []
         for j, other in enumerate(measured):
             low, high = float(comparison.low_PP[i, j]), float(comparison.high_PP[i, j])
-            worse, better = (low > 0, high < 0) if sign > 0 else (high < 0, low > 0)
-            kind = "self" if i == j else "worse" if worse else "better" if better else "tied"
-            line.append((kind, f"{row.label} minus {other.label}: {low:+.{digits}f} to {high:+.{digits}f}"))
+            verdict = verdict_of(*sorted((sign * low, sign * high)), margin=comparison.margin, one_seed=alone)
+            mark = "" if i == j else next(mark for start, mark in MARKS.items() if verdict.startswith(start))
+            hover = f"{row.label} minus {other.label}: {low:+.{digits}f} to {high:+.{digits}f}, {verdict}"
+            line.append((mark, hover if mark else row.label))
         cells.append(line)
     return cells
 

@@ -30,8 +30,9 @@ class Row:
     that holds for all points at once. `may_be_best` is False if the point is worse than another point by this interval.
 
     `trials` are all trials of the point; `compared` are the trials whose validation counts. Of these, `seeds` finished
-    and `stopped_seeds` were stopped. `left_out` names each other trial, and the reason why it does not count.
-    `cost` is None without a price.
+    and `stopped_seeds` were stopped. `predicted` names the stopped trials that count with a predicted end; others count
+    with their last validation. `left_out` names each trial that does not count, and the reason. `cost` is None without
+    a price.
     """
 
     sweep: str
@@ -46,6 +47,7 @@ class Row:
     may_be_best: bool
     seeds: int
     stopped_seeds: int
+    predicted: frozenset[str]
     left_out: tuple[tuple[str, str], ...]
     tokens: int
     seconds: float
@@ -112,3 +114,16 @@ class Comparison:
         widths = [(i.high - i.low) / 2 for i in intervals if i.low is not None and i.high is not None]
         narrowest = min((w for w in widths if w > 0), default=1e-3)
         return min(max(1 - math.floor(math.log10(narrowest)), 2), 6)
+
+
+def verdict_of(low: float, high: float, *, margin: float, one_seed: bool) -> Verdict:
+    """Return the verdict for the interval of a difference whose positive values are worse.
+
+    With one seed, an interval knows nothing of the seeds: it shows neither which settings are better nor that they are
+    equal.
+    """
+    if not one_seed and -margin < low and high < margin:
+        return f"equal within {margin:g}"
+    if low <= 0 <= high:
+        return "not distinguishable"
+    return ONE_SEED if one_seed else "worse" if low > 0 else "better"

@@ -25,7 +25,7 @@ from minimind_ray.sweep.chart import (
     round_values,
 )
 from minimind_ray.sweep.compare import compare
-from minimind_ray.sweep.report import write_report
+from minimind_ray.sweep.report import matrix, render, write_report
 from minimind_ray.sweep.text import count_text, duration_text, number_text, shorten, value_text
 from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_full_sweep, make_sweep
@@ -85,7 +85,8 @@ def test_everything_is_on_the_page(full: Path) -> None:
     assert page.count('<span class="bar ') == 8 + 7
     assert page.count('<div class="scale">') == 1
     # On hover, each mark says what it is: 8 points against each axis and over all, 16 trials in each kind of curves.
-    assert page.count("<title>beta 0.1, lr 1e-5: val/loss 0.347 (0.313 to 0.385), best</title>") == 2 + 1
+    best = r"<title>beta 0.1, lr 1e-5: val/loss 0.347 \(0.3\d\d to 0.3\d\d\), best</title>"
+    assert len(re.findall(best, page)) == 2 + 1
     assert page.count('<g class="point ') == 8 * 2
     assert page.count('<g class="curve ') == 8 + 16 * 2
 
@@ -279,3 +280,12 @@ def test_texts() -> None:
     assert [duration_text(x) for x in (59.6, 3723)] == ["1:00", "1:02:03"]
     assert shorten("abcdefghij", 7) == "abc…hij"
     assert shorten("abc", 7) == "abc"
+
+
+def test_the_marks_of_pairs_are_their_verdicts(tmp_path: Path) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "s", axes={"dpo.beta": "0.02,0.1,3"}, seeds=1, steps=10))
+    comparison = compare([sweep])
+    rows = [row for row in comparison.rows if row.verdict]
+    assert {mark for line in matrix(comparison, rows) for mark, _ in line} <= {"", "·", "≠"}
+    assert matrix(comparison, rows)[-1][0][0] == "≠" and rows[-1].verdict == "differs on these examples; one seed"
+    assert "≠ differs on these examples; one seed." in render(sweep, comparison)
