@@ -11,11 +11,13 @@ For each kind of sweep and both rules, the table shows in how many sweeps or cas
     winner    the interval of the picked point's value holds (before: its plain interval; after: the headline)
     best set  Hsu's set of points that may be the best contains a truly best point (0.95 or more for each of them)
 
-and the width: the median half-width of the pairs' intervals, in units of the metric.
+and Hsu's half-width in parts of the half-width for all pairs, and the width: the median half-width of the pairs'
+intervals, in units of the metric.
 """
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +31,7 @@ from minimind_ray.sweep.stopping import predicted_ends
 from tests.bench.asha import halved_sweep
 from tests.bench.common import Report
 
-COLUMNS = ("single", "pairs", "error", "wrong", "winner", "best set", "width")
+COLUMNS = ("single", "pairs", "error", "wrong", "winner", "best set", "Hsu's", "width")
 Rng = np.random.Generator
 
 
@@ -77,6 +79,7 @@ class Judged:
     high_PP: np.ndarray
     winner: tuple[float, float]
     may_be_best_P: np.ndarray | None
+    hsu: float
     claims: bool
 
 
@@ -185,10 +188,15 @@ def judge_after(sweep: Simulated, draws: int, random_seed: int) -> Judged:
     )  # fmt: skip
     headline = found.headline
     assert headline.low is not None and headline.high is not None
+    # From the best point to the next one; the bound on the other side is cut at 0.
+    best, next_best = found.order_P[:2]
+    value, low, high = found.vs_best_P3[best]
+    hsu = (high - value if sweep.larger_is_better else value - low) * 2
+    hsu /= found.high_PP[best, next_best] - found.low_PP[best, next_best]
     several = len(np.unique(sweep.seed_T)) > 1 or sweep.binary
     return Judged(
         found.estimate_P, found.low_P, found.high_P, found.low_PP, found.high_PP,
-        (headline.low, headline.high), found.may_be_best_P, several,
+        (headline.low, headline.high), found.may_be_best_P, hsu, several,
     )  # fmt: skip
 
 
@@ -223,7 +231,7 @@ def judge_before(sweep: Simulated, draws: int, random_seed: int) -> Judged:
     best = int(np.where(eligible_P, -estimate_P if sweep.larger_is_better else estimate_P, np.inf).argmin())
     return Judged(
         estimate_P, low_P, high_P, difference_PP - reach_PP, difference_PP + reach_PP,
-        (float(low_P[best]), float(high_P[best])), None, True,
+        (float(low_P[best]), float(high_P[best])), None, math.nan, True,
     )  # fmt: skip
 
 
@@ -265,6 +273,7 @@ def score(sweep: Simulated, found: Judged) -> list[float]:
         float(not best_P[best]),
         float(found.winner[0] <= truth_P[best] <= found.winner[1]),
         np.nan if found.may_be_best_P is None else float(found.may_be_best_P[best_P].mean()),
+        found.hsu,
         float(((found.high_PP - found.low_PP) / 2)[pairs].mean()),
     ]
 
