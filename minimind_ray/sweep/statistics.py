@@ -283,21 +283,27 @@ def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, eligible_P: np.ndarr
     The best of several estimates is too good on average (the winner's curse). A parametric bootstrap repeats the
     picking: in each draw, errors are added to the estimates, the best point is picked, and its error is noted. The
     estimates themselves differ more than the true values, so they are first drawn together by as much as their errors
-    explain (James & Stein 1961; the positive part). The median error of the picked points is the correction.
+    explain (James & Stein 1961; the positive part). The median error of the picked points is the correction. How far
+    the true values lie apart stays uncertain, so the interval also holds what follows without drawing together.
     """
     estimate_P, draws_BP = estimate_P[eligible_P], draws_BP[:, eligible_P]
     best, points = float(estimate_P.min()), len(estimate_P)
-    middle = estimate_P.mean()
+    middle, factor = estimate_P.mean(), 1.0
     if points > 1:
         # The middle 68 % of the draws: variances from two seeds give heavy tails, which have no variance themselves.
         centred_BP = draws_BP - draws_BP.mean(1, keepdims=True)
         noise = (((np.quantile(centred_BP, 0.84, axis=0) - np.quantile(centred_BP, 0.16, axis=0)) / 2) ** 2).sum()
         squares = ((estimate_P - middle) ** 2).sum()
-        estimate_P = middle + max(0.0, 1 - noise / squares if squares > 0 else 0.0) * (estimate_P - middle)
+        factor = max(0.0, 1 - noise / squares if squares > 0 else 0.0)
+    low, median, high = _picked_errors(middle + factor * (estimate_P - middle), draws_BP)
+    most = _picked_errors(estimate_P, draws_BP)[2]
+    return best - np.array([median, max(high, most), low])
+
+
+def _picked_errors(estimate_P: np.ndarray, draws_BP: np.ndarray) -> np.ndarray:
+    """Return the 2.5 %, 50 % and 97.5 % quantiles of the error of the smallest of estimates with errors."""
     picked_B = (estimate_P + draws_BP).argmin(1)
-    error_B = draws_BP[np.arange(len(draws_BP)), picked_B]
-    low, median, high = np.quantile(error_B, (0.025, 0.5, 0.975))
-    return best - np.array([median, high, low])
+    return np.quantile(draws_BP[np.arange(len(draws_BP)), picked_B], (0.025, 0.5, 0.975))
 
 
 def _vague(width_P: np.ndarray, examples_BP: np.ndarray, values: np.ndarray, seeds: Seeds) -> np.ndarray:
