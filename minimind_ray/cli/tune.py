@@ -181,7 +181,7 @@ def winner_is_cut(path: Path) -> bool:
 
 
 def print_plan(plan: SweepPlan) -> None:
-    """Print the plan and the cost of the sweep. Prepares the data and measures a few steps in this process."""
+    """Print the plan and the cost of the sweep. Prepares the data and measures the first steps of its first trials."""
     from minimind_ray.data.storage import url_of
     from minimind_ray.sweep.forecast import forecast
 
@@ -221,7 +221,7 @@ def _print_cost(plan: SweepPlan, found: Forecast) -> None:
     from minimind_ray.sweep.plan import train_tokens
     from minimind_ray.sweep.text import count_text, duration_text
 
-    search, cost, pace, first = plan.search, found.cost, found.pace, found.jobs[0]
+    search, cost, paces, first = plan.search, found.cost, found.paces, found.jobs[0]
     flops = cost.flops / len(found.jobs)
     print(
         f"a trial    {first.plan.steps:,} steps, {count_text(train_tokens(first))} tokens, {flops:.2g} FLOPs on average"
@@ -233,13 +233,19 @@ def _print_cost(plan: SweepPlan, found: Forecast) -> None:
         print(f"{search.scheduler:<10} its savings cannot be predicted and are not counted")
     print(f"together   {f'{found.fused} in one process' if found.fused > 1 else 'no'}: {found.why_fused}")
     print(f"shared     {', '.join(f'{count} {what}' for what, count in found.shared.items() if count)}, made once")
+    low, high = paces.low, paces.high
     print(
-        f"time       about {duration_text(found.hours * 3600)} with {found.at_once} at once (measured here, one "
-        f"worker on {plan.base.scale.cpus_per_worker:g} CPUs: {pace.step:.2f} s a step, {pace.validation:.1f} s a "
-        f"validation, {pace.start:.1f} s to begin)"
+        f"time       {duration_text(cost.low)} to {duration_text(cost.high)} with {found.spread.at_once} at once "
+        f"(measured here in {found.processes} process(es) at once, each on {plan.base.scale.cpus_per_worker:g} CPUs: "
+        f"{low.step:.2f} to {high.step:.2f} s a step, {low.validation:.1f} to {high.validation:.1f} s a validation, "
+        f"up to {high.checkpoint:.1f} s a checkpoint, {low.process + low.start:.0f} to "
+        f"{high.process + high.start:.0f} s to begin)"
     )
-    if search.budget_hours and found.hours > search.budget_hours:
-        print(f"budget     {search.budget_hours:g} hours end the sweep earlier; then continue with --resume")
+    if search.budget_hours and cost.high > search.budget_hours * 3600:
+        print(f"budget     {search.budget_hours:g} hours may end the sweep earlier; then continue with --resume")
     if search.price_per_hour is not None:
-        price = cost.price(search.price_per_hour)
-        print(f"price      about {price:.2f}, at {search.price_per_hour:g} a trial and hour")
+        lowest, highest = cost.price(search.price_per_hour)
+        print(
+            f"price      {lowest:.2f} to {highest:.2f}, at {search.price_per_hour:g} an hour for each of "
+            f"{cost.places} place(s), from the sweep's start to its end"
+        )

@@ -1,80 +1,108 @@
-"""Estimate the cost of a sweep: count its tokens and FLOPs, and measure seconds on the first trial's first steps."""
+"""Estimate what a sweep takes: count its tokens and FLOPs, and turn a measured pace into a range of time and price."""
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from heapq import heapify, heapreplace
 
 import numpy as np
-import torch
 
 from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, SearchConfig
-from minimind_ray.stages.run import Job, begin
+from minimind_ray.on_ray.layout import Layout
+from minimind_ray.stages.run import Job
 from minimind_ray.stages.start import load_tokenizer, model_shape
 from minimind_ray.sweep.plan import train_store, train_tokens
-from minimind_ray.train.context import PlainContext
-from minimind_ray.train.run import read_jsonl
 from minimind_ray.train.throughput import training_flops_per_token
 
-CALIBRATION_SECONDS, CALIBRATION_STEPS = 5.0, 3
 SIMULATIONS = 200
+LIKELY = (0.1, 0.9)
+"""The quantiles that bound a range."""
+RAY_PROCESSES = 2
+"""The time before the first trial's process starts, in starts of a process: the command itself, and Ray."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured seconds of one trial in this process: for its start, a step and a validation.
+    """Seconds of a trial's parts: its process, its start after that, a step, a validation, and a checkpoint.
 
-    They are measured with as many threads as a trial gets.
+    A start ends with the first step; what the first step takes longer than other steps is part of it. If trials share a
+    process, a step, a validation and a checkpoint are those of all trials in the process.
     """
 
+    process: float
     start: float
     step: float
     validation: float
+    checkpoint: float
+
+
+@dataclass(frozen=True)
+class Paces:
+    """The fastest and the slowest pace to expect."""
+
+    low: Pace
+    high: Pace
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of all trials. `seconds` is the sum over the trials; `kept` is the part left after early stopping."""
+    """The cost of all trials. `low` and `high` are the seconds that the sweep takes on `places` places.
+
+    A place is the CPUs and GPUs of a trial, or of a group of trials that share a process. `kept` is the part of all
+    steps that is left after early stopping.
+    """
 
     steps: int
     tokens: int
     flops: float
-    seconds: float
     kept: float
+    places: int
+    low: float
+    high: float
 
-    def hours(self, at_once: int) -> float:
-        """The hours that the sweep takes with `at_once` trials at the same time."""
-        return self.kept * self.seconds / at_once / 3600
-
-    def price(self, per_hour: float) -> float:
-        """The price of all trials if one trial costs `per_hour`."""
-        return self.kept * self.seconds / 3600 * per_hour
+    def price(self, per_hour: float) -> tuple[float, float]:
+        """Return the lowest and the highest price if a place costs `per_hour` from the sweep's start to its end."""
+        return self.low * self.places / 3600 * per_hour, self.high * self.places / 3600 * per_hour
 
 
-def estimate(jobs: Sequence[Job], pace: Pace, search: SearchConfig, at_once: int) -> Estimate:
+def estimate(jobs: Sequence[Job], paces: Paces, search: SearchConfig, spread: Layout) -> Estimate:
     """Add up the costs of all trials.
 
-    `pace` belongs to the first trial. The time of another trial is taken as proportional to its FLOPs.
+    `paces` belong to the first trial. The time of another trial's steps and validations is taken as proportional to its
+    FLOPs.
     """
-    per_token_J = [_flops_per_token(job) for job in jobs]
-    flops_J = [train_tokens(job) * per_token for job, per_token in zip(jobs, per_token_J)]
-    seconds_per_flop = pace.step * jobs[0].plan.steps / flops_J[0]
-    seconds = sum(
-        pace.start + flops * seconds_per_flop + _validations(job) * pace.validation * per_token / per_token_J[0]
-        for job, flops, per_token in zip(jobs, flops_J, per_token_J)
-    )
+    per_token_J = np.array([_flops_per_token(job) for job in jobs])
+    flops_J = per_token_J * [train_tokens(job) for job in jobs]
+    steps_J = jobs[0].plan.steps * flops_J / flops_J[0]
+    validations_J = np.array([_validations(job) for job in jobs])
+    parts_SJ = asha_parts(len(jobs)) if search.scheduler == "asha" else np.ones((1, len(jobs)))
+
+    def clocks(pace: Pace) -> list[float]:
+        validation_J = pace.validation * per_token_J / per_token_J[0] + pace.checkpoint
+        work_J = pace.step * steps_J + validations_J * validation_J
+        before = (RAY_PROCESSES + 1) * pace.process
+        return [before + clock(pace.start + parts_J * work_J, spread.at_once) for parts_J in parts_SJ]
+
     return Estimate(
         steps=sum(job.plan.steps for job in jobs),
         tokens=sum(map(train_tokens, jobs)),
-        flops=sum(flops_J),
-        seconds=seconds,
-        kept=asha_keeps(len(jobs)) if search.scheduler == "asha" else 1.0,
+        flops=float(flops_J.sum()),
+        kept=float(parts_SJ.mean()),
+        places=spread.groups or spread.at_once,
+        low=float(np.quantile(clocks(paces.low), LIKELY[0])),
+        high=float(np.quantile(clocks(paces.high), LIKELY[1])),
     )
+
+
+def clock(seconds_J: Sequence[float] | np.ndarray, at_once: int) -> float:
+    """Return when the last of the trials ends, if each starts as soon as one of `at_once` places is free."""
+    free = [0.0] * at_once
+    heapify(free)
+    for seconds in seconds_J:
+        heapreplace(free, free[0] + float(seconds))
+    return max(free)
 
 
 def _validations(job: Job) -> int:
@@ -90,28 +118,26 @@ def _flops_per_token(job: Job) -> float:
     return training_flops_per_token(shape, float((lengths**2).sum() / lengths.sum() / 2), job.config.trains_adapter)
 
 
-def asha_keeps(trials: int) -> float:
-    """Return the part of all steps that ASHA is expected to train, if the order of the trials never changes.
+def asha_parts(trials: int) -> np.ndarray:
+    """Simulate the part of its steps that each trial trains under ASHA: [SIMULATIONS, trials].
 
-    Simulates Tune's scheduler: trials come in random order, and each continues after a rung if it is in the best third
-    of the trials that reached the rung before it. The first trials have no others to compare with, so a sweep of few
-    trials saves less than the rungs promise.
+    Simulates Tune's scheduler: trials come in random order, which never changes during training, and each continues
+    after a rung if it is in the best third of the trials that reached the rung before it. The first trials have no
+    others to compare with, so a sweep of few trials saves less than the rungs promise.
     """
     rng = np.random.default_rng(0)
     rungs = [rung / 100 for rung in _rungs()]
-    trained = 0.0
-    for _ in range(SIMULATIONS):
+    parts_SJ = np.ones((SIMULATIONS, trials))
+    for parts_J in parts_SJ:
         seen: list[list[float]] = [[] for _ in rungs]
-        for quality in rng.random(trials):
-            reached = 1.0
+        for j, quality in enumerate(rng.random(trials)):
             for rung, before in zip(rungs, seen):
                 passed = not before or quality >= _percentile(before, 1 - 1 / ASHA_KEEP)
                 insort(before, quality)
                 if not passed:
-                    reached = rung
+                    parts_J[j] = rung
                     break
-            trained += reached
-    return trained / SIMULATIONS / trials
+    return parts_SJ
 
 
 def _percentile(sorted_values: Sequence[float], part: float) -> float:
@@ -126,50 +152,3 @@ def _rungs() -> list[float]:
     while rungs[-1] * ASHA_KEEP < 100:
         rungs.append(rungs[-1] * ASHA_KEEP)
     return rungs
-
-
-class _Stopwatch(PlainContext):
-    """Stops a run after some seconds and at least one validation. Records the times of steps and validations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[float] = []
-        self.validations: list[float] = []
-
-    def should_stop(self) -> bool:
-        """Whether the time is up and there was a validation."""
-        self.steps.append(time.perf_counter())
-        return bool(self.validations) and self.steps[-1] - self.steps[0] > CALIBRATION_SECONDS
-
-    def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
-        """Record the time of a validation. Also called after the checkpoint of a stop."""
-        if any(name.startswith("val/") for name in metrics):
-            self.validations.append(time.perf_counter() - self.steps[-1] - metrics["timing"]["seconds"])
-        return True
-
-
-def calibrate(job: Job) -> Pace:
-    """Measure a trial's pace: train a few steps in this process, validate, and delete the run."""
-    watch = _Stopwatch()
-    with tempfile.TemporaryDirectory() as out:
-        steps = job.plan.steps
-        config = job.config.model_copy(
-            update={
-                "out": out,
-                "eval": job.config.eval.model_copy(update={"every": min(CALIBRATION_STEPS, steps)}),
-                "checkpoint": job.config.checkpoint.model_copy(update={"every": steps}),
-                "track": job.config.track.model_copy(update={"to": []}),
-            }
-        )
-        job = job.with_config(config)
-        run = begin(job, resume=False)
-        torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
-        started = time.perf_counter()
-        job.run(watch, job.data(watch))
-        seconds = [line["timing"]["seconds"] for line in read_jsonl(run.path / "metrics.jsonl")]
-    return Pace(
-        start=watch.steps[0] - started,
-        # Leave out the first step, which is slower.
-        step=statistics.median(seconds[1:] or seconds) / job.config.scale.most,
-        validation=max(0.0, statistics.median(watch.validations)),
-    )

@@ -15,11 +15,13 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.search import SearchConfig, read_sweep_file, search_config
 from minimind_ray.data.tokenizer import train_tokenizer
+from minimind_ray.on_ray.layout import Layout
 from minimind_ray.stages.columns import compute_here
 from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis, plan_trials
+from minimind_ray.sweep.calibrate import calibrate, measure, shortened
 from minimind_ray.sweep.compare import compare
-from minimind_ray.sweep.estimate import Pace, asha_keeps, calibrate, estimate
+from minimind_ray.sweep.estimate import Pace, Paces, estimate
 from minimind_ray.sweep.plan import (
     REFERENCES,
     UNITS,
@@ -396,23 +398,50 @@ def test_trials_that_are_not_on_the_axes_are_named(tmp_path: Path) -> None:
 def test_cost_by_hand(tmp_path: Path) -> None:
     plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4", "train.max_steps": "10,20"}, eval__every=5)
     jobs = prepared(plan)
-    found = estimate(jobs, Pace(start=1.0, step=0.5, validation=2.0), SearchConfig(), at_once=2)
+    low = Pace(process=3.0, start=1.0, step=0.5, validation=2.0, checkpoint=0.0)
+    high = Pace(process=4.0, start=2.0, step=1.0, validation=2.0, checkpoint=1.0)
+    found = estimate(jobs, Paces(low, high), SearchConfig(), Layout(at_once=2, groups=0, size=1))
     assert found.steps == 2 * (10 + 20)
-    # 10 steps take 1 + 5 + 2 validations, 20 take 1 + 10 + 4.
-    assert found.seconds == pytest.approx(2 * (10 + 19))
-    assert found.hours(2) == pytest.approx(29 / 3600)
-    assert found.price(per_hour=36) == pytest.approx(0.58)
+    # The command, Ray and the trials' processes start first. 10 steps take 1 + 5 + 2 validations, 20 take 1 + 10 + 4.
+    # The last trial of 20 waits for the first.
+    assert found.low == pytest.approx(3 * 3 + 19 + 19)
+    # 10 steps take 2 + 10 + 2 validations with checkpoints, 20 take 2 + 20 + 4.
+    assert found.high == pytest.approx(3 * 4 + 34 + 34)
+    assert found.price(per_hour=36) == pytest.approx((2 * 47 / 100, 2 * 80 / 100))
     assert found.tokens == sum(map(train_tokens, jobs))
     parameters = 6 * 3e5  # Of the tiny model there are a little fewer.
     assert 0.3 * parameters < found.flops / found.tokens < parameters
+    # Trials that share a process also share its place.
+    assert estimate(jobs, Paces(low, high), SearchConfig(), Layout(4, 2, 2)).places == 2
 
 
-def test_calibration_measures_and_leaves_nothing(tmp_path: Path) -> None:
+def test_calibration_measures_in_processes_and_leaves_nothing(tmp_path: Path) -> None:
     [job] = prepared(planned(tmp_path, {}, train__max_steps=3))
     before = set(tmp_path.iterdir())
-    pace = calibrate(job)
-    assert 0 < pace.step < 30 and 0 < pace.validation < 30 and 0 < pace.start < 30
+    paces = calibrate([[job], [job]])
+    for pace in (paces.low, paces.high):
+        assert 0 < pace.step < 30 and 0 < pace.validation < 30 and 0 < pace.start < 30 and 0.5 < pace.process < 120
+    assert 0 < paces.high.checkpoint < 30
+    assert paces.low.step <= paces.high.step and paces.low.process <= paces.high.process
     assert set(tmp_path.iterdir()) == before
+
+
+def test_calibration_ends_with_the_error_of_its_process(tmp_path: Path) -> None:
+    [job] = prepared(planned(tmp_path, {}, train__max_steps=3))
+    with pytest.raises(UserError, match="gone: no prepared dataset"):
+        calibrate([[replace(job, val=str(tmp_path / "gone"))]])
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_calibration_measures_trials_that_share_a_process(tmp_path: Path, steps: int) -> None:
+    base = make_job(tmp_path, train__max_steps=1)
+    start(base)
+    run_here(base)
+    plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4"}, stage="lora", init_from=base.config.out, train__max_steps=steps)
+    jobs = [shortened(job, tmp_path / job.config.out.rpartition("/")[2]) for job in prepared(plan)]
+    times = measure(jobs)
+    assert len(times.validations) == len(times.checkpoints) == max(1, steps // 3)
+    assert all(0 < seconds < 30 for seconds in (times.start, *times.steps, *times.validations))
 
 
 def test_calibration_validates_though_it_stops_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,8 +455,9 @@ def test_calibration_validates_though_it_stops_before_the_end(tmp_path: Path, mo
 
     plain = Validation.__call__
     monkeypatch.setattr(Validation, "__call__", slowly)
-    monkeypatch.setattr("minimind_ray.sweep.estimate.CALIBRATION_SECONDS", 0.6)
-    assert 0.5 < calibrate(job).validation < 5
+    monkeypatch.setattr("minimind_ray.sweep.calibrate.CALIBRATION_SECONDS", 0.6)
+    times = measure([shortened(job, tmp_path / "run")])
+    assert all(0.5 < seconds < 5 for seconds in times.validations)
     assert 1 <= len(found) <= 3
 
 
@@ -436,13 +466,6 @@ def test_paths_on_an_axis_are_those_of_where_the_sweep_began(tmp_path: Path, mon
     plan = planned(tmp_path, {"init_from": ["runs/a", "runs/b"]}, stage="sft")
     assert [trial.config.init_from for trial in plan.trials] == [str(tmp_path / "runs" / name) for name in "ab"]
     assert plan.trials[0].point == {"init_from": "runs/a"}
-
-
-def test_asha_keeps_less_of_more_trials() -> None:
-    # A single trial is never stopped; of many, 20 % + 1/3 of 40 % + 1/9 of 40 % is left.
-    assert asha_keeps(1) == 1.0
-    assert asha_keeps(2) > asha_keeps(8) > asha_keeps(64) > 0.2 + 0.4 / 3 + 0.4 / 9
-    assert asha_keeps(64) < 0.5
 
 
 def test_shipped_sweeps_are_valid(tmp_path: Path) -> None:
