@@ -168,11 +168,10 @@ class RowEncoder:
             assert isinstance(whole, Whole)
             yield from self._clustered(whole, outcome) if self.clusters else outcome
 
-    def _clustered(self, whole: Whole, groups: list[Group]) -> Iterator[Group]:
-        """Yield a row's groups with the cluster of the whole row."""
+    def _clustered(self, whole: Whole, groups: list[Group]) -> list[Group]:
+        """Return a row's groups with the cluster of the whole row."""
         cluster = cluster_of(whole.row, whole.item, self.cluster)
-        for group in groups:
-            yield tuple(document._replace(cluster=cluster) for document in group)
+        return [tuple([Document(d.tokens, d.weights, cluster) for d in group]) for group in groups]
 
     def _limited(self, whole: Whole) -> list[Group] | Reject | TooLong:
         if self._fits(whole):

@@ -36,7 +36,7 @@ from minimind_ray.data.fields import (
 from minimind_ray.data.records import Reject, Row
 from minimind_ray.data.turns import ALIASES, NOT_TEXT, Turn, TurnReader, take_tools
 
-Kind = RowKind | Literal["rated"]
+Kind = RowKind | Literal["prompt", "rated"]
 
 MOST_IGNORED = 100  # names of ignored fields to count separately; without a limit, every row could add a name
 
