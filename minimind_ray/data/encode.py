@@ -143,7 +143,7 @@ class RowEncoder:
         """Return sentences for the user about rows left out or shortened so far, and about ignored fields."""
         tally = self.tally
         ignored = self.reader.ignored
-        return remarks(self.stage, self.config, self.cluster, tally.kept, tally.shortened, tally.too_long, ignored)
+        return remarks(self.stage, self.config, tally.kept, tally.shortened, tally.too_long, ignored, self.cluster)
 
     def whole_documents(self, rows: Iterable[Row | Reject]) -> Iterator[Whole | Reject]:
         """The first half of `encode`: each row with its documents of any length."""
@@ -467,13 +467,16 @@ def longest_document(stage: StageName, config: DataConfig) -> int:
 def remarks(
     stage: StageName,
     config: DataConfig,
-    cluster: str | None,
     kept: int,
     shortened: int,
     too_long: Counter[int],
     ignored: Counter[str],
+    cluster: str | None = None,
 ) -> list[str]:
-    """Return sentences about rows that were too long, shortened rows, and ignored fields, if there are any."""
+    """Return sentences about rows that were too long, shortened rows, and ignored fields, if there are any.
+
+    The field `cluster` is used by validation, so it is not named.
+    """
     lines: list[str] = []
     if too_long:
         lines.append(_too_long(stage, config, kept, too_long))

@@ -182,7 +182,7 @@ class Prepared:
             for field, rows in unit.ignored.items():
                 count_ignored(ignored, field, rows)
         counts = total("kept"), total("shortened"), too_long, ignored
-        lines = remarks(self.manifest.stage, self.config, self.cluster, *counts)
+        lines = remarks(self.manifest.stage, self.config, *counts, self.cluster)
         for clusters in map(count_clusters, self.columns.values()):
             if clusters != total("kept"):
                 noun = STAGES[self.manifest.stage].clusters(self.cluster)
