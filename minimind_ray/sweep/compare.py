@@ -168,6 +168,8 @@ def _row(point: Point, keys: Sequence[str], metric: str) -> Row:
     names = short_names(keys)
     texts = [f"{names[key]} {shorten(value_text(value), 27)}" for key, value in values_by_key.items()]
     values = [v for t in trials if (v := t.best(metric)) is not None and math.isfinite(v)]
+    if point.early:
+        values = [point.early[0]]
     seconds, price = sum(t.seconds for t in trials), sweep.info.price_per_hour
     return Row(
         sweep=sweep.name,
@@ -184,6 +186,7 @@ def _row(point: Point, keys: Sequence[str], metric: str) -> Row:
         stopped_seeds=sum(t.state != "finished" for t in point.counted),
         predicted=frozenset(t.id for t, count in zip(point.counted, point.counts) if count.how == "predicted"),
         left_out=tuple(point.left_out),
+        early_step=point.early[1] if point.early else None,
         tokens=sum(t.tokens for t in trials),
         seconds=seconds,
         cost=None if price is None else seconds / 3600 * price,

@@ -131,6 +131,7 @@ def _point(row: Row) -> dict[str, Any]:
         "against_the_best": _interval(row.vs_best),
         "seeds": row.seeds,
         "stopped_seeds": row.stopped_seeds,
+        "early_step": row.early_step,
         "status": row.status,
         "tokens": row.tokens,
         "seconds": row.seconds,

@@ -13,7 +13,7 @@ import numpy as np
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.stages import STAGES
 from minimind_ray.sweep.metric import terms
-from minimind_ray.sweep.stopping import Count, count_trials
+from minimind_ray.sweep.stopping import Count, common_step, count_trials, curve_of, has_end
 from minimind_ray.sweep.trials import Sweep, Trial, Validation
 
 
@@ -21,7 +21,9 @@ from minimind_ray.sweep.trials import Sweep, Trial, Validation
 class Point:
     """A point of a sweep with all its trials. The trials `counted` count as `counts` say.
 
-    `left_out` holds the id of each other trial, and the reason why it does not count.
+    `left_out` holds the id of each other trial, and the reason why it does not count. If one of them was stopped and
+    its end cannot be predicted, no trial of the point counts, because the mean over the others would be biased. Then
+    `early` is the point's mean metric at the last step at which all trials of the sweep were validated, and this step.
     """
 
     sweep: Sweep
@@ -29,6 +31,7 @@ class Point:
     counted: list[Trial]
     counts: list[Count]
     left_out: list[tuple[str, str]]
+    early: tuple[float, int] | None = None
 
     @property
     def finished(self) -> bool:
@@ -37,29 +40,27 @@ class Point:
 
 
 def points_of(sweep: Sweep, metric: str) -> list[Point]:
-    """Return the points of a sweep in the order of its trials.
-
-    Trials that finished count, and stopped trials whose end can be predicted (see `count_trials`). If none of a point's
-    trials counts by this rule, its stopped trials count with their last validation.
-    """
-    groups: dict[str, list[tuple[Trial, Count]]] = {}
-    for trial, count in zip(sweep.trials, count_trials(sweep.trials, metric)):
-        groups.setdefault(repr([trial.point[key] for key in sweep.info.axes]), []).append((trial, count))
+    """Return the points of a sweep in the order of its trials, with the trials that count by `count_trials`."""
+    counts = {trial.id: count for trial, count in zip(sweep.trials, count_trials(sweep.trials, metric))}
+    curves = {trial.id: curve_of(trial.metrics, metric) for trial in sweep.trials if has_end(trial)}
+    step = common_step([curve for curve in curves.values() if curve])
+    groups: dict[str, list[Trial]] = {}
+    for trial in sweep.trials:
+        groups.setdefault(repr([trial.point[key] for key in sweep.info.axes]), []).append(trial)
     points: list[Point] = []
-    for group in groups.values():
-        counted = [(t, c) for t, c in group if c.how] or [(t, c) for t, c in group if _stopped(t)]
-        ids = {trial.id for trial, _ in counted}
-        left_out = [(trial.id, count.reason) for trial, count in group if trial.id not in ids]
-        points.append(Point(sweep, [t for t, _ in group], *_unzip(counted), left_out))
+    for trials in groups.values():
+        early = None
+        counted = [trial for trial in trials if counts[trial.id].how]
+        if any(trial.id in curves and not counts[trial.id].how for trial in trials):
+            counted = []
+            values = [curve[step] for trial in trials if step is not None and (curve := curves.get(trial.id))]
+            early = (float(np.mean(values)), step) if values and step is not None else None
+        left_out = [(trial.id, counts[trial.id].reason or BIASED) for trial in trials if trial not in counted]
+        points.append(Point(sweep, trials, counted, [counts[trial.id] for trial in counted], left_out, early))
     return points
 
 
-def _unzip(counted: list[tuple[Trial, Count]]) -> tuple[list[Trial], list[Count]]:
-    return [trial for trial, _ in counted], [count for _, count in counted]
-
-
-def _stopped(trial: Trial) -> bool:
-    return trial.state in ("early-stopped", "stopped") and bool(trial.validation and trial.validation.finite)
+BIASED = "the ends of this point's stopped trials cannot be predicted"
 
 
 @dataclass(frozen=True)

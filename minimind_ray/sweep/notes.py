@@ -62,12 +62,16 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
         notes.append("Points that lack a seed are compared without that seed's effect on the other points.")
     if any(t.lineage for row in rows for t in row.trials):
         notes.append("pbt moved points in training: the table shows where each began, and its status where it ended.")
-    if any(row.stopped_seeds and row.seeds for row in compared):
-        notes.append("Stopped trials of points that also have finished trials count with a predicted end.")
-    if any(row.stopped_seeds and not row.seeds for row in compared):
+    if stopped := sum(row.stopped_seeds for row in compared):
         notes.append(
-            "Stopped points are compared by their last validation, or by a predicted end if enough other trials "
-            "finished."
+            f"{stopped} stopped trial(s) count with a predicted end: from where they stopped, their metric is taken to "
+            "change as that of the trials that trained on."
+        )
+    if early := [row for row in rows if row.early_step is not None]:
+        notes.append(
+            "Too few trials finished to predict how the stopped trials would have ended, so these points get no "
+            f"verdict: {_listed([row.label for row in early])}. Their values are those at the last step at which all "
+            f"trials were validated, step {early[0].early_step}."
         )
     dropped = [trial for row in rows for trial in row.left_out if trial[1] not in ("running", "waiting")]
     if left_out := [f"{id} ({reason})" for id, reason in dropped]:

@@ -62,6 +62,11 @@ def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
     return found
 
 
+def has_end(trial: Trial) -> bool:
+    """Whether a trial finished or was stopped, and has results that can be compared."""
+    return not _reason(trial)
+
+
 def _reason(trial: Trial) -> str:
     """Return the reason why a trial cannot count, whatever other trials did; empty if there is none."""
     if trial.state not in ("finished", "early-stopped", "stopped"):

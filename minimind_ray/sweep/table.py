@@ -11,6 +11,7 @@ import numpy as np
 from minimind_ray.config.stages import Mode
 from minimind_ray.sweep.metric import trial_metric
 from minimind_ray.sweep.statistics import Interval
+from minimind_ray.sweep.stopping import has_end
 from minimind_ray.sweep.trials import Trial
 
 ONE_SEED = "differs on these examples; one seed"
@@ -30,9 +31,10 @@ class Row:
     that holds for all points at once. `may_be_best` is False if the point is worse than another point by this interval.
 
     `trials` are all trials of the point; `compared` are the trials whose validation counts. Of these, `seeds` finished
-    and `stopped_seeds` were stopped. `predicted` names the stopped trials that count with a predicted end; others count
-    with their last validation. `left_out` names each trial that does not count, and the reason. `cost` is None without
-    a price.
+    and `stopped_seeds` were stopped. `predicted` names the stopped trials that count with a predicted end. `left_out`
+    names each trial that does not count, and the reason. `cost` is None without a price. `early_step` is None, or for a
+    point without a verdict whose stopped trials are left out: the last step at which all trials of its sweep were
+    validated. Its `metric` is then the value at that step.
     """
 
     sweep: str
@@ -49,6 +51,7 @@ class Row:
     stopped_seeds: int
     predicted: frozenset[str]
     left_out: tuple[tuple[str, str], ...]
+    early_step: int | None
     tokens: int
     seconds: float
     cost: float | None
@@ -101,11 +104,12 @@ class Comparison:
 
     @property
     def winner(self) -> Trial | None:
-        """The trial with the best metric of the best point; None while no trial can be compared."""
-        if not self.rows or not self.rows[0].compared:
+        """The best trial of the best point, of its finished trials if it has any; None while no trial has results."""
+        if not self.rows:
             return None
-        sign = 1.0 if self.mode == "min" else -1.0
-        return min(self.rows[0].compared, key=lambda trial: sign * trial_metric(trial, self.metric))
+        trials = self.rows[0].compared or [trial for trial in self.rows[0].trials if has_end(trial)]
+        finished, sign = [trial for trial in trials if trial.state == "finished"], 1.0 if self.mode == "min" else -1.0
+        return min(finished or trials, key=lambda trial: sign * trial_metric(trial, self.metric), default=None)
 
     @property
     def digits(self) -> int:

@@ -107,11 +107,44 @@ def test_running_and_failed_points_have_no_verdict(tmp_path: Path) -> None:
 
 
 def test_a_stopped_point_is_never_the_best(tmp_path: Path) -> None:
-    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=1, stopped=1,
-                      quality=lambda point: 3.0 if point["dpo.beta"] == 0.3 else 0.1)  # fmt: skip
+    def quality(point: dict[str, Any]) -> float:
+        return 3.0 if point["dpo.beta"] == 0.3 else 0.1
+
+    # The best by far was stopped. One finished trial says nothing about how the others would have ended.
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=1, stopped=1, quality=quality)
     comparison = compare([read_sweep(path)])
-    assert [(row.point["dpo.beta"], row.verdict) for row in comparison.rows] == [(0.1, "best"), (0.3, ONE_SEED)]
-    assert any("compared by their last validation" in note for note in comparison.notes)
+    assert [(row.point["dpo.beta"], row.verdict) for row in comparison.rows] == [(0.1, "best"), (0.3, None)]
+    assert comparison.winner and comparison.winner.point["dpo.beta"] == 0.1
+    stopped = comparison.rows[1]
+    assert stopped.early_step == 24 and stopped.metric and stopped.metric.low is None
+    [trial] = [trial for trial in read_sweep(path).trials if trial.state == "early-stopped"]
+    assert stopped.metric.value == next(line["val/loss"] for line in trial.metrics if line["step"] == 24)
+    assert any("Too few trials finished" in note and "step 24" in note for note in comparison.notes)
+    # Two finished trials do, and the point is still not the best.
+    path = make_sweep(tmp_path / "t", axes={"dpo.beta": "0.1,0.2,0.3"}, seeds=1, stopped=2, quality=quality)
+    comparison = compare([read_sweep(path)])
+    assert comparison.rows[0].point["dpo.beta"] != 0.3 and comparison.winner in comparison.rows[0].compared
+    [row] = [row for row in comparison.rows if row.point["dpo.beta"] == 0.3]
+    assert (row.seeds, row.stopped_seeds, row.early_step) == (0, 1, None) and row.verdict
+
+
+def test_if_no_trial_finished_there_is_a_best_so_far_without_a_verdict(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1"}, seeds=1, stopped=0)
+    comparison = compare([read_sweep(path)])
+    assert [row.verdict for row in comparison.rows] == [None]
+    assert comparison.winner and comparison.winner.state == "early-stopped"
+
+
+def test_a_point_with_a_stopped_seed_that_cannot_be_predicted_gets_no_verdict(tmp_path: Path) -> None:
+    # Of the point 0.1, one seed finished and one was stopped: its mean over the finished seed would be too good.
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=2, stopped=2, failed=3, running=1)
+    comparison = compare([read_sweep(path)])
+    [row] = [row for row in comparison.rows if row.point["dpo.beta"] == 0.1]
+    assert row.verdict is None and row.compared == () and row.early_step == 24
+    assert dict(row.left_out) == {
+        "beta=0.1,seed=0": "the ends of this point's stopped trials cannot be predicted",
+        "beta=0.1,seed=1": "early-stopped; too few trials finished to predict its end",
+    }
 
 
 def test_a_loss_that_is_not_finite_is_left_out_by_name(tmp_path: Path) -> None:
