@@ -110,7 +110,7 @@ def test_the_end_of_metrics_jsonl_is_enough(tmp_path: Path) -> None:
 class Plan:
     """As much of a plan as the board looks at."""
 
-    count = 2
+    count, most_seeds = 2, 1
 
     def __init__(self, path: Path) -> None:
         from minimind_ray.config.load import load_config
