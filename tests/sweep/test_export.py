@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 
 from minimind_ray.display.comparison import print_comparison
 from minimind_ray.sweep.compare import compare
@@ -17,6 +18,7 @@ from minimind_ray.sweep.export import more_text, sentences, standing, to_json, t
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.statistics import Interval
 from minimind_ray.sweep.table import Comparison, More
+from minimind_ray.sweep.text import value_text
 from minimind_ray.sweep.trials import Sweep, read_sweep
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 
@@ -121,6 +123,28 @@ def test_a_table_with_two_axes_fits_into_120_columns(comparison: Comparison) -> 
         table = printed(found).split("\n\n")[0]
         assert max(map(len, table.splitlines())) <= 120
         assert table.splitlines()[0].split()[:4] == ["beta", "lr", "seeds", "val/loss"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 240])
+def test_a_narrow_window_shows_whole_axes_and_fewer_columns(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": str(width)}.items():
+        monkeypatch.setenv(name, value)
+    for keys in (["dpo.beta"], ["dpo.beta", "optim.lr"], ["dpo.beta", "optim.lr", "optim.weight_decay"]):
+        rows = [replace(row, point={**row.point, "optim.weight_decay": 0.01}) for row in comparison.rows]
+        text = Text.from_ansi(printed(replace(comparison, keys=keys, rows=rows))).plain
+        table, rest = text.split("\n\n", 1)
+        lines = [line.split() for line in table.splitlines()]
+        assert max(map(len, table.splitlines())) <= width
+        assert lines[0][: len(keys)] == ["beta", "lr", "weight_decay"][: len(keys)]
+        for row in rows:
+            values = [value_text(row.point[key]) for key in keys]
+            assert row.metric
+            value = f"{row.metric.value:.{comparison.digits}f}"
+            assert any(line[: len(keys)] == values and value in line for line in lines)
+        assert ("time" in lines[0]) != (rest.startswith("Left out for lack of width: "))
+        assert ("time" in lines[0]) == (width == 240 or (width == 120 and len(keys) < 3))
 
 
 def test_csv_reads_back(comparison: Comparison) -> None:
