@@ -67,7 +67,8 @@ BIASED = "the ends of this point's stopped trials cannot be predicted"
 class Results:
     """The results of all trials that count; see `judge` for the arrays.
 
-    `binary` tells whether every example has the value 0 or 1 and counts once. `noun` names the clusters.
+    `examples` and `clusters` are the numbers of those that count. `binary` tells whether every example has the value 0
+    or 1 and counts once. `noun` names the clusters.
     """
 
     numerator_TC: np.ndarray
@@ -86,13 +87,23 @@ def results_of(points: Sequence[Point], metric: str) -> Results:
     """Sum the metric's numerator and denominator over the examples of each cluster, for each trial that counts.
 
     Raises:
-        UserError: trials were validated on different examples, or the per-example results lack a column.
+        UserError: trials were validated on different examples, the per-example results lack a column, or no example
+            counts.
     """
     trials_T = [trial for point in points for trial in point.counted]
     counts_T = [count for point in points for count in point.counts]
     check_same_examples(trials_T)
     terms_T = [terms(trial, metric) for trial in trials_T]
     cluster_E, noun = _clusters(points)
+    # The denominators of all trials are equal: their examples have the same lengths.
+    counts_E = terms_T[0][1] > 0
+    if not counts_E.any():
+        raise UserError(
+            f"{_validation(trials_T[0]).path}: no example counts for {metric}, because the column that it is divided "
+            "by is 0 everywhere; give another data.val, or judge the sweep by another metric"
+        )
+    _, cluster_E = np.unique(cluster_E[counts_E], return_inverse=True)
+    terms_T = [(numerator_E[counts_E], denominator_E[counts_E]) for numerator_E, denominator_E in terms_T]
     clusters = int(cluster_E.max()) + 1
 
     def summed(value_E: np.ndarray) -> np.ndarray:
@@ -155,7 +166,7 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
             difference = f"{len(a.example_E)} and {len(b.example_E)} examples"
         elif not np.array_equal(a.example_E, b.example_E):
             difference = "different examples"
-        elif not np.array_equal(a.columns["count"], b.columns["count"]):
+        elif any(not np.array_equal(a.columns.get(name, 0), b.columns.get(name, 0)) for name in ("count", "bytes")):
             difference = "examples of different lengths"
         elif first.validated_on and trial.validated_on and first.validated_on != trial.validated_on:
             difference = "different prepared data"

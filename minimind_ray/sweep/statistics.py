@@ -102,7 +102,7 @@ def judge(
 
     Args:
         numerator_TC: the summed values per trial and cluster; at least two clusters.
-        denominator_TC: the divisors: the number of counted tokens, or of examples.
+        denominator_TC: the divisors, above 0: the number of counted tokens, or of examples.
         point_T: each trial's point, 0 to P - 1.
         seed_T: each trial's seed, any whole numbers.
         larger_is_better: the direction of the metric.

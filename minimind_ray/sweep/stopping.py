@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minimind_ray.sweep.trials import Trial
+from minimind_ray.sweep.trials import LARGEST, Trial
 from minimind_ray.train.best import best_validation
 
 LEAST_FOR_LINE = 4
@@ -73,7 +73,7 @@ def _reason(trial: Trial) -> str:
         return trial.state
     if not trial.validation:
         return f"{trial.state}, without results for each example"
-    return "" if trial.validation.finite else "a value in its validation is not finite"
+    return "" if trial.validation.finite else "a value in its validation is not finite or too large"
 
 
 def curve_of(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
@@ -82,7 +82,7 @@ def curve_of(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float
     for line in lines:
         if "val/loss" in line and (best := best_validation([*([best] if best else []), line])):
             found[int(line["step"])] = float(best.get(metric, math.nan))
-    return {step: value for step, value in found.items() if math.isfinite(value)}
+    return {step: value for step, value in found.items() if abs(value) < LARGEST}
 
 
 def common_step(curves: Sequence[Curve]) -> int | None:

@@ -127,6 +127,10 @@ class RunInfo(BaseModel):
     inputs: dict[str, str | None] = Field(default_factory=dict)
 
 
+LARGEST = 1e100
+"""Numbers from here on are those of a diverged trial. Sums of their squares may not be finite."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """Per-example results, sorted by example (see `Evaluation` in train/evaluate.py).
@@ -143,8 +147,8 @@ class Validation:
 
     @property
     def finite(self) -> bool:
-        """Whether every number is finite."""
-        return all(bool(np.isfinite(values).all()) for values in self.columns.values())
+        """Whether every number is finite, and small enough (LARGEST) for the statistics."""
+        return all(bool((np.abs(values) < LARGEST).all()) for values in self.columns.values())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,42 @@ def test_a_loss_that_is_not_finite_is_left_out_by_name(tmp_path: Path) -> None:
     comparison = compare([read_sweep(path)])
     assert [row.verdict for row in comparison.rows] == ["best", None]
     assert any("beta=0.3,seed=0" in note for note in comparison.notes)
+
+
+def put_column(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray], trials: str = "*") -> None:
+    """Change a column of the trials' results."""
+    for file in path.glob(f"trials/{trials}/validation.parquet"):
+        table = pq.read_table(file)
+        values = pa.array(change(table[name].to_numpy().astype(float)))
+        pq.write_table(table.set_column(table.column_names.index(name), name, values), file)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [1e200, 1e307])
+def test_a_loss_that_is_too_large_is_left_out_by_name(tmp_path: Path, loss: float) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.2,0.3"})
+    put_column(path, "loss", lambda loss_E: np.full_like(loss_E, loss), "beta=0.3,seed=0")
+    comparison = compare([read_sweep(path)])
+    assert [len(row.compared) for row in comparison.rows if row.point["dpo.beta"] == 0.3] == [1]
+    assert any("beta=0.3,seed=0 (a value in its validation is not finite or too large)" in n for n in comparison.notes)
+    json.dumps(to_json(comparison), allow_nan=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_examples_that_count_for_nothing(tmp_path: Path) -> None:
+    path = token_sweep(tmp_path / "s", examples=300)
+    put_column(path, "count", lambda count_E: count_E * (np.arange(300) < 20))
+    comparison = compare([read_sweep(path)])
+    assert comparison.examples == comparison.clusters == 20
+    assert all(row.metric and row.metric.low and row.metric.high for row in comparison.rows)
+    put_column(path, "count", lambda count_E: count_E * (np.arange(300) < 1))
+    comparison = compare([read_sweep(path)])
+    assert [row.verdict for row in comparison.rows] == ["best", "not distinguishable"]
+    assert "1 validation example(s) are too few" in comparison.notes[0]
+    json.dumps(to_json(comparison), allow_nan=False)
+    put_column(path, "count", np.zeros_like)
+    with pytest.raises(UserError, match="no example counts for val/loss"):
+        compare([read_sweep(path)])
 
 
 def test_several_sweeps_in_one_table(tmp_path: Path) -> None:
