@@ -135,19 +135,19 @@ def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequ
         if row.verdict != "not distinguishable":
             continue
         pair = [rows[0], row]
-        seeds = min(len(one.compared) for one in pair)
         difference = abs(float(found.difference_PP[p, best]))
         needs = needed(
             difference,
             float(found.high_PP[p, best] - found.low_PP[p, best]) / 2,
             float(found.examples_variance_PP[p, best]),
             float(found.seeds_variance_PP[p, best]),
-            seeds,
+            (len(rows[0].compared), len(row.compared)),
             float(min(found.seeds_free_P[p], found.seeds_free_P[best])),
+            (len(rows[0].trials) - len(rows[0].compared), len(row.trials) - len(row.compared)),
         )
         seconds = None
         if needs.seeds:
-            seconds = sum(one.seconds / len(one.trials) * (needs.seeds - len(one.compared)) for one in pair)
+            seconds = sum(one.seconds / len(one.trials) * (needs.seeds - len(one.trials)) for one in pair)
         more.append(
             More(
                 pair=(rows[0].label, row.label),

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, harmonic_mean
 
 import numpy as np
 
 from minimind_ray.sweep.stopping import t_quantile
 
-MOST_SEEDS = 1000
+MOST_SEEDS = 100
+"""More seeds of a point are neither proposed nor accepted."""
 NORMAL = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
 class Needed:
-    """The number of seeds of both points, and the factor on the number of examples. None if no number would do.
+    """The number of seeds for each of the two points, and the factor on the number of examples.
 
-    `why` says what stands in the way; it is empty if both numbers are known.
+    Each is None if no number would do. `why` says what stands in the way; it is empty if both are known.
     """
 
     seeds: int | None
@@ -27,38 +28,50 @@ class Needed:
 
 
 def needed(
-    difference: float, half: float, examples_variance: float, seeds_variance: float, seeds: int, free: float
+    difference: float,
+    half: float,
+    examples_variance: float,
+    seeds_variance: float,
+    seeds: tuple[int, int],
+    free: float,
+    lost: tuple[int, int] = (0, 0),
 ) -> Needed:
     """Return what makes the half-width of a difference's interval smaller than the difference.
 
     The half-width is split as `half² = k² (z² examples_variance + t² seeds_variance)`: z is the normal quantile, t
     Student's for `free` degrees of freedom, and k the widening for several pairs. The first part falls with the number
-    of examples; the second falls with the number of seeds, and each seed adds one degree of freedom.
+    of examples; the second falls with the number of seeds, and each seed adds one degree of freedom. If the points have
+    different numbers of seeds, the harmonic mean of the two numbers counts.
 
     Args:
         difference: the observed difference.
         half: the present half-width.
         examples_variance: the part of the difference's variance that is due to the examples.
         seeds_variance: the part that is due to the seeds; 0 with one seed, where it is unknown.
-        seeds: the present number of seeds of each point.
+        seeds: the number of each point's seeds that count.
         free: the degrees of freedom of `seeds_variance`; 0 if it is unknown.
+        lost: the number of each point's seeds that do not count. The number returned includes them, since a resume
+            does not train them again. It is above both points' present numbers.
     """
     if difference == 0:
         return Needed(None, None, "no difference was observed")
 
-    def of_seeds(number: int) -> float:
-        quantile = t_quantile(max(1, math.floor(free + number - seeds))) if free else 0.0
-        return quantile**2 * seeds_variance * seeds / number
+    now = harmonic_mean(seeds)
+
+    def of_seeds(number: float) -> float:
+        quantile = t_quantile(max(1, math.floor(free + number - now))) if free else 0.0
+        return quantile**2 * seeds_variance * now / number
 
     of_examples = NORMAL**2 * examples_variance
-    total = of_examples + of_seeds(seeds)
+    total = of_examples + of_seeds(now)
     if total <= 0:
         return Needed(None, None, "the uncertainty is unknown")
     target = (difference / half) ** 2 * total if half else math.inf
-    factor = of_examples / left * (1 + 1e-9) if (left := target - of_seeds(seeds)) > 0 else None
+    factor = of_examples / left * (1 + 1e-9) if (left := target - of_seeds(now)) > 0 else None
     if not free:
         return Needed(None, factor, "with one seed, the uncertainty of the seeds is unknown")
-    number = next((n for n in range(seeds + 1, MOST_SEEDS + 1) if of_examples + of_seeds(n) < target), None)
+    larger = range(max(map(sum, zip(seeds, lost))) + 1, MOST_SEEDS + 1)
+    number = next((n for n in larger if of_examples + of_seeds(harmonic_mean(n - m for m in lost)) < target), None)
     reasons: list[str] = []
     if number is None:
         alone = of_examples >= target

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,17 @@ def test_every_row_says_which_seeds_count(tmp_path: Path) -> None:
     assert comparison.headline and best and comparison.headline.value > best.value
     undecided = [row.label for row in comparison.rows if row.verdict == "not distinguishable"]
     assert [more.pair for more in comparison.more] == [(comparison.rows[0].label, label) for label in undecided]
+
+
+def test_more_seeds_are_more_than_both_points_have(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=6, quality=lambda p: p["dpo.beta"] / 4,
+                      examples=5000, steps=10, seed_noise=0.1)  # fmt: skip
+    for seed in range(2, 6):
+        shutil.rmtree(path / f"trials/beta=0.1,seed={seed}")
+    [more] = compare([read_sweep(path)]).more
+    assert more.seeds and more.seeds > 6 and more.seconds
+    trial = read_sweep(path).trials[0]
+    assert more.seconds == pytest.approx(trial.seconds * (more.seeds - 6 + more.seeds - 2), rel=0.1)
 
 
 def test_a_point_whose_seeds_differ_more_than_others_is_named(tmp_path: Path) -> None:

@@ -265,13 +265,22 @@ def test_right_and_wrong_answers_near_the_boundary() -> None:
 
 def test_how_many_more() -> None:
     # Only examples: the interval has to become half as wide.
-    found = needed(0.1, 0.2, examples_variance=1.0, seeds_variance=0.0, seeds=3, free=5)
+    found = needed(0.1, 0.2, examples_variance=1.0, seeds_variance=0.0, seeds=(3, 3), free=5)
     assert found.seeds is None and found.examples_factor == pytest.approx(4.0) and "examples alone" in found.why
     # Only seeds: more degrees of freedom help beside the larger number.
-    found = needed(0.1, 0.2, examples_variance=0.0, seeds_variance=1.0, seeds=2, free=1)
+    found = needed(0.1, 0.2, examples_variance=0.0, seeds_variance=1.0, seeds=(2, 2), free=1)
     assert found.seeds == 3 and found.examples_factor is None and "seeds alone" in found.why
     # Both parts, each of which can be made small enough.
-    found = needed(0.19, 0.2, examples_variance=1.0, seeds_variance=1.0, seeds=5, free=8)
+    found = needed(0.19, 0.2, examples_variance=1.0, seeds_variance=1.0, seeds=(5, 5), free=8)
     assert found.seeds and found.seeds > 5 and found.examples_factor and found.examples_factor > 1 and not found.why
-    assert needed(0.1, 0.2, 1.0, 0.0, seeds=1, free=0).seeds is None
-    assert needed(0.0, 0.2, 1.0, 1.0, seeds=3, free=5).why == "no difference was observed"
+    assert needed(0.1, 0.2, 1.0, 0.0, seeds=(1, 1), free=0).seeds is None
+    assert needed(0.0, 0.2, 1.0, 1.0, seeds=(3, 3), free=5).why == "no difference was observed"
+
+
+def test_how_many_more_seeds_of_points_that_have_different_numbers() -> None:
+    # The half-width 0.2 comes from 1/10 + 1/2 seeds. 11 seeds each are more than enough, and fewer cannot be asked for.
+    assert needed(0.12, 0.2, examples_variance=0.0, seeds_variance=1.0, seeds=(10, 2), free=9).seeds == 11
+    # One of two trials failed, and stays lost.
+    one = needed(0.15, 0.2, 0.0, 1.0, seeds=(2, 2), free=9).seeds
+    assert one and needed(0.15, 0.2, 0.0, 1.0, seeds=(2, 2), free=9, lost=(1, 1)).seeds == max(one, 3) + 1
+    assert needed(0.19, 0.2, 0.0, 1.0, seeds=(2, 1), free=9, lost=(0, 1)).seeds == 3
