@@ -73,7 +73,7 @@ def compare(
         cluster_noun=results.noun,
         notes=notes_of(results, found, rows + others),
         method=method_of(results, found, rows, margin),
-        headline=found.headline if judged and len(rows) > 1 and not found.vague_P[order[0]] else None,
+        headline=found.headline if judged and found.eligible_P.sum() > 1 and not found.vague_P[order[0]] else None,
         more=_more(rows, results, found, [points[p].sweep.info.price_per_hour for p in order]) if judged else [],
         margin=margin,
         difference_PP=found.difference_PP[pick],
@@ -105,12 +105,14 @@ def _judged(results: Results, points: Sequence[Point], mode: Mode) -> Statistics
 def _with_statistics(rows: Sequence[Row], results: Results, found: Statistics, margin: float, sign: float) -> list[Row]:
     """Return the rows, which are in the order of `found.order_P`, with values, differences and verdicts."""
     best, one_seed = found.order_P[0], all(len(row.compared) == 1 for row in rows)
+    several = found.eligible_P.sum() > 1
     filled: list[Row] = []
     for p, row in zip(found.order_P, rows):
         value, difference = float(found.estimate_P[p]), float(found.difference_PP[p, best])
+        eligible = bool(found.eligible_P[p])
         if results.clusters < LEAST_CLUSTERS:
             first, other = {"verdict": "best"}, {"verdict": "not distinguishable", "difference": Interval(difference)}
-            filled.append(replace(row, metric=Interval(value), may_be_best=True, **(first if p == best else other)))
+            filled.append(replace(row, metric=Interval(value), may_be_best=eligible, **(first if p == best else other)))
             continue
         bounds = () if found.vague_P[p] else (float(found.low_P[p]), float(found.high_P[p]))
         row = replace(
@@ -118,7 +120,7 @@ def _with_statistics(rows: Sequence[Row], results: Results, found: Statistics, m
             metric=Interval(value, *bounds),
             verdict="best",
             may_be_best=bool(found.may_be_best_P[p]),
-            vs_best=Interval(*found.vs_best_P3[p].tolist()) if len(rows) > 1 else None,
+            vs_best=Interval(*found.vs_best_P3[p].tolist()) if eligible and several else None,
         )
         if p != best:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])

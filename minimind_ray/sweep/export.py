@@ -34,8 +34,8 @@ def counts_text(comparison: Comparison) -> str:
 
 def best_set_text(comparison: Comparison) -> str:
     """Return the sentence that names the points of which one is the best; empty if nothing is known about it."""
-    judged = [row for row in comparison.rows if row.verdict]
-    if len(judged) < 2 or not any(row.vs_best and row.vs_best.low is not None for row in judged):
+    judged = [row for row in comparison.rows if row.vs_best]
+    if not any(row.vs_best and row.vs_best.low is not None for row in judged):
         return ""
     labels = [row.label for row in judged if row.may_be_best]
     of = " of these trained models (one seed)" if one_seed(comparison) else ""
@@ -52,8 +52,8 @@ def best_set_text(comparison: Comparison) -> str:
 
 def headline_text(comparison: Comparison) -> str:
     """Return the sentence that corrects the best point's value; empty if there is nothing to correct."""
-    judged, headline = [row for row in comparison.rows if row.verdict], comparison.headline
-    if len(judged) < 2 or headline is None or headline.low is None or headline == judged[0].metric:
+    judged, headline = [row for row in comparison.rows if row.vs_best], comparison.headline
+    if headline is None or headline.low is None or headline == judged[0].metric:
         return ""
     assert judged[0].metric
     digits = comparison.digits

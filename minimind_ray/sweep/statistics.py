@@ -58,9 +58,10 @@ class Statistics:
     """What is known about the points.
 
     `estimate_P` with `low_P` and `high_P` are single 95 % intervals. `difference_PP` is row minus column; its intervals
-    hold for all pairs at once. `order_P` lists the points, best first. `may_be_best_P` is False for points that are
-    worse than some other point (Hsu), and `vs_best_P3` holds value, low and high of each point minus the best of the
-    others. `headline` is the value of the best point, corrected for having been picked. `examples_variance_PP` and
+    hold for all pairs at once. `order_P` lists the points, best first. `eligible_P` marks the points that may be picked
+    as the best. Of these, `may_be_best_P` is False for points that are worse than some other point (Hsu), and
+    `vs_best_P3` holds value, low and high of each point minus the best of the others; NaN for all other points.
+    `headline` is the value of the best point, corrected for having been picked. `examples_variance_PP` and
     `seeds_variance_PP` are the two parts of the differences' variances. `seeds_free_P` are the degrees of freedom of
     the points' variances over seeds, and `common_free` those of the seeds' effects on all points; 0 means unknown.
     `vague_P` marks points whose interval says nothing: its seeds' part has 1 degree of freedom and is very wide.
@@ -73,6 +74,7 @@ class Statistics:
     low_PP: np.ndarray
     high_PP: np.ndarray
     order_P: np.ndarray
+    eligible_P: np.ndarray
     may_be_best_P: np.ndarray
     vs_best_P3: np.ndarray
     headline: Interval
@@ -123,8 +125,15 @@ def judge(
     found = _intervals(estimate_P, draws_BP)
     if binary:
         found = _of_shares(estimate_P, found, examples_BP.var(0), numerator_TC, denominator_TC, seeds)
-    may_be_best_P, vs_best_P3 = _against_the_best(sign * found.difference_PP, sign * draws_BP, found)
     eligible_P = np.ones(points, bool) if eligible_P is None else eligible_P
+    may_be_best_P, vs_best_P3 = np.zeros(points, bool), np.full((points, 3), np.nan)
+    among = np.ix_(eligible_P, eligible_P)
+    may_be_best_P[eligible_P], vs_best_P3[eligible_P] = _against_the_best(
+        sign * found.difference_PP[among],
+        sign * draws_BP[:, eligible_P],
+        found.single_PP[among],
+        (found.least_PP if sign > 0 else found.least_PP.T)[among],
+    )
     order_P = np.lexsort((sign * estimate_P, ~eligible_P))
     headline = _headline(sign * estimate_P, sign * draws_BP, eligible_P)
     headline = headline if sign > 0 else _mirrored(headline)
@@ -134,6 +143,7 @@ def judge(
     return Statistics(
         estimate_P, found.low_P, found.high_P, found.difference_PP, found.low_PP, found.high_PP,
         order_P=order_P,
+        eligible_P=eligible_P,
         may_be_best_P=may_be_best_P,
         vs_best_P3=vs_best_P3 if sign > 0 else _mirrored(vs_best_P3),
         headline=Interval(*headline.tolist()),
@@ -150,7 +160,8 @@ def judge(
 class _Intervals:
     """Intervals of points and of all pairs. `single_PP` are half-widths of single 95 % intervals of differences.
 
-    `least_PP` are half-widths that are needed apart from the draws; 0 where the draws are enough.
+    `least_PP` is how far the lower bounds must be from the differences apart from the draws; 0 where the draws are
+    enough. The upper bound of a pair is the lower bound of the pair in the other order.
     """
 
     low_P: np.ndarray
@@ -191,8 +202,7 @@ def _of_shares(
         low_P, high_P = np.clip(np.minimum(drawn.low_P, low_P), 0, 1), np.clip(np.maximum(drawn.high_P, high_P), 0, 1)
     low_PP, high_PP = drawn.low_PP.copy(), drawn.high_PP.copy()
     widen_pairs(share_P, seeds.weight_PT @ right_TC, count_P, low_PP, high_PP)
-    wider_PP = np.maximum(high_PP - drawn.difference_PP, drawn.difference_PP - low_PP)
-    least_PP = np.where((low_PP < drawn.low_PP) | (high_PP > drawn.high_PP), wider_PP, 0.0)
+    least_PP = np.where(low_PP < drawn.low_PP, drawn.difference_PP - low_PP, 0.0)
     return _Intervals(low_P, high_P, drawn.difference_PP, low_PP, high_PP, drawn.single_PP, least_PP)
 
 
@@ -248,15 +258,15 @@ def _ratio(deviation_BP: np.ndarray, single_P: np.ndarray) -> np.ndarray:
 
 
 def _against_the_best(
-    difference_PP: np.ndarray, draws_BP: np.ndarray, found: _Intervals
+    difference_PP: np.ndarray, draws_BP: np.ndarray, single_PP: np.ndarray, least_PP: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compare each point with the best of the others, for a metric whose smaller values are better.
 
     Hsu's multiple comparisons with the best (Hsu 1984; for unequal variances Edwards & Hsu 1983; Hsu 1996, "Multiple
     Comparisons", ch. 4). Each point in turn is the control of one-sided comparisons with all others, with a critical
     value of its own from the draws. The true best passes as a control in 95 % of cases, so all points that pass contain
-    the best with 95 % confidence. These critical values are smaller than those for all pairs. No half-width is below
-    `found.least_PP`.
+    the best with 95 % confidence. These critical values are smaller than those for all pairs. `least_PP` limits how
+    near the lower bounds are, see `_Intervals`.
 
     Returns:
         Whether each point may be the best, and value, low and high of each point minus the best other point: [P, 3].
@@ -266,8 +276,8 @@ def _against_the_best(
         return np.ones(1, bool), np.zeros((1, 3))
     reach_PP = np.zeros((points, points))
     for i in range(points):
-        worst_B = _ratio(draws_BP[:, i : i + 1] - draws_BP, found.single_PP[i]).max(1)
-        reach_PP[i] = np.maximum(found.single_PP[i] * max(0.0, float(np.quantile(worst_B, 0.95))), found.least_PP[i])
+        worst_B = _ratio(draws_BP[:, i : i + 1] - draws_BP, single_PP[i]).max(1)
+        reach_PP[i] = np.maximum(single_PP[i] * max(0.0, float(np.quantile(worst_B, 0.95))), least_PP[i])
     itself = np.where(np.eye(points, dtype=bool), -np.inf, 0.0)
     low_P = np.minimum(0.0, (difference_PP - reach_PP + itself).max(1))
     may_be_best_P = low_P < 0

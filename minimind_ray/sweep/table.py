@@ -28,7 +28,8 @@ class Row:
 
     `metric` is the point's value over its seeds. `difference` is this point minus the best point, with an interval that
     holds for all pairs of points at once. `vs_best` is this point minus the best of all other points, with an interval
-    that holds for all points at once. `may_be_best` is False if the point is worse than another point by this interval.
+    that holds for all points at once; None for points that cannot be picked as the best. `may_be_best` is False for
+    these, and for points that are worse than another point by this interval.
 
     `trials` are all trials of the point; `compared` are the trials whose validation counts. Of these, `seeds` finished
     and `stopped_seeds` were stopped. `predicted` names the stopped trials that count with a predicted end. `left_out`

@@ -263,6 +263,25 @@ def test_right_and_wrong_answers_near_the_boundary() -> None:
     assert s.low_PP[0, 2] > 0 and not s.may_be_best_P[2]
 
 
+@pytest.mark.parametrize("right", [[44, 44, 50, 50], [45, 45, 50, 50], [44, 45, 50, 50]])
+def test_a_worse_share_cannot_be_the_best(right: list[int]) -> None:
+    right_TC = (np.arange(50) < np.array(right)[:, None]).astype(float)
+    for sign in (1, -1):  # the other way round: the share of wrong answers, less of which is better
+        s = judged(right_TC if sign > 0 else 1 - right_TC, [0, 0, 1, 1], [0, 1, 0, 1], larger_is_better=sign > 0,
+                   binary=True, draws=4000)  # fmt: skip
+        worse = s.high_PP[0, 1] < 0 if sign > 0 else s.low_PP[0, 1] > 0
+        assert not (worse and s.may_be_best_P[0])
+        assert worse or right != [44, 44, 50, 50]
+
+
+def test_only_eligible_points_can_be_the_best() -> None:
+    x_TC = np.random.default_rng(8).normal(0, 0.01, (3, 100)) + np.array([1.0, 2.0, 2.1])[:, None]
+    s = judged(x_TC, [0, 1, 2], [0, 0, 0], eligible_P=np.array([False, True, True]))
+    assert s.order_P.tolist() == [1, 2, 0]
+    assert s.may_be_best_P.tolist() == [False, True, False]
+    assert np.isnan(s.vs_best_P3[0]).all() and s.vs_best_P3[1, 0] == pytest.approx(-0.1, abs=0.01)
+
+
 def test_how_many_more() -> None:
     # Only examples: the interval has to become half as wide.
     found = needed(0.1, 0.2, examples_variance=1.0, seeds_variance=0.0, seeds=(3, 3), free=5)
