@@ -126,14 +126,7 @@ def judge(
     if binary:
         found = _of_shares(estimate_P, found, examples_BP.var(0), numerator_TC, denominator_TC, seeds)
     eligible_P = np.ones(points, bool) if eligible_P is None else eligible_P
-    may_be_best_P, vs_best_P3 = np.zeros(points, bool), np.full((points, 3), np.nan)
-    among = np.ix_(eligible_P, eligible_P)
-    may_be_best_P[eligible_P], vs_best_P3[eligible_P] = _against_the_best(
-        sign * found.difference_PP[among],
-        sign * draws_BP[:, eligible_P],
-        found.single_PP[among],
-        (found.least_PP if sign > 0 else found.least_PP.T)[among],
-    )
+    may_be_best_P, vs_best_P3 = _best_of_eligible(found, draws_BP, eligible_P, sign)
     order_P = np.lexsort((sign * estimate_P, ~eligible_P))
     headline = _headline(sign * estimate_P, sign * draws_BP, eligible_P)
     headline = headline if sign > 0 else _mirrored(headline)
@@ -145,7 +138,7 @@ def judge(
         order_P=order_P,
         eligible_P=eligible_P,
         may_be_best_P=may_be_best_P,
-        vs_best_P3=vs_best_P3 if sign > 0 else _mirrored(vs_best_P3),
+        vs_best_P3=vs_best_P3,
         headline=Interval(*headline.tolist()),
         odd_P=seeds.odd_P,
         examples_variance_PP=_variances_of_differences(np.cov(examples_BP.T).reshape(points, points)),
@@ -255,6 +248,20 @@ def _simultaneous_reach(draws_BP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _ratio(deviation_BP: np.ndarray, single_P: np.ndarray) -> np.ndarray:
     """Return the deviations in units of the half-widths; 0 for two points that always agree."""
     return deviation_BP / np.where(single_P > 0, single_P, np.inf)
+
+
+def _best_of_eligible(
+    found: _Intervals, draws_BP: np.ndarray, eligible_P: np.ndarray, sign: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `may_be_best_P` and `vs_best_P3` of `Statistics`. Smaller values are better if `sign` is 1."""
+    may_be_best_P, vs_best_P3 = np.zeros(len(eligible_P), bool), np.full((len(eligible_P), 3), np.nan)
+    among = np.ix_(eligible_P, eligible_P)
+    least_PP = found.least_PP if sign > 0 else found.least_PP.T
+    may_be_best_P[eligible_P], against = _against_the_best(
+        sign * found.difference_PP[among], sign * draws_BP[:, eligible_P], found.single_PP[among], least_PP[among]
+    )
+    vs_best_P3[eligible_P] = against if sign > 0 else _mirrored(against)
+    return may_be_best_P, vs_best_P3
 
 
 def _against_the_best(
