@@ -42,7 +42,7 @@ class Point:
 def points_of(sweep: Sweep, metric: str) -> list[Point]:
     """Return the points of a sweep in the order of its trials, with the trials that count by `count_trials`."""
     counts = {trial.id: count for trial, count in zip(sweep.trials, count_trials(sweep.trials, metric))}
-    curves = {trial.id: curve_of(trial.metrics, metric) for trial in sweep.trials if has_end(trial)}
+    curves = {trial.id: curve_of(trial.metrics, metric) for trial in sweep.trials if has_end(trial, metric)}
     step = common_step([curve for curve in curves.values() if curve])
     groups: dict[str, list[Trial]] = {}
     for trial in sweep.trials:
@@ -166,7 +166,10 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
             difference = f"{len(a.example_E)} and {len(b.example_E)} examples"
         elif not np.array_equal(a.example_E, b.example_E):
             difference = "different examples"
-        elif any(not np.array_equal(a.columns.get(name, 0), b.columns.get(name, 0)) for name in ("count", "bytes")):
+        elif any(
+            not np.array_equal(a.columns.get(name, np.nan), b.columns.get(name, np.nan), equal_nan=True)
+            for name in ("count", "bytes")
+        ):
             difference = "examples of different lengths"
         elif first.validated_on and trial.validated_on and first.validated_on != trial.validated_on:
             difference = "different prepared data"

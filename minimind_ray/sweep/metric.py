@@ -59,29 +59,37 @@ def _common_margin(sweeps: Sequence[Sweep]) -> float:
     return margins.pop()
 
 
+BITS = "val/bits_per_byte"
+
+
+def columns_of(metric: str) -> list[str]:
+    """Return the columns of validation.parquet from which a metric is computed: numerator and denominator, if any."""
+    name = metric.removeprefix("val/")
+    return ["loss", "bytes"] if metric == BITS else [name] if name == metric else [name, "count"]
+
+
 def terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the metric's numerator and denominator for each example. The metric is the ratio of their sums.
 
     For a stage's metrics ("val/…") this is the mean over tokens or pairs. Any other column is averaged over examples.
 
     Raises:
-        UserError: the per-example results lack a column for the metric.
+        UserError: the per-example results lack a column for the metric, or it has no numbers.
     """
-    validation = trial.validation
+    validation, needed = trial.validation, columns_of(metric)
     assert validation
-    name = metric.removeprefix("val/")
-    if name == metric:
-        needed, scale = [name], 1.0
-    elif name == "bits_per_byte":
-        needed, scale = ["loss", "bytes"], 1 / math.log(2)
-    else:
-        needed, scale = [name, "count"], 1.0
+    if texts := [column for column in needed if column in validation.not_numbers]:
+        raise UserError(
+            f"{validation.path}: the column {texts[0]} has no numbers; judge the sweep by another metric: val/loss, or "
+            f"one of {', '.join(sorted(validation.columns))}"
+        )
     if missing := [column for column in needed if column not in validation.columns]:
         raise UserError(
             f"{validation.path} has no {' and '.join(missing)} for each example, which {metric} needs; judge the sweep "
             f"by another metric: val/loss, or one of {', '.join(sorted(validation.columns))}"
         )
     numerator_E, *denominators = (validation.columns[column] for column in needed)
+    scale = 1 / math.log(2) if metric == BITS else 1.0
     return numerator_E * scale, denominators[0] if denominators else np.ones(len(numerator_E))
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minimind_ray.sweep.metric import columns_of
 from minimind_ray.sweep.trials import LARGEST, Trial
 from minimind_ray.train.best import best_validation
 
@@ -45,7 +46,7 @@ class Count:
 
 def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
     """Return how each trial of a sweep counts. A budget or a stop by hand is treated as a scheduler's stop."""
-    found = [Count(None, _reason(trial)) for trial in trials]
+    found = [Count(None, _reason(trial, metric)) for trial in trials]
     known = [t for t, count in enumerate(found) if not count.reason]
     finished = [trials[t].state == "finished" for t in known]
     curves = [curve_of(trials[t].metrics, metric) for t in known]
@@ -62,18 +63,19 @@ def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
     return found
 
 
-def has_end(trial: Trial) -> bool:
+def has_end(trial: Trial, metric: str) -> bool:
     """Whether a trial finished or was stopped, and has results that can be compared."""
-    return not _reason(trial)
+    return not _reason(trial, metric)
 
 
-def _reason(trial: Trial) -> str:
+def _reason(trial: Trial, metric: str) -> str:
     """Return the reason why a trial cannot count, whatever other trials did; empty if there is none."""
     if trial.state not in ("finished", "early-stopped", "stopped"):
         return trial.state
     if not trial.validation:
         return f"{trial.state}, without results for each example"
-    return "" if trial.validation.finite else "a value in its validation is not finite or too large"
+    finite = trial.validation.finite(columns_of(metric))
+    return "" if finite else "a value in its validation is not finite or too large"
 
 
 def curve_of(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:

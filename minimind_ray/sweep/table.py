@@ -108,7 +108,7 @@ class Comparison:
         """The best trial of the best point, of its finished trials if it has any; None while no trial has results."""
         if not self.rows:
             return None
-        trials = self.rows[0].compared or [trial for trial in self.rows[0].trials if has_end(trial)]
+        trials = self.rows[0].compared or [trial for trial in self.rows[0].trials if has_end(trial, self.metric)]
         finished, sign = [trial for trial in trials if trial.state == "finished"], 1.0 if self.mode == "min" else -1.0
         return min(finished or trials, key=lambda trial: sign * trial_metric(trial, self.metric), default=None)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +27,9 @@ from minimind_ray.data.claim import live_writer
 from minimind_ray.data.storage import copy_of, mirror_of, url_of
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.run import VALIDATION, inside, read_jsonl
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str | None | list[str | int | float]
 """The types of an axis's values."""
@@ -137,18 +140,20 @@ class Validation:
 
     `cluster_E` int64 is the cluster of each example. In a file of an older version, which has no clusters, each example
     is its own cluster. `columns` are float64: `loss` (nats) and the objective's metrics, each summed over the example's
-    `count` tokens or pairs (1); and for tokens `bytes`, the length of their text.
+    `count` tokens or pairs (1); and for tokens `bytes`, the length of their text. `not_numbers` names the user's other
+    columns, such as texts.
     """
 
     path: Path
     example_E: np.ndarray
     cluster_E: np.ndarray
     columns: dict[str, np.ndarray]
+    not_numbers: tuple[str, ...] = ()
 
-    @property
-    def finite(self) -> bool:
-        """Whether every number is finite, and small enough (LARGEST) for the statistics."""
-        return all(bool((np.abs(values) < LARGEST).all()) for values in self.columns.values())
+    def finite(self, names: Iterable[str]) -> bool:
+        """Whether every number in these columns is finite, and small enough (LARGEST) for the statistics."""
+        found = (self.columns[name] for name in names if name in self.columns)
+        return all(bool((np.abs(values) < LARGEST).all()) for values in found)
 
 
 @dataclass(frozen=True)
@@ -279,9 +284,10 @@ def read_validation(path: Path) -> Validation | None:
         if file.metadata.num_rows > MOST_EXAMPLES:
             raise pa.ArrowInvalid(f"{file.metadata.num_rows:,} rows")
         table = file.read().sort_by("example")
+        numbers = [field.name for field in table.schema if field.name in IDS or _is_number(field.type)]
         columns: dict[str, np.ndarray] = {
-            name: column.cast(pa.int64() if name in IDS else pa.float64()).combine_chunks().to_numpy(False)
-            for name, column in zip(table.column_names, table.columns)
+            name: table[name].cast(pa.int64() if name in IDS else pa.float64()).combine_chunks().to_numpy(False)
+            for name in numbers
         }
         example_E, _, _ = columns.pop("example"), columns["loss"], columns["count"]
         cluster_E = columns.pop("cluster", example_E)
@@ -292,7 +298,15 @@ def read_validation(path: Path) -> Validation | None:
         raise UserError(f"{path} cannot be read: {detail}; delete it and resume the sweep to write it again") from None
     if len(np.unique(example_E)) != len(example_E):
         raise UserError(f"{path}: an example appears twice; delete the file and resume the sweep to write it again")
-    return Validation(path, example_E, cluster_E, columns)
+    return Validation(path, example_E, cluster_E, columns, tuple(set(table.column_names) - set(numbers)))
+
+
+def _is_number(type: pa.DataType) -> bool:
+    """Whether a column has numbers or truth values. A column with no value at all has the type null."""
+    from pyarrow import types
+
+    kinds = (types.is_floating, types.is_integer, types.is_boolean, types.is_decimal, types.is_null)
+    return any(kind(type) for kind in kinds)
 
 
 IDS = ("example", "cluster")

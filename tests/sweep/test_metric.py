@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,28 @@ def test_the_margin_is_the_sweeps_own_unless_it_is_given(tmp_path: Path) -> None
         compare([read_sweep(path), other])
     with pytest.raises(UserError, match="margin"):
         search_config({"margin": -1})
+
+
+def test_columns_of_other_metrics_do_not_matter(sweep: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    shutil.copytree(sweep, path)
+    for file in path.glob("trials/*/validation.parquet"):
+        table = pq.read_table(file)
+        for name, column in {
+            "vote": pa.array([None, *[1.0] * (len(table) - 1)]),
+            "nothing": pa.nulls(len(table)),
+            "answer": pa.array(["yes"] * len(table)),
+            "right": pa.array([True] * len(table)),
+        }.items():
+            table = table.append_column(name, column)
+        pq.write_table(table, file)
+    found = read_sweep(path)
+    assert [row.verdict for row in compare([found]).rows] == [row.verdict for row in compare([read_sweep(sweep)]).rows]
+    assert [row.metric.value for row in compare([found], metric="right", mode="max").rows if row.metric] == [1, 1]
+    for name in ("vote", "nothing"):
+        rows = compare([found], metric=name, mode="max").rows
+        assert {reason for row in rows for _, reason in row.left_out} == {
+            "a value in its validation is not finite or too large"
+        }
+    with pytest.raises(UserError, match="the column answer has no numbers; judge the sweep by another metric"):
+        compare([found], metric="answer", mode="max")
