@@ -82,7 +82,7 @@ def widen_pairs(
     right answers per cluster, `count_P` the effective numbers of examples. An interval excludes 0 only if the mid-p
     test does, too.
     """
-    points, share_P = len(share_P), np.clip(share_P, 0.0, 1.0)
+    points = len(share_P)
     alpha = 0.05 / max(1, points * (points - 1) // 2)
     for i in range(points):
         for j in range(i):

@@ -118,7 +118,8 @@ def judge(
     points, sign = int(point_T.max()) + 1, -1.0 if larger_is_better else 1.0
     value_T = numerator_TC.sum(1) / denominator_TC.sum(1) + (nothing_T if shift_T is None else shift_T)
     seeds = fit_seeds(value_T, point_T, seed_T, nothing_T if extra_T is None else extra_T)
-    estimate_P = seeds.weight_PT @ value_T
+    unclipped_P = seeds.weight_PT @ value_T
+    estimate_P = np.clip(unclipped_P, 0, 1) if binary else unclipped_P
     examples_BP = _resampled(numerator_TC, denominator_TC, draws, rng) @ seeds.weight_PT.T
     draws_BP = examples_BP + seeds.draw(draws, rng)
 
@@ -127,15 +128,14 @@ def judge(
         found = _of_shares(estimate_P, found, examples_BP.var(0), numerator_TC, denominator_TC, seeds)
     eligible_P = np.ones(points, bool) if eligible_P is None else eligible_P
     may_be_best_P, vs_best_P3 = _best_of_eligible(found, draws_BP, eligible_P, sign)
-    order_P = np.lexsort((sign * estimate_P, ~eligible_P))
-    headline = _headline(sign * estimate_P, sign * draws_BP, eligible_P)
-    headline = headline if sign > 0 else _mirrored(headline)
+    order_P = np.lexsort((sign * unclipped_P, ~eligible_P))
+    headline = _headline(estimate_P, draws_BP, eligible_P, sign)
     if binary:
-        bounds = min(headline[1], found.low_P[order_P[0]]), max(headline[2], found.high_P[order_P[0]])
-        headline = np.clip([headline[0], *bounds], 0, 1)
+        best = order_P[0]
+        headline = [headline[0], min(headline[1], found.low_P[best]), max(headline[2], found.high_P[best])]
+        headline, vs_best_P3 = np.clip(headline, 0, 1), np.clip(vs_best_P3, -1, 1)
     return Statistics(
-        estimate_P, found.low_P, found.high_P, found.difference_PP, found.low_PP, found.high_PP,
-        order_P=order_P,
+        estimate_P, found.low_P, found.high_P, found.difference_PP, found.low_PP, found.high_PP, order_P,
         eligible_P=eligible_P,
         may_be_best_P=may_be_best_P,
         vs_best_P3=vs_best_P3,
@@ -190,10 +190,10 @@ def _of_shares(
     """
     count, clusters = int(count_TC[0].sum()), count_TC.shape[1]
     count_P = np.array([effective_count(float(s), float(v), count, clusters) for s, v in zip(share_P, variance_P)])
-    low_P, high_P = np.array([wilson(min(max(float(s), 0.0), 1.0), c) for s, c in zip(share_P, count_P)]).T
+    low_P, high_P = np.array([wilson(float(s), c) for s, c in zip(share_P, count_P)]).T
     if seeds.covariance().any():
         low_P, high_P = np.clip(np.minimum(drawn.low_P, low_P), 0, 1), np.clip(np.maximum(drawn.high_P, high_P), 0, 1)
-    low_PP, high_PP = drawn.low_PP.copy(), drawn.high_PP.copy()
+    low_PP, high_PP = np.clip(drawn.low_PP, -1, 1), np.clip(drawn.high_PP, -1, 1)
     widen_pairs(share_P, seeds.weight_PT @ right_TC, count_P, low_PP, high_PP)
     least_PP = np.where(low_PP < drawn.low_PP, drawn.difference_PP - low_PP, 0.0)
     return _Intervals(low_P, high_P, drawn.difference_PP, low_PP, high_PP, drawn.single_PP, least_PP)
@@ -294,8 +294,10 @@ def _against_the_best(
     return may_be_best_P, np.stack([(difference_PP + itself).max(1), low_P, high_P], 1)
 
 
-def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, eligible_P: np.ndarray) -> np.ndarray:
-    """Return the best point's value, low and high, corrected for having been picked; smaller values are better.
+def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, eligible_P: np.ndarray, sign: float) -> np.ndarray:
+    """Return the best point's value, low and high, corrected for having been picked.
+
+    Smaller values are better if `sign` is 1, larger ones if it is -1.
 
     The best of several estimates is too good on average (the winner's curse). A parametric bootstrap repeats the
     picking: in each draw, errors are added to the estimates, the best point is picked, and its error is noted. The
@@ -303,7 +305,7 @@ def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, eligible_P: np.ndarr
     explain (James & Stein 1961; the positive part). The median error of the picked points is the correction. How far
     the true values lie apart stays uncertain, so the interval also holds what follows without drawing together.
     """
-    estimate_P, draws_BP = estimate_P[eligible_P], draws_BP[:, eligible_P]
+    estimate_P, draws_BP = sign * estimate_P[eligible_P], sign * draws_BP[:, eligible_P]
     best, points = float(estimate_P.min()), len(estimate_P)
     middle, factor = estimate_P.mean(), 1.0
     if points > 1:
@@ -314,7 +316,8 @@ def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, eligible_P: np.ndarr
         factor = max(0.0, 1 - noise / squares if squares > 0 else 0.0)
     low, median, high = _picked_errors(middle + factor * (estimate_P - middle), draws_BP)
     most = _picked_errors(estimate_P, draws_BP)[2]
-    return best - np.array([median, max(high, most), low])
+    found = best - np.array([median, max(high, most), low])
+    return found if sign > 0 else _mirrored(found)
 
 
 def _picked_errors(estimate_P: np.ndarray, draws_BP: np.ndarray) -> np.ndarray:

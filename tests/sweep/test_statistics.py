@@ -274,6 +274,20 @@ def test_a_worse_share_cannot_be_the_best(right: list[int]) -> None:
         assert worse or right != [44, 44, 50, 50]
 
 
+def test_shares_of_points_with_other_seeds_stay_shares() -> None:
+    # Seed 1 is worse for point 1, so the model would give point 0, which lacks it, a share above 1.
+    right_TC = (np.arange(50) < np.array([50, 50, 10, 49, 9])[:, None]).astype(float)
+    s = judged(right_TC, [0, 1, 1, 2, 2], [1, 0, 1, 0, 1], larger_is_better=True, binary=True)
+    assert s.order_P[0] == 0 and s.estimate_P[0] == 1.0
+    assert (s.low_P <= s.estimate_P).all() and (s.estimate_P <= s.high_P).all() and s.high_P.max() <= 1
+    assert (s.low_PP <= s.difference_PP).all() and (s.difference_PP <= s.high_PP).all()
+    assert s.difference_PP == pytest.approx(s.estimate_P[:, None] - s.estimate_P)
+    wrong_TC = np.zeros((2, 5))
+    wrong_TC[0] = 1
+    s = judged(wrong_TC, [0, 1], [0, 0], larger_is_better=True, binary=True)
+    assert np.abs(s.vs_best_P3).max() <= 1 and np.abs(s.low_PP).max() <= 1
+
+
 def test_only_eligible_points_can_be_the_best() -> None:
     x_TC = np.random.default_rng(8).normal(0, 0.01, (3, 100)) + np.array([1.0, 2.0, 2.1])[:, None]
     s = judged(x_TC, [0, 1, 2], [0, 0, 0], eligible_P=np.array([False, True, True]))
