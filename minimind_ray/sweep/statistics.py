@@ -136,10 +136,7 @@ def judge(
         headline, vs_best_P3 = np.clip(headline, 0, 1), np.clip(vs_best_P3, -1, 1)
     return Statistics(
         estimate_P, found.low_P, found.high_P, found.difference_PP, found.low_PP, found.high_PP, order_P,
-        eligible_P=eligible_P,
-        may_be_best_P=may_be_best_P,
-        vs_best_P3=vs_best_P3,
-        headline=Interval(*headline.tolist()),
+        eligible_P, may_be_best_P, vs_best_P3, Interval(*headline.tolist()),
         odd_P=seeds.odd_P,
         examples_variance_PP=_variances_of_differences(np.cov(examples_BP.T).reshape(points, points)),
         seeds_variance_PP=_variances_of_differences(seeds.covariance()),
