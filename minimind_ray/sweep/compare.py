@@ -48,7 +48,7 @@ def compare(
     sign = 1.0 if mode == "min" else -1.0
     keys = list(dict.fromkeys(key for sweep in sweeps for key in sweep.info.axes))
     points = [point for sweep in sweeps for point in points_of(sweep, metric)]
-    rows = [_row(point, keys, metric) for point in points]
+    rows = [_row(point, keys, metric, sweeps) for point in points]
     others = _by_metric([row for point, row in zip(points, rows) if not point.counted], sign)
     rows = [row for point, row in zip(points, rows) if point.counted]
     points = [point for point in points if point.counted]
@@ -163,9 +163,10 @@ def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequ
     return more
 
 
-def _row(point: Point, keys: Sequence[str], metric: str) -> Row:
-    """Return a point's row without statistics."""
-    sweep, trials = point.sweep, point.trials
+def _row(point: Point, keys: Sequence[str], metric: str, sweeps: Sequence[Sweep]) -> Row:
+    """Return a point's row without statistics. Its label names the sweep if there are several `sweeps`."""
+    sweep, trials, several = point.sweep, point.trials, len(sweeps) > 1
+    name = sweep.name if [other.name for other in sweeps].count(sweep.name) == 1 else str(sweep.path)
     values_by_key = {key: trials[0].point.get(key, _config_value(sweep, key)) for key in keys}
     names = short_names(keys)
     texts = [f"{names[key]} {shorten(value_text(value), 27)}" for key, value in values_by_key.items()]
@@ -174,9 +175,9 @@ def _row(point: Point, keys: Sequence[str], metric: str) -> Row:
         values = [point.early[0]]
     seconds, price = sum(t.seconds for t in trials), sweep.info.price_per_hour
     return Row(
-        sweep=sweep.name,
+        sweep=name,
         point=values_by_key,
-        label=", ".join(texts) or sweep.name,
+        label=f"{', '.join(texts)}{f' ({name})' if several else ''}" if texts else name,
         trials=tuple(trials),
         compared=tuple(point.counted),
         metric=Interval(sum(values) / len(values)) if values else None,

@@ -209,6 +209,18 @@ def test_several_sweeps_in_one_table(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_labels_name_the_sweep_where_there_are_several(tmp_path: Path) -> None:
+    axes = {"dpo.beta": "0.1,0.3"}
+    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "other/b"]
+    (tmp_path / "other").mkdir()
+    sweeps = [read_sweep(make_sweep(path, axes=axes, steps=10, quality=lambda point: 0.5)) for path in paths]
+    assert {row.label for row in compare(sweeps[:2]).rows} == {
+        "beta 0.1 (a)", "beta 0.3 (a)", "beta 0.1 (b)", "beta 0.3 (b)",
+    }  # fmt: skip
+    assert len({row.label for row in compare(sweeps).rows}) == 6
+    assert {row.label for row in compare(sweeps[:1]).rows} == {"beta 0.1", "beta 0.3"}
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
