@@ -51,16 +51,18 @@ def best_set_text(comparison: Comparison) -> str:
 
 
 def headline_text(comparison: Comparison) -> str:
-    """Return the sentence that corrects the best point's value; empty if there is nothing to correct."""
+    """Return the sentence that corrects the best point's value; empty if the correction is too small to be seen."""
     judged, headline = [row for row in comparison.rows if row.vs_best], comparison.headline
-    if headline is None or headline.low is None or headline == judged[0].metric:
+    if headline is None or headline.low is None:
         return ""
     assert judged[0].metric
     digits = comparison.digits
+    measured, corrected = f"{judged[0].metric.value:.{digits}f}", f"{headline.value:.{digits}f}"
+    if measured == corrected:
+        return ""
     return (
-        f"The measured value of the best point, {judged[0].metric.value:.{digits}f}, is optimistic, because the point "
-        f"was picked from {len(judged)}; corrected for this: {headline.value:.{digits}f}, 95 % interval "
-        f"{headline.text(digits)}."
+        f"The measured value of the best point, {measured}, is optimistic, because the point was picked from "
+        f"{len(judged)}; corrected for this: {corrected}, 95 % interval {headline.text(digits)}."
     )
 
 

@@ -93,6 +93,13 @@ def test_what_is_said(comparison: Comparison) -> None:
     assert not any("optimistic" in sentence for sentence in sentences(plain))
 
 
+def test_a_correction_that_cannot_be_seen_is_not_mentioned(comparison: Comparison) -> None:
+    best = comparison.rows[0].metric
+    assert best and comparison.digits <= 6
+    small = replace(comparison, headline=replace(best, value=best.value + 1e-12))
+    assert not any("optimistic" in sentence for sentence in sentences(small))
+
+
 def test_how_many_more() -> None:
     assert more_text(MORE).endswith("7 seeds each, 2:05 more training for 0.35 or 2,400 validation examples.")
     only = replace(MORE, seeds=None, why="the examples' part alone is too large", seconds=None, cost=None)
