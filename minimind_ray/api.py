@@ -218,7 +218,7 @@ def tune(
     A list of values such as `beta=[0.05, 0.1]`, or a text such as "log(1e-6,1e-4)", makes a setting an axis. `axes` has
     axes by config key, such as `{"optim.weight_decay": [0, 0.1]}`. The command's options for the search, such as
     `seeds`, `scheduler` and `trials`, are settings, too. `resume` continues the sweep in `out`. With more `seeds` than
-    before, it adds seeds to all points, or to the points that the list `points` names, such as `["best,second"]`.
+    before, it adds seeds to all points, or to the points that `points` names, such as "best,second".
 
     Raises:
         UserError: the command would fail with the same message.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -22,6 +23,7 @@ from minimind_ray.stages.run import Job, changed_inputs
 from minimind_ray.sweep.axes import Axis, Grid, PlannedTrial, parse_axis, short_names, trial_id
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import MOST_PAIRS
+from minimind_ray.sweep.more import MOST_SEEDS
 from minimind_ray.sweep.plan import DONE, SweepPlan, create_trial
 from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.text import duration_text, value_text
@@ -118,15 +120,18 @@ def _with_seed(trial: PlannedTrial, seed: int) -> PlannedTrial:
     return PlannedTrial(trial_id(trial.point, seed), trial.point, seed, config)
 
 
-def with_seeds(plan: SweepPlan, seeds: int, points: Sequence[str] = ()) -> SweepPlan:
+def with_seeds(plan: SweepPlan, seeds: int, points: str | Sequence[str] = ()) -> SweepPlan:
     """Return the plan with `seeds` seeds for every point, or only for the chosen `points` (see `chosen_points`).
 
     With optuna, these are the points tried so far, and without `points` also those to come. A budget of tokens grows
     with the number of trials, so that each trial keeps its length.
 
     Raises:
-        UserError: a point has more seeds already, or the sweep's scheduler is pbt; also as `chosen_points`.
+        UserError: a point has more seeds already, there would be too many, or the sweep's scheduler is pbt; also as
+            `chosen_points`.
     """
+    if seeds > max(MOST_SEEDS, plan.most_seeds):
+        raise UserError(f"--seeds {seeds}: give at most {MOST_SEEDS} seeds a point")
     if plan.search.scheduler == "pbt":
         raise UserError(
             "--seeds cannot add seeds to a sweep with pbt, in which trials take over weights from each other: start "
@@ -148,17 +153,22 @@ def with_seeds(plan: SweepPlan, seeds: int, points: Sequence[str] = ()) -> Sweep
 RANKS = ("best", "second", "third")
 
 
-def chosen_points(plan: SweepPlan, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the sweep's points that at least one of `texts` names.
+def chosen_points(plan: SweepPlan, texts: str | Sequence[str]) -> list[dict[str, Any]]:
+    """Return the sweep's points that the text or at least one of `texts` names.
 
     A text holds ranks in the comparison so far, such as "best,second", or values on the axes as tables and trials'
-    names show them, such as "beta=0.1,lr=1e-5", or both. A point has to have all these values.
+    names show them, such as "beta=0.1,lr=1e-5", or both. A point has to have all these values. Numbers may be written
+    in any way, and spaces do not matter.
 
     Raises:
         UserError: a text names no point.
     """
     points = list({repr(trial.point): trial.point for trial in plan.trials}.values())
-    parts = [re.split(r",(?=[\w.]+=|(?:best|second|third)(?:,|$))", text) for text in texts]
+    texts = texts if isinstance(texts, Sequence) and not isinstance(texts, str) else [texts]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"points {texts}: give texts, such as best,second or beta=0.1")
+    next_part = r",(?=\s*(?:[\w.]+\s*=|(?:best|second|third)\s*(?:,|$)))"
+    parts = [[part.strip() for part in re.split(next_part, text)] for text in texts]
     found = _ranked(plan, {RANKS.index(part) for of_text in parts for part in of_text if part in RANKS})
     for of_text in parts:
         if values := [part for part in of_text if part not in RANKS]:
@@ -176,16 +186,25 @@ def _ranked(plan: SweepPlan, ranks: Collection[int]) -> list[dict[str, Any]]:
 
 def _with_values(plan: SweepPlan, points: Sequence[dict[str, Any]], values: Sequence[str]) -> list[dict[str, Any]]:
     keys = {name: key for key, short in short_names([axis.key for axis in plan.axes]).items() for name in (key, short)}
-    for name, separator, value in (text.partition("=") for text in values):
+    for name, separator, value in (map(str.strip, text.partition("=")) for text in values):
         if not separator or name not in keys:
             raise UserError(
                 f"--points {','.join(values)}: expected {', '.join(RANKS)}, or a value on an axis, such as beta=0.1; "
                 f"the sweep's axes are {', '.join(short_names([axis.key for axis in plan.axes]).values())}"
             )
-        points = [point for point in points if value in (value_text(point[keys[name]]), str(point[keys[name]]))]
+        points = [point for point in points if _is_value(value, point[keys[name]])]
     if not points:
         raise UserError(f"--points {','.join(values)}: the sweep has no such point; minimind-ray compare lists them")
     return list(points)
+
+
+def _is_value(text: str, value: Any) -> bool:
+    """Whether a text means an axis's value."""
+    if text in (value_text(value), str(value)):
+        return True
+    with suppress(ValueError):
+        return not isinstance(value, bool) and isinstance(value, int | float) and float(text) == value
+    return False
 
 
 def seeds_commands(comparison: Comparison, path: str) -> list[str]:

@@ -523,6 +523,10 @@ def test_seeds_are_added_to_chosen_points_and_after_an_interruption(tmp_path: Pa
     again = reopen_sweep(plan.path)
     assert again == larger
     assert continue_sweep(again, prepared(again), {}) == 2
+    for texts in ("lr=1e-4, weight_decay = .1", ["lr=0.00010,weight_decay=1e-1"], ["optim.lr=1E-4,weight_decay=0.10"]):
+        assert chosen_points(again, texts) == [{"optim.lr": 1e-4, "optim.weight_decay": 0.1}]
+    with pytest.raises(UserError, match="--seeds 100001: give at most 100 seeds a point"):
+        with_seeds(again, 100001)
     # Later, all points get as many.
     every = with_seeds(again, 3)
     assert every.count == 12 and not every.more_seeds
@@ -566,6 +570,10 @@ def test_points_are_chosen_by_their_rank(tmp_path: Path) -> None:
     axes = (parse_axis("dpo.beta", "0.02,0.05,0.1,0.3"),)
     plan = SweepPlan(sweep, base, axes, SearchConfig(seeds=2), tuple(plan_trials(base, axes, seeds=2)))
     chosen = chosen_points(plan, ["best,second"])
+    assert chosen == chosen_points(plan, "best, second") == chosen_points(plan, [" second ,best"])
+    for wrong in (1, [1]):
+        with pytest.raises(UserError, match=r"points \[1\]: give texts"):
+            chosen_points(plan, wrong)  # type: ignore[arg-type]
     assert sorted(p["dpo.beta"] for p in chosen) == sorted(row.point["dpo.beta"] for row in rows[:2])
     last = rows[3].point["dpo.beta"]
     both = chosen_points(plan, [f"best,beta={last}"])
