@@ -164,16 +164,21 @@ def chosen_points(plan: SweepPlan, texts: str | Sequence[str]) -> list[dict[str,
         UserError: a text names no point.
     """
     points = list({repr(trial.point): trial.point for trial in plan.trials}.values())
-    texts = texts if isinstance(texts, Sequence) and not isinstance(texts, str) else [texts]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"points {texts}: give texts, such as best,second or beta=0.1")
     next_part = r",(?=\s*(?:[\w.]+\s*=|(?:best|second|third)\s*(?:,|$)))"
-    parts = [[part.strip() for part in re.split(next_part, text)] for text in texts]
+    parts = [[part.strip() for part in re.split(next_part, text)] for text in _as_texts(texts)]
     found = _ranked(plan, {RANKS.index(part) for of_text in parts for part in of_text if part in RANKS})
     for of_text in parts:
         if values := [part for part in of_text if part not in RANKS]:
             found += _with_values(plan, points, values)
     return [point for point in points if point in found]
+
+
+def _as_texts(given: Any) -> list[str]:
+    """Return one or several texts as a list. In Python, any value may have been given. Raises UserError."""
+    texts = list(given) if isinstance(given, list | tuple) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"points {texts}: give texts, such as best,second or beta=0.1")
+    return texts
 
 
 def _ranked(plan: SweepPlan, ranks: Collection[int]) -> list[dict[str, Any]]:

@@ -51,7 +51,8 @@ def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
     finished = [trials[t].state == "finished" for t in known]
     curves = [curve_of(trials[t].metrics, metric) for t in known]
     shift_T, extra_T = predicted_ends(curves, finished)
-    for t, done, shift, extra in zip(known, finished, shift_T.tolist(), extra_T.tolist()):
+    whole = [curve for curve, done in zip(curves, finished) if done and curve]
+    for t, curve, done, shift, extra in zip(known, curves, finished, shift_T.tolist(), extra_T.tolist()):
         if done:
             found[t] = Count("finished")
         elif trials[t].lineage:
@@ -59,8 +60,17 @@ def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
         elif math.isfinite(shift):
             found[t] = Count("predicted", "", shift, extra)
         else:
-            found[t] = Count(None, f"{trials[t].state}; too few trials finished to predict its end")
+            found[t] = Count(None, f"{trials[t].state}; {_why_unpredicted(curve, whole, metric)}")
     return found
+
+
+def _why_unpredicted(curve: Curve, whole: Sequence[Curve], metric: str) -> str:
+    """Return why the end of a stopped trial cannot be predicted from the curves of the finished trials."""
+    if not curve:
+        return f"its end cannot be predicted, because {metric} was not measured during training"
+    if len(whole) < LEAST:
+        return "too few trials finished to predict its end"
+    return "its end cannot be predicted, because it has no validation at a step at which all finished trials have one"
 
 
 def has_end(trial: Trial, metric: str) -> bool:

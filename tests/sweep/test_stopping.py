@@ -108,5 +108,18 @@ def test_every_trial_counts_or_has_a_reason(tmp_path: Path) -> None:
     # The curves have no such metric, so that nothing is known about the end.
     counts = {trial.state: count for trial, count in zip(sweep.trials, count_trials(sweep.trials, "val/own"))}
     assert counts["early-stopped"].how is None
-    assert counts["early-stopped"].reason == "early-stopped; too few trials finished to predict its end"
+    assert counts["early-stopped"].reason == (
+        "early-stopped; its end cannot be predicted, because val/own was not measured during training"
+    )
     assert counts["finished"].how == "finished"
+
+
+def test_the_reason_is_the_steps_if_enough_trials_finished(tmp_path: Path) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "sweep", axes={"dpo.beta": "0.02,0.05,0.1"}, stopped=0))
+    stopped = [trial for trial in sweep.trials if trial.state == "early-stopped"]
+    for line in stopped[0].metrics:
+        line["step"] += 100
+    [reason] = [count.reason for count in count_trials(sweep.trials, "val/loss") if not count.how]
+    assert "no validation at a step at which all finished trials have one" in reason
+    alone = [*stopped, *[trial for trial in sweep.trials if trial.state == "finished"][:1]]
+    assert count_trials(alone, "val/loss")[0].reason == "early-stopped; too few trials finished to predict its end"
