@@ -35,7 +35,7 @@ def method_of(results: Results, found: Statistics, rows: Sequence[Row], margin: 
             " A point differs from the best if the interval of their paired difference does not contain zero. These "
             "intervals hold for all pairs of points at once, because the best was chosen from the same data."
         )
-    if margin > 0:
+    if margin > 0 and not _one_seed(rows):
         text += (
             f" A point equals the best within {margin:g} if this interval lies inside -{margin:g} to {margin:g} (two "
             "one-sided tests at 2.5 % each)."
@@ -50,7 +50,7 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
     """
     notes = _clusters(results) if results else []
     compared = [row for row in rows if row.compared]
-    if compared and found:
+    if results and found and results.clusters >= LEAST_CLUSTERS:
         notes += _seeds(rows, found)
     seeds = {frozenset(trial.seed for trial in row.compared) for row in compared}
     if any(a.isdisjoint(b) for a in seeds for b in seeds):

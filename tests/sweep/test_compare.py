@@ -287,7 +287,8 @@ def test_a_few_examples_tell_nothing_apart(tmp_path: Path) -> None:
     comparison = compare([read_sweep(sweep)])
     assert [row.verdict for row in comparison.rows] == ["best", *["not distinguishable"] * 2]
     assert all(row.metric and row.metric.low is None for row in comparison.rows)
-    assert comparison.winner and "3 validation example(s) are too few" in comparison.notes[0]
+    assert comparison.winner and len(comparison.notes) == 1
+    assert "3 validation example(s) are too few" in comparison.notes[0]
     page = render(read_sweep(sweep), comparison)
     assert "Differences to the best" not in page and "All pairs" not in page
     one = make_sweep(tmp_path / "one", axes={"dpo.beta": "0.02,0.1"}, examples=1, steps=10, seeds=1)
@@ -330,7 +331,7 @@ def test_one_seed_compares_trained_models_only(tmp_path: Path) -> None:
     path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=1, quality=lambda p: 1 - p["dpo.beta"] * 2)
     comparison = compare([read_sweep(path)], margin=100.0)
     assert [row.verdict for row in comparison.rows] == ["best", ONE_SEED]
-    assert "each point has one seed" in comparison.method
+    assert "each point has one seed" in comparison.method and "within 100" not in comparison.method
     assert any("not their settings" in note for note in comparison.notes)
 
 
