@@ -16,6 +16,8 @@ import numpy as np
 FEW_DISCORDANT = 25
 """With fewer clusters in which two points differ, the exact test decides beside the bootstrap (Agresti, Categorical
 Data Analysis, ch. 11)."""
+LEAST_SPREAD = 5
+"""The bootstrap fails, too, if the difference is the same in all clusters but fewer than this many."""
 
 
 def wilson(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
@@ -88,7 +90,7 @@ def widen_pairs(
         for j in range(i):
             difference_C = right_PC[i] - right_PC[j]
             above, below = int((difference_C > 1e-12).sum()), int((difference_C < -1e-12).sum())
-            if above + below >= FEW_DISCORDANT:
+            if above + below >= FEW_DISCORDANT and _spread(difference_C, max(above, below)):
                 continue
             first, second, count = float(share_P[i]), float(share_P[j]), float(min(count_P[i], count_P[j]))
             correlation = _correlation(first, second, (above + below + 1) / count)
@@ -97,6 +99,13 @@ def widen_pairs(
                 low, high = min(low, 0.0), max(high, 0.0)
             low_PP[i, j], high_PP[i, j] = min(low_PP[i, j], low), max(high_PP[i, j], high)
             low_PP[j, i], high_PP[j, i] = -high_PP[i, j], -low_PP[i, j]
+
+
+def _spread(difference_C: np.ndarray, most: int) -> bool:
+    """Return whether enough clusters differ from the usual difference. `most` have a difference of the same sign."""
+    if len(difference_C) - most >= LEAST_SPREAD:
+        return True
+    return int((np.abs(difference_C - np.median(difference_C)) > 1e-12).sum()) >= LEAST_SPREAD
 
 
 def _correlation(first: float, second: float, discordant: float) -> float:

@@ -114,20 +114,24 @@ def _with_statistics(rows: Sequence[Row], results: Results, found: Statistics, m
             first, other = {"verdict": "best"}, {"verdict": "not distinguishable", "difference": Interval(difference)}
             filled.append(replace(row, metric=Interval(value), may_be_best=eligible, **(first if p == best else other)))
             continue
-        bounds = () if found.vague_P[p] else (float(found.low_P[p]), float(found.high_P[p]))
+        vague = bool(found.vague_PP[p, best if p != best else found.order_P[:2][-1]])
         row = replace(
             row,
-            metric=Interval(value, *bounds),
+            metric=_shown(value, float(found.low_P[p]), float(found.high_P[p]), vague=bool(found.vague_P[p])),
             verdict="best",
             may_be_best=bool(found.may_be_best_P[p]),
-            vs_best=Interval(*found.vs_best_P3[p].tolist()) if eligible and several else None,
+            vs_best=_shown(*found.vs_best_P3[p].tolist(), vague=vague) if eligible and several else None,
         )
         if p != best:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
             verdict = verdict_of(*sorted((sign * low, sign * high)), margin=margin, one_seed=one_seed)
-            row = replace(row, difference=Interval(difference, low, high), verdict=verdict)
+            row = replace(row, difference=_shown(difference, low, high, vague=vague), verdict=verdict)
         filled.append(row)
     return filled
+
+
+def _shown(value: float, low: float, high: float, *, vague: bool) -> Interval:
+    return Interval(value) if vague else Interval(value, low, high)
 
 
 def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequence[float | None]) -> list[More]:

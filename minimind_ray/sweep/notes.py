@@ -103,7 +103,7 @@ def _seeds(rows: Sequence[Row], found: Statistics) -> list[str]:
         )
     elif all(len(row.compared) <= 2 for row in compared):
         notes.append("Two seeds say little about a seed's effect on all points: a third narrows the intervals.")
-    if found.vague_P.any():
+    if found.vague_P.any() or found.vague_PP.any():
         part = narrowing(2, 1)
         notes.append(
             "Intervals that would be more than 10 times wider than the points' values lie apart are left out: two "

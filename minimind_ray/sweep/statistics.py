@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minimind_ray.sweep.binary import effective_count, widen_pairs, wilson
+from minimind_ray.sweep.more import NORMAL
 from minimind_ray.sweep.seeds import Seeds, fit_seeds
 
 DRAWS = 4000
@@ -37,7 +38,7 @@ not take longer."""
 VAGUE = 10.0
 """See `_vague`."""
 NOISE = 1e-9
-"""A difference that is smaller than this part of the values is due to rounding, and counts as 0."""
+"""A difference that is smaller than this part of the examples' values is due to rounding, and counts as 0."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Statistics:
     `headline` is the value of the best point, corrected for having been picked. `examples_variance_PP` and
     `seeds_variance_PP` are the two parts of the differences' variances. `seeds_free_P` are the degrees of freedom of
     the points' variances over seeds, and `common_free` those of the seeds' effects on all points; 0 means unknown.
-    `vague_P` marks points whose interval says nothing: its seeds' part has 1 degree of freedom and is very wide.
+    `vague_P` and `vague_PP` mark points and differences whose interval says nothing: its seeds' part has 1 degree of
+    freedom and is very wide.
     """
 
     estimate_P: np.ndarray
@@ -84,6 +86,7 @@ class Statistics:
     seeds_free_P: np.ndarray
     common_free: int
     vague_P: np.ndarray
+    vague_PP: np.ndarray
 
 
 def judge(
@@ -123,7 +126,8 @@ def judge(
     examples_BP = _resampled(numerator_TC, denominator_TC, draws, rng) @ seeds.weight_PT.T
     draws_BP = examples_BP + seeds.draw(draws, rng)
 
-    found = _intervals(estimate_P, draws_BP)
+    size_P = _sizes(numerator_TC, denominator_TC, value_T, point_T)
+    found = _intervals(estimate_P, draws_BP, size_P)
     if binary:
         found = _of_shares(estimate_P, found, examples_BP.var(0), numerator_TC, denominator_TC, seeds)
     eligible_P = np.ones(points, bool) if eligible_P is None else eligible_P
@@ -134,15 +138,15 @@ def judge(
         best = order_P[0]
         headline = [headline[0], min(headline[1], found.low_P[best]), max(headline[2], found.high_P[best])]
         headline, vs_best_P3 = np.clip(headline, 0, 1), np.clip(vs_best_P3, -1, 1)
+    examples_PP = np.cov(examples_BP.T).reshape(points, points)
     return Statistics(
         estimate_P, found.low_P, found.high_P, found.difference_PP, found.low_PP, found.high_PP, order_P,
         eligible_P, may_be_best_P, vs_best_P3, Interval(*headline.tolist()),
         odd_P=seeds.odd_P,
-        examples_variance_PP=_variances_of_differences(np.cov(examples_BP.T).reshape(points, points)),
+        examples_variance_PP=_variances_of_differences(examples_PP),
         seeds_variance_PP=_variances_of_differences(seeds.covariance()),
-        seeds_free_P=seeds.own_free_P,
-        common_free=seeds.common_free,
-        vague_P=_vague(found.high_P - found.low_P, examples_BP, estimate_P if points > 1 else value_T, seeds),
+        seeds_free_P=seeds.own_free_P, common_free=seeds.common_free,
+        **_vague(found, examples_PP, seeds, size_P, estimate_P if points > 1 else value_T),
     )  # fmt: skip
 
 
@@ -163,12 +167,21 @@ class _Intervals:
     least_PP: np.ndarray
 
 
-def _intervals(estimate_P: np.ndarray, draws_BP: np.ndarray) -> _Intervals:
-    """Return the intervals that follow from the draws of the estimates' errors."""
+def _sizes(
+    numerator_TC: np.ndarray, denominator_TC: np.ndarray, value_T: np.ndarray, point_T: np.ndarray
+) -> np.ndarray:
+    """Return the size of the numbers that each point's estimate is made of; rounding errors are in proportion to it."""
+    size_P = np.zeros(int(point_T.max()) + 1)
+    np.maximum.at(size_P, point_T, np.abs(numerator_TC).sum(1) / denominator_TC.sum(1) + np.abs(value_T))
+    return size_P
+
+
+def _intervals(estimate_P: np.ndarray, draws_BP: np.ndarray, size_P: np.ndarray) -> _Intervals:
+    """Return the intervals that follow from the draws of the estimates' errors. `size_P` are the `_sizes`."""
     difference_PP = estimate_P[:, None] - estimate_P
-    reach_PP, single_PP = _simultaneous_reach(draws_BP)
-    for noisy_PP in (difference_PP, reach_PP):
-        noisy_PP[np.abs(noisy_PP) <= NOISE * np.abs(estimate_P).max()] = 0.0
+    noise_PP = NOISE * np.maximum(size_P[:, None], size_P)
+    reach_PP, single_PP = _simultaneous_reach(draws_BP, noise_PP)
+    difference_PP[np.abs(difference_PP) <= noise_PP] = 0.0
     low_P, high_P = estimate_P + np.quantile(draws_BP, (0.025, 0.975), axis=0)
     least_PP = np.zeros_like(reach_PP)
     return _Intervals(
@@ -227,17 +240,18 @@ def _resampled(
     return (np.concatenate(blocks) - value_T) * wider_B[:, None]
 
 
-def _simultaneous_reach(draws_BP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _simultaneous_reach(draws_BP: np.ndarray, noise_PP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return half-widths of intervals around all pairwise differences: [P, P]. In 95 % of draws, all hold at once.
 
-    The second matrix holds the half-widths of single 95 % intervals.
+    The second matrix holds the half-widths of single 95 % intervals. Half-widths up to `noise_PP` count as 0.
     """
     points = draws_BP.shape[1]
     single_PP = np.zeros((points, points))
     largest_B = np.zeros(len(draws_BP))
     for i in range(points):
         deviation_BP = np.abs(draws_BP - draws_BP[:, i : i + 1])
-        single_PP[i] = np.quantile(deviation_BP, 0.95, axis=0)
+        single_P = np.quantile(deviation_BP, 0.95, axis=0)
+        single_PP[i] = np.where(single_P > noise_PP[i], single_P, 0.0)
         largest_B = np.maximum(largest_B, _ratio(deviation_BP, single_PP[i]).max(1))
     return single_PP * np.quantile(largest_B, 0.95), single_PP
 
@@ -323,11 +337,26 @@ def _picked_errors(estimate_P: np.ndarray, draws_BP: np.ndarray) -> np.ndarray:
     return np.quantile(draws_BP[np.arange(len(draws_BP)), picked_B], (0.025, 0.5, 0.975))
 
 
-def _vague(width_P: np.ndarray, examples_BP: np.ndarray, values: np.ndarray, seeds: Seeds) -> np.ndarray:
-    """Return which intervals rest on one degree of freedom and are VAGUE times wider than the values lie apart."""
-    one_free_P = (seeds.own_free_P.round() == 1) | (seeds.common > 0 and seeds.common_free == 1)
-    low_P, high_P = np.quantile(examples_BP, (0.025, 0.975), axis=0)
-    return one_free_P & (width_P > VAGUE * np.ptp(values)) & (width_P > 2 * (high_P - low_P))
+def _vague(
+    found: _Intervals, examples_PP: np.ndarray, seeds: Seeds, size_P: np.ndarray, values: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return which intervals rest on one degree of freedom and are VAGUE times wider than the values lie apart.
+
+    `examples_PP` is the covariance of the estimates that is due to the examples; `size_P` are the `_sizes`.
+    """
+    uncertain_P = np.diag(seeds.covariance()) > (NOISE * size_P) ** 2
+    own_P = uncertain_P & (seeds.own_free_P.round() == 1)
+    common_P = uncertain_P & (seeds.common > 0 and seeds.common_free == 1)
+
+    def wide(width: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        return (width > VAGUE * np.ptp(values)) & (width > 4 * NORMAL * np.sqrt(variance))
+
+    return {
+        "vague_P": (own_P | common_P) & wide(found.high_P - found.low_P, np.diag(examples_PP)),
+        # In most differences, the seeds' effect on all points cancels.
+        "vague_PP": (own_P[:, None] | own_P)
+        & wide(found.high_PP - found.low_PP, _variances_of_differences(examples_PP)),
+    }
 
 
 def _variances_of_differences(covariance_PP: np.ndarray) -> np.ndarray:

@@ -390,4 +390,7 @@ def test_an_interval_that_says_nothing_is_left_out(tmp_path: Path) -> None:
     comparison = compare([read_sweep(path)])
     assert all(row.metric and row.metric.low is None for row in comparison.rows)
     assert comparison.rows[1].difference and comparison.rows[1].difference.low is not None
+    put_column(path, "loss", lambda loss_E: loss_E + 2.0, "beta=0.3,seed=0")
+    difference = compare([read_sweep(path)]).rows[1].difference
+    assert difference and difference.low is None and difference.high is None
     assert any("A third seed would narrow them to about 28%" in note for note in comparison.notes)

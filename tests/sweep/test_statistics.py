@@ -296,6 +296,37 @@ def test_only_eligible_points_can_be_the_best() -> None:
     assert np.isnan(s.vs_best_P3[0]).all() and s.vs_best_P3[1, 0] == pytest.approx(-0.1, abs=0.01)
 
 
+def test_shares_that_nothing_varies_in() -> None:
+    ones_TC = np.ones((4, 50))
+    # Two seeds with the same share: nothing is vague about their interval.
+    s = judged(ones_TC[:2], [0, 0], [0, 1], larger_is_better=True, binary=True)
+    assert not s.vague_P.any() and s.low_P[0] == pytest.approx(0.9287, abs=1e-4)
+    # 50 right answers against none.
+    ones_TC[2:] = 0
+    s = judged(ones_TC, [0, 0, 1, 1], [0, 1, 0, 1], larger_is_better=True, binary=True)
+    assert not s.vague_P.any() and not s.vague_PP.any()
+    assert s.low_PP[0, 1] == pytest.approx(0.8977, abs=1e-3) and s.high_PP[0, 1] == 1.0
+    assert not s.may_be_best_P[1]
+
+
+def test_rounding_is_small_beside_the_two_points_that_are_compared() -> None:
+    x_TC = np.random.default_rng(6).normal(2, 1e-3, (3, 50)) + np.array([0.0, 0.01, 1e9])[:, None]
+    s = judged(x_TC, [0, 1, 2], [0, 0, 0])
+    assert s.low_PP[1, 0] > 0
+    # Means of almost 0 differ by rounding alone.
+    margin_C = np.random.default_rng(6).normal(0, 1, 50)
+    x_TC = np.stack([margin_C - margin_C.mean(), (margin_C - margin_C.mean()) * (1 + 1e-12)])
+    s = judged(x_TC, [0, 1], [0, 0])
+    assert not s.difference_PP.any() and not s.low_PP.any() and not s.high_PP.any()
+
+
+def test_differences_with_one_degree_of_freedom_may_be_vague() -> None:
+    rng = np.random.default_rng(11)
+    x_TC = rng.normal(2, 0.01, (4, 100)) + np.array([1.0, -1.0, -1.0, 1.0])[:, None]
+    s = judged(x_TC, [0, 0, 1, 1], [0, 1, 0, 1])
+    assert s.vague_PP[0, 1] and s.vague_PP[1, 0] and not s.vague_PP[0, 0]
+
+
 def test_how_many_more() -> None:
     # Only examples: the interval has to become half as wide.
     found = needed(0.1, 0.2, examples_variance=1.0, seeds_variance=0.0, seeds=(3, 3), free=5)
