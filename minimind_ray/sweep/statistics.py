@@ -146,7 +146,7 @@ def judge(
         examples_variance_PP=_variances_of_differences(examples_PP),
         seeds_variance_PP=_variances_of_differences(seeds.covariance()),
         seeds_free_P=seeds.own_free_P, common_free=seeds.common_free,
-        **_vague(found, examples_PP, seeds, size_P, estimate_P if points > 1 else value_T),
+        **_vague(found, examples_PP, seeds, size_P, estimate_P, value_T),
     )  # fmt: skip
 
 
@@ -338,24 +338,31 @@ def _picked_errors(estimate_P: np.ndarray, draws_BP: np.ndarray) -> np.ndarray:
 
 
 def _vague(
-    found: _Intervals, examples_PP: np.ndarray, seeds: Seeds, size_P: np.ndarray, values: np.ndarray
+    found: _Intervals,
+    examples_PP: np.ndarray,
+    seeds: Seeds,
+    size_P: np.ndarray,
+    estimate_P: np.ndarray,
+    value_T: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Return which intervals rest on one degree of freedom and are VAGUE times wider than the values lie apart.
 
     `examples_PP` is the covariance of the estimates that is due to the examples; `size_P` are the `_sizes`.
     """
+    apart = float(np.ptp(estimate_P if len(estimate_P) > 1 else value_T))
     uncertain_P = np.diag(seeds.covariance()) > (NOISE * size_P) ** 2
     own_P = uncertain_P & (seeds.own_free_P.round() == 1)
     common_P = uncertain_P & (seeds.common > 0 and seeds.common_free == 1)
 
-    def wide(width: np.ndarray, variance: np.ndarray) -> np.ndarray:
-        return (width > VAGUE * np.ptp(values)) & (width > 4 * NORMAL * np.sqrt(variance))
+    def wide(width: np.ndarray, apart: float, variance: np.ndarray) -> np.ndarray:
+        return (width > VAGUE * apart) & (width > 4 * NORMAL * np.sqrt(variance))
 
     return {
-        "vague_P": (own_P | common_P) & wide(found.high_P - found.low_P, np.diag(examples_PP)),
-        # In most differences, the seeds' effect on all points cancels.
+        "vague_P": (own_P | common_P) & wide(found.high_P - found.low_P, apart, np.diag(examples_PP)),
+        # In most differences, the seeds' effect on all points cancels. Two equal points do not make a difference vague,
+        # so its measure is how far the single trials lie apart.
         "vague_PP": (own_P[:, None] | own_P)
-        & wide(found.high_PP - found.low_PP, _variances_of_differences(examples_PP)),
+        & wide(found.high_PP - found.low_PP, float(np.ptp(value_T)), _variances_of_differences(examples_PP)),
     }
 
 
