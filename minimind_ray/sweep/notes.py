@@ -69,9 +69,9 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
         )
     if early := [row for row in rows if row.early_step is not None]:
         notes.append(
-            "The ends of some stopped trials cannot be predicted, and the other seeds alone would make their points look "
-            f"too good. So these points get no verdict: {_listed([row.label for row in early])}. Their values are those "
-            f"at the last step at which all trials were validated, step {early[0].early_step}."
+            "The ends of some stopped trials cannot be predicted, and the other seeds alone would make their points "
+            f"look too good. So these points get no verdict: {_listed([row.label for row in early])}. Their values are "
+            f"those at the last step at which all trials were validated, step {early[0].early_step}."
         )
     dropped = [trial for row in rows for trial in row.left_out if trial[1] not in ("running", "waiting")]
     if left_out := [f"{id} ({reason})" for id, reason in dropped]:
