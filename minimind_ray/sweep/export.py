@@ -39,14 +39,18 @@ def best_set_text(comparison: Comparison) -> str:
         return ""
     labels = [row.label for row in judged if row.may_be_best]
     of = " of these trained models (one seed)" if one_seed(comparison) else ""
+    # Points outside the set whose verdict, by the wider intervals of all pairs, leaves them open.
+    open_too = any(row.verdict == "not distinguishable" and not row.may_be_best for row in judged)
+    why = " This compares each point only with the best; the verdicts use wider intervals, which hold for all pairs."
+    why = why if open_too else ""
     if len(labels) == 1:
-        return f"With 95 % confidence, the best{of} is {labels[0]}."
+        return f"With 95 % confidence, the best{of} is {labels[0]}.{why}"
     if len(labels) == len(judged):
         return f"With 95 % confidence, the best{of} is among all {len(judged)}: none can be ruled out."
     more = f"; and {len(labels) - MOST_LABELS} more" if len(labels) > MOST_LABELS else ""
     return (
         f"With 95 % confidence, the best{of} is among {len(labels)} of {len(judged)}: "
-        f"{'; '.join(labels[:MOST_LABELS])}{more}."
+        f"{'; '.join(labels[:MOST_LABELS])}{more}.{why}"
     )
 
 

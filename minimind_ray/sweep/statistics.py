@@ -133,7 +133,8 @@ def judge(
     eligible_P = np.ones(points, bool) if eligible_P is None else eligible_P
     may_be_best_P, vs_best_P3 = _best_of_eligible(found, draws_BP, eligible_P, sign)
     order_P = np.lexsort((sign * unclipped_P, ~eligible_P))
-    headline = _headline(estimate_P, draws_BP, eligible_P, sign)
+    headline = _headline(sign * estimate_P[eligible_P], sign * draws_BP[:, eligible_P], ~seeds.odd_P[eligible_P])
+    headline = headline if sign > 0 else _mirrored(headline)
     if binary:
         best = order_P[0]
         headline = [headline[0], min(headline[1], found.low_P[best]), max(headline[2], found.high_P[best])]
@@ -245,14 +246,15 @@ def _simultaneous_reach(draws_BP: np.ndarray, noise_PP: np.ndarray) -> tuple[np.
 
     The second matrix holds the half-widths of single 95 % intervals. Half-widths up to `noise_PP` count as 0.
     """
-    points = draws_BP.shape[1]
-    single_PP = np.zeros((points, points))
+    draws_PB = np.ascontiguousarray(draws_BP.T)
+    single_PP = np.zeros_like(noise_PP)
     largest_B = np.zeros(len(draws_BP))
-    for i in range(points):
-        deviation_BP = np.abs(draws_BP - draws_BP[:, i : i + 1])
-        single_P = np.quantile(deviation_BP, 0.95, axis=0)
-        single_PP[i] = np.where(single_P > noise_PP[i], single_P, 0.0)
-        largest_B = np.maximum(largest_B, _ratio(deviation_BP, single_PP[i]).max(1))
+    for i in range(len(draws_PB) - 1):
+        deviation_PB = np.abs(draws_PB[i + 1 :] - draws_PB[i])
+        single_P = np.quantile(deviation_PB, 0.95, axis=1)
+        single_P = np.where(single_P > noise_PP[i, i + 1 :], single_P, 0.0)
+        single_PP[i, i + 1 :] = single_PP[i + 1 :, i] = single_P
+        largest_B = np.maximum(largest_B, (deviation_PB / np.where(single_P > 0, single_P, np.inf)[:, None]).max(0))
     return single_PP * np.quantile(largest_B, 0.95), single_PP
 
 
@@ -305,30 +307,31 @@ def _against_the_best(
     return may_be_best_P, np.stack([(difference_PP + itself).max(1), low_P, high_P], 1)
 
 
-def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, eligible_P: np.ndarray, sign: float) -> np.ndarray:
-    """Return the best point's value, low and high, corrected for having been picked.
-
-    Smaller values are better if `sign` is 1, larger ones if it is -1.
+def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, usual_P: np.ndarray) -> np.ndarray:
+    """Return the best point's value, low and high, corrected for having been picked; smaller values are better.
 
     The best of several estimates is too good on average (the winner's curse). A parametric bootstrap repeats the
     picking: in each draw, errors are added to the estimates, the best point is picked, and its error is noted. The
     estimates themselves differ more than the true values, so they are first drawn together by as much as their errors
     explain (James & Stein 1961; the positive part). The median error of the picked points is the correction. How far
     the true values lie apart stays uncertain, so the interval also holds what follows without drawing together.
+
+    Points that are not `usual_P`, because their seeds differ much more than those of others, are left out, except the
+    best point itself: their large errors would hide everything else.
     """
-    estimate_P, draws_BP = sign * estimate_P[eligible_P], sign * draws_BP[:, eligible_P]
+    usual_P = usual_P | (np.arange(len(usual_P)) == estimate_P.argmin())
+    estimate_P, draws_BP = estimate_P[usual_P], draws_BP[:, usual_P]
     best, points = float(estimate_P.min()), len(estimate_P)
     middle, factor = estimate_P.mean(), 1.0
     if points > 1:
         # The middle 68 % of the draws: variances from two seeds give heavy tails, which have no variance themselves.
         centred_BP = draws_BP - draws_BP.mean(1, keepdims=True)
-        noise = (((np.quantile(centred_BP, 0.84, axis=0) - np.quantile(centred_BP, 0.16, axis=0)) / 2) ** 2).sum()
+        spread_P = (np.quantile(centred_BP, 0.84, axis=0) - np.quantile(centred_BP, 0.16, axis=0)) / 2
         squares = ((estimate_P - middle) ** 2).sum()
-        factor = max(0.0, 1 - noise / squares if squares > 0 else 0.0)
+        factor = max(0.0, 1 - points * np.median(spread_P**2) / squares if squares > 0 else 0.0)
     low, median, high = _picked_errors(middle + factor * (estimate_P - middle), draws_BP)
     most = _picked_errors(estimate_P, draws_BP)[2]
-    found = best - np.array([median, max(high, most), low])
-    return found if sign > 0 else _mirrored(found)
+    return best - np.array([median, max(high, most), low])
 
 
 def _picked_errors(estimate_P: np.ndarray, draws_BP: np.ndarray) -> np.ndarray:

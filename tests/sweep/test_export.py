@@ -14,7 +14,7 @@ from rich.text import Text
 
 from minimind_ray.display.comparison import print_comparison
 from minimind_ray.sweep.compare import compare
-from minimind_ray.sweep.export import more_text, sentences, standing, to_json, to_records
+from minimind_ray.sweep.export import best_set_text, more_text, sentences, standing, to_json, to_records
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.statistics import Interval
 from minimind_ray.sweep.table import Comparison, More
@@ -91,6 +91,15 @@ def test_what_is_said(comparison: Comparison) -> None:
     plain = replace(comparison, clusters=comparison.examples, headline=comparison.rows[0].metric, more=[])
     assert sentences(plain)[0].startswith("240 validation examples. ")
     assert not any("optimistic" in sentence for sentence in sentences(plain))
+
+
+def test_the_best_set_does_not_contradict_the_verdicts(comparison: Comparison) -> None:
+    rows = [replace(row, may_be_best=row.verdict == "best") for row in comparison.rows]
+    words = "This compares each point only with the best"
+    text = best_set_text(replace(comparison, rows=rows))
+    assert text.startswith(f"With 95 % confidence, the best is {rows[0].label}. {words}")
+    rows = [replace(row, verdict="best" if row.verdict == "best" else "worse") for row in rows]
+    assert words not in best_set_text(replace(comparison, rows=rows))
 
 
 def test_a_correction_that_cannot_be_seen_is_not_mentioned(comparison: Comparison) -> None:

@@ -241,6 +241,16 @@ def test_the_winner_of_equal_points_is_corrected() -> None:
     assert plain < -0.15 and abs(corrected) < 0.05
 
 
+def test_a_diverged_seed_does_not_spoil_the_corrected_value() -> None:
+    rng, point_T = np.random.default_rng(3), np.repeat(np.arange(16), 3)
+    x_TC = rng.normal(2, 0.02, (48, 200)) + rng.normal(0, 0.02, (48, 1)) + np.linspace(0, 0.05, 16)[point_T][:, None]
+    x_TC[20] += 8
+    s = judged(x_TC, point_T.tolist(), [0, 1, 2] * 16)
+    best = s.order_P[0]
+    assert s.odd_P[6] and s.headline.low is not None and s.headline.high is not None
+    assert s.headline.high - s.headline.low < 2 * (s.high_P[best] - s.low_P[best])
+
+
 def test_shares() -> None:
     # Wilson 1927; 81 of 263 as in Newcombe 1998, table II; 50 of 50.
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
