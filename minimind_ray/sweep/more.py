@@ -50,8 +50,8 @@ def needed(
         seeds_variance: the part that is due to the seeds; 0 with one seed, where it is unknown.
         seeds: the number of each point's seeds that count.
         free: the degrees of freedom of `seeds_variance`; 0 if it is unknown.
-        lost: the number of each point's seeds that do not count. The number returned includes them, since a resume
-            does not train them again. It is above both points' present numbers.
+        lost: the number of each point's seeds that do not count. The number returned includes them, since they may
+            fail again. It is above both points' present numbers.
     """
     if difference == 0:
         return Needed(None, None, "no difference was observed")

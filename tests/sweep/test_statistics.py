@@ -354,7 +354,7 @@ def test_how_many_more() -> None:
 def test_how_many_more_seeds_of_points_that_have_different_numbers() -> None:
     # The half-width 0.2 comes from 1/10 + 1/2 seeds. 11 seeds each are more than enough, and fewer cannot be asked for.
     assert needed(0.12, 0.2, examples_variance=0.0, seeds_variance=1.0, seeds=(10, 2), free=9).seeds == 11
-    # One of two trials failed, and stays lost.
+    # One of two trials failed, and may fail again.
     one = needed(0.15, 0.2, 0.0, 1.0, seeds=(2, 2), free=9).seeds
     assert one and needed(0.15, 0.2, 0.0, 1.0, seeds=(2, 2), free=9, lost=(1, 1)).seeds == max(one, 3) + 1
     assert needed(0.19, 0.2, 0.0, 1.0, seeds=(2, 1), free=9, lost=(0, 1)).seeds == 3
