@@ -9,7 +9,7 @@ For each kind of sweep and both rules, the table shows in how many sweeps or cas
     error     a point that is truly as good as the best or better is called worse (0.05 or less)
     wrong     the point that is picked as the best is not a truly best point
     winner    the interval of the picked point's value holds (before: its plain interval; after: the headline)
-    best set  Hsu's set of points that may be the best contains a truly best point (0.95 or more for each of them)
+    best set  Hsu's set contains a point that is truly the best of those with a finished trial (0.95 or more for each)
 
 and Hsu's half-width in parts of the half-width for all pairs, and the width: the median half-width of the pairs'
 intervals, in units of the metric.
@@ -264,6 +264,8 @@ def score(sweep: Simulated, found: Judged) -> list[float]:
     worse_P = low_P > 0 if sign > 0 else high_P < 0
     wrongly_P = worse_P & (sign * (truth_P - truth_P[best]) <= 0)
     best_P = sign * truth_P == (sign * truth_P).min()
+    # The set is of the points that may be picked.
+    best_eligible_P = sweep.eligible & (sign * truth_P == (sign * truth_P)[sweep.eligible].min())
     pairs = np.triu_indices(len(truth_P), 1)
     slack = 1e-12
     return [
@@ -272,7 +274,7 @@ def score(sweep: Simulated, found: Judged) -> list[float]:
         float(wrongly_P.any() and found.claims),
         float(not best_P[best]),
         float(found.winner[0] <= truth_P[best] <= found.winner[1]),
-        np.nan if found.may_be_best_P is None else float(found.may_be_best_P[best_P].mean()),
+        np.nan if found.may_be_best_P is None else float(found.may_be_best_P[best_eligible_P].mean()),
         found.hsu,
         float(((found.high_PP - found.low_PP) / 2)[pairs].mean()),
     ]

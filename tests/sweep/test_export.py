@@ -102,6 +102,14 @@ def test_the_best_set_does_not_contradict_the_verdicts(comparison: Comparison) -
     assert words not in best_set_text(replace(comparison, rows=rows))
 
 
+def test_the_best_set_is_of_points_with_a_finished_trial(comparison: Comparison) -> None:
+    words = "the best of the points with a finished trial is"
+    assert words not in best_set_text(comparison)
+    # A point without a finished trial has no comparison with the best.
+    rows = [*comparison.rows[:-1], replace(comparison.rows[-1], vs_best=None, may_be_best=False)]
+    assert words in best_set_text(replace(comparison, rows=rows))
+
+
 def test_a_correction_that_cannot_be_seen_is_not_mentioned(comparison: Comparison) -> None:
     best = comparison.rows[0].metric
     assert best and comparison.digits <= 6
