@@ -432,15 +432,19 @@ def test_calibration_ends_with_the_error_of_its_process(tmp_path: Path) -> None:
         calibrate([[replace(job, val=str(tmp_path / "gone"))]])
 
 
-@pytest.mark.parametrize("steps", [1, 8])
-def test_calibration_measures_trials_that_share_a_process(tmp_path: Path, steps: int) -> None:
+# A validation after every third step and after the last.
+@pytest.mark.parametrize(("steps", "validations"), [(1, 1), (8, 3)])
+def test_calibration_measures_trials_that_share_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, validations: int
+) -> None:
+    monkeypatch.setattr("minimind_ray.sweep.calibrate.CALIBRATION_SECONDS", 600)  # On a busy machine, too.
     base = make_job(tmp_path, train__max_steps=1)
     start(base)
     run_here(base)
     plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4"}, stage="lora", init_from=base.config.out, train__max_steps=steps)
     jobs = [shortened(job, tmp_path / job.config.out.rpartition("/")[2]) for job in prepared(plan)]
     times = measure(jobs)
-    assert len(times.validations) == len(times.checkpoints) == max(1, steps // 3)
+    assert len(times.validations) == len(times.checkpoints) == validations
     assert all(0 < seconds < 30 for seconds in (times.start, *times.steps, *times.validations))
 
 
