@@ -491,6 +491,7 @@ def lines_of(path: Path) -> int:
     return len(list(read_jsonl(path)))
 
 
+@pytest.mark.long
 def test_a_signal_and_a_crash_lose_nothing(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"train__epochs": 5, "model__dropout": 0.1}
     config = make_config(tmp_path, rows=200, **settings)

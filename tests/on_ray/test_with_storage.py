@@ -97,6 +97,7 @@ def content(store: fs.FileSystem, path: str) -> str:
         return f.read().decode()
 
 
+@pytest.mark.long
 def test_train_is_killed_and_stopped_and_goes_on_though_the_store_fails(
     store: fs.FileSystem, server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
