@@ -267,7 +267,7 @@ def _penalised(logits_AV: Tensor, requests: list[_Request]) -> Tensor:
 
 
 def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
-    """Yield each id of the answer to a prompt as soon as it is generated. The stop id is left out.
+    """Yield the ids of the answer to a prompt, each as soon as it is generated, without the stop id.
 
     The engine must have no other requests. Closing the iterator cancels the answer.
     """

@@ -6,7 +6,6 @@ the packs (see columns.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from minimind_ray.objectives.preference import (
 )
 from minimind_ray.stages.stage import Scored, Stage, Use
 from minimind_ray.train.evaluate import Evaluation
+from minimind_ray.train.intervals import wilson
 
 REFERENCE_LOG_PROBS = Scored(REFERENCE, reference_log_probs, "reference log-probabilities")
 
@@ -45,19 +45,13 @@ def report(config: Config, evaluation: Evaluation, referenced: bool) -> dict[str
     means, count = evaluation.means, len(evaluation.examples["example"])
     reward = referenced or loss_of(config) in WITHOUT_REFERENCE
     name = "reward_accuracy" if reward else "log_probability_accuracy"
-    facts: dict[str, Any] = {name: means["accuracy"], f"{name}_95_wilson": wilson_interval(means["accuracy"], count)}
+    facts: dict[str, Any] = {name: means["accuracy"], f"{name}_95_wilson": list(wilson(means["accuracy"], count))}
     if reward:
         facts |= {"dpo_loss": loss_of(config), "beta": config.own(DpoConfig).beta}
         shown = ("loss", "margin", "reward_chosen", "reward_rejected", "kl", "logp_chosen", "logp_rejected")
     else:  # The other metrics need a reference.
         shown = ("logp_chosen", "logp_rejected")
     return facts | {name: means[name] for name in shown if name in means}
-
-
-def wilson_interval(part: float, count: int, z: float = 1.959964) -> list[float]:
-    """Return Wilson's score interval for a fraction of `count` independent examples, 95 % by default (Wilson 1927)."""
-    centre, spread = part + z * z / (2 * count), z * math.sqrt(part * (1 - part) / count + (z / (2 * count)) ** 2)
-    return [max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))]
 
 
 USES = (

@@ -54,7 +54,7 @@ class Grid:
     values: tuple[Any, ...]
 
     def to_json(self) -> list[Any]:
-        """Return the axis as it is written in sweep.json."""
+        """Return the list of values that stands for the axis in sweep.json."""
         return list(self.values)
 
     def draw(self, rng: np.random.Generator) -> Any:
@@ -77,7 +77,7 @@ class Drawn:
     high: float
 
     def to_json(self) -> str:
-        """Return the axis as it is written in sweep.json. `parse_axis` reads this text."""
+        """Return the text that stands for the axis in sweep.json. `parse_axis` reads it."""
         return f"{self.kind}({number_text(self.low)},{number_text(self.high)})"
 
     def draw(self, rng: np.random.Generator) -> float | int:

@@ -9,23 +9,16 @@ there, too.
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 import numpy as np
+
+from minimind_ray.train.intervals import wilson
 
 FEW_DISCORDANT = 25
 """With fewer clusters in which two points differ, the exact test decides beside the bootstrap (Agresti, Categorical
 Data Analysis, ch. 11)."""
 LEAST_SPREAD = 5
 """The bootstrap fails, too, if the difference is the same in all clusters but fewer than this many."""
-
-
-def wilson(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
-    """Return the bounds of the score interval of a share of `count` independent examples (Wilson 1927)."""
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def effective_count(share: float, variance: float, count: int, clusters: int) -> float:
@@ -49,8 +42,9 @@ def mid_p(above: int, below: int) -> float:
     total, least = above + below, min(above, below)
     if not total:
         return 1.0
-    tail = sum(math.comb(total, k) for k in range(least + 1)) - math.comb(total, least) / 2
-    return min(1.0, 2 * tail / 2**total)
+    # Whole numbers up to the division: with 1,024 examples or more, they are too large for a float.
+    both_tails = 2 * sum(math.comb(total, k) for k in range(least + 1)) - math.comb(total, least)
+    return min(1.0, both_tails / 2**total)
 
 
 def paired_bounds(first: float, second: float, correlation: float, count: float, level: float) -> tuple[float, float]:

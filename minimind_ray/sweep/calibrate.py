@@ -187,7 +187,7 @@ def main() -> None:
     jobs: list[Job] = pickle.loads((folder / "jobs").read_bytes())
     process = time.time() - launched
     print("ready", flush=True)
-    os.dup2(2, 1)  # Nobody reads standard output from here on.
+    os.dup2(2, 1)  # The parent process reads only the line above. Later prints go to the error file.
     if not sys.stdin.readline() or not jobs:
         return
     try:

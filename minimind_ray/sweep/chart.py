@@ -279,7 +279,7 @@ def curve_points(trial: Trial, metric: str) -> list[tuple[float, float]]:
 
 
 def learning_curves(axes: Axes, rows: Sequence[Row], metric: str) -> bool:
-    """Draw the metric over tokens, one line per trial; crosses end failed ones. False where nobody logged it."""
+    """Draw the metric over tokens, a line per trial; a cross ends a failed one. Return False if no trial logged it."""
     curves = [(row, trial, curve_points(trial, metric)) for row in rows for trial in row.trials]
     curves = sorted((curve for curve in curves if curve[2]), key=lambda curve: drawing_order(curve[0]))
     low, high = robust_range(value for *_, points in curves for _, value in points)

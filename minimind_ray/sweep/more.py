@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist, harmonic_mean
+from statistics import harmonic_mean
 
 import numpy as np
 
-from minimind_ray.sweep.stopping import t_quantile
+from minimind_ray.train.intervals import NORMAL, t_quantile
 
 MOST_SEEDS = 100
 """More seeds of a point are neither proposed nor accepted."""
-NORMAL = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)

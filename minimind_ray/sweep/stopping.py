@@ -21,6 +21,7 @@ import numpy as np
 from minimind_ray.sweep.metric import columns_of
 from minimind_ray.sweep.trials import LARGEST, Trial
 from minimind_ray.train.best import best_validation
+from minimind_ray.train.intervals import NORMAL, t_quantile
 
 LEAST_FOR_LINE = 4
 """With fewer trials, a slope would be a guess: the mean change is used instead, a line with slope 1."""
@@ -162,19 +163,6 @@ def _part(curves: Sequence[Curve], finished: Sequence[bool], rung: int, end: int
     slope = float((x_N - x) @ (y_N - y)) / squares if fitted else 1.0
     free = n - 2 if fitted else n - 1
     residual_N = y_N - y - slope * (x_N - x)
-    wider = (t_quantile(free) / 1.959964) ** 2
+    wider = (t_quantile(free) / NORMAL) ** 2
     variance = float(residual_N @ residual_N) / free * wider
     return _Line(n, float(x), float(y), slope, squares if fitted else 0.0, variance)
-
-
-def t_quantile(free: int) -> float:
-    """Return the 97.5 % quantile of Student's t. From 5 degrees of freedom on: Cornish and Fisher's expansion."""
-    if free <= 4:
-        return (12.7062, 4.3027, 3.1824, 2.7764)[free - 1]
-    z = 1.959964
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / free ** (k + 1) for k, term in enumerate(terms))

@@ -131,7 +131,7 @@ class RunInfo(BaseModel):
 
 
 LARGEST = 1e100
-"""Numbers from here on are those of a diverged trial. Sums of their squares may not be finite."""
+"""A trial with a number of at least this size has diverged: sums of squares of such numbers may not be finite."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.records import discover, read_rows
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model
-from minimind_ray.stages.dpo import wilson_interval
+from minimind_ray.train.intervals import wilson
 from tests.cli.conftest import Command, Models
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_preference_by_log_probability_and_by_reward(evaluate, models: Models, r
     plain = evaluate(models.base, "dpo", "--out", tmp_path / "plain.parquet")
     accuracy = float((pairs[:, 0] > pairs[:, 1]).mean())
     assert 0 < accuracy < 1 and plain["log_probability_accuracy"] == accuracy
-    assert plain["log_probability_accuracy_95_wilson"] == wilson_interval(accuracy, 40)
+    assert plain["log_probability_accuracy_95_wilson"] == list(wilson(accuracy, 40))
     assert "reward_accuracy" not in plain and "loss" not in plain
 
     rewarded = evaluate(models.base, "dpo", "--reference", models.other, "--out", tmp_path / "reward.parquet")
@@ -107,11 +107,11 @@ def test_preference_by_log_probability_and_by_reward(evaluate, models: Models, r
     assert itself["loss"] == pytest.approx(math.log(2), abs=1e-6) and itself["margin"] == pytest.approx(0, abs=1e-5)
 
 
-def test_wilson_interval() -> None:
+def test_wilson() -> None:
     # Worked out by hand: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n).
-    assert wilson_interval(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
-    assert wilson_interval(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
-    assert wilson_interval(1.0, 10) == pytest.approx([0.7225, 1.0], abs=1e-4)
+    assert wilson(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert wilson(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
+    assert wilson(1.0, 10) == pytest.approx([0.7225, 1.0], abs=1e-4)
 
 
 BAD = [

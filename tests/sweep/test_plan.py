@@ -508,7 +508,7 @@ def test_added_seeds_are_those_of_a_sweep_that_begins_with_them(tmp_path: Path) 
     assert files_of(larger) == files_of(begun)
     assert reopen_sweep(plan.path) == larger
     assert read_sweep(plan.path).info.seeds == 3
-    # Whoever repeats the command adds nothing.
+    # Repeating the command adds nothing.
     assert with_seeds(larger, 3) == larger
     with pytest.raises(UserError, match="--seeds 2: there are 3 seeds already"):
         with_seeds(larger, 2)

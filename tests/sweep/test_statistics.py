@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind_ray.sweep.binary import mid_p, paired_bounds, wilson
+from minimind_ray.sweep.binary import mid_p, paired_bounds
 from minimind_ray.sweep.more import needed
 from minimind_ray.sweep.seeds import Seeds, fit_seeds
 from minimind_ray.sweep.statistics import Statistics, judge
+from minimind_ray.train.intervals import wilson
 from tests.bench.coverage import COLUMNS, KINDS, coverage, crossed
 
 pytestmark = pytest.mark.unit
@@ -258,6 +259,8 @@ def test_shares() -> None:
     # 1 against 8 of 9 that differ: the binomial tail 10 / 512 minus half of 9 / 512, twice.
     assert mid_p(1, 8) == pytest.approx(2 * (10 - 4.5) / 512)
     assert mid_p(0, 0) == 1.0
+    # With so many examples, the counts are too large for a float.
+    assert mid_p(2000, 0) == 0.0 and mid_p(1030, 1030) == 1.0
     low, high = paired_bounds(1.0, 1.0, 0.0, 50, 0.95)
     assert (low, high) == pytest.approx((-0.0713, 0.0713), abs=1e-4)
 

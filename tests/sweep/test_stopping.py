@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minimind_ray.sweep.stopping import common_step, count_trials, curve_of, predicted_ends, t_quantile
+from minimind_ray.sweep.stopping import common_step, count_trials, curve_of, predicted_ends
 from minimind_ray.sweep.trials import read_sweep
+from minimind_ray.train.intervals import t_quantile
 from tests.sweep.synthetic import make_sweep
 
 pytestmark = pytest.mark.unit
@@ -46,7 +47,7 @@ def test_from_four_finished_trials_on_a_line_is_fitted() -> None:
     shift_T, extra_T = predicted_ends([*line, {1: 6.0}], [True] * 4 + [False])
     np.testing.assert_allclose(shift_T, [0, 0, 0, 0, 4 - 6])
     np.testing.assert_allclose(extra_T, 0, atol=1e-25)
-    # Residuals of 0.1, -0.1, -0.1, 0.1 leave the line as it was.
+    # Residuals of 0.1, -0.1, -0.1, 0.1 do not change the fitted line.
     off = [{1: c[1], 2: c[2] + r} for c, r in zip(line, (0.1, -0.1, -0.1, 0.1))]
     shift_T, extra_T = predicted_ends([*off, {1: 6.0}], [True] * 4 + [False])
     assert shift_T[4] == pytest.approx(-2)
