@@ -228,7 +228,7 @@ def tune(
     from minimind_ray.sweep.axes import parse_axis
     from minimind_ray.sweep.compare import compare as compare_sweeps
     from minimind_ray.sweep.plan import check_free
-    from minimind_ray.sweep.publish import publish
+    from minimind_ray.sweep.publish import INTERRUPTED_SECONDS, SECONDS, publish
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
     from minimind_ray.sweep.resume import resumed_plan
     from minimind_ray.sweep.run import sweep_on_ray
@@ -253,9 +253,9 @@ def tune(
         check_free(plan.path)
     console = _console(progress)
     ending = sweep_on_ray(plan, resume=resume, say=_say(console), board=Board(plan, console))
-    if ending != "interrupted":
-        found = read_sweep(plan.path)
-        publish(found, compare_sweeps([found]))
+    if any(plan.path.glob("trials/*/")):  # With optuna, a sweep may end before its first trial.
+        found, seconds = read_sweep(plan.path), INTERRUPTED_SECONDS if ending == "interrupted" else SECONDS
+        publish(found, compare_sweeps([found]), seconds=seconds)
     return Sweep(url_of(plan.path), ending)
 
 

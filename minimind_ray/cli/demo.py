@@ -85,7 +85,7 @@ def sweep_beta(out: str, console: Console) -> None:
                 f"{' and '.join(changed)} changed; the earlier sweep was moved to {set_aside(RunDirectory(path))}"
             )
         elif all(trial.info()["state"] in ("finished", "early-stopped") for trial in trials):
-            print_results(path, console, "winner", send=False)
+            print_results(path, console, "winner")
             return
         else:
             run_plan(plan, resume=True)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from minimind_ray.config.flag import Flag
     from minimind_ray.sweep.forecast import Forecast
     from minimind_ray.sweep.plan import SweepPlan
+    from minimind_ray.sweep.table import Comparison
+    from minimind_ray.sweep.trials import Sweep
 
 TuneCommand = with_options(
     # The sweep has its own options for the directory and the GPUs (--out, --gpus-per-trial); trials share a cache.
@@ -116,37 +118,41 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
 
     from minimind_ray.data.storage import url_of
     from minimind_ray.display.board import Board
+    from minimind_ray.sweep.publish import INTERRUPTED_SECONDS, SECONDS, publish
     from minimind_ray.sweep.run import sweep_on_ray
+    from minimind_ray.track.registry import send_commands
     from minimind_ray.train.run import RunDirectory
 
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     ending = sweep_on_ray(plan, resume=resume, say=say, board=Board(plan, console))
     trials = list(plan.path.glob("trials/*/"))
-    if trials:  # With optuna, a sweep may end before its first trial.
-        title = "winner" if ending == "by itself" else "best so far"
-        print_results(plan.path, console, title, send=ending != "interrupted")
+    # With optuna, a sweep may end before its first trial.
+    title = "winner" if ending == "by itself" else "best so far"
+    results = print_results(plan.path, console, title) if trials else None
     if ending != "by itself":
         say(f"{ending}; continue with: minimind-ray tune --resume {quote(url_of(plan.path))}")
+    if results:
+        publish(*results, seconds=INTERRUPTED_SECONDS if ending == "interrupted" else SECONDS)
+        for tracker, command in send_commands(plan.path).items():
+            say(f"send it to {tracker}: {command}")
     if ending == "interrupted":
         raise typer.Exit(130)
     if any(RunDirectory(path).info().get("state") == "failed" for path in trials):
         raise typer.Exit(1)
 
 
-def print_results(path: Path, console: Console, title: str, *, send: bool) -> None:
-    """Print the table, the winner under `title`, and the next commands. With `send`, send the table to the trackers."""
+def print_results(path: Path, console: Console, title: str) -> tuple[Sweep, Comparison]:
+    """Print the table, the winner under `title`, and the next commands. Write the report. Return what was printed."""
     from functools import partial
 
     from minimind_ray.config.stages import STAGES
     from minimind_ray.data.storage import url_of
     from minimind_ray.display.comparison import print_comparison
     from minimind_ray.sweep.compare import compare
-    from minimind_ray.sweep.publish import publish
     from minimind_ray.sweep.report import write_report
     from minimind_ray.sweep.resume import seeds_commands
     from minimind_ray.sweep.trials import read_sweep
-    from minimind_ray.track.registry import send_commands
 
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     sweep = read_sweep(path)
@@ -167,10 +173,7 @@ def print_results(path: Path, console: Console, title: str, *, send: bool) -> No
             f"{quote(str(winner.path / 'config.yaml'))} --out {quote(f'runs/{sweep.info.stage}-{sweep.name}')}{longer}"
         )
     say(f"report: {url_of(write_report(sweep, comparison))}")
-    if send:
-        publish(sweep, comparison)
-    for title, command in send_commands(path).items():
-        say(f"send it to {title}: {command}")
+    return sweep, comparison
 
 
 def winner_is_cut(path: Path) -> bool:

@@ -1,46 +1,119 @@
-"""Send the comparison of a sweep's points to its trackers, as a run of its own in the group of the trials' runs."""
+"""Send the comparison of a sweep's points to its trackers.
+
+The sweep is a tracked run of its own in the group of the trials' runs; it gets the whole comparison. The run of each
+trial gets the facts of its point in its summary, so that the trials can be sorted and filtered by them.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.load import validate
+from minimind_ray.config.load import load_config, validate
 from minimind_ray.config.reading import read_json
 from minimind_ray.config.trackers import TRACKER_RECORDS
-from minimind_ray.data.storage import mirror_of
+from minimind_ray.data.storage import mirror_of, url_of
 from minimind_ray.sweep.export import to_json, to_records
 from minimind_ray.sweep.table import Comparison
-from minimind_ray.sweep.trials import Sweep
+from minimind_ray.sweep.trials import Sweep, Trial
 from minimind_ray.track.registry import Trackers
 from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.train.run import RunDirectory
 
+SECONDS, INTERRUPTED_SECONDS = 300.0, 15.0
+"""The most seconds to begin to send trials' facts, after a sweep's own end and after a signal."""
 
-def publish(sweep: Sweep, comparison: Comparison) -> None:
-    """Send the table of a sweep that has ended, and remember the trackers' runs in sweep.json.
 
-    A resumed sweep sends its new table to the same runs. If a tracker cannot be used, a message on stderr says so.
+def publish(sweep: Sweep, comparison: Comparison, *, seconds: float = SECONDS) -> None:
+    """Send the comparison of a sweep that does not train now. If a tracker cannot be used, a message on stderr says so.
+
+    The trackers' run of the sweep is remembered in sweep.json, so that a resumed sweep sends its new comparison to the
+    same run. After `seconds`, no further trial's run is begun; a message counts those left out.
     """
-    content = read_json(sweep.path / "sweep.json")
-    known = {name: content[name] for name in TRACKER_RECORDS if name in content}
+    deadline = time.monotonic() + seconds
     try:
-        base = validate(sweep.info.config)
-        track = base.track.model_copy(update={"group": base.track.group or sweep.name, "name": sweep.name})
-        config = base.model_copy(update={"out": str(sweep.path), "track": track})
-        trackers = Trackers(TrackedRun(config, {"inputs": {}, **known}, job_type="sweep"))
+        _send_sweep(sweep, comparison, seconds)
+        facts = _facts_of_trials(comparison)
+        known = [trial for trial in sweep.trials if trial.state not in ("waiting", "running")]
+        known = [trial for trial in known if trial.id in facts and _known(RunDirectory(trial.path).info())]
+        for number, trial in enumerate(known):
+            if (left := deadline - time.monotonic()) <= 0:
+                print(
+                    f"the comparison was sent, but not to the runs of {len(known) - number} trial(s): it would take "
+                    f"more than {seconds:g} s; minimind-ray tune --resume {url_of(sweep.path)} sends it to all",
+                    file=sys.stderr,
+                )
+                return
+            _send_trial(sweep, trial, facts[trial.id], left)
     except UserError as error:
         print(f"the comparison was not sent: {error}", file=sys.stderr)
-        return
-    facts = {name: value for name, value in to_json(comparison).items() if name != "points"}
-    trackers.log_points(to_records(comparison), facts)
+
+
+def _send_sweep(sweep: Sweep, comparison: Comparison, seconds: float) -> None:
+    """Send the table and its sentences to the tracked run of the sweep. Raises UserError if a tracker is refused."""
+    content = read_json(sweep.path / "sweep.json")
+    base = validate(sweep.info.config)
+    track = base.track.model_copy(update={"group": base.track.group or sweep.name, "name": sweep.name})
+    config = base.model_copy(update={"out": str(sweep.path), "track": track})
+    before = _files(sweep.path)
+    info = {"inputs": {}, **_known(content)}
+    trackers = Trackers(TrackedRun(config, info, job_type="sweep", wait_seconds=seconds))
+    trackers.log_points(to_records(comparison))
+    trackers.summarize({name: value for name, value in to_json(comparison).items() if name != "points"})
     trackers.finish("finished")
-    if not trackers.identities:
-        return
-    run = RunDirectory(sweep.path)
-    run.write("sweep.json", json.dumps({**content, **trackers.identities}, indent=2, ensure_ascii=False) + "\n")
-    if mirror := mirror_of(sweep.path):
-        folders = [mirror.path / TRACKER_RECORDS[name].folder for name in trackers.identities]
-        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-        mirror.put(*(str(path.relative_to(mirror.path)) for path in files))
+    if trackers.identities:
+        merged = {**content, **trackers.identities}
+        RunDirectory(sweep.path).write("sweep.json", json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+        _mirror_changes(sweep.path, before)
+
+
+def _send_trial(sweep: Sweep, trial: Trial, facts: Mapping[str, Any], seconds: float) -> None:
+    """Add facts to the summary of a trial's tracked run, which is continued for this.
+
+    The run's lines are sent as in a resume: a tracker that works offline writes all that it has not sent into one new
+    part (see track/wandb.py). Raises UserError if a tracker is refused.
+    """
+    directory, before = RunDirectory(trial.path), _files(trial.path)
+    config = load_config(sweep.info.stage, [trial.path / "config.yaml"])
+    config = config.model_copy(update={"out": str(trial.path)})
+    trackers = Trackers(TrackedRun(config, directory.info(), directory.lines, wait_seconds=seconds))
+    trackers.summarize(facts)
+    result = trial.result if trial.result and trial.result.is_dir() else None
+    trackers.finish(trial.state, result)
+    if trackers.identities:
+        directory.update(**trackers.identities)
+        _mirror_changes(trial.path, before)
+
+
+def _facts_of_trials(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Return, by a trial's id, the record of its point, as in the CSV, with names that W&B can sort and filter."""
+    left_out = {"sweep", *comparison.keys}  # The trial's config and group have these already.
+    facts = [
+        {f"point/{name.replace(' ', '_')}": value for name, value in record.items() if name not in left_out}
+        for record in to_records(comparison)
+    ]
+    return {trial.id: of_point for row, of_point in zip(comparison.rows, facts) for trial in row.trials}
+
+
+def _known(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run.json or sweep.json holds for the trackers."""
+    return {name: content[name] for name in TRACKER_RECORDS if name in content}
+
+
+def _files(directory: Path) -> set[str]:
+    """Return the trackers' files in a directory."""
+    folders = [directory / record.folder for record in TRACKER_RECORDS.values()]
+    return {str(path.relative_to(directory)) for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def _mirror_changes(directory: Path, before: set[str]) -> None:
+    """Bring the trackers' files in the object store up to date. Raises StoreError, which is a UserError."""
+    if mirror := mirror_of(directory):
+        after = _files(directory)
+        mirror.put(*sorted(after))
+        mirror.delete(before - after)

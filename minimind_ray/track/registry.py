@@ -60,9 +60,13 @@ class Trackers:
         """Send one line of metrics.jsonl, and the sample texts of the same step, to all trackers."""
         self._each(lambda tracker: tracker.log(metrics, samples))
 
-    def log_points(self, points: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    def log_points(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Send the comparison of a sweep to all trackers; see `Tracker.log_points`."""
-        self._each(lambda tracker: tracker.log_points(points, facts))
+        self._each(lambda tracker: tracker.log_points(points))
+
+    def summarize(self, facts: Mapping[str, Any]) -> None:
+        """Add facts to the run's summary in all trackers."""
+        self._each(lambda tracker: tracker.summarize(facts))
 
     def finish(self, state: str, result: Path | None = None) -> None:
         """Close all trackers that are still open, with the run's `state` and result."""

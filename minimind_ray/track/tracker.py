@@ -20,7 +20,8 @@ class TrackedRun:
 
     `config.out` is the run's directory on this machine. `info` is the content of run.json. `lines()` gives the earlier
     lines of metrics.jsonl, each with the sample texts of the same step. `base` is the model directory that the run
-    started from. `job_type` says what the run does; the comparison of a sweep is tracked as a run, too.
+    started from. `job_type` says what the run does; the comparison of a sweep is tracked as a run, too. `wait_seconds`
+    is how long the tracker may wait for its service when it opens and when it finishes; None means its own limits.
     """
 
     config: Config
@@ -28,6 +29,7 @@ class TrackedRun:
     lines: Callable[[], Iterable[tuple[Mapping[str, Any], Sequence[str]]]] = tuple
     base: Path | None = None
     job_type: str | None = None
+    wait_seconds: float | None = None
 
 
 class Tracker(Protocol):
@@ -63,8 +65,12 @@ class Tracker(Protocol):
         """Log one line of metrics.jsonl, and the sample texts of the same step."""
         ...
 
-    def log_points(self, points: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-        """Log the comparison of a sweep: a record per point, all with the same keys, and facts about the whole."""
+    def log_points(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Log the comparison of a sweep: a record per point, all with the same keys."""
+        ...
+
+    def summarize(self, facts: Mapping[str, Any]) -> None:
+        """Add facts to what the tracker shows of the whole run."""
         ...
 
     def finish(self, state: str, result: Path | None) -> None:

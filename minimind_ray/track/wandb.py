@@ -46,6 +46,8 @@ class WandbTracker:
     def __init__(self) -> None:
         self.stop_requested = False
         self.best: Mapping[str, Any] | None = None
+        self.unlogged: Mapping[str, Any] | None = None
+        """The last line of metrics.jsonl, if it was left out because W&B has its step."""
         self.logged = 0
         """The last step that was logged to W&B."""
 
@@ -106,6 +108,7 @@ class WandbTracker:
         import wandb
 
         config, track = run.config, run.config.track
+        self.seconds = math.inf if run.wait_seconds is None else run.wait_seconds
         self.directory, self.artifacts = Path(config.out), track.artifacts
         run_id = run.info.get("wandb", {}).get("id") or secrets.token_hex(8)
         earlier = parts(self.directory, run_id)
@@ -151,8 +154,8 @@ class WandbTracker:
             silent=True,
             console="off",
             symlink=False,
-            init_timeout=CONNECT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
+            init_timeout=min(CONNECT_SECONDS, self.seconds),
+            finish_timeout=min(FINISH_SECONDS, self.seconds),
             finish_timeout_raises=True,
             stop_fn=stop,
             host="",
@@ -175,7 +178,9 @@ class WandbTracker:
         if "val/loss" in metrics and (self.best is None or metrics["val/loss"] <= self.best["val/loss"]):
             self.best = metrics
         if step <= self.logged:
+            self.unlogged = metrics
             return
+        self.unlogged = None
         row = flatten(metrics, "/")
         if samples:
             row["samples"] = table = wandb.Table(columns=["step", "sample", "text"])
@@ -185,21 +190,28 @@ class WandbTracker:
             self.run.log(row, step=step, commit=True)
         self.logged = step
 
-    def log_points(self, points: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-        """Log a table `points` with a row per point; the facts go into the run's summary."""
+    def log_points(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table `points` with a row per point."""
         import wandb
 
         table = wandb.Table(columns=list(points[0]))
         for point in points:
-            # W&B shows a number that is not finite as text, and then the whole column.
-            table.add_data(*(None if isinstance(v, float) and not math.isfinite(v) else v for v in point.values()))
+            table.add_data(*map(_finite, point.values()))
         with _staging_in(self.directory / FOLDER):
             self.run.log({"points": table}, step=self.logged + 1, commit=True)
-        self.run.summary.update(flatten(facts, "/"))
         self.logged += 1
 
+    def summarize(self, facts: Mapping[str, Any]) -> None:
+        """Add facts to the run's summary."""
+        self.run.summary.update({name: _finite(value) for name, value in flatten(facts, "/").items()})
+
     def finish(self, state: str, result: Path | None = None) -> None:
-        """Close the W&B run, with the best validation in its summary."""
+        """Close the W&B run, with the last step and the best validation in its summary.
+
+        `wandb sync` replaces the summary by that of the part it sends, so each part needs the whole summary.
+        """
+        if self.unlogged:
+            self.summarize(self.unlogged)
         if self.best:
             validation = {key.replace("val/", "best/"): value for key, value in self.best.items() if "val/" in key}
             self.run.summary.update({**validation, "best/step": self.best["step"], "best/tokens": self.best["tokens"]})
@@ -224,7 +236,8 @@ class WandbTracker:
         except TimeoutError:
             command = f"wandb sync --include-online {shlex.quote(self.run.settings.sync_dir)}"
             print(
-                f"W&B did not receive the whole run within {FINISH_SECONDS} s; send the rest with: {command}",
+                f"W&B did not receive the whole run within {min(FINISH_SECONDS, self.seconds):.0f} s; send the rest "
+                f"with: {command}",
                 file=sys.stderr,
             )
         if self.run.offline:
@@ -243,6 +256,11 @@ def within_limit(name: str) -> str:
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _finite(value: Any) -> Any:
+    """Return None for a number that is not finite: W&B would show it, and its whole column, as text."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flatten(tree: Mapping[str, Any], separator: str, at: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -57,14 +57,9 @@ class Recorder:
             _warn_of_other_arithmetic(directory.info().get("cpu"), cpu)
         directory.update(compiled=compiled(), pass_tokens=pass_tokens, cpu=cpu)
         here = config.model_copy(update={"out": str(directory.path)})
-        self.trackers = Trackers(TrackedRun(here, directory.info(), self._earlier_lines, base))
+        self.trackers = Trackers(TrackedRun(here, directory.info(), directory.lines, base))
         if self.trackers.identities:
             directory.update(**self.trackers.identities)
-
-    def _earlier_lines(self) -> Iterator[tuple[Mapping[str, Any], Sequence[str]]]:
-        texts = {line["step"]: line["samples"] for line in self.directory.samples()}
-        for line in self.directory.metrics():
-            yield line, texts.get(line["step"], ())
 
     @property
     def stop_requested(self) -> bool:

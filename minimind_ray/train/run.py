@@ -229,6 +229,12 @@ class RunDirectory:
         """Yield the lines of samples.jsonl, without an incomplete last line."""
         return read_jsonl(self.file("samples.jsonl"))
 
+    def lines(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Yield the lines of metrics.jsonl, each with the sample texts of the same step."""
+        texts = {line["step"]: line["samples"] for line in self.samples()}
+        for line in self.metrics():
+            yield line, texts.get(line["step"], [])
+
     def forget_after(self, step: int) -> None:
         """Delete the records of all steps after the first `step` steps, so that a resumed run logs no step twice.
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import wandb
 from typer.testing import CliRunner
 
 from minimind_ray.cli.main import app
+from minimind_ray.cli.tune import run_plan
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import Config
@@ -27,12 +29,14 @@ from minimind_ray.stages.run import begin, run_here
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import to_json
 from minimind_ray.sweep.publish import publish
-from minimind_ray.sweep.trials import read_sweep
+from minimind_ray.sweep.resume import reopen_sweep
+from minimind_ray.sweep.trials import Sweep, read_sweep
 from minimind_ray.track.registry import Trackers, check_trackers
 from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.track.wandb import WandbTracker, within_limit
 from minimind_ray.track.wandb_files import sync_command
 from minimind_ray.train.context import PlainContext
+from minimind_ray.train.run import RunDirectory
 from tests.jobs import make_config, make_job
 from tests.sweep.synthetic import make_sweep
 from tests.track.endpoint import Endpoint
@@ -168,6 +172,74 @@ def test_a_comparison_online_and_after_a_resume(online: Callable[..., Endpoint],
     assert run.summary["state"] == "finished"
     tables = [json.loads(text) for text in server.uploads.values() if text.startswith('{"columns"')]
     assert [row[tables[0]["columns"].index("verdict")] for row in tables[0]["data"]].count("best") == 1
+
+
+def tracked_sweep(directory: Path) -> Sweep:
+    """A sweep of two points whose trials have been tracked offline."""
+    path = make_sweep(directory, axes={"dpo.beta": "0.1,0.2"}, seeds=1, steps=10, examples=40)
+    for trial in read_sweep(path).trials:
+        run = RunDirectory(trial.path)
+        tracker = WandbTracker()
+        identity = tracker.open(TrackedRun(config_of(trial.path), run.info(), run.lines))
+        tracker.finish("finished")
+        run.update(wandb=identity)
+    return read_sweep(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent_before", [False, True])
+def test_a_trials_run_gets_the_facts_of_its_point(
+    sent_before: bool, online: Callable[..., Endpoint], tmp_path: Path
+) -> None:
+    """Offline, also if the trials were sent before the sweep had ended; a resumed sweep replaces the facts."""
+    server, sweep = online(), tracked_sweep(tmp_path / "betas")
+    if sent_before:
+        sync(sweep.path)
+    sweep.info.config["track"]["wandb"] = "offline"
+    for trial in sweep.trials:
+        config = (trial.path / "config.yaml").read_text().replace("wandb: auto", "wandb: offline")
+        (trial.path / "config.yaml").write_text(config)
+    comparison = compare([sweep])
+    publish(sweep, compare([sweep], margin=10.0))
+    publish(sweep, comparison)
+    sync(sweep.path)
+    for row in comparison.rows:
+        [trial] = row.trials
+        assert row.metric
+        run = server.runs[json.loads((trial.path / "run.json").read_text())["wandb"]["id"]]
+        shown = {name: run.summary[f"point/{name}"] for name in ("verdict", "val/loss_low", "val/loss_high", "seeds")}
+        assert shown == {
+            "verdict": row.verdict, "val/loss_low": row.metric.low, "val/loss_high": row.metric.high, "seeds": 1,
+        }  # fmt: skip
+        assert run.summary["point/val/loss"] == pytest.approx(run.summary["best/loss"])
+        assert (run.summary["val/loss"], run.summary["state"]) == (trial.metrics[-1]["val/loss"], "finished")
+        assert [line["_step"] for line in run.rows] == list(range(1, 11))
+    assert len(server.runs) == 3
+
+
+@pytest.mark.slow
+def test_online_a_trials_summary_grows_and_no_line_is_sent_twice(
+    online: Callable[..., Endpoint], tmp_path: Path
+) -> None:
+    sweep, server = tracked_sweep(tmp_path / "betas"), online()
+    for _ in range(2):
+        publish(sweep, compare([sweep]))
+    ids = [json.loads((trial.path / "run.json").read_text())["wandb"]["id"] for trial in sweep.trials]
+    for run in (server.runs[id] for id in ids):
+        assert [line["_step"] for line in run.rows] == list(range(1, 11))
+        assert run.summary["point/verdict"] and run.summary["best/loss"] and run.summary["val/loss"]
+    assert len(server.runs) == 3 and sync_command(sweep.path) is None
+
+
+@pytest.mark.slow
+@pytest.mark.unit
+def test_sending_the_facts_of_trials_is_bounded_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tracked_sweep(tmp_path / "betas")
+    publish(sweep, compare([sweep]), seconds=0.0)
+    said = capsys.readouterr().err
+    assert "not to the runs of 2 trial(s)" in said and f"tune --resume {sweep.path} sends it to all" in said
+    assert summary(sweep.path)["state"] == "finished"
+    assert "point/verdict" not in summary(sweep.trials[0].path)
 
 
 @pytest.mark.slow
@@ -663,3 +735,29 @@ def test_a_server_lost_in_mid_run_costs_a_bounded_wait_at_the_end(
     )
     [run] = server.runs.values()
     assert [row["_step"] for row in run.rows] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.unit
+def test_an_interrupted_sweep_sends_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tracked_sweep(tmp_path / "betas")
+    for trial in sweep.trials:
+        facts = json.loads((trial.path / "trial.json").read_text())
+        (trial.path / "trial.json").write_text(json.dumps({**facts, "number": trial.seed}))
+    content = json.loads((sweep.path / "sweep.json").read_text())
+    (sweep.path / "sweep.json").write_text(json.dumps({**content, "search": {"seeds": 1}}))
+    monkeypatch.setattr("minimind_ray.sweep.run.sweep_on_ray", lambda *_, **__: "interrupted")
+    with pytest.raises(typer.Exit) as ending:
+        run_plan(reopen_sweep(sweep.path), resume=True)
+    assert ending.value.exit_code == 130
+    said = capsys.readouterr().out
+    assert said.index("interrupted; continue with") < said.index("send it to W&B: wandb sync")
+    assert summary(sweep.path)["winner"] == to_json(compare([sweep]))["winner"]
+    assert [summary(trial.path)["point/seeds"] for trial in sweep.trials] == [1, 1]
+    # Sent again, after a resume, the run of the sweep is the same.
+    run_id = json.loads((sweep.path / "sweep.json").read_text())["wandb"]["id"]
+    monkeypatch.setattr("minimind_ray.sweep.run.sweep_on_ray", lambda *_, **__: "by itself")
+    run_plan(reopen_sweep(sweep.path), resume=True)
+    assert {r.run.run_id for r in records(sweep.path) if r.HasField("run")} == {run_id}
