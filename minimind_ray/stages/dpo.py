@@ -20,7 +20,7 @@ from minimind_ray.objectives.preference import (
 )
 from minimind_ray.stages.stage import Scored, Stage, Use
 from minimind_ray.train.evaluate import Evaluation
-from minimind_ray.train.intervals import wilson
+from minimind_ray.train.intervals import clustered_share
 
 REFERENCE_LOG_PROBS = Scored(REFERENCE, reference_log_probs, "reference log-probabilities")
 
@@ -41,11 +41,15 @@ def columns(config: Config) -> Sequence[Scored]:
 
 
 def report(config: Config, evaluation: Evaluation, referenced: bool) -> dict[str, Any]:
-    """Return the fraction of pairs ranked correctly with its 95 % interval, and the means of other metrics."""
-    means, count = evaluation.means, len(evaluation.examples["example"])
+    """Return the fraction of pairs ranked correctly with its 95 % interval, and the means of other metrics.
+
+    Pairs that share a prompt are one cluster for the interval.
+    """
+    means, examples = evaluation.means, evaluation.examples
+    interval = clustered_share(examples["accuracy"], examples["cluster"])
     reward = referenced or loss_of(config) in WITHOUT_REFERENCE
     name = "reward_accuracy" if reward else "log_probability_accuracy"
-    facts: dict[str, Any] = {name: means["accuracy"], f"{name}_95_wilson": list(wilson(means["accuracy"], count))}
+    facts: dict[str, Any] = {name: means["accuracy"], f"{name}_95_wilson": list(interval)}
     if reward:
         facts |= {"dpo_loss": loss_of(config), "beta": config.own(DpoConfig).beta}
         shown = ("loss", "margin", "reward_chosen", "reward_rejected", "kl", "logp_chosen", "logp_rejected")

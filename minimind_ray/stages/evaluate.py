@@ -56,6 +56,9 @@ def measure(
         device=trained.device, dtype=trained.dtype,
     )  # fmt: skip
     facts: dict[str, Any] = {"model": model, "examples": len(evaluation.examples["example"])}
+    clusters = len(np.unique(evaluation.examples["cluster"]))
+    if clusters != facts["examples"]:
+        facts[stage.record.clusters(config.eval.cluster)] = clusters
     if objective.unit == "token":
         facts["tokens"] = int(evaluation.examples["count"].sum())
     return evaluation, facts | stage.report(config, evaluation, reference is not None)

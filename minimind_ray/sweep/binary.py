@@ -21,18 +21,6 @@ LEAST_SPREAD = 5
 """The bootstrap fails, too, if the difference is the same in all clusters but fewer than this many."""
 
 
-def effective_count(share: float, variance: float, count: int, clusters: int) -> float:
-    """Return how many independent examples are worth as much as `count` examples in `clusters` clusters.
-
-    This is `count` over the design effect: the share's real variance over that of independent examples (Kish 1965).
-    If all examples are right, or all wrong, the design effect is unknown: each cluster then counts as one example.
-    """
-    independent = share * (1 - share) / count
-    if variance <= 0 or independent <= 0:
-        return float(clusters)
-    return min(float(count), max(independent / variance * count, 1.0))
-
-
 def mid_p(above: int, below: int) -> float:
     """Return the two-sided mid-p value of McNemar's test.
 

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minimind_ray.sweep.binary import effective_count, widen_pairs
+from minimind_ray.sweep.binary import widen_pairs
 from minimind_ray.sweep.seeds import Seeds, fit_seeds
-from minimind_ray.train.intervals import NORMAL, wilson
+from minimind_ray.train.intervals import NORMAL, effective_count, wilson
 
 DRAWS = 4000
 MOST_CLUSTERS = 2000

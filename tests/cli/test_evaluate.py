@@ -88,7 +88,7 @@ def test_preference_by_log_probability_and_by_reward(evaluate, models: Models, r
     plain = evaluate(models.base, "dpo", "--out", tmp_path / "plain.parquet")
     accuracy = float((pairs[:, 0] > pairs[:, 1]).mean())
     assert 0 < accuracy < 1 and plain["log_probability_accuracy"] == accuracy
-    assert plain["log_probability_accuracy_95_wilson"] == list(wilson(accuracy, 40))
+    assert plain["log_probability_accuracy_95_wilson"] == pytest.approx(wilson(accuracy, 40))
     assert "reward_accuracy" not in plain and "loss" not in plain
 
     rewarded = evaluate(models.base, "dpo", "--reference", models.other, "--out", tmp_path / "reward.parquet")
@@ -105,6 +105,15 @@ def test_preference_by_log_probability_and_by_reward(evaluate, models: Models, r
 
     itself = evaluate(models.base, "dpo", "--reference", models.run)
     assert itself["loss"] == pytest.approx(math.log(2), abs=1e-6) and itself["margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_pairs_that_share_a_prompt_are_one_cluster(evaluate, models: Models, rows: Path) -> None:
+    lines = (rows / "dpo.jsonl").read_text(encoding="utf-8").splitlines()
+    (rows / "thrice.jsonl").write_text("\n".join(line for line in lines for _ in range(3)), encoding="utf-8")
+    once, thrice = evaluate(models.base, "dpo"), evaluate(models.base, "dpo", file="thrice")
+    assert (thrice["examples"], thrice["prompts"]) == (120, 40) and "prompts" not in once
+    name = "log_probability_accuracy_95_wilson"
+    assert thrice[name] == pytest.approx(once[name], abs=5e-3)
 
 
 def test_wilson() -> None:

@@ -11,7 +11,7 @@ from minimind_ray.sweep.binary import mid_p, paired_bounds
 from minimind_ray.sweep.more import needed
 from minimind_ray.sweep.seeds import Seeds, fit_seeds
 from minimind_ray.sweep.statistics import Statistics, judge
-from minimind_ray.train.intervals import wilson
+from minimind_ray.train.intervals import clustered_share, wilson
 from tests.bench.coverage import COLUMNS, KINDS, coverage, crossed
 
 pytestmark = pytest.mark.unit
@@ -263,6 +263,29 @@ def test_shares() -> None:
     assert mid_p(2000, 0) == 0.0 and mid_p(1030, 1030) == 1.0
     low, high = paired_bounds(1.0, 1.0, 0.0, 50, 0.95)
     assert (low, high) == pytest.approx((-0.0713, 0.0713), abs=1e-4)
+
+
+def test_the_interval_of_a_share_counts_clusters() -> None:
+    right_E, own_E = np.repeat([1.0, 0.0], [32, 8]), np.arange(40)
+    assert clustered_share(right_E, own_E) == pytest.approx(wilson(0.8, 40))
+    # Each example four times says no more than each example once.
+    low, high = clustered_share(np.repeat(right_E, 4), np.repeat(own_E, 4))
+    assert (low, high) == pytest.approx(wilson(0.8, 40), abs=2e-3)
+    # All right: the design effect is unknown, so each cluster counts as one example.
+    assert clustered_share(np.ones(40), own_E // 4) == pytest.approx(wilson(1.0, 10))
+    assert clustered_share(right_E, np.zeros(40)) == pytest.approx(wilson(0.8, 1))
+
+
+def test_the_interval_of_a_clustered_share_holds() -> None:
+    rng, held, held_before = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        share_C = rng.beta(2, 1, 50)  # mean 2/3
+        right_E = (rng.random((50, 6)) < share_C[:, None]).astype(float).ravel()
+        low, high = clustered_share(right_E, np.repeat(np.arange(50), 6))
+        held += low <= 2 / 3 <= high
+        low, high = wilson(float(right_E.mean()), 300)
+        held_before += low <= 2 / 3 <= high
+    assert held >= 0.92 * 400 and held_before < 0.85 * 400
 
 
 def test_right_and_wrong_answers_near_the_boundary() -> None:
