@@ -153,7 +153,7 @@ def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequ
         )
         seconds = None
         if needs.seeds:
-            seconds = sum(one.seconds / len(one.trials) * (needs.seeds - len(one.trials)) for one in pair)
+            seconds = sum(seconds_to(needs.seeds, one.trials) for one in pair)
         more.append(
             More(
                 pair=(rows[0].label, row.label),
@@ -165,6 +165,18 @@ def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequ
             )
         )
     return more
+
+
+def seconds_to(seeds: int, trials: Sequence[Trial]) -> float:
+    """Return how long a point trains until it has `seeds` seeds that have ended for good.
+
+    A resume trains failed trials again, and continues stopped ones. Each takes as long as the mean finished trial.
+    """
+    finished = [trial.seconds for trial in trials if trial.state == "finished"]
+    each = sum(finished) / len(finished) if finished else max(trial.seconds for trial in trials)
+    ended = [trial for trial in trials if trial.state in ("finished", "early-stopped")]
+    continued = sum(min(trial.seconds, each) for trial in trials if trial.state in ("stopped", "running"))
+    return each * (seeds - len(ended)) - continued
 
 
 def _row(point: Point, keys: Sequence[str], metric: str, sweeps: Sequence[Sweep]) -> Row:

@@ -41,6 +41,7 @@ from minimind_ray.sweep.axes import (
     trial_config,
     trial_id,
 )
+from minimind_ray.sweep.more import MOST_SEEDS
 from minimind_ray.sweep.searchers import Explorer, count_points, import_optuna
 from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep
 from minimind_ray.train.run import RunDirectory
@@ -111,16 +112,23 @@ class SweepPlan:
         return replace(trial, config=trial.config.model_copy(update={"out": out, "track": track}))
 
 
+def check_seeds(seeds: int, already: int = 0) -> None:
+    """Raise UserError if a point is to have too many seeds. A sweep that has `already` as many may keep them."""
+    if seeds > max(MOST_SEEDS, already):
+        raise UserError(f"--seeds {seeds}: give at most {MOST_SEEDS} seeds a point")
+
+
 def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: SearchConfig) -> SweepPlan:
     """Plan a sweep, and check everything that can be checked before it starts. `path` is the sweep's directory.
 
     Raises:
-        UserError: there is no validation data; also see `plan_trials`, `SearchConfig.judged_by`, `Explorer` and
-            `import_optuna`.
+        UserError: there is no validation data, or there are too many seeds; also see `plan_trials`,
+            `SearchConfig.judged_by`, `Explorer` and `import_optuna`.
     """
     path = copy_of(output_path(url_of(path)))
     base = resolve_paths(base)
     search.judged_by(base.stage)
+    check_seeds(search.seeds)
     if not base.data.val and not base.data.val_fraction:
         raise UserError("a sweep compares trials on validation data: set data.val, or data.val_fraction above 0")
     if base.scale.fewest < base.scale.most:

@@ -23,8 +23,7 @@ from minimind_ray.stages.run import Job, changed_inputs
 from minimind_ray.sweep.axes import Axis, Grid, PlannedTrial, parse_axis, short_names, trial_id
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import MOST_PAIRS
-from minimind_ray.sweep.more import MOST_SEEDS
-from minimind_ray.sweep.plan import DONE, SweepPlan, create_trial
+from minimind_ray.sweep.plan import DONE, SweepPlan, check_seeds, create_trial
 from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.text import duration_text, value_text
 from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep, read_sweep
@@ -130,8 +129,7 @@ def with_seeds(plan: SweepPlan, seeds: int, points: str | Sequence[str] = ()) ->
         UserError: a point has more seeds already, there would be too many, or the sweep's scheduler is pbt; also as
             `chosen_points`.
     """
-    if seeds > max(MOST_SEEDS, plan.most_seeds):
-        raise UserError(f"--seeds {seeds}: give at most {MOST_SEEDS} seeds a point")
+    check_seeds(seeds, plan.most_seeds)
     if plan.search.scheduler == "pbt":
         raise UserError(
             "--seeds cannot add seeds to a sweep with pbt, in which trials take over weights from each other: start "

@@ -65,7 +65,8 @@ class More:
 
     `pair` holds the labels of the best point and the other point. `seeds` is the number of seeds for each of the two
     points on the same examples, `examples` the number of validation examples with the same seeds. Each is None if no
-    number would do; then `why` says what stands in the way. `seconds` and `cost` are for the seeds to add.
+    number would do; then `why` says what stands in the way. `seconds` and `cost` are for the seeds to add, and for
+    the failed and stopped trials that a resume trains as well.
     """
 
     pair: tuple[str, str]

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from minimind_ray.cli.compare import compare as compare_command
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.claim import claimed
-from minimind_ray.sweep.compare import compare
+from minimind_ray.sweep.compare import compare, seconds_to
 from minimind_ray.sweep.export import to_json
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.table import ONE_SEED, Comparison
@@ -361,15 +362,25 @@ def test_every_row_says_which_seeds_count(tmp_path: Path) -> None:
     assert [more.pair for more in comparison.more] == [(comparison.rows[0].label, label) for label in undecided]
 
 
-def test_more_seeds_are_more_than_both_points_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failed", [None, 4])
+def test_more_seeds_are_more_than_both_points_have(tmp_path: Path, failed: int | None) -> None:
     path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=6, quality=lambda p: p["dpo.beta"] / 4,
-                      examples=5000, steps=10, seed_noise=0.1)  # fmt: skip
-    for seed in range(2, 6):
+                      examples=5000, steps=10, seed_noise=0.1, failed=failed)  # fmt: skip
+    for seed in range(2 if failed is None else 3, 6):
         shutil.rmtree(path / f"trials/beta=0.1,seed={seed}")
     [more] = compare([read_sweep(path)]).more
     assert more.seeds and more.seeds > 6 and more.seconds
     trial = read_sweep(path).trials[0]
+    # A resume trains the failed seed again, so the time is the same as if it had never been there.
     assert more.seconds == pytest.approx(trial.seconds * (more.seeds - 6 + more.seeds - 2), rel=0.1)
+
+
+def test_a_stopped_trial_needs_only_its_rest(tmp_path: Path) -> None:
+    trials = [replace(trial, seconds=10.0) for trial in read_sweep(make_full_sweep(tmp_path / "s")).trials[:3]]
+    assert seconds_to(5, trials) == 20.0
+    assert seconds_to(5, [*trials[:2], replace(trials[2], state="stopped", seconds=4.0)]) == 26.0
+    assert seconds_to(5, [*trials[:2], replace(trials[2], state="failed", seconds=4.0)]) == 30.0
+    assert seconds_to(5, [*trials[:2], replace(trials[2], state="early-stopped", seconds=4.0)]) == 20.0
 
 
 def test_a_point_whose_seeds_differ_more_than_others_is_named(tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ def planned(
     )
 
 
+def test_a_first_sweep_has_the_same_bound_on_seeds_as_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--seeds 100001: give at most 100 seeds a point"):
+        planned(tmp_path, {"optim.lr": "1e-4,1e-3"}, {"seeds": 100001})
+
+
 def test_trials_lie_in_the_sweep_and_share_its_group(tmp_path: Path) -> None:
     plan = planned(tmp_path, {"optim.lr": "1e-4,1e-3"}, {"seeds": 2})
     assert plan.count == 4
