@@ -25,7 +25,7 @@ from minimind_ray.sweep.metric import judged_by
 from minimind_ray.sweep.more import needed
 from minimind_ray.sweep.notes import method_of, notes_of
 from minimind_ray.sweep.statistics import Interval, Statistics, judge
-from minimind_ray.sweep.table import LEAST_CLUSTERS, Comparison, More, Row, verdict_of
+from minimind_ray.sweep.table import LEAST_CLUSTERS, Comparison, More, Row, only_models, verdict_of
 from minimind_ray.sweep.text import shorten, value_text
 from minimind_ray.sweep.trials import Sweep, Trial
 
@@ -53,10 +53,7 @@ def compare(
     rows = [row for point, row in zip(points, rows) if point.counted]
     points = [point for point in points if point.counted]
     if not points:
-        nothing, notes = np.zeros((0, 0)), notes_of(None, None, others)
-        return Comparison(
-            metric, mode, keys, others, 0, 0, "examples", notes, "", None, [], margin, nothing, nothing, nothing
-        )
+        return _nothing_to_compare(metric, mode, keys, others, margin)
 
     results = results_of(points, metric)
     found = _judged(results, points, mode)
@@ -79,6 +76,15 @@ def compare(
         difference_PP=found.difference_PP[pick],
         low_PP=found.low_PP[pick],
         high_PP=found.high_PP[pick],
+        vague_PP=found.vague_PP[pick],
+    )
+
+
+def _nothing_to_compare(metric: str, mode: Mode, keys: list[str], rows: list[Row], margin: float) -> Comparison:
+    """Return the table of points without results."""
+    nothing, notes = np.zeros((0, 0)), notes_of(None, None, rows)
+    return Comparison(
+        metric, mode, keys, rows, 0, 0, "examples", notes, "", None, [], margin, nothing, nothing, nothing, nothing
     )
 
 
@@ -104,7 +110,7 @@ def _judged(results: Results, points: Sequence[Point], mode: Mode) -> Statistics
 
 def _with_statistics(rows: Sequence[Row], results: Results, found: Statistics, margin: float, sign: float) -> list[Row]:
     """Return the rows, which are in the order of `found.order_P`, with values, differences and verdicts."""
-    best, one_seed = found.order_P[0], all(len(row.compared) == 1 for row in rows)
+    best, reason = found.order_P[0], only_models(rows)
     several = found.eligible_P.sum() > 1
     filled: list[Row] = []
     for p, row in zip(found.order_P, rows):
@@ -124,7 +130,7 @@ def _with_statistics(rows: Sequence[Row], results: Results, found: Statistics, m
         )
         if p != best:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
-            verdict = verdict_of(*sorted((sign * low, sign * high)), margin=margin, one_seed=one_seed)
+            verdict = verdict_of(*sorted((sign * low, sign * high)), margin=margin, only_models=reason)
             row = replace(row, difference=_shown(difference, low, high, vague=vague), verdict=verdict)
         filled.append(row)
     return filled
@@ -135,8 +141,13 @@ def _shown(value: float, low: float, high: float, *, vague: bool) -> Interval:
 
 
 def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequence[float | None]) -> list[More]:
-    """Return what would decide each pair of the best point and a point that is not distinguishable from it."""
+    """Return what would decide each pair of the best point and a point that is not distinguishable from it.
+
+    More seeds do not make pbt's trials a comparison of settings, so nothing is returned for them.
+    """
     best, more = found.order_P[0], list[More]()
+    if only_models(rows) == "pbt":
+        return more
     for p, row, price in zip(found.order_P, rows, prices):
         if row.verdict != "not distinguishable":
             continue

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from minimind_ray.sweep.statistics import Interval
-from minimind_ray.sweep.table import Comparison, More, Row, Verdict
+from minimind_ray.sweep.table import Comparison, More, Row, Verdict, only_models
 from minimind_ray.sweep.text import duration_text, value_text
 
 MOST_LABELS = 5
@@ -38,7 +38,8 @@ def best_set_text(comparison: Comparison) -> str:
     if not any(row.vs_best and row.vs_best.low is not None for row in judged):
         return ""
     labels = [row.label for row in judged if row.may_be_best]
-    of = " of these trained models (one seed)" if one_seed(comparison) else ""
+    reason = only_models(comparison.rows)
+    of = f" of these trained models ({reason})" if reason else ""
     if any(row.compared and not row.vs_best for row in comparison.rows):
         of = " of the points with a finished trial"
     # Points outside the set whose verdict, by the wider intervals of all pairs, leaves them open.
@@ -90,11 +91,6 @@ def more_text(more: More) -> str:
         ways.append(f"{more.examples:,} validation examples")
     answer = "; ".join(text for text in (" or ".join(ways), more.why) if text)
     return f"To tell {more.pair[1]} from {more.pair[0]}, if the difference stays as it is: {answer}."
-
-
-def one_seed(comparison: Comparison) -> bool:
-    """Whether no point has a second seed, so that the verdicts are about these trained models only."""
-    return all(len(row.compared) == 1 for row in comparison.rows if row.verdict)
 
 
 def standing(verdict: Verdict | None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.stages import STAGES
 from minimind_ray.sweep.metric import terms
-from minimind_ray.sweep.stopping import Count, common_step, count_trials, curve_of, has_end
+from minimind_ray.sweep.stopping import Count, common_step, count_trials, curve_of, has_end, lengths_of
 from minimind_ray.sweep.trials import Sweep, Trial, Validation
 
 
@@ -23,7 +23,8 @@ class Point:
 
     `left_out` holds the id of each other trial, and the reason why it does not count. If one of them was stopped and
     its end cannot be predicted, no trial of the point counts, because the mean over the others would be biased. Then
-    `early` is the point's mean metric at the last step at which all trials of the sweep were validated, and this step.
+    `early` is the point's mean metric at the last step at which all trials of the sweep were validated, and this step;
+    None if the trials have different lengths, since a step then means different things to them.
     """
 
     sweep: Sweep
@@ -43,7 +44,8 @@ def points_of(sweep: Sweep, metric: str) -> list[Point]:
     """Return the points of a sweep in the order of its trials, with the trials that count by `count_trials`."""
     counts = {trial.id: count for trial, count in zip(sweep.trials, count_trials(sweep.trials, metric))}
     curves = {trial.id: curve_of(trial.metrics, metric) for trial in sweep.trials if has_end(trial, metric)}
-    step = common_step([curve for curve in curves.values() if curve])
+    ended = [trial for trial in sweep.trials if trial.id in curves]
+    step = common_step([curve for curve in curves.values() if curve]) if len(set(lengths_of(ended))) == 1 else None
     groups: dict[str, list[Trial]] = {}
     for trial in sweep.trials:
         groups.setdefault(repr([trial.point[key] for key in sweep.info.axes]), []).append(trial)
@@ -68,7 +70,8 @@ class Results:
     """The results of all trials that count; see `judge` for the arrays.
 
     `examples` and `clusters` are the numbers of those that count. `binary` tells whether every example has the value 0
-    or 1 and counts once. `noun` names the clusters.
+    or 1 and counts once. `noun` names the clusters. `finer` is empty, or the path of a trial whose clusters are
+    parts of these.
     """
 
     numerator_TC: np.ndarray
@@ -80,6 +83,7 @@ class Results:
     examples: int
     clusters: int
     noun: str
+    finer: str
     binary: bool
 
 
@@ -87,14 +91,14 @@ def results_of(points: Sequence[Point], metric: str) -> Results:
     """Sum the metric's numerator and denominator over the examples of each cluster, for each trial that counts.
 
     Raises:
-        UserError: trials were validated on different examples, the per-example results lack a column, or no example
-            counts.
+        UserError: trials were validated on different examples or with clusters that do not fit together, the
+            per-example results lack a column, or no example counts.
     """
     trials_T = [trial for point in points for trial in point.counted]
     counts_T = [count for point in points for count in point.counts]
     check_same_examples(trials_T)
     terms_T = [terms(trial, metric) for trial in trials_T]
-    cluster_E, noun = _clusters(points)
+    cluster_E, noun, finer = _clusters(points)
     # The denominators of all trials are equal: their examples have the same lengths.
     counts_E = terms_T[0][1] > 0
     if not counts_E.any():
@@ -119,6 +123,7 @@ def results_of(points: Sequence[Point], metric: str) -> Results:
         examples=len(cluster_E),
         clusters=clusters,
         noun=noun,
+        finer=finer,
         binary=all(_is_binary(*pair) for pair in terms_T),
     )
 
@@ -127,25 +132,32 @@ def _is_binary(numerator_E: np.ndarray, denominator_E: np.ndarray) -> bool:
     return bool((denominator_E == 1).all() and ((numerator_E == 0) | (numerator_E == 1)).all())
 
 
-def _clusters(points: Sequence[Point]) -> tuple[np.ndarray, str]:
-    """Return the number of each example's cluster, 0 to C - 1, and the noun for clusters.
+def _clusters(points: Sequence[Point]) -> tuple[np.ndarray, str, str]:
+    """Return the number of each example's cluster, 0 to C - 1, the noun for clusters, and `Results.finer`.
 
-    Files of older versions have no clusters, so the file with the fewest clusters decides.
+    Trials may know different clusters: files of older versions have none, and a run may have been started without
+    eval.cluster. If the clusters of one trial are parts of another's, the larger clusters hold for both.
+
+    Raises:
+        UserError: the clusters of two trials overlap.
     """
-    found = [_validation(trial).cluster_E for point in points for trial in point.counted]
-    numbers = min((np.unique(ids, return_inverse=True)[1] for ids in _different(found)), key=lambda n: n.max())
-    info = points[0].sweep.info
-    field = info.config.get("eval", {}).get("cluster")
-    return numbers, STAGES[info.stage].clusters(field) if numbers.max() + 1 < len(numbers) else "examples"
-
-
-def _different(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Return the arrays without repetitions."""
-    found: list[np.ndarray] = []
-    for array in arrays:
-        if not any(np.array_equal(array, other) for other in found):
-            found.append(array)
-    return found
+    found: list[tuple[np.ndarray, Trial, Sweep]] = []
+    for sweep, trial in ((point.sweep, trial) for point in points for trial in point.counted):
+        if not any(np.array_equal(_validation(trial).cluster_E, _validation(other).cluster_E) for _, other, _ in found):
+            found.append((np.unique(_validation(trial).cluster_E, return_inverse=True)[1], trial, sweep))
+    found.sort(key=lambda grouping: grouping[0].max())
+    (largest_E, first, sweep), finer = found[0], ""
+    for cluster_E, trial, _ in found[1:]:
+        if len(np.unique(np.stack([largest_E, cluster_E]), axis=1).T) > cluster_E.max() + 1:
+            raise UserError(
+                f"{first.path} and {trial.path} group the validation examples in different ways, and neither groups "
+                "are parts of the other; compare runs with the same eval.cluster"
+            )
+        if cluster_E.max() > largest_E.max():
+            finer = str(trial.path)
+    field = sweep.info.config.get("eval", {}).get("cluster")
+    grouped = largest_E.max() + 1 < len(largest_E)
+    return largest_E, STAGES[sweep.info.stage].clusters(field) if grouped else "examples", finer
 
 
 def _validation(trial: Trial) -> Validation:

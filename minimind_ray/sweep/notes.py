@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from minimind_ray.sweep.gather import Results
 from minimind_ray.sweep.more import narrowing
 from minimind_ray.sweep.statistics import Statistics
-from minimind_ray.sweep.table import LEAST_CLUSTERS, Row
+from minimind_ray.sweep.table import LEAST_CLUSTERS, Row, only_models
 
 FEW_CLUSTERS = 30
 MOST_NAMES = 5
@@ -23,6 +23,11 @@ def method_of(results: Results, found: Statistics, rows: Sequence[Row], margin: 
         text = f"Intervals cover 95 % and account only for {sources[0]}, since each point has one seed."
     else:
         text = f"Intervals cover 95 % and account for both {sources[0]} and the seeds (Student's t)."
+    if only_models(rows) == "pbt":
+        text += (
+            " pbt gave trials the weights of other trials, so the trials are not independent runs of their settings: "
+            "the verdicts compare these trained models, and the part of the seeds is only rough."
+        )
     if results.extra_T.any():
         text += " They include the uncertainty of predicted ends."
     if results.binary:
@@ -35,7 +40,7 @@ def method_of(results: Results, found: Statistics, rows: Sequence[Row], margin: 
             " A point differs from the best if the interval of their paired difference does not contain zero. These "
             "intervals hold for all pairs of points at once, because the best was chosen from the same data."
         )
-    if margin > 0 and not _one_seed(rows):
+    if margin > 0 and not only_models(rows):
         text += (
             f" A point equals the best within {margin:g} if this interval lies inside -{margin:g} to {margin:g} (two "
             "one-sided tests at 2.5 % each)."
@@ -52,6 +57,12 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
     compared = [row for row in rows if row.compared]
     if results and found and results.clusters >= LEAST_CLUSTERS:
         notes += _seeds(rows, found)
+    lengths = {trial.length for row in rows for trial in row.trials if trial.length}
+    if len(lengths) > 1:
+        notes.append(
+            f"The trials train for different numbers of steps, {min(lengths):,} to {max(lengths):,}. Each trial counts "
+            "with the end of its own run."
+        )
     seeds = {frozenset(trial.seed for trial in row.compared) for row in compared}
     if any(a.isdisjoint(b) for a in seeds for b in seeds):
         notes.append(
@@ -80,6 +91,19 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
 
 
 def _clusters(results: Results) -> list[str]:
+    return _few(results) + _groupings(results)
+
+
+def _groupings(results: Results) -> list[str]:
+    if not results.finer:
+        return []
+    return [
+        f"{results.finer} divides these {results.clusters:,} {results.noun} into smaller groups of examples, or knows "
+        "no groups. The larger groups are resampled for all trials."
+    ]
+
+
+def _few(results: Results) -> list[str]:
     clusters, noun, examples = results.clusters, results.noun, results.examples
     advice = "give data.val, or raise data.val_fraction"
     if examples < LEAST_CLUSTERS:
@@ -113,10 +137,12 @@ def _seeds(rows: Sequence[Row], found: Statistics) -> list[str]:
     if odd:
         notes.append(
             f"The seeds of {_listed(odd)} differ much more than those of the other points. Its intervals use its own "
-            "spread; a setting that varies this much may be unstable."
+            "spread, and those of the other points do not use this spread. A setting that varies this much may be "
+            "unstable."
             if len(odd) == 1
             else f"The seeds of these points differ much more than those of the other points: {_listed(odd)}. Their "
-            "intervals use their own spread; settings that vary this much may be unstable."
+            "intervals use their own spread, and those of the other points do not use these spreads. Settings that "
+            "vary this much may be unstable."
         )
     return notes
 

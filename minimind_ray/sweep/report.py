@@ -22,8 +22,8 @@ from minimind_ray.config.reading import dump_yaml
 from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.export import best_set_text, headline_text, one_seed, seeds_text, sentences, standing
-from minimind_ray.sweep.table import LEAST_CLUSTERS, ONE_SEED, Comparison, Row, verdict_of
+from minimind_ray.sweep.export import best_set_text, headline_text, seeds_text, sentences, standing
+from minimind_ray.sweep.table import DIFFERS, LEAST_CLUSTERS, Comparison, Row, only_models, verdict_of
 from minimind_ray.sweep.text import count_text, duration_text, shorten, value_text
 from minimind_ray.sweep.trials import Sweep
 from minimind_ray.train.run import write_atomically
@@ -32,7 +32,7 @@ MATRIX_POINTS = 24
 """With more points, the matrix of all pairs would be unreadable and is left out."""
 
 
-MARKS = {"better": "+", "worse": "−", "not distinguishable": "·", "equal within": "=", ONE_SEED: "≠"}
+MARKS = {"better": "+", "worse": "−", "not distinguishable": "·", "equal within": "=", DIFFERS: "≠"}
 """The marks of verdicts in the matrix, by the beginnings of the verdicts."""
 
 
@@ -97,7 +97,7 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         difference_dimension=chart.difference_dimension(comparison) if len(measured) > 1 and judged else None,
         matrix=pairs,
         marks={
-            start: mark
+            f"{start}; {only_models(rows)}" if start == DIFFERS else start: mark
             for start, mark in MARKS.items()
             if any(mark == shown for line in pairs or [] for shown, _ in line)
         },
@@ -142,15 +142,16 @@ def learning_curves(comparison: Comparison) -> list[Figure]:
 def matrix(comparison: Comparison, measured: list[Row]) -> list[list[tuple[str, str]]]:
     """For every pair of measured points (row, column): the sign and class of the row's verdict, and hover text."""
     sign, digits = 1.0 if comparison.mode == "min" else -1.0, comparison.digits
-    alone = one_seed(comparison)
+    reason = only_models(comparison.rows)
     cells: list[list[tuple[str, str]]] = []
     for i, row in enumerate(measured):
         line: list[tuple[str, str]] = []
         for j, other in enumerate(measured):
             low, high = float(comparison.low_PP[i, j]), float(comparison.high_PP[i, j])
-            verdict = verdict_of(*sorted((sign * low, sign * high)), margin=comparison.margin, one_seed=alone)
+            verdict = verdict_of(*sorted((sign * low, sign * high)), margin=comparison.margin, only_models=reason)
             mark = "" if i == j else next(mark for start, mark in MARKS.items() if verdict.startswith(start))
-            hover = f"{row.label} minus {other.label}: {low:+.{digits}f} to {high:+.{digits}f}, {verdict}"
+            interval = "no interval" if comparison.vague_PP[i, j] else f"{low:+.{digits}f} to {high:+.{digits}f}"
+            hover = f"{row.label} minus {other.label}: {interval}, {verdict}"
             line.append((mark, hover if mark else row.label))
         cells.append(line)
     return cells

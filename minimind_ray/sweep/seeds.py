@@ -10,14 +10,21 @@ order of the data), with one variance. `r_ps` is the rest, with a variance for e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-PRIOR_FREE = 3.0
-"""The weight of the other points' variance in a point's variance, in degrees of freedom. See `_moderated`."""
+PRIOR_FREE, PRIOR_RATIO = 3.0, 2.0
+"""The weight of the other points' variance in a point's variance: at most 3 degrees of freedom, and at most twice the
+point's own ones. See `_moderated`."""
+MEDIAN_FREE = 0.5
+"""The part of the other points' degrees of freedom that their median variance holds. See `_moderated`."""
 ODD = 0.05
 """The level of the test that a point's spread over seeds is larger than the other points' spread."""
+ROUNDING = 1e-9
+"""A spread that is smaller than this part of the values is due to rounding."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Seeds:
     weight_PT: np.ndarray
     own_P: np.ndarray
     own_free_P: np.ndarray
-    shared: bool
+    shared_P: np.ndarray
     common: float
     common_free: int
     odd_P: np.ndarray
@@ -50,8 +57,8 @@ class Seeds:
         """
         free_P = np.maximum(self.own_free_P, 1)
         chi_BP = rng.chisquare(free_P, (draws, len(free_P))) / free_P
-        if self.shared:
-            chi_BP[:] = chi_BP[:, :1]
+        if self.shared_P.any():
+            chi_BP[:, self.shared_P] = chi_BP[:, [self.shared_P.argmax()]]
         error_BT = rng.standard_normal((draws, len(self.point_T)))
         error_BT *= np.sqrt(self.own_P / chi_BP)[:, self.point_T]
         common_free = max(self.common_free, 1)
@@ -72,9 +79,11 @@ def fit_seeds(value_T: np.ndarray, point_T: np.ndarray, seed_T: np.ndarray, extr
     """Estimate the model's variances, and the weights of the trials in the points' estimates.
 
     The variances come from the residuals of the two-way layout and from the reduction of squares by the seeds
-    (Henderson's method 3; Searle, Casella & McCulloch, Variance Components, ch. 5). The points' estimates are
-    generalised least squares with seeds as random effects: a point that lacks a seed is compared without that seed's
-    effect as far as this effect is known, and if all points have the same seeds, the estimates are plain means.
+    (Henderson's method 3; Searle, Casella & McCulloch, Variance Components, ch. 5). Points whose seeds differ much more
+    than those of the others are left out of both: one diverged seed would hide all other differences. The points'
+    estimates are generalised least squares with seeds as random effects: a point that lacks a seed is compared without
+    that seed's effect as far as this effect is known, and if all points have the same seeds, the estimates are plain
+    means.
 
     Args:
         value_T: the trials' metrics.
@@ -83,23 +92,37 @@ def fit_seeds(value_T: np.ndarray, point_T: np.ndarray, seed_T: np.ndarray, extr
         extra_T: variances of single trials' values that are known besides, such as those of predictions.
     """
     points, (_, seed_T) = int(point_T.max()) + 1, np.unique(seed_T, return_inverse=True)
-    point_TP = (point_T[:, None] == np.arange(points)).astype(float)
-    seed_TS = (seed_T[:, None] == np.arange(seed_T.max() + 1)).astype(float)
+    point_TP, seed_TS = _indicators(point_T), _indicators(seed_T)
     layout = _layout(point_TP, seed_TS)
+    odd_P = _odd(value_T, point_T, seed_T, layout)
+    if odd_P.any():
+        layout = _layout(point_TP, seed_TS, odd_P)
+    pooled, free, common, common_free = _pooled(value_T, layout, seed_TS)
+    own_P, free_P, shared_P = np.full(points, pooled), np.full(points, float(free)), ~odd_P
+    if layout.separate or odd_P.any():
+        own_P, free_P = _moderated(_own_variances(value_T, layout, common), layout.free_P, odd_P)
+        if layout.separate:
+            shared_P = np.zeros(points, bool)
+        else:  # The usual points cannot be told apart.
+            own_P[shared_P], free_P[shared_P] = pooled, free
+    weight_PT = _weights(point_TP, seed_TS, pooled, common, extra_T)
+    return Seeds(point_T, seed_T, extra_T, weight_PT, own_P, free_P, shared_P, common, common_free, odd_P)
+
+
+def _pooled(value_T: np.ndarray, layout: _Layout, seed_TS: np.ndarray) -> tuple[float, int, float, int]:
+    """Return the mean variance of the rest and that of the seeds' effects on all points, with degrees of freedom.
+
+    Odd points have no part in it.
+    """
+    usual_T = layout.usual_T
     free = round(np.trace(layout.residual_TT))
     pooled = float(((layout.residual_TT @ value_T) ** 2).sum() / free) if free else 0.0
-    common, common_free = 0.0, len(value_T) - points - free
+    within_TT, seed_TS = layout.within_TT[np.ix_(usual_T, usual_T)], seed_TS[usual_T]
+    common, common_free = 0.0, round(np.trace(within_TT)) - free
     if free and common_free:
-        explained = ((layout.within_TT @ value_T) ** 2).sum() - pooled * free
-        common = max(0.0, (explained - common_free * pooled) / np.trace(seed_TS.T @ layout.within_TT @ seed_TS))
-
-    own_P, free_P, odd_P = np.full(points, pooled), np.full(points, float(free)), np.zeros(points, bool)
-    if layout.separate:
-        own_P = _own_variances(value_T, layout, common)
-        odd_P = _odd(own_P, layout)
-        own_P, free_P = _moderated(own_P, layout.free_P)
-    weight_PT = _weights(point_TP, seed_TS, pooled, common, extra_T)
-    return Seeds(point_T, seed_T, extra_T, weight_PT, own_P, free_P, not layout.separate, common, common_free, odd_P)
+        explained = ((within_TT @ value_T[usual_T]) ** 2).sum() - pooled * free
+        common = max(0.0, (explained - common_free * pooled) / np.trace(seed_TS.T @ within_TT @ seed_TS))
+    return pooled, free, common, common_free
 
 
 def _weights(
@@ -117,11 +140,13 @@ class _Layout:
 
     `within_TT` maps values to deviations from the points' means, `residual_TT` to residuals from points and seeds. The
     points `known_P` have residuals: their variances solve `equations_PP`. The points `alone_P` share no seed with other
-    points that would give residuals. `free_P` are the degrees of freedom of the points' variances. `separate` is
-    False if the points' variances cannot be told apart.
+    points that would give residuals; odd points are among them, so that they change nothing for the other points, whose
+    trials are `usual_T`. `free_P` are the degrees of freedom of the points' variances. `separate` is False if the
+    points' variances cannot be told apart.
     """
 
     point_TP: np.ndarray
+    usual_T: np.ndarray
     within_TT: np.ndarray
     residual_TT: np.ndarray
     known_P: np.ndarray
@@ -131,22 +156,31 @@ class _Layout:
     separate: bool
 
 
-def _layout(point_TP: np.ndarray, seed_TS: np.ndarray) -> _Layout:
-    within_TT = _residuals_of(point_TP)
-    residual_TT = _residuals_of(np.hstack([point_TP, seed_TS]))
+def _indicators(number_T: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return a column of ones and zeros for each number from 0 to the largest: [T, K]."""
+    return (np.asarray(number_T)[:, None] == np.arange(max(number_T) + 1)).astype(float)
+
+
+def _layout(point_TP: np.ndarray, seed_TS: np.ndarray, odd_P: np.ndarray | None = None) -> _Layout:
     seeds_P = point_TP.sum(0)
-    if np.trace(residual_TT) < 0.5 or len(seeds_P) == 1:
+    odd_P = np.zeros(len(seeds_P), bool) if odd_P is None else odd_P
+    usual_T = point_TP @ odd_P == 0
+    within_TT, residual_TT = _residuals_of(point_TP), np.zeros((len(point_TP), len(point_TP)))
+    usual_TT = np.ix_(usual_T, usual_T)
+    residual_TT[usual_TT] = _residuals_of(np.hstack([point_TP, seed_TS])[usual_T])
+    tells_seeds = np.trace(residual_TT) >= 0.5 and (~odd_P).sum() > 1
+    if not tells_seeds:
         # Nothing tells the seeds' effects from chance, so the points' own variances contain these effects.
-        residual_TT = within_TT
+        residual_TT[usual_TT] = within_TT[usual_TT]
     free_P = point_TP.T @ np.diag(residual_TT)
     known_P = free_P > 1e-9
     equations_PP = (point_TP.T @ residual_TT**2 @ point_TP)[np.ix_(known_P, known_P)]
     separate = bool(known_P.any()) and bool(np.linalg.cond(equations_PP) < 1e6)
-    if residual_TT is not within_TT:  # The seeds' effects have taken an equal part of each point's degrees of freedom.
+    if tells_seeds:  # The seeds' effects have taken an equal part of each point's degrees of freedom.
         free_P *= known_P.sum() / max(1, known_P.sum() - 1)
     alone_P = ~known_P & (seeds_P > 1)
     free_P = np.where(known_P, free_P, np.where(alone_P, seeds_P - 1, 0.0))
-    return _Layout(point_TP, within_TT, residual_TT, known_P, equations_PP, alone_P, free_P, separate)
+    return _Layout(point_TP, usual_T, within_TT, residual_TT, known_P, equations_PP, alone_P, free_P, separate)
 
 
 def _residuals_of(design_TK: np.ndarray) -> np.ndarray:
@@ -164,38 +198,47 @@ def _own_variances(value_BT: np.ndarray, layout: _Layout, common: float) -> np.n
     squares_BP = (value_BT @ layout.residual_TT) ** 2 @ layout.point_TP
     pooled_B = squares_BP.sum(-1, keepdims=True) / np.trace(layout.residual_TT)
     own_BP = np.broadcast_to(pooled_B, squares_BP.shape).copy()
-    own_BP[..., layout.known_P] = squares_BP[..., layout.known_P] @ np.linalg.inv(layout.equations_PP).T
+    if layout.separate:
+        own_BP[..., layout.known_P] = squares_BP[..., layout.known_P] @ np.linalg.inv(layout.equations_PP).T
     alone_BP = (value_BT @ layout.within_TT) ** 2 @ layout.point_TP[:, layout.alone_P]
     own_BP[..., layout.alone_P] = alone_BP / layout.free_P[layout.alone_P] - common
     return np.maximum(own_BP, 0.05 * pooled_B)
 
 
-def _of_others(own_BP: np.ndarray, free_P: np.ndarray) -> np.ndarray:
-    """Return the typical variance of all other points, for each point; `own_BP` may hold many sets of variances.
+def typical_of_others(own_BP: np.ndarray, free_P: np.ndarray, odd_P: np.ndarray) -> np.ndarray:
+    """Return the typical variance of all other points but odd ones, for each point: [B, P] for variances [B, P].
 
-    The typical variance is the median, which a single odd point does not change. It is corrected for the skewness of
-    variances from few seeds: the median of chi-squared over its degrees of freedom (Wilson & Hilferty 1931).
+    The typical variance is the median, which a single large variance does not change. It is corrected for the skewness
+    of variances from few seeds: the median of chi-squared over its degrees of freedom (Wilson & Hilferty 1931).
     """
-    scaled_BP = own_BP / (1 - 2 / (9 * np.maximum(free_P, 1))) ** 3
-    typical_BP = own_BP.copy()
-    for p in range(len(free_P)):
-        others_P = (free_P > 0) & (np.arange(len(free_P)) != p)
-        if others_P.any():
-            typical_BP[..., p] = np.median(scaled_BP[..., others_P], axis=-1)
+    usual_P = (free_P > 0) & ~odd_P
+    scaled_BN = (own_BP / (1 - 2 / (9 * np.maximum(free_P, 1))) ** 3)[..., usual_P]
+    typical_BP, others = own_BP.copy(), int(usual_P.sum()) - 1
+    if others >= 0:
+        typical_BP[..., ~usual_P] = np.median(scaled_BN, axis=-1, keepdims=True)
+    if others > 0:
+        order_BN = np.argsort(scaled_BN, axis=-1)
+        sorted_BN, rank_BN = np.take_along_axis(scaled_BN, order_BN, -1), np.argsort(order_BN, axis=-1)
+        # The middle two (or one) of all but the point itself.
+        middle = [k + (rank_BN <= k) for k in ((others - 1) // 2, others // 2)]
+        typical_BP[..., usual_P] = sum(np.take_along_axis(sorted_BN, k, -1) for k in middle) / 2
     return typical_BP
 
 
-def _moderated(own_P: np.ndarray, free_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moderated(own_P: np.ndarray, free_P: np.ndarray, odd_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return variances that use what the other points show, and their degrees of freedom.
 
     From two or three seeds a point's own variance is too uncertain to be used alone, and a common variance would be
     wrong for points that vary more than others. So the other points' typical variance enters with the weight of a few
     degrees of freedom (Smyth 2004, "Linear models and empirical Bayes methods"), but never makes a variance smaller
-    than the point's own estimate. With many seeds the point's own variance decides. A point with a single seed uses
-    the other points' variance. `docs/statistics.md` shows the simulation.
+    than the point's own estimate. With many seeds the point's own variance decides, and with two seeds it keeps enough
+    weight to show a point that varies more. The others say nothing about an odd point, and it says nothing about them.
+    A point with a single seed uses the other points' variance. `docs/statistics.md` shows the simulation.
     """
-    others_P, free_others_P = _of_others(own_P, free_P), free_P.sum() - free_P
-    prior_P = np.minimum(PRIOR_FREE, free_others_P)
+    others_P = typical_of_others(own_P, free_P, odd_P)
+    usual_free_P = np.where(odd_P, 0.0, free_P)
+    free_others_P = usual_free_P.sum() - usual_free_P
+    prior_P = np.minimum(np.minimum(PRIOR_FREE, PRIOR_RATIO * usual_free_P), MEDIAN_FREE * free_others_P)
     mixed_P = (prior_P * others_P + free_P * own_P) / np.maximum(prior_P + free_P, 1e-9)
     alone_P = free_P == 0
     return (
@@ -204,17 +247,28 @@ def _moderated(own_P: np.ndarray, free_P: np.ndarray) -> tuple[np.ndarray, np.nd
     )
 
 
-def _odd(own_P: np.ndarray, layout: _Layout) -> np.ndarray:
-    """Return which points vary significantly more over seeds than is typical of the other points.
-
-    The largest ratio of a point's variance to the others' typical variance is compared with what it is in simulations
-    of the same trials with equal variances. So at most 5 % of sweeps with equal variances have an odd point.
-    """
+def _odd(value_T: np.ndarray, point_T: np.ndarray, seed_T: np.ndarray, layout: _Layout) -> np.ndarray:
+    """Return which points vary significantly more over seeds than is typical of the other points."""
     known_P = layout.free_P > 0
-    if known_P.sum() < 3:
-        return np.zeros(len(own_P), bool)
-    equal_BT = np.random.default_rng(0).standard_normal((2000, len(layout.point_TP)))
-    equal_BP = _own_variances(equal_BT, layout, 0.0)
-    ratio_BP = equal_BP / _of_others(equal_BP, layout.free_P)
-    limit = np.quantile(ratio_BP[:, known_P].max(1), 1 - ODD)
-    return known_P & (own_P > limit * _of_others(own_P, layout.free_P))
+    if not layout.separate or known_P.sum() < 3:
+        return np.zeros(len(known_P), bool)
+    limit = _largest_ratio(tuple(point_T.tolist()), tuple(seed_T.tolist()))
+    more_than_rounding_P = _own_variances(value_T, layout, 0.0) > (ROUNDING * np.abs(value_T).max()) ** 2
+    return known_P & more_than_rounding_P & (_ratio_to_others(value_T, layout) > limit)
+
+
+@lru_cache(maxsize=8)
+def _largest_ratio(point_T: tuple[int, ...], seed_T: tuple[int, ...]) -> float:
+    """Return how large the largest ratio of a point's variance to the others' typical variance is by chance.
+
+    In simulations of the same trials with equal variances, 5 % of sweeps have a larger ratio.
+    """
+    layout = _layout(_indicators(point_T), _indicators(seed_T))
+    equal_BT = np.random.default_rng(0).standard_normal((2000, len(point_T)))
+    ratio_BP = _ratio_to_others(equal_BT, layout)
+    return float(np.quantile(ratio_BP[:, layout.free_P > 0].max(1), 1 - ODD))
+
+
+def _ratio_to_others(value_BT: np.ndarray, layout: _Layout) -> np.ndarray:
+    own_BP = _own_variances(value_BT, layout, 0.0)
+    return own_BP / typical_of_others(own_BP, layout.free_P, np.zeros(own_BP.shape[-1], bool))

@@ -254,13 +254,13 @@ def _simultaneous_reach(draws_BP: np.ndarray, noise_PP: np.ndarray) -> tuple[np.
         single_P = np.quantile(deviation_PB, 0.95, axis=1)
         single_P = np.where(single_P > noise_PP[i, i + 1 :], single_P, 0.0)
         single_PP[i, i + 1 :] = single_PP[i + 1 :, i] = single_P
-        largest_B = np.maximum(largest_B, (deviation_PB / np.where(single_P > 0, single_P, np.inf)[:, None]).max(0))
+        largest_B = np.maximum(largest_B, _ratio(deviation_PB, single_P).max(0))
     return single_PP * np.quantile(largest_B, 0.95), single_PP
 
 
-def _ratio(deviation_BP: np.ndarray, single_P: np.ndarray) -> np.ndarray:
+def _ratio(deviation_PB: np.ndarray, single_P: np.ndarray) -> np.ndarray:
     """Return the deviations in units of the half-widths; 0 for two points that always agree."""
-    return deviation_BP / np.where(single_P > 0, single_P, np.inf)
+    return deviation_PB / np.where(single_P > 0, single_P, np.inf)[:, None]
 
 
 def _best_of_eligible(
@@ -294,9 +294,10 @@ def _against_the_best(
     points = len(difference_PP)
     if points == 1:
         return np.ones(1, bool), np.zeros((1, 3))
+    draws_PB = np.ascontiguousarray(draws_BP.T)
     reach_PP = np.zeros((points, points))
     for i in range(points):
-        worst_B = _ratio(draws_BP[:, i : i + 1] - draws_BP, single_PP[i]).max(1)
+        worst_B = _ratio(draws_PB[i] - draws_PB, single_PP[i]).max(0)
         reach_PP[i] = np.maximum(single_PP[i] * max(0.0, float(np.quantile(worst_B, 0.95))), least_PP[i])
     itself = np.where(np.eye(points, dtype=bool), -np.inf, 0.0)
     low_P = np.minimum(0.0, (difference_PP - reach_PP + itself).max(1))
@@ -313,8 +314,9 @@ def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, usual_P: np.ndarray)
     The best of several estimates is too good on average (the winner's curse). A parametric bootstrap repeats the
     picking: in each draw, errors are added to the estimates, the best point is picked, and its error is noted. The
     estimates themselves differ more than the true values, so they are first drawn together by as much as their errors
-    explain (James & Stein 1961; the positive part). The median error of the picked points is the correction. How far
-    the true values lie apart stays uncertain, so the interval also holds what follows without drawing together.
+    explain (James & Stein 1961; the positive part). The median error of the picked points is the correction. Picking
+    never makes a value look too bad, so a median above 0 is chance in the draws, and counts as 0. How far the true
+    values lie apart stays uncertain, so the interval also holds what follows without drawing together.
 
     Points that are not `usual_P`, because their seeds differ much more than those of others, are left out, except the
     best point itself: their large errors would hide everything else.
@@ -331,7 +333,7 @@ def _headline(estimate_P: np.ndarray, draws_BP: np.ndarray, usual_P: np.ndarray)
         factor = max(0.0, 1 - points * np.median(spread_P**2) / squares if squares > 0 else 0.0)
     low, median, high = _picked_errors(middle + factor * (estimate_P - middle), draws_BP)
     most = _picked_errors(estimate_P, draws_BP)[2]
-    return best - np.array([median, max(high, most), low])
+    return best - np.array([min(median, 0.0), max(high, most), low])
 
 
 def _picked_errors(estimate_P: np.ndarray, draws_BP: np.ndarray) -> np.ndarray:

@@ -46,14 +46,23 @@ class Count:
 
 
 def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
-    """Return how each trial of a sweep counts. A budget or a stop by hand is treated as a scheduler's stop."""
+    """Return how each trial of a sweep counts. A budget or a stop by hand is treated as a scheduler's stop.
+
+    A trial's end is predicted only from trials of the same length: after as many steps, a longer run is still on its
+    way when a shorter one has ended.
+    """
     found = [Count(None, _reason(trial, metric)) for trial in trials]
     known = [t for t, count in enumerate(found) if not count.reason]
     finished = [trials[t].state == "finished" for t in known]
     curves = [curve_of(trials[t].metrics, metric) for t in known]
-    shift_T, extra_T = predicted_ends(curves, finished)
-    whole = [curve for curve, done in zip(curves, finished) if done and curve]
-    for t, curve, done, shift, extra in zip(known, curves, finished, shift_T.tolist(), extra_T.tolist()):
+    lengths = lengths_of([trials[t] for t in known])
+    shift_T, extra_T = np.zeros(len(known)), np.zeros(len(known))
+    for length in set(lengths):
+        same = [i for i, other in enumerate(lengths) if other == length]
+        shift_T[same], extra_T[same] = predicted_ends([curves[i] for i in same], [finished[i] for i in same])
+    whole = [[c for c, done, other in zip(curves, finished, lengths) if done and c and other == n] for n in lengths]
+    of = " of its length" if len(set(lengths)) > 1 else ""
+    for t, curve, ends, done, shift, extra in zip(known, curves, whole, finished, shift_T.tolist(), extra_T.tolist()):
         if done:
             found[t] = Count("finished")
         elif trials[t].lineage:
@@ -61,17 +70,26 @@ def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
         elif math.isfinite(shift):
             found[t] = Count("predicted", "", shift, extra)
         else:
-            found[t] = Count(None, f"{trials[t].state}; {_why_unpredicted(curve, whole, metric)}")
+            found[t] = Count(None, f"{trials[t].state}; {_why_unpredicted(curve, ends, metric, of)}")
     return found
 
 
-def _why_unpredicted(curve: Curve, whole: Sequence[Curve], metric: str) -> str:
-    """Return why the end of a stopped trial cannot be predicted from the curves of the finished trials."""
+def lengths_of(trials: Sequence[Trial]) -> list[int | None]:
+    """Return the planned number of steps of each trial. If it is unknown, it is that of the others if these agree."""
+    known = {trial.length for trial in trials if trial.length}
+    only = known.pop() if len(known) == 1 else None
+    return [trial.length or only for trial in trials]
+
+
+def _why_unpredicted(curve: Curve, whole: Sequence[Curve], metric: str, of: str) -> str:
+    """Return why the end of a stopped trial cannot be predicted from the curves `whole` of the finished trials."""
     if not curve:
         return f"its end cannot be predicted, because {metric} was not measured during training"
     if len(whole) < LEAST:
-        return "too few trials finished to predict its end"
-    return "its end cannot be predicted, because it has no validation at a step at which all finished trials have one"
+        return f"too few trials{of} finished to predict its end"
+    return (
+        f"its end cannot be predicted, because it has no validation at a step at which all finished trials{of} have one"
+    )
 
 
 def has_end(trial: Trial, metric: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from minimind_ray.sweep.statistics import Interval
 from minimind_ray.sweep.stopping import has_end
 from minimind_ray.sweep.trials import Trial
 
-ONE_SEED = "differs on these examples; one seed"
+DIFFERS = "differs on these examples"
+"""The beginning of the verdict on trained models, if a sweep does not compare settings. See `only_models`."""
 Verdict = str
-"""One of "best", "better", "worse", "not distinguishable", "equal within M" (with a margin M), and ONE_SEED."""
+"""One of "best", "better", "worse", "not distinguishable", "equal within M" (with a margin M), and DIFFERS with a
+reason."""
 LEAST_CLUSTERS = 5
 """With fewer clusters the intervals are too narrow. In simulations with 4 equal points, all intervals together held the
 truth in 92 % of cases with 5 clusters, in 80 % with 3, and in 70 % with 2."""
@@ -81,7 +84,8 @@ class More:
 class Comparison:
     """All points, best first. Rows with a verdict come first; for these, `difference_PP[i, j]` is row i minus row j.
 
-    With fewer than LEAST_CLUSTERS clusters, no row has bounds, and `low_PP` and `high_PP` have no meaning.
+    With fewer than LEAST_CLUSTERS clusters, no row has bounds, and `low_PP` and `high_PP` have no meaning. `vague_PP`
+    marks differences whose interval is too wide to be shown.
 
     `clusters` counts the independent groups of examples, `cluster_noun` names them, such as "documents". `headline` is
     the best point's value, corrected for having been picked from several. `more` says what would decide the pairs that
@@ -103,6 +107,7 @@ class Comparison:
     difference_PP: np.ndarray
     low_PP: np.ndarray
     high_PP: np.ndarray
+    vague_PP: np.ndarray
 
     @property
     def winner(self) -> Trial | None:
@@ -122,14 +127,26 @@ class Comparison:
         return min(max(1 - math.floor(math.log10(narrowest)), 2), 6)
 
 
-def verdict_of(low: float, high: float, *, margin: float, one_seed: bool) -> Verdict:
+def only_models(rows: Iterable[Row]) -> str:
+    """Return why verdicts are about these trained models and not about their settings; empty if they are not.
+
+    The reason is "pbt" if trials took over weights from each other: they are then no independent runs of their
+    settings. It is "one seed" if no point has a second seed.
+    """
+    compared = [row for row in rows if row.compared]
+    if any(trial.lineage for row in compared for trial in row.trials):
+        return "pbt"
+    return "one seed" if all(len(row.compared) == 1 for row in compared) else ""
+
+
+def verdict_of(low: float, high: float, *, margin: float, only_models: str) -> Verdict:
     """Return the verdict for the interval of a difference whose positive values are worse.
 
-    With one seed, an interval knows nothing of the seeds: it shows neither which settings are better nor that they are
+    With a reason in `only_models` (see there), an interval shows neither which settings are better nor that they are
     equal.
     """
-    if not one_seed and -margin < low and high < margin:
+    if not only_models and -margin < low and high < margin:
         return f"equal within {margin:g}"
     if low <= 0 <= high:
         return "not distinguishable"
-    return ONE_SEED if one_seed else "worse" if low > 0 else "better"
+    return f"{DIFFERS}; {only_models}" if only_models else "worse" if low > 0 else "better"

@@ -125,6 +125,7 @@ class RunInfo(BaseModel):
     state: State = "waiting"
     error: str | None = None
     steps: Annotated[int, Field(ge=0)] | None = None
+    planned_steps: Annotated[int, Field(ge=1)] | None = None
     tokens: Annotated[int, Field(ge=0)] | None = None
     result: str | None = None
     inputs: dict[str, str | None] = Field(default_factory=dict)
@@ -158,7 +159,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a sweep, finished or not. `result` is its best checkpoint; `validated_on` names its validation set."""
+    """A run of a sweep, finished or not. `result` is its best checkpoint; `validated_on` names its validation set.
+
+    `length` is the number of steps that the run has when it is finished; None if it is unknown, as for unfinished runs
+    of earlier versions.
+    """
 
     id: str
     path: Path
@@ -167,6 +172,7 @@ class Trial:
     state: State
     error: str | None
     steps: int
+    length: int | None
     tokens: int
     seconds: float
     result: Path | None
@@ -260,6 +266,7 @@ def read_trial(path: Path) -> Trial:
         error="its process is gone" if gone else run.error,
         # A running trial has no totals yet.
         steps=last["step"] if run.steps is None else run.steps,
+        length=run.planned_steps or (run.steps if run.state == "finished" else None),
         tokens=last["tokens"] if run.tokens is None else run.tokens,
         seconds=sum(timed),
         result=path / run.result if run.result else None,

@@ -137,7 +137,7 @@ class TrainingRun:
         if self.directory.writes:
             cpu = None if context.device.type == "cuda" else arithmetic(dtype)
             self.recorder = Recorder(self.directory, self.progress, config)
-            self.recorder.begin(cpu=cpu, pass_tokens=self.pass_tokens, base=data.base)
+            self.recorder.begin(steps=self.plan.steps, cpu=cpu, pass_tokens=self.pass_tokens, base=data.base)
         self.meter = Meter(self.model.shape, context, dtype, frozen=config.trains_adapter)
         self.model.train()
         steps = ((packs, self._assemble(packs)) for packs in data.source.steps(self.progress.step))

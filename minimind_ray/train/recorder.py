@@ -46,16 +46,16 @@ class Recorder:
         self.optimizer_copy = HostCopy()
         self.trackers: Trackers | None = None
 
-    def begin(self, *, cpu: str | None, pass_tokens: int | None, base: Path | None) -> None:
+    def begin(self, *, steps: int, cpu: str | None, pass_tokens: int | None, base: Path | None) -> None:
         """Note in run.json how the run computes, and open the trackers.
 
-        `cpu` describes the CPU's arithmetic (see `arithmetic`); None if a GPU computes. `base` is the directory of the
-        model that the run starts from, for the trackers.
+        `steps` is the planned number of steps. `cpu` describes the CPU's arithmetic (see `arithmetic`); None if a GPU
+        computes. `base` is the directory of the model that the run starts from, for the trackers.
         """
         config, directory = self.config, self.directory
         if self.progress.step:
             _warn_of_other_arithmetic(directory.info().get("cpu"), cpu)
-        directory.update(compiled=compiled(), pass_tokens=pass_tokens, cpu=cpu)
+        directory.update(planned_steps=steps, compiled=compiled(), pass_tokens=pass_tokens, cpu=cpu)
         here = config.model_copy(update={"out": str(directory.path)})
         self.trackers = Trackers(TrackedRun(here, directory.info(), directory.lines, base))
         if self.trackers.identities:

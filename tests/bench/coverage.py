@@ -149,6 +149,17 @@ def odd(points: int, seeds: int) -> Callable[[Rng], Simulated]:
     return lambda rng: crossed(rng, [2.0] * points, seeds=seeds, own=own, noise=0.1)
 
 
+def diverged(points: int, seeds: int) -> Callable[[Rng], Simulated]:
+    """Equal points, of which one has a seed that is worse by 100 times the spread over seeds."""
+
+    def simulate(rng: Rng) -> Simulated:
+        sweep = crossed(rng, [2.0 + 5.0 / seeds, *[2.0] * (points - 1)], seeds=seeds, own=0.05, noise=0.1)
+        worse_T = np.where(sweep.point_T == 0, np.where(sweep.seed_T == 0, 5.0, 0.0) - 5.0 / seeds, 0.0)
+        return replace(sweep, numerator_TE=sweep.numerator_TE + worse_T[:, None] * sweep.denominator_TE)
+
+    return simulate
+
+
 KINDS: dict[str, Callable[[Rng], Simulated]] = {
     "4 equal points, 3 seeds": lambda rng: crossed(rng, [2.0] * 4, seeds=3),
     "4 equal points, 2 seeds": lambda rng: crossed(rng, [2.0] * 4),
@@ -160,9 +171,12 @@ KINDS: dict[str, Callable[[Rng], Simulated]] = {
     ),
     "two lost trials, 3 seeds": unequal_seeds,
     "one odd point of 4, 2 seeds": odd(4, 2),
+    "one odd point of 4, 3 seeds": odd(4, 3),
     "one odd point of 8, 2 seeds": odd(8, 2),
     "one odd point of 8, 3 seeds": odd(8, 3),
     "one odd point of 8, 5 seeds": odd(8, 5),
+    "one diverged seed of 4 points, 2 seeds": diverged(4, 2),
+    "one diverged seed of 4 points, 3 seeds": diverged(4, 3),
     "4 equal points, 1 seed": lambda rng: crossed(rng, [2.0] * 4, seeds=1, own=0.05),
     "accuracy 0.99, 50 examples": lambda rng: accuracy(rng, 50),
     "accuracy 0.99, 200 examples": lambda rng: accuracy(rng, 200),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +21,8 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.data.claim import claimed
 from minimind_ray.sweep.compare import compare, seconds_to
 from minimind_ray.sweep.export import to_json
-from minimind_ray.sweep.report import render
-from minimind_ray.sweep.table import ONE_SEED, Comparison
+from minimind_ray.sweep.report import matrix, render
+from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 
@@ -328,12 +329,61 @@ def test_examples_of_one_prompt_count_as_one_cluster(tmp_path: Path) -> None:
     assert all(row.metric and row.metric.low is None for row in comparison.rows) and comparison.headline is None
 
 
+def test_groups_of_examples_that_do_not_agree(tmp_path: Path) -> None:
+    sweeps = [tmp_path / "a", tmp_path / "b"]
+    for path in sweeps:
+        make_sweep(path, axes={"dpo.beta": "0.1,0.3"})
+    put_clusters(sweeps[0], np.arange(240) // 6)
+    comparison = compare([read_sweep(path) for path in sweeps])
+    assert (comparison.clusters, comparison.cluster_noun) == (40, "prompts")
+    [note] = [note for note in comparison.notes if "smaller groups" in note]
+    assert "trials/beta=0.1,seed=0 divides these 40 prompts" in note.replace(str(sweeps[1]) + "/", "")
+    put_clusters(sweeps[1], np.arange(240) // 3)
+    assert compare([read_sweep(path) for path in sweeps]).clusters == 40
+    overlapping = make_sweep(tmp_path / "c", axes={"dpo.beta": "0.1,0.3"})
+    put_clusters(overlapping, (np.arange(240) + 2) // 4)
+    with pytest.raises(UserError, match=r"group the validation examples in different ways.* eval\.cluster"):
+        compare([read_sweep(sweeps[0]), read_sweep(overlapping)])
+
+
 def test_one_seed_compares_trained_models_only(tmp_path: Path) -> None:
     path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=1, quality=lambda p: 1 - p["dpo.beta"] * 2)
     comparison = compare([read_sweep(path)], margin=100.0)
-    assert [row.verdict for row in comparison.rows] == ["best", ONE_SEED]
+    assert [row.verdict for row in comparison.rows] == ["best", "differs on these examples; one seed"]
     assert "each point has one seed" in comparison.method and "within 100" not in comparison.method
     assert any("not their settings" in note for note in comparison.notes)
+
+
+def test_pbt_compares_trained_models_only(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.2,0.3"}, seeds=3, seed_noise=0.005,
+                      quality=lambda point: 1 - 2 * point["dpo.beta"])  # fmt: skip
+    line = {"step": 20, "point": {"dpo.beta": 0.1}}
+    (path / "trials/beta=0.3,seed=0/lineage.jsonl").write_text(json.dumps(line) + "\n")
+    comparison = compare([read_sweep(path)], margin=100.0)
+    assert {row.verdict for row in comparison.rows[1:]} == {"differs on these examples; pbt"}
+    assert "not independent runs of their settings" in comparison.method and "within 100" not in comparison.method
+    text = to_json(comparison)["sentences"][1]
+    assert "the best of these trained models (pbt)" in text
+    assert "≠ differs on these examples; pbt." in render(read_sweep(path), comparison)
+    put_column(path, "loss", lambda loss_E: loss_E * 0 + 1 + np.arange(240) % 7)
+    comparison = compare([read_sweep(path)])
+    assert [row.verdict for row in comparison.rows[1:]] == ["not distinguishable"] * 2 and comparison.more == []
+
+
+def test_runs_of_different_lengths_count_with_their_ends(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=3, quality=lambda point: 0.5)
+    for run in path.glob("trials/beta=0.3,*/run.json"):
+        lines = (run.parent / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run.parent / "metrics.jsonl").write_text("".join(lines[:30]))
+        run.write_text(json.dumps({**json.loads(run.read_text()), "steps": 30, "planned_steps": 30}))
+    comparison = compare([read_sweep(path)])
+    assert [(row.seeds, row.stopped_seeds, row.left_out) for row in comparison.rows] == [(3, 0, ())] * 2
+    assert [row.verdict for row in comparison.rows] == ["best", "not distinguishable"]
+    assert any("different numbers of steps, 30 to 60" in note for note in comparison.notes)
+    # Without an end, a step of a long run cannot be compared with the same step of a short one.
+    for run in path.glob("trials/*/run.json"):
+        run.write_text(json.dumps({"planned_steps": 60, **json.loads(run.read_text()), "state": "stopped"}))
+    assert [row.early_step for row in compare([read_sweep(path)]).rows] == [None, None]
 
 
 def test_points_that_are_equal_within_a_margin(tmp_path: Path) -> None:
@@ -404,4 +454,7 @@ def test_an_interval_that_says_nothing_is_left_out(tmp_path: Path) -> None:
     put_column(path, "loss", lambda loss_E: loss_E + 2.0, "beta=0.3,seed=0")
     difference = compare([read_sweep(path)]).rows[1].difference
     assert difference and difference.low is None and difference.high is None
+    rows = [row for row in compare([read_sweep(path)]).rows if row.verdict]
+    hover = matrix(compare([read_sweep(path)]), rows)[1][0][1]
+    assert re.search(r"minus beta 0\.\d: no interval, not distinguishable", hover)
     assert any("A third seed would narrow them to about 28%" in note for note in comparison.notes)

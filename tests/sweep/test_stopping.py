@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minimind_ray.sweep.stopping import common_step, count_trials, curve_of, predicted_ends
+from minimind_ray.sweep.stopping import common_step, count_trials, curve_of, lengths_of, predicted_ends
 from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.intervals import t_quantile
 from tests.sweep.synthetic import make_sweep
@@ -113,6 +114,25 @@ def test_every_trial_counts_or_has_a_reason(tmp_path: Path) -> None:
         "early-stopped; its end cannot be predicted, because val/own was not measured during training"
     )
     assert counts["finished"].how == "finished"
+
+
+def test_ends_are_predicted_from_runs_of_the_same_length(tmp_path: Path) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "sweep", axes={"dpo.beta": "0.02,0.05,0.1"}, seeds=3, stopped=0))
+    # The stopped trial and those of the first two points plan 60 steps, and those of the last point 30.
+    same = [replace(trial, length=60) for trial in sweep.trials if trial.point["dpo.beta"] != 0.1]
+    short = [
+        replace(trial, length=30, steps=30, metrics=trial.metrics[:30])
+        for trial in sweep.trials
+        if trial.point["dpo.beta"] == 0.1
+    ]
+    alone, both = count_trials(same, "val/loss"), count_trials([*same, *short], "val/loss")
+    assert both[: len(same)] == alone and alone[0].how == "predicted"
+    assert [count.how for count in both[len(same) :]] == ["finished"] * 3
+    few = count_trials([same[0], *short], "val/loss")[0]
+    assert few.reason == "early-stopped; too few trials of its length finished to predict its end"
+    # A stopped run of an earlier version does not know its length; it is clear if all others have the same.
+    assert lengths_of([replace(same[0], length=None), *same[1:]]) == [60] * len(same)
+    assert lengths_of([replace(same[0], length=None), same[1], short[0]]) == [None, 60, 30]
 
 
 def test_the_reason_is_the_steps_if_enough_trials_finished(tmp_path: Path) -> None:

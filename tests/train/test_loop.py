@@ -67,6 +67,7 @@ def test_a_run_that_ends_before_its_last_step_says_why(stop: bool, proceed: bool
         drive(run, [RESULT, result], proceed)
         assert run.next_step() is None
     assert directory.info()["state"] == state and directory.info()["steps"] == 2
+    assert directory.info()["planned_steps"] == 4
 
 
 def test_a_step_that_is_not_finite_names_its_documents(tmp_path: Path) -> None:
