@@ -170,6 +170,7 @@ def to_records(comparison: Comparison) -> list[dict[str, Any]]:
             "may be best": row.may_be_best,
             "seeds": row.seeds,
             "stopped seeds": row.stopped_seeds,
+            "early step": row.early_step,
             **bounds(comparison.metric, row.metric),
             **bounds("difference", row.difference),
             **bounds("against the best", row.vs_best),

@@ -71,12 +71,14 @@ def needed(
         return Needed(None, factor, "with one seed, the uncertainty of the seeds is unknown")
     larger = range(max(map(sum, zip(seeds, lost))) + 1, MOST_SEEDS + 1)
     number = next((n for n in larger if of_examples + of_seeds(harmonic_mean(n - m for m in lost)) < target), None)
+    examples_alone = of_examples >= target
+    if examples_alone and factor is None:
+        return Needed(None, None, "it takes more seeds and more examples together")
     reasons: list[str] = []
     if number is None:
-        alone = of_examples >= target
         reasons.append(
             "more seeds are not enough: the uncertainty of the examples alone is too large"
-            if alone
+            if examples_alone
             else f"it would take more than {MOST_SEEDS:,} seeds"
         )
     if factor is None:

@@ -87,6 +87,7 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         # The number of seeds says enough about points whose trials have all finished.
         eventful=any(row.status != "finished" for row in rows),
         measured=measured,
+        most_seeds=max([info.seeds, *(more.seeds for more in info.more_seeds)]),
         by_verdict=by_verdict(comparison.rows),
         failed=[trial for trial in sweep.trials if trial.state == "failed"],
         curves=learning_curves(comparison),

@@ -102,7 +102,7 @@ def _reason(trial: Trial, metric: str) -> str:
     if trial.state not in ("finished", "early-stopped", "stopped"):
         return trial.state
     if not trial.validation:
-        return f"{trial.state}, without results for each example"
+        return f"{trial.state}; no validation of it was saved"
     finite = trial.validation.finite(columns_of(metric))
     return "" if finite else "a value in its validation is not finite or too large"
 

@@ -6,10 +6,12 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from matplotlib import rc_context
 
@@ -27,7 +29,7 @@ from minimind_ray.sweep.chart import (
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.report import matrix, render, write_report
 from minimind_ray.sweep.text import count_text, duration_text, number_text, shorten, value_text
-from minimind_ray.sweep.trials import read_sweep
+from minimind_ray.sweep.trials import MoreSeeds, read_sweep
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 
 pytestmark = pytest.mark.slow
@@ -66,6 +68,21 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = directory / "trials" / sorted(p.name for p in (directory / "trials").iterdir())[0] / "run.json"
     run.write_text(json.dumps({**json.loads(run.read_text()), "state": "failed", "error": ATTACK}))
     return report_of(directory)
+
+
+def test_an_interval_that_the_table_leaves_out_is_not_in_the_matrix(tmp_path: Path) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "s", axes={"dpo.beta": "0.02,0.1,0.3"}, steps=10))
+    comparison = compare([sweep])
+    vague = replace(comparison, vague_PP=np.eye(3, k=1, dtype=bool))
+    assert " to " in matrix(comparison, comparison.rows)[0][1][1]
+    assert " to " not in matrix(vague, vague.rows)[0][1][1] and " to " in matrix(vague, vague.rows)[0][2][1]
+
+
+def test_a_point_may_have_more_seeds_than_the_sweep(tmp_path: Path) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, steps=10))
+    more = [MoreSeeds(point={"dpo.beta": 0.1}, seeds=5)]
+    for info, text in ((sweep.info, "2 × 2<"), (sweep.info.model_copy(update={"more_seeds": more}), "2 × 2 to 5<")):
+        assert text in render(replace(sweep, info=info), compare([sweep]))
 
 
 def test_everything_is_on_the_page(full: Path) -> None:

@@ -411,6 +411,10 @@ def test_how_many_more() -> None:
     found = needed(0.19, 0.2, examples_variance=1.0, seeds_variance=1.0, seeds=(5, 5), free=8)
     assert found.seeds and found.seeds > 5 and found.examples_factor and found.examples_factor > 1 and not found.why
     assert needed(0.1, 0.2, 1.0, 0.0, seeds=(1, 1), free=0).seeds is None
+    found = needed(0.01, 0.2, 1.0, 1.0, seeds=(3, 3), free=5)
+    assert (found.seeds, found.examples_factor, found.why) == (
+        None, None, "it takes more seeds and more examples together",
+    )  # fmt: skip
     assert needed(0.0, 0.2, 1.0, 1.0, seeds=(3, 3), free=5).why == "no difference was observed"
 
 

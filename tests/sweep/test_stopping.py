@@ -106,7 +106,7 @@ def test_every_trial_counts_or_has_a_reason(tmp_path: Path) -> None:
     assert counts["early-stopped"].shift < 0 < counts["early-stopped"].extra
     assert (counts["failed"].how, counts["failed"].reason) == (None, "failed")
     # It says "running", but no process writes it.
-    assert (counts["stopped"].how, counts["stopped"].reason) == (None, "stopped, without results for each example")
+    assert (counts["stopped"].how, counts["stopped"].reason) == (None, "stopped; no validation of it was saved")
     # The curves have no such metric, so that nothing is known about the end.
     counts = {trial.state: count for trial, count in zip(sweep.trials, count_trials(sweep.trials, "val/own"))}
     assert counts["early-stopped"].how is None
