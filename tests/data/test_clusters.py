@@ -225,3 +225,18 @@ def test_a_run_writes_the_clusters_of_its_validation(tmp_path: Path) -> None:
         validation = read_validation(Path(job.config.out) / "validation.parquet")
         assert validation and len(validation.example_E) == 24
         assert len(set(validation.cluster_E.tolist())) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_run_that_encodes_while_it_trains_writes_clusters(tmp_path: Path, held_out: bool) -> None:
+    """Its validation set, a file or held out from the stream, is prepared with clusters like any other."""
+    texts = [{"text": " ".join(row["text"] for row in rows_of("pretrain", 10, seed))} for seed in range(40)]
+    val = {"data__val_fraction": 0.1} if held_out else {"data__val": str(write_jsonl(tmp_path / "val.jsonl", texts))}
+    job = make_job(tmp_path, rows=300, data__cache=False, train__max_steps=1, data__max_seq_len=16, **val)
+    run = start(job)
+    run_here(job)
+    validation = read_validation(run / "validation.parquet")
+    assert validation and len(validation.example_E) > len(set(validation.cluster_E.tolist())) > 10
+    if not held_out:
+        assert len(set(validation.cluster_E.tolist())) == 40
