@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +27,7 @@ from minimind_ray.data.columns import Column
 from minimind_ray.data.fields import is_absent
 from minimind_ray.data.files import join, locate
 from minimind_ray.data.formats import Conversation, Pair
-from minimind_ray.data.pack import Group
+from minimind_ray.data.pack import Group, list_column
 from minimind_ray.data.records import Row
 from minimind_ray.data.store import column_schema
 
@@ -72,8 +73,8 @@ def clusters_file(store: str, field: str | None) -> str:
 
 def clusters_table(packs: Sequence[Sequence[Group]]) -> pa.Table:
     """Return the clusters of packs' documents, one list for each pack."""
-    lists = [[document.cluster for group in pack for document in group] for pack in packs]
-    return pa.table({CLUSTER.name: lists}, SCHEMA)
+    rows = [[np.array([document.cluster for group in pack for document in group], CLUSTER.dtype)] for pack in packs]
+    return pa.Table.from_arrays([list_column(rows, SCHEMA.field(CLUSTER.name).type.value_type)], schema=SCHEMA)
 
 
 def count_clusters(file: str) -> int:

@@ -70,11 +70,12 @@ class TooLong(NamedTuple):
 
 
 class _Draft(NamedTuple):
-    """A checked row: its content, and its conversations as the chat template writes them."""
+    """A checked row: its content, its conversations as the chat template writes them, and its cluster."""
 
     row: Row
     item: str | Conversation | Pair
-    conversations: tuple[Rendering, ...] = ()
+    conversations: tuple[Rendering, ...]
+    cluster: int
 
 
 StartedRenderings = tuple[Callable[[], Rendering], ...]
@@ -165,13 +166,7 @@ class RowEncoder:
             self.tally.too_long[-(-outcome.tokens // LENGTH_STEP) * LENGTH_STEP] += 1
         else:
             self.tally.kept += 1
-            assert isinstance(whole, Whole)
-            yield from self._clustered(whole, outcome) if self.clusters else outcome
-
-    def _clustered(self, whole: Whole, groups: list[Group]) -> list[Group]:
-        """Return a row's groups with the cluster of the whole row."""
-        cluster = cluster_of(whole.row, whole.item, self.cluster)
-        return [tuple([Document(d.tokens, d.weights, cluster) for d in group]) for group in groups]
+            yield from outcome
 
     def _limited(self, whole: Whole) -> list[Group] | Reject | TooLong:
         if self._fits(whole):
@@ -183,7 +178,7 @@ class RowEncoder:
         if self.kind != "text" and self.config.long_conversations == "cut_prompt":
             group = self._shortened(whole)
         excess = [len(d.tokens) - self.longest for d in group if len(d.tokens) > self.longest]
-        kept = tuple(Document(d.tokens[: self.longest], d.weights[: self.longest]) for d in group)
+        kept = tuple(Document(d.tokens[: self.longest], d.weights[: self.longest], d.cluster) for d in group)
         if problem := self._lost(group, kept):
             if self.config.long_conversations == "refuse":
                 return Reject(whole.row.file, whole.row.line, problem)
@@ -221,7 +216,7 @@ class RowEncoder:
             return whole
 
         def without(place: int) -> Whole:
-            return self._again(whole.row, _without(whole.item, *cuts[place]))
+            return self._again(whole, _without(whole.item, *cuts[place]))
 
         # Begin at the end and double the number of exchanges each time, so as not to render a long row many times.
         short, width = len(cuts) - 1, 1
@@ -243,23 +238,24 @@ class RowEncoder:
         while (excess := max(len(d.tokens) for d in whole.group) - self.longest) > 0 and len(ids) > LEAST_QUESTION:
             ids = ids[min(excess, len(ids) - LEAST_QUESTION) :]
             text = self.tokenizer.decode(ids).lstrip("\ufffd")
-            whole = self._again(whole.row, _with_question(whole.item, text))
+            whole = self._again(whole, _with_question(whole.item, text))
         return whole
 
-    def _again(self, row: Row, item: Conversation | Pair) -> Whole:
-        """Encode a shorter version of a row that was encoded before.
+    def _again(self, whole: Whole, item: Conversation | Pair) -> Whole:
+        """Encode `item`, a shorter version of a row that was encoded before. It keeps the cluster of the whole row.
 
         Raises:
             BadRowError: the chat template refuses the shorter row.
         """
-        (outcome,) = self._documents([_Draft(row, item, _renderings(self._start_rendering(item)))])
+        conversations, cluster = _renderings(self._start_rendering(item)), whole.group[0].cluster
+        (outcome,) = self._documents([_Draft(whole.row, item, conversations, cluster)])
         if isinstance(outcome, Reject):
             raise BadRowError(outcome.reason)
         return outcome
 
     def _drafts(self, rows: Sequence[Row | Reject]) -> list[_Draft | Reject]:
         started = [row if isinstance(row, Reject) else self._start(row) for row in rows]
-        return [row if isinstance(row, Reject) else _finish(row) for row in started]
+        return [row if isinstance(row, Reject) else self._finish(row) for row in started]
 
     def _start(self, row: Row) -> _Started | Reject:
         try:
@@ -267,6 +263,19 @@ class RowEncoder:
             return _Started(row, item, self._start_rendering(item))
         except (BadRowError, RecursionError, UnicodeEncodeError) as error:
             return _rejected(row, error)
+
+    def _finish(self, started: _Started) -> _Draft | Reject:
+        row, item, _ = started
+        try:
+            conversations = _renderings(started.conversations)
+            for text in [item] if isinstance(item, str) else [rendering.text for rendering in conversations]:
+                if not text.isascii():
+                    text.encode()
+        except (BadRowError, RecursionError, UnicodeEncodeError) as error:
+            return _rejected(row, error)
+        if isinstance(item, Pair) and conversations[0].text == conversations[1].text:
+            return Reject(row.file, row.line, "chosen and rejected are the same")
+        return _Draft(row, item, conversations, cluster_of(row, item, self.cluster) if self.clusters else 0)
 
     def _start_rendering(self, item: str | Conversation | Pair) -> StartedRenderings:
         if isinstance(item, str):
@@ -290,12 +299,13 @@ class RowEncoder:
         tokens, weights, start = np.array(flat, np.int32), np.ones(len(flat), np.uint8), 0
         weights[[0, *ends[:-1]]] = 0
         for draft, end in zip(drafts, ends, strict=True):
-            yield Whole(draft.row, draft.item, (Document(tokens[start:end].copy(), weights[start:end].copy()),))
+            document = Document(tokens[start:end].copy(), weights[start:end].copy(), draft.cluster)
+            yield Whole(draft.row, draft.item, (document,))
             start = end
 
     def _chat_documents(self, drafts: list[_Draft]) -> Iterator[Whole | Reject]:
         encoded = iter(self.tokenizer.encode_conversations([r for draft in drafts for r in draft.conversations]))
-        for row, item, conversations in drafts:
+        for row, item, conversations, cluster in drafts:
             assert not isinstance(item, str)
             documents: list[Document] = []
             reasons: list[str] = []
@@ -303,22 +313,8 @@ class RowEncoder:
                 if isinstance(found, UserError):
                     reasons.append(str(found))
                 else:
-                    documents.append(_chat_document(*found, learned))
+                    documents.append(_chat_document(*found, learned, cluster))
             yield Reject(row.file, row.line, reasons[0]) if reasons else Whole(row, item, tuple(documents))
-
-
-def _finish(started: _Started) -> _Draft | Reject:
-    row, item, _ = started
-    try:
-        conversations = _renderings(started.conversations)
-        for text in [item] if isinstance(item, str) else [rendering.text for rendering in conversations]:
-            if not text.isascii():
-                text.encode()
-    except (BadRowError, RecursionError, UnicodeEncodeError) as error:
-        return _rejected(row, error)
-    if isinstance(item, Pair) and conversations[0].text == conversations[1].text:
-        return Reject(row.file, row.line, "chosen and rejected are the same")
-    return _Draft(row, item, conversations)
 
 
 def _rejected(row: Row, error: Exception) -> Reject:
@@ -346,11 +342,11 @@ def _template_errors() -> Generator[None]:
         raise BadRowError(str(error)) from error
 
 
-def _chat_document(ids: list[int], spans: list[tuple[int, int]], learned: list[bool]) -> Document:
+def _chat_document(ids: list[int], spans: list[tuple[int, int]], learned: list[bool], cluster: int) -> Document:
     weights = np.zeros(len(ids), np.uint8)
     for (start, end), counts in zip(spans, learned, strict=True):
         weights[start:end] = counts
-    return Document(np.array(ids, np.int32), weights)
+    return Document(np.array(ids, np.int32), weights, cluster)
 
 
 def _usable(item: Item) -> str | Conversation | Pair:
@@ -453,7 +449,7 @@ def _split(document: Document, longest: int) -> Iterator[Document]:
     for start in range(0, len(document.tokens) - 1, longest - 1):
         weights = document.weights[start : start + longest].copy()
         weights[0] = 0
-        yield Document(document.tokens[start : start + longest], weights)
+        yield Document(document.tokens[start : start + longest], weights, document.cluster)
 
 
 # Remarks for the user

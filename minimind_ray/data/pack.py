@@ -128,11 +128,11 @@ def packs_table(packs: Sequence[Sequence[Group]], vocab_size: int) -> pa.Table:
         "lengths": [[np.array([len(d.tokens) for d in pack])] for pack in documents],
     }
     schema = pack_schema(vocab_size)
-    return pa.Table.from_arrays([_list_column(columns[f.name], f.type.value_type) for f in schema], schema=schema)
+    return pa.Table.from_arrays([list_column(columns[f.name], f.type.value_type) for f in schema], schema=schema)
 
 
-def _list_column(rows: list[list[np.ndarray]], value_type: pa.DataType) -> pa.ListArray:
-    """Join each row's arrays to a list, without a Python object for each value."""
+def list_column(rows: list[list[np.ndarray]], value_type: pa.DataType) -> pa.ListArray:
+    """Join each row's arrays to one list, without a Python object for each value. Returns a list for each row."""
     import pyarrow as pa
 
     offsets = np.zeros(len(rows) + 1, np.int32)

@@ -121,6 +121,17 @@ def test_pairs_with_one_prompt_are_one_cluster(dataset: Dataset) -> None:
 
 
 @pytest.mark.unit
+def test_a_shortened_row_keeps_the_cluster_of_the_whole_row(dataset: Dataset) -> None:
+    """Prompts that differ only in the part that is cut are different prompts."""
+    long = [{**PAIRS[i], "prompt": [{**QUESTION, "content": f"{i % 4} {'the fox ' * 60}"}]} for i in range(12)]
+    prepared = dataset(long, "dpo", long_conversations="cut_prompt")
+    assert prepared.manifest.total("shortened") == 12
+    assert sorted(Counter(clusters_of(prepared)).values()) == [6] * 4
+    cut = dataset([{"text": f"{i % 2} {'the fox ' * 60}"} for i in range(4)], long_documents="truncate")
+    assert cut.manifest.total("cut") == 4 and sorted(Counter(clusters_of(cut)).values()) == [2, 2]
+
+
+@pytest.mark.unit
 def test_conversations_differ_by_all_their_turns(dataset: Dataset) -> None:
     rows = [{"messages": [QUESTION, answer(text)], "id": i} for i, text in enumerate(["2", "It is 2.", "2"])]
     assert len(set(clusters_of(dataset(rows, "sft")))) == 2
