@@ -221,6 +221,7 @@ def _print_trials(plan: SweepPlan, found: Forecast) -> None:
 
 def _print_cost(plan: SweepPlan, found: Forecast) -> None:
     """Print steps, tokens, FLOPs, time and price."""
+    from minimind_ray.sweep.cost import terms_text
     from minimind_ray.sweep.plan import train_tokens
     from minimind_ray.sweep.text import count_text, duration_text
 
@@ -248,7 +249,4 @@ def _print_cost(plan: SweepPlan, found: Forecast) -> None:
         print(f"budget     {search.budget_hours:g} hours may end the sweep earlier; then continue with --resume")
     if search.price_per_hour is not None:
         lowest, highest = cost.price(search.price_per_hour)
-        print(
-            f"price      {lowest:.2f} to {highest:.2f}, at {search.price_per_hour:g} an hour for each of "
-            f"{cost.places} place(s), from the sweep's start to its end"
-        )
+        print(f"price      {lowest:.2f} to {highest:.2f}, {terms_text(cost.places, search.price_per_hour)}")

@@ -26,6 +26,11 @@ class Layout:
     groups: int
     size: int
 
+    @property
+    def places(self) -> int:
+        """The number of places. A place is the resources of a trial, or of a group of trials that share a process."""
+        return self.groups or self.at_once
+
 
 def trials_that_fit(found: Machines, scale: ScaleConfig) -> int:
     """Return how many trials, or groups of trials, fit on the machines at the same time.

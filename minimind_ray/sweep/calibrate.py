@@ -21,25 +21,28 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.model.checkpoint import read_weights
 from minimind_ray.stages.fused import member
 from minimind_ray.stages.run import Job, begin
-from minimind_ray.sweep.estimate import LIKELY, Pace, Paces
+from minimind_ray.sweep.estimate import Pace, Paces
 from minimind_ray.train.context import PlainContext, keep_freed_memory, resolve_precision, settle_compile
 from minimind_ray.train.fused import Lockstep, PlainFusedContext
 from minimind_ray.train.run import read_jsonl
 
-CALIBRATION_SECONDS, CALIBRATION_STEPS = 5.0, 3
+CALIBRATION_SECONDS, CALIBRATION_STEPS = 15.0, 3
+WARM_UP = 2
+"""The first steps, which take longer: torch loads its kernels, and may compile some of them in the second step too."""
+DRIFT = 0.2
+"""How much the pace of a machine may differ between the measurement and the sweep, as a part of itself."""
 
 
 @dataclass
 class Times:
     """Seconds that one process measured: from its launch to the end of its imports, from there to the first step (with
-    what the first step takes longer than others), and of each later step, validation and checkpoint.
+    what the first step takes longer than others), and of each step after the warm-up, validation and checkpoint.
     """
 
     start: float
@@ -74,29 +77,26 @@ def calibrate(groups: Sequence[Sequence[Job]], waiting: int = 0) -> Paces:
 def paces_of(found: Sequence[Times], workers: int = 1) -> Paces:
     """Return the fastest and the slowest pace to expect from what the processes measured.
 
-    The bounds of a step are quantiles of all steps, but a sum of steps grows with their mean, so they include the mean.
-    The other bounds are the fastest and the slowest process. The fastest pace hides the write of a checkpoint behind
-    training. A step is divided by the `workers` that share it.
+    Each part is expected to take its mean m. Its bounds are m / (1 + u) and m * (1 + u). Here u is the uncertainty of
+    the mean: twice its standard error, and the DRIFT of the machine, added as squares. A step is divided by the
+    `workers` that share it.
     """
-    steps = [seconds for times in found for seconds in times.steps]
-    low, high, mean = float(np.quantile(steps, LIKELY[0])), float(np.quantile(steps, LIKELY[1])), statistics.mean(steps)
-    validations = [statistics.median(times.validations) for times in found]
-    return Paces(
-        Pace(
-            process=min(times.process for times in found),
-            start=min(times.start for times in found),
-            step=min(low, mean) / workers,
-            validation=min(validations),
-            checkpoint=0.0,
-        ),
-        Pace(
-            process=max(times.process for times in found),
-            start=max(times.start for times in found),
-            step=max(high, mean) / workers,
-            validation=max(validations),
-            checkpoint=max(statistics.median(times.checkpoints) for times in found),
-        ),
-    )
+    parts = {
+        "process": [times.process for times in found],
+        "start": [times.start for times in found],
+        "step": [seconds / workers for times in found for seconds in times.steps],
+        "validation": [seconds for times in found for seconds in times.validations],
+        "checkpoint": [seconds for times in found for seconds in times.checkpoints],
+    }
+    bounds = {name: _bounds(seconds) for name, seconds in parts.items()}
+    return Paces(*(Pace(**{name: pair[i] for name, pair in bounds.items()}) for i in range(2)))
+
+
+def _bounds(seconds: Sequence[float]) -> tuple[float, float]:
+    mean, n = statistics.mean(seconds), len(seconds)
+    error = statistics.stdev(seconds) / math.sqrt(n) / mean if n > 1 and mean else 0.0
+    factor = 1 + math.hypot(DRIFT, 2 * error)
+    return mean / factor, mean * factor
 
 
 class _Process:
@@ -240,10 +240,14 @@ class _Stopwatch(PlainContext):
 def _measure_alone(job: Job) -> Times:
     watch, began = _Stopwatch(), time.perf_counter()
     job.run(watch, job.data(watch))
-    first, *steps = (line["timing"]["seconds"] for line in read_jsonl(Path(job.config.out) / "metrics.jsonl"))
-    steps = steps or [first]
-    start = watch.first - began + max(0.0, first - statistics.median(steps))
-    return Times(start, steps, watch.validations, watch.checkpoints)
+    steps = [line["timing"]["seconds"] for line in read_jsonl(Path(job.config.out) / "metrics.jsonl")]
+    return _times(watch.first - began, steps, watch.validations, watch.checkpoints)
+
+
+def _times(start: float, steps: Sequence[float], validations: list[float], checkpoints: list[float]) -> Times:
+    """Return the times of a process that was `start` seconds old before its first step."""
+    later = list(steps[WARM_UP:] or steps[-1:])
+    return Times(start + max(0.0, steps[0] - statistics.median(later)), later, validations, checkpoints)
 
 
 class _FusedContext(PlainFusedContext):
@@ -288,12 +292,7 @@ def _measure_fused(jobs: Sequence[Job]) -> Times:
     for each in lockstep.members:
         each.run.close()
     # A run of one step has a report at once.
-    first, *later = steps or [reports[0][0] - reports[0][1]]
-    later = later or [first]
-    step = statistics.median(later)
-    return Times(
-        start=prepared - began + max(0.0, first - step),
-        steps=later,
-        validations=[validation for _, validation in reports],
-        checkpoints=[max(0.0, seconds - validation - step) for seconds, validation in reports],
-    )
+    steps = steps or [reports[0][0] - reports[0][1]]
+    step = statistics.median(steps[WARM_UP:] or steps[-1:])
+    checkpoints = [max(0.0, seconds - validation - step) for seconds, validation in reports]
+    return _times(prepared - began, steps, [validation for _, validation in reports], checkpoints)

@@ -20,6 +20,7 @@ import numpy as np
 
 from minimind_ray.config.stages import Mode
 from minimind_ray.sweep.axes import short_names
+from minimind_ray.sweep.cost import cost_per_second, cost_text
 from minimind_ray.sweep.gather import Point, Results, points_of, results_of
 from minimind_ray.sweep.metric import judged_by
 from minimind_ray.sweep.more import needed
@@ -47,13 +48,14 @@ def compare(
     metric, mode, margin = judged_by(sweeps, metric, mode, margin)
     sign = 1.0 if mode == "min" else -1.0
     keys = list(dict.fromkeys(key for sweep in sweeps for key in sweep.info.axes))
+    costs = [text for sweep in sweeps if (text := cost_text(sweep))]
     points = [point for sweep in sweeps for point in points_of(sweep, metric)]
     rows = [_row(point, keys, metric, sweeps) for point in points]
     others = _by_metric([row for point, row in zip(points, rows) if not point.counted], sign)
     rows = [row for point, row in zip(points, rows) if point.counted]
     points = [point for point in points if point.counted]
     if not points:
-        return _nothing_to_compare(metric, mode, keys, others, margin)
+        return _nothing_to_compare(metric, mode, keys, others, margin, costs)
 
     results = results_of(points, metric)
     found = _judged(results, points, mode)
@@ -68,10 +70,10 @@ def compare(
         examples=results.examples,
         clusters=results.clusters,
         cluster_noun=results.noun,
-        notes=notes_of(results, found, rows + others),
+        notes=notes_of(results, found, rows + others) + costs,
         method=method_of(results, found, rows, margin),
         headline=found.headline if judged and found.eligible_P.sum() > 1 and not found.vague_P[order[0]] else None,
-        more=_more(rows, results, found, [points[p].sweep.info.price_per_hour for p in order]) if judged else [],
+        more=_more(rows, results, found, [cost_per_second(points[p].sweep) for p in order]) if judged else [],
         margin=margin,
         difference_PP=found.difference_PP[pick],
         low_PP=found.low_PP[pick],
@@ -80,9 +82,11 @@ def compare(
     )
 
 
-def _nothing_to_compare(metric: str, mode: Mode, keys: list[str], rows: list[Row], margin: float) -> Comparison:
-    """Return the table of points without results."""
-    nothing, notes = np.zeros((0, 0)), notes_of(None, None, rows)
+def _nothing_to_compare(
+    metric: str, mode: Mode, keys: list[str], rows: list[Row], margin: float, costs: list[str]
+) -> Comparison:
+    """Return the table of points without results. `costs` are sentences about what the sweeps cost."""
+    nothing, notes = np.zeros((0, 0)), notes_of(None, None, rows) + costs
     return Comparison(
         metric, mode, keys, rows, 0, 0, "examples", notes, "", None, [], margin, nothing, nothing, nothing, nothing
     )
@@ -143,7 +147,8 @@ def _shown(value: float, low: float, high: float, *, vague: bool) -> Interval:
 def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequence[float | None]) -> list[More]:
     """Return what would decide each pair of the best point and a point that is not distinguishable from it.
 
-    More seeds do not make pbt's trials a comparison of settings, so nothing is returned for them.
+    More seeds do not make pbt's trials a comparison of settings, so nothing is returned for them. `prices` are
+    those of a second of training.
     """
     best, more = found.order_P[0], list[More]()
     if only_models(rows) == "pbt":
@@ -172,7 +177,7 @@ def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequ
                 examples=None if needs.examples_factor is None else math.ceil(needs.examples_factor * results.examples),
                 why=needs.why,
                 seconds=seconds,
-                cost=None if price is None or seconds is None else seconds / 3600 * price,
+                cost=None if price is None or seconds is None else seconds * price,
             )
         )
     return more
@@ -200,7 +205,7 @@ def _row(point: Point, keys: Sequence[str], metric: str, sweeps: Sequence[Sweep]
     values = [v for t in trials if (v := t.best(metric)) is not None and math.isfinite(v)]
     if point.early:
         values = [point.early[0]]
-    seconds, price = sum(t.seconds for t in trials), sweep.info.price_per_hour
+    seconds, per_second = sum(t.seconds for t in trials), cost_per_second(sweep)
     return Row(
         sweep=name,
         point=values_by_key,
@@ -219,7 +224,7 @@ def _row(point: Point, keys: Sequence[str], metric: str, sweeps: Sequence[Sweep]
         early_step=point.early[1] if point.early else None,
         tokens=sum(t.tokens for t in trials),
         seconds=seconds,
-        cost=None if price is None else seconds / 3600 * price,
+        cost=None if per_second is None else seconds * per_second,
         status=_status(trials, sweep.info.seeds) + _moves(trials),
     )
 

@@ -6,6 +6,7 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
+from statistics import NormalDist
 
 import numpy as np
 
@@ -13,14 +14,18 @@ from minimind_ray.config.search import ASHA_FIRST, ASHA_KEEP, SearchConfig
 from minimind_ray.on_ray.layout import Layout
 from minimind_ray.stages.run import Job
 from minimind_ray.stages.start import load_tokenizer, model_shape
+from minimind_ray.sweep.cost import price
 from minimind_ray.sweep.plan import train_store, train_tokens
 from minimind_ray.train.throughput import training_flops_per_token
 
 SIMULATIONS = 200
 LIKELY = (0.1, 0.9)
 """The quantiles that bound a range."""
-RAY_PROCESSES = 2
-"""The time before the first trial's process starts, in starts of a process: the command itself, and Ray."""
+BESIDE_TRIALS = 6.0
+"""The time beside the trials' own, in starts of a process: the command, Ray, the trials' processes, the table at the
+end, and Ray's end. Measured: 6.1 and 7.0 (docs/performance-log.md)."""
+RAY_TRAIN = 2.0
+"""The time that Ray Train takes to start the workers of a trial with several workers, in starts of a process."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,9 @@ class Paces:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of all trials. `low` and `high` are the seconds that the sweep takes on `places` places.
+    """The cost of all trials. `low` and `high` are the seconds that the sweep takes on `places` places (see cost.py).
 
-    A place is the CPUs and GPUs of a trial, or of a group of trials that share a process. `kept` is the part of all
-    steps that is left after early stopping.
+    `kept` is the part of all steps that is left after early stopping.
     """
 
     steps: int
@@ -63,8 +67,8 @@ class Estimate:
     high: float
 
     def price(self, per_hour: float) -> tuple[float, float]:
-        """Return the lowest and the highest price if a place costs `per_hour` from the sweep's start to its end."""
-        return self.low * self.places / 3600 * per_hour, self.high * self.places / 3600 * per_hour
+        """Return the lowest and the highest price."""
+        return price(self.low, self.places, per_hour), price(self.high, self.places, per_hour)
 
 
 def estimate(jobs: Sequence[Job], paces: Paces, search: SearchConfig, spread: Layout) -> Estimate:
@@ -77,23 +81,41 @@ def estimate(jobs: Sequence[Job], paces: Paces, search: SearchConfig, spread: La
     flops_J = per_token_J * [train_tokens(job) for job in jobs]
     steps_J = jobs[0].plan.steps * flops_J / flops_J[0]
     validations_J = np.array([_validations(job) for job in jobs])
-    parts_SJ = asha_parts(len(jobs)) if search.scheduler == "asha" else np.ones((1, len(jobs)))
+    parts_SJ = asha_parts(len(jobs)) if search.scheduler == "asha" else np.ones((SIMULATIONS, len(jobs)))
 
-    def clocks(pace: Pace) -> list[float]:
+    several_workers = jobs[0].config.scale.most > 1
+
+    def clocks(pace: Pace) -> np.ndarray:
         validation_J = pace.validation * per_token_J / per_token_J[0] + pace.checkpoint
         work_J = pace.step * steps_J + validations_J * validation_J
-        before = (RAY_PROCESSES + 1) * pace.process
-        return [before + clock(pace.start + parts_J * work_J, spread.at_once) for parts_J in parts_SJ]
+        start = pace.start + several_workers * RAY_TRAIN * pace.process
+        beside = BESIDE_TRIALS * pace.process
+        return np.array([beside + clock(start + parts_J * work_J, spread.at_once) for parts_J in parts_SJ])
 
+    low, high = likely(clocks(paces.low), clocks(paces.high))
     return Estimate(
         steps=sum(job.plan.steps for job in jobs),
         tokens=sum(map(train_tokens, jobs)),
         flops=float(flops_J.sum()),
         kept=float(parts_SJ.mean()),
-        places=spread.groups or spread.at_once,
-        low=float(np.quantile(clocks(paces.low), LIKELY[0])),
-        high=float(np.quantile(clocks(paces.high), LIKELY[1])),
+        places=spread.places,
+        low=low,
+        high=high,
     )
+
+
+def likely(low_S: np.ndarray, high_S: np.ndarray) -> tuple[float, float]:
+    """Return the LIKELY quantiles of simulated times, of which each is uncertain itself, from low to high.
+
+    These bounds are taken as the same quantiles of a log-normal distribution. What the scheduler stops and the pace of
+    the machine are independent, so that the range is narrower than from the lowest low to the highest high.
+    """
+    normal = NormalDist()
+    ranks_S = np.random.default_rng(0).permutation(len(low_S))
+    z_S = np.array([normal.inv_cdf((rank + 0.5) / len(low_S)) for rank in ranks_S])
+    share_S = 0.5 + z_S / 2 / normal.inv_cdf(LIKELY[1])  # 0 at the lower quantile, 1 at the upper.
+    first, last = np.quantile(low_S ** (1 - share_S) * high_S**share_S, LIKELY)
+    return float(first), float(last)
 
 
 def clock(seconds_J: Sequence[float] | np.ndarray, at_once: int) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from minimind_ray.on_ray.tuner import Search, Watch, concurrent_trials, is_done,
 from minimind_ray.stages.run import Job
 from minimind_ray.stages.start import require_sources
 from minimind_ray.sweep.axes import PlannedTrial
+from minimind_ray.sweep.cost import recorded_session
 from minimind_ray.sweep.fuse import fusing_decision
 from minimind_ray.sweep.plan import (
     BASES,
@@ -74,22 +75,25 @@ def sweep_on_ray(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], b
     if gone := [trial for trial in plan.trials if RunDirectory(trial.config.out).state() == GONE]:
         say(f"{len(gone)} trial(s) were running when the sweep's process ended; they resume from their checkpoints")
     # This file's imports import torch, which must happen before Ray joins a cluster; see on_ray/host.py.
+    began = datetime.now(UTC)
     cpus = local_cpus(plan.base.scale) if plan.base.scale.most > 1 else None
     with ray_running(cpus), claimed(url_of(plan.path)), board:
-        return run_sweep(plan, resume=resume, say=say, watch=board.watch)
+        return run_sweep(plan, resume=resume, say=say, watch=board.watch, began=began)
 
 
-def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watch: Watch) -> Ending:
+def run_sweep(
+    plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watch: Watch, began: datetime | None = None
+) -> Ending:
     """Prepare the jobs, make the sweep's directory (with `resume`, use the existing one), and run the trials.
+
+    `began` is when the sweep began, by default now. Its cost counts from then, its budget of hours too.
 
     Raises:
         UserError: the data cannot be prepared, the budget is too small, or no trial fits on the cluster.
     """
-    began = time.monotonic()
+    began = began or datetime.now(UTC)
     fuse, why = fusing_decision(plan)
-    at_once = layout(
-        concurrent_trials(plan.base.scale), plan.count, fuse=fuse, concurrent=plan.search.concurrent
-    ).at_once
+    spread = layout(concurrent_trials(plan.base.scale), plan.count, fuse=fuse, concurrent=plan.search.concurrent)
     preparation = Preparation(plan.base, RAY_HOST, say)
     # Points that optuna will propose share the base's data.
     jobs = [preparation.job(trial.config) for trial in plan.trials] or [preparation.job(plan.base)]
@@ -106,8 +110,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
         create_sweep(plan, jobs, shared)
     if plan.remark:
         say(plan.remark)
-    waiting = "" if at_once == plan.count else "; the other trials wait until resources are free"
-    say(f"{plan.count} trials, {at_once} at once{waiting} -> {url_of(plan.path)}")
+    waiting = "" if spread.at_once == plan.count else "; the other trials wait until resources are free"
+    say(f"{plan.count} trials, {spread.at_once} at once{waiting} -> {url_of(plan.path)}")
     if fuse > 1:
         say(f"up to {fuse} of them together in one process: {why}")
 
@@ -130,8 +134,9 @@ def run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], watc
             return "by itself"
         trials = left if pbt else trials
     hours = plan.search.budget_hours
-    seconds = hours and hours * 3600 - (time.monotonic() - began)
-    ending = run_trials(trials, plan.base.scale, plan.path, search, bases, fuse=fuse, seconds=seconds, watch=watch)
+    seconds = hours and hours * 3600 - (datetime.now(UTC) - began).total_seconds()
+    with recorded_session(plan.path, began, spread.places):
+        ending = run_trials(trials, plan.base.scale, plan.path, search, bases, fuse=fuse, seconds=seconds, watch=watch)
     if isinstance(trials, OptunaPoints) and ending == "by itself" and trials.asked < plan.points:
         say(f"no untried point was found on the axes: {trials.asked} of {plan.points} points were tried")
     return ending

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import input_path
@@ -46,6 +47,19 @@ class MoreSeeds(BaseModel):
     seeds: int = Field(ge=1)
 
 
+class Session(BaseModel):
+    """A time in which a process ran the sweep, on `places` places (see `Layout.places`).
+
+    `ended` is None while the process runs, and after a process that was killed.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    began: AwareDatetime
+    ended: AwareDatetime | None = None
+    places: int = Field(ge=1, le=1_000_000)
+
+
 class SweepInfo(BaseModel):
     """The content of sweep.json.
 
@@ -64,7 +78,8 @@ class SweepInfo(BaseModel):
     shared: dict[str, Any] = Field(default_factory=dict)
     created: str
     config: dict[str, Any]
-    price_per_hour: float | None = Field(None, ge=0, description="price of one trial")
+    price_per_hour: float | None = Field(None, ge=0, description="price of one place (see cost.py)")
+    sessions: list[Session] = Field(default_factory=list)
     margin: float = Field(0.0, ge=0, allow_inf_nan=False, description="points that differ by less count as equal")
 
 
@@ -129,6 +144,7 @@ class RunInfo(BaseModel):
     tokens: Annotated[int, Field(ge=0)] | None = None
     result: str | None = None
     inputs: dict[str, str | None] = Field(default_factory=dict)
+    updated: AwareDatetime | None = None
 
 
 LARGEST = 1e100
@@ -181,6 +197,7 @@ class Trial:
     samples: list[dict[str, Any]]
     lineage: list[dict[str, Any]]
     validation: Validation | None
+    updated: datetime | None
 
     @property
     def status(self) -> str:
@@ -275,6 +292,7 @@ def read_trial(path: Path) -> Trial:
         samples=_read_lines(path / "samples.jsonl", SamplesLine),
         lineage=_read_lines(path / "lineage.jsonl", LineageLine),
         validation=read_validation(path / VALIDATION),
+        updated=run.updated,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import pyarrow.parquet as pq
 
 from minimind_ray.config.load import load_config, to_yaml
 from minimind_ray.sweep.axes import Axis, parse_axis, plan_trials
-from minimind_ray.sweep.trials import SweepInfo
+from minimind_ray.sweep.trials import Session, SweepInfo
 
 SAMPLES = [
     "The fox by the river says: <b>kindness</b> & patience cost little.",
     "春风又绿江南岸，明月何时照我还。狐狸在桥边看月亮。",
     "Q: What is the tallest mountain?\nA: I am not sure, but I can look it up with you.",
 ]
+BEGAN, CLOCK, PLACES = datetime(2026, 11, 24, 8, tzinfo=UTC), 1200.0, 2
 BETA_LR = {"dpo.beta": "0.02,0.05,0.1,0.3", "optim.lr": "1e-6,1e-5"}
 
 
@@ -61,9 +63,10 @@ def make_sweep(
         axes={axis.key: axis.to_json() for axis in parsed},
         seeds=seeds,
         shared={"prepared datasets": 2, "base weights put in the object store": 1, "reference log-probabilities": 1200},
-        created="2026-11-24T08:00:00+00:00",
+        created=BEGAN.isoformat(),
         config=base.model_dump(mode="json"),
         price_per_hour=price_per_hour,
+        sessions=[Session(began=BEGAN, ended=BEGAN + timedelta(seconds=CLOCK), places=PLACES)],
     )
     (directory / "sweep.json").write_text(info.model_dump_json(indent=2), encoding="utf-8")
 

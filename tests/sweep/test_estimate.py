@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from minimind_ray.sweep.calibrate import Times, paces_of
-from minimind_ray.sweep.estimate import asha_parts, clock
+from minimind_ray.sweep.calibrate import DRIFT, Times, paces_of
+from minimind_ray.sweep.estimate import asha_parts, clock, likely
 
 pytestmark = pytest.mark.unit
 
@@ -18,19 +19,30 @@ def test_trials_start_when_a_place_is_free() -> None:
     assert clock([1.0, 1.0, 4.0], 2) == 5
 
 
-def test_paces_are_bounded_by_quantiles_and_processes() -> None:
-    found = [
-        Times(start=1.0, steps=[1.0, 2.0, 3.0, 4.0, 5.0], validations=[2.0, 9.0, 2.0], checkpoints=[0.5], process=6.0),
-        Times(start=2.0, steps=[6.0, 7.0, 8.0, 9.0, 10.0, 11.0], validations=[3.0], checkpoints=[0.25], process=7.0),
-    ]
+def test_paces_are_bounded_by_drift_and_the_error_of_the_mean() -> None:
+    steps = [1.0, 2.0, 3.0, 4.0, 5.0]  # Their mean is 3, its standard error 2 ** -0.5.
+    found = [Times(start=1.0, steps=steps, validations=[2.0, 2.0], checkpoints=[0.5], process=6.0)]
     paces = paces_of(found)
     low, high = paces.low, paces.high
-    assert (low.process, low.start, low.step, low.validation, low.checkpoint) == (6, 1, 2, 2, 0)
-    assert (high.process, high.start, high.step, high.validation, high.checkpoint) == (7, 2, 10, 3, 0.5)
-    assert paces_of(found, workers=2).high.step == 5
-    # A few very slow steps raise the mean above the quantile: 20 steps take as long as 20 means.
-    found = [Times(start=1.0, steps=[1.0] * 19 + [100.0], validations=[1.0], checkpoints=[0.0])]
-    assert paces_of(found).high.step == pytest.approx(119 / 20)
+    factor = 1 + (DRIFT**2 + 4 * 0.5 / 9) ** 0.5
+    assert (low.step, high.step) == pytest.approx((3 / factor, 3 * factor))
+    assert (low.validation, high.validation) == pytest.approx((2 / (1 + DRIFT), 2 * (1 + DRIFT)))
+    assert (low.process, high.checkpoint) == pytest.approx((6 / (1 + DRIFT), 0.5 * (1 + DRIFT)))
+    assert paces_of(found, workers=2).high.step == pytest.approx(high.step / 2)
+    # The more steps were measured, the less their own spread matters: a sum of many steps depends on the mean.
+    many = paces_of([Times(1.0, steps * 400, [2.0], [0.0], 6.0)])
+    assert (many.low.step, many.high.step) == pytest.approx((3 / (1 + DRIFT), 3 * (1 + DRIFT)), rel=0.01)
+
+
+def test_uncertainties_that_are_independent_do_not_add_up() -> None:
+    same_S, varied_S = np.ones(200), np.exp(np.random.default_rng(1).normal(0, 0.3, 200))
+    # A sweep without early stopping is as uncertain as the pace.
+    assert likely(100 * same_S, 200 * same_S) == pytest.approx((100, 200), rel=0.02)
+    # With a certain pace, the quantiles of what is stopped are left.
+    first, last = np.quantile(varied_S, (0.1, 0.9))
+    assert likely(varied_S, varied_S) == pytest.approx((first, last))
+    low, high = likely(varied_S / 1.4, varied_S * 1.4)
+    assert first / 1.4 < low < first and last < high < last * 1.4
 
 
 def test_asha_keeps_less_of_more_trials() -> None:

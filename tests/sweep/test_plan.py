@@ -21,7 +21,7 @@ from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis, plan_trials
 from minimind_ray.sweep.calibrate import calibrate, measure, shortened
 from minimind_ray.sweep.compare import compare
-from minimind_ray.sweep.estimate import Pace, Paces, estimate
+from minimind_ray.sweep.estimate import BESIDE_TRIALS, RAY_TRAIN, Pace, Paces, estimate
 from minimind_ray.sweep.plan import (
     REFERENCES,
     UNITS,
@@ -407,17 +407,21 @@ def test_cost_by_hand(tmp_path: Path) -> None:
     high = Pace(process=4.0, start=2.0, step=1.0, validation=2.0, checkpoint=1.0)
     found = estimate(jobs, Paces(low, high), SearchConfig(), Layout(at_once=2, groups=0, size=1))
     assert found.steps == 2 * (10 + 20)
-    # The command, Ray and the trials' processes start first. 10 steps take 1 + 5 + 2 validations, 20 take 1 + 10 + 4.
-    # The last trial of 20 waits for the first.
-    assert found.low == pytest.approx(3 * 3 + 19 + 19)
+    # 10 steps take 1 + 5 + 2 validations, 20 take 1 + 10 + 4. The last trial of 20 waits for the first.
+    assert found.low == pytest.approx(BESIDE_TRIALS * 3 + 19 + 19, rel=0.02)
     # 10 steps take 2 + 10 + 2 validations with checkpoints, 20 take 2 + 20 + 4.
-    assert found.high == pytest.approx(3 * 4 + 34 + 34)
-    assert found.price(per_hour=36) == pytest.approx((2 * 47 / 100, 2 * 80 / 100))
+    assert found.high == pytest.approx(BESIDE_TRIALS * 4 + 34 + 34, rel=0.02)
+    assert found.price(per_hour=36) == pytest.approx((2 * found.low / 100, 2 * found.high / 100))
     assert found.tokens == sum(map(train_tokens, jobs))
     parameters = 6 * 3e5  # Of the tiny model there are a little fewer.
     assert 0.3 * parameters < found.flops / found.tokens < parameters
     # Trials that share a process also share its place.
     assert estimate(jobs, Paces(low, high), SearchConfig(), Layout(4, 2, 2)).places == 2
+    # With several workers, Ray Train starts them for each trial.
+    scale = jobs[0].config.scale.model_copy(update={"workers": 2})
+    wide = [job.with_config(job.config.model_copy(update={"scale": scale})) for job in jobs]
+    more = estimate(wide, Paces(low, high), SearchConfig(), Layout(2, 0, 1))
+    assert more.low == pytest.approx(found.low + 2 * RAY_TRAIN * 3, rel=0.02)
 
 
 def test_calibration_measures_in_processes_and_leaves_nothing(tmp_path: Path) -> None:
