@@ -21,9 +21,9 @@ from minimind_ray.train.throughput import training_flops_per_token
 SIMULATIONS = 200
 LIKELY = (0.1, 0.9)
 """The quantiles that bound a range."""
-BESIDE_TRIALS = 6.0
-"""The time beside the trials' own, in starts of a process: the command, Ray, the trials' processes, the table at the
-end, and Ray's end. Measured: 6.1 and 7.0 (docs/performance-log.md)."""
+BESIDE_TRIALS, RAY_TRIALS = 4.0, 2.0
+"""Times in starts of a process: for the command, Ray's start and end, and the table at the end; and for Ray to start the
+trials' processes. docs/performance-log.md shows the measurements."""
 RAY_TRAIN = 2.0
 """The time that Ray Train takes to start the workers of a trial with several workers, in starts of a process."""
 
@@ -32,10 +32,12 @@ RAY_TRAIN = 2.0
 class Pace:
     """Seconds of a trial's parts: its process, its start after that, a step, a validation, and a checkpoint.
 
-    A start ends with the first step; what the first step takes longer than other steps is part of it. If trials share a
+    `process` is the start of a process among those of the other trials, `alone` the start of a process by itself. A
+    start ends with the first step; what the first step takes longer than other steps is part of it. If trials share a
     process, a step, a validation and a checkpoint are those of all trials in the process.
     """
 
+    alone: float
     process: float
     start: float
     step: float
@@ -89,7 +91,7 @@ def estimate(jobs: Sequence[Job], paces: Paces, search: SearchConfig, spread: La
         validation_J = pace.validation * per_token_J / per_token_J[0] + pace.checkpoint
         work_J = pace.step * steps_J + validations_J * validation_J
         start = pace.start + several_workers * RAY_TRAIN * pace.process
-        beside = BESIDE_TRIALS * pace.process
+        beside = BESIDE_TRIALS * pace.alone + RAY_TRIALS * pace.process
         return np.array([beside + clock(start + parts_J * work_J, spread.at_once) for parts_J in parts_SJ])
 
     low, high = likely(clocks(paces.low), clocks(paces.high))

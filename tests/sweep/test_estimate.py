@@ -29,9 +29,21 @@ def test_paces_are_bounded_by_drift_and_the_error_of_the_mean() -> None:
     assert (low.validation, high.validation) == pytest.approx((2 / (1 + DRIFT), 2 * (1 + DRIFT)))
     assert (low.process, high.checkpoint) == pytest.approx((6 / (1 + DRIFT), 0.5 * (1 + DRIFT)))
     assert paces_of(found, workers=2).high.step == pytest.approx(high.step / 2)
+    # Three processes that start on one CPU take three times as long as one.
+    assert paces_of(found, crowding=3.0).low.alone == pytest.approx(low.process / 3)
     # The more steps were measured, the less their own spread matters: a sum of many steps depends on the mean.
     many = paces_of([Times(1.0, steps * 400, [2.0], [0.0], 6.0)])
     assert (many.low.step, many.high.step) == pytest.approx((3 / (1 + DRIFT), 3 * (1 + DRIFT)), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "later"),
+    [([5.0, 90.0, 1.0, 2.0, 1.0], 11.0, [1.0, 2.0, 1.0]), ([5.0, 2.0], 10.0, [2.0]), ([5.0], 7.0, [5.0])],
+)
+def test_the_first_steps_are_no_measure_of_others(steps: list[float], start: float, later: list[float]) -> None:
+    """torch may compile in the first two steps, and keeps the results for the sweep."""
+    times = Times.after_warm_up(7.0, steps, [1.0], [0.0])
+    assert (times.start, times.steps) == (start, later)
 
 
 def test_uncertainties_that_are_independent_do_not_add_up() -> None:

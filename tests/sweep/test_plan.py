@@ -21,7 +21,7 @@ from minimind_ray.stages.run import Host, Job, run_here
 from minimind_ray.sweep.axes import parse_axis, plan_trials
 from minimind_ray.sweep.calibrate import calibrate, measure, shortened
 from minimind_ray.sweep.compare import compare
-from minimind_ray.sweep.estimate import BESIDE_TRIALS, RAY_TRAIN, Pace, Paces, estimate
+from minimind_ray.sweep.estimate import BESIDE_TRIALS, RAY_TRAIN, RAY_TRIALS, Pace, Paces, estimate
 from minimind_ray.sweep.plan import (
     REFERENCES,
     UNITS,
@@ -403,14 +403,14 @@ def test_trials_that_are_not_on_the_axes_are_named(tmp_path: Path) -> None:
 def test_cost_by_hand(tmp_path: Path) -> None:
     plan = planned(tmp_path, {"optim.lr": "1e-3,1e-4", "train.max_steps": "10,20"}, eval__every=5)
     jobs = prepared(plan)
-    low = Pace(process=3.0, start=1.0, step=0.5, validation=2.0, checkpoint=0.0)
-    high = Pace(process=4.0, start=2.0, step=1.0, validation=2.0, checkpoint=1.0)
+    low = Pace(alone=2.0, process=3.0, start=1.0, step=0.5, validation=2.0, checkpoint=0.0)
+    high = Pace(alone=3.0, process=4.0, start=2.0, step=1.0, validation=2.0, checkpoint=1.0)
     found = estimate(jobs, Paces(low, high), SearchConfig(), Layout(at_once=2, groups=0, size=1))
     assert found.steps == 2 * (10 + 20)
     # 10 steps take 1 + 5 + 2 validations, 20 take 1 + 10 + 4. The last trial of 20 waits for the first.
-    assert found.low == pytest.approx(BESIDE_TRIALS * 3 + 19 + 19, rel=0.02)
+    assert found.low == pytest.approx(BESIDE_TRIALS * 2 + RAY_TRIALS * 3 + 19 + 19, rel=0.02)
     # 10 steps take 2 + 10 + 2 validations with checkpoints, 20 take 2 + 20 + 4.
-    assert found.high == pytest.approx(BESIDE_TRIALS * 4 + 34 + 34, rel=0.02)
+    assert found.high == pytest.approx(BESIDE_TRIALS * 3 + RAY_TRIALS * 4 + 34 + 34, rel=0.02)
     assert found.price(per_hour=36) == pytest.approx((2 * found.low / 100, 2 * found.high / 100))
     assert found.tokens == sum(map(train_tokens, jobs))
     parameters = 6 * 3e5  # Of the tiny model there are a little fewer.
