@@ -22,8 +22,8 @@ SIMULATIONS = 200
 LIKELY = (0.1, 0.9)
 """The quantiles that bound a range."""
 BESIDE_TRIALS, RAY_TRIALS = 4.0, 2.0
-"""Times in starts of a process: for the command, Ray's start and end, and the table at the end; and for Ray to start the
-trials' processes. docs/performance-log.md shows the measurements."""
+"""Times in starts of a process: for the command, Ray's start and end, and the table at the end; and for Ray to start
+the trials' processes. docs/performance-log.md shows the measurements."""
 RAY_TRAIN = 2.0
 """The time that Ray Train takes to start the workers of a trial with several workers, in starts of a process."""
 
