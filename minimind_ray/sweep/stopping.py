@@ -53,24 +53,31 @@ def count_trials(trials: Sequence[Trial], metric: str) -> list[Count]:
     """
     found = [Count(None, _reason(trial, metric)) for trial in trials]
     known = [t for t, count in enumerate(found) if not count.reason]
-    finished = [trials[t].state == "finished" for t in known]
-    curves = [curve_of(trials[t].metrics, metric) for t in known]
     lengths = lengths_of([trials[t] for t in known])
-    shift_T, extra_T = np.zeros(len(known)), np.zeros(len(known))
-    for length in set(lengths):
-        same = [i for i, other in enumerate(lengths) if other == length]
-        shift_T[same], extra_T[same] = predicted_ends([curves[i] for i in same], [finished[i] for i in same])
-    whole = [[c for c, done, other in zip(curves, finished, lengths) if done and c and other == n] for n in lengths]
     of = " of its length" if len(set(lengths)) > 1 else ""
-    for t, curve, ends, done, shift, extra in zip(known, curves, whole, finished, shift_T.tolist(), extra_T.tolist()):
-        if done:
-            found[t] = Count("finished")
-        elif trials[t].lineage:
-            found[t] = Count(None, f"{trials[t].state}; with pbt its weights come from other trials")
+    for length in set(lengths):
+        same = [t for t, other in zip(known, lengths) if other == length]
+        for t, count in zip(same, _counts([trials[t] for t in same], metric, of)):
+            found[t] = count
+    return found
+
+
+def _counts(trials: Sequence[Trial], metric: str, of: str) -> list[Count]:
+    """Return how trials of the same length count. `of` says in reasons that there are other lengths, too."""
+    finished = [trial.state == "finished" for trial in trials]
+    curves = [curve_of(trial.metrics, metric) for trial in trials]
+    shift_T, extra_T = predicted_ends(curves, finished)
+    whole = [curve for curve, done in zip(curves, finished) if done and curve]
+    found: list[Count] = []
+    for trial, curve, shift, extra in zip(trials, curves, shift_T.tolist(), extra_T.tolist()):
+        if trial.state == "finished":
+            found.append(Count("finished"))
+        elif trial.lineage:
+            found.append(Count(None, f"{trial.state}; with pbt its weights come from other trials"))
         elif math.isfinite(shift):
-            found[t] = Count("predicted", "", shift, extra)
+            found.append(Count("predicted", "", shift, extra))
         else:
-            found[t] = Count(None, f"{trials[t].state}; {_why_unpredicted(curve, ends, metric, of)}")
+            found.append(Count(None, f"{trial.state}; {_why_unpredicted(curve, whole, metric, of)}"))
     return found
 
 
