@@ -11,8 +11,8 @@ For each kind of sweep and both rules, the table shows in how many sweeps or cas
     winner    the interval of the picked point's value holds (before: its plain interval; after: the headline)
     best set  Hsu's set contains a point that is truly the best of those with a finished trial (0.95 or more for each)
 
-and Hsu's half-width in parts of the half-width for all pairs, and the width: the median half-width of the pairs'
-intervals, in units of the metric.
+and Hsu's half-width in parts of the half-width for all pairs, and two widths, in units of the metric: the median
+half-widths of the points' own intervals and of the pairs' intervals, without those of odd points.
 """
 
 from __future__ import annotations
@@ -31,13 +31,18 @@ from minimind_ray.sweep.stopping import predicted_ends
 from tests.bench.asha import halved_sweep
 from tests.bench.common import Report
 
-COLUMNS = ("single", "pairs", "error", "wrong", "winner", "best set", "Hsu's", "width")
+COLUMNS = ("single", "pairs", "error", "wrong", "winner", "best set", "Hsu's", "own width", "width")
+WIDTHS = 2
+"""The last columns are medians over the sweeps, all others are means."""
 Rng = np.random.Generator
 
 
 @dataclass
 class Simulated:
-    """A sweep whose truth is known. `unfinished_T` marks trials that were stopped; their shift is predicted."""
+    """A sweep whose truth is known. `unfinished_T` marks trials that were stopped; their shift is predicted.
+
+    The first `odd` points vary more over seeds than the others.
+    """
 
     numerator_TE: np.ndarray
     denominator_TE: np.ndarray
@@ -47,6 +52,7 @@ class Simulated:
     cluster_E: np.ndarray
     larger_is_better: bool = False
     binary: bool = False
+    odd: int = 0
     unfinished_T: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     shift_T: np.ndarray | None = None
     extra_T: np.ndarray | None = None
@@ -146,7 +152,7 @@ def asha(points: int, seeds: int, **options: Any) -> Callable[[Rng], Simulated]:
 def odd(points: int, seeds: int) -> Callable[[Rng], Simulated]:
     """Equal points, of which one varies over seeds six times as much as the others."""
     own = [0.3, *[0.05] * (points - 1)]
-    return lambda rng: crossed(rng, [2.0] * points, seeds=seeds, own=own, noise=0.1)
+    return lambda rng: replace(crossed(rng, [2.0] * points, seeds=seeds, own=own, noise=0.1), odd=1)
 
 
 def diverged(points: int, seeds: int) -> Callable[[Rng], Simulated]:
@@ -155,7 +161,7 @@ def diverged(points: int, seeds: int) -> Callable[[Rng], Simulated]:
     def simulate(rng: Rng) -> Simulated:
         sweep = crossed(rng, [2.0 + 5.0 / seeds, *[2.0] * (points - 1)], seeds=seeds, own=0.05, noise=0.1)
         worse_T = np.where(sweep.point_T == 0, np.where(sweep.seed_T == 0, 5.0, 0.0) - 5.0 / seeds, 0.0)
-        return replace(sweep, numerator_TE=sweep.numerator_TE + worse_T[:, None] * sweep.denominator_TE)
+        return replace(sweep, numerator_TE=sweep.numerator_TE + worse_T[:, None] * sweep.denominator_TE, odd=1)
 
     return simulate
 
@@ -280,7 +286,7 @@ def score(sweep: Simulated, found: Judged) -> list[float]:
     best_P = sign * truth_P == (sign * truth_P).min()
     # The set is of the points that may be picked.
     best_eligible_P = sweep.eligible & (sign * truth_P == (sign * truth_P)[sweep.eligible].min())
-    pairs = np.triu_indices(len(truth_P), 1)
+    usual_PP = (found.high_PP - found.low_PP)[sweep.odd :, sweep.odd :]
     slack = 1e-12
     return [
         float(((found.low_P <= truth_P + slack) & (found.high_P >= truth_P - slack)).mean()),
@@ -290,19 +296,20 @@ def score(sweep: Simulated, found: Judged) -> list[float]:
         float(found.winner[0] <= truth_P[best] <= found.winner[1]),
         np.nan if found.may_be_best_P is None else float(found.may_be_best_P[best_eligible_P].mean()),
         found.hsu,
-        float(((found.high_PP - found.low_PP) / 2)[pairs].mean()),
+        float((found.high_P - found.low_P)[sweep.odd :].mean() / 2),
+        float(usual_PP[np.triu_indices(len(usual_PP), 1)].mean() / 2),
     ]
 
 
 def coverage(kind: str, sweeps: int, draws: int, random_seed: int = 0) -> dict[str, list[float]]:
-    """Return the means over simulated sweeps (of the width: the median), before and after, in the order of COLUMNS."""
+    """Return the means over simulated sweeps (of widths: the medians), before and after, in the order of COLUMNS."""
     rng, scores = np.random.default_rng(random_seed), {"before": list[list[float]](), "after": list[list[float]]()}
     for _ in range(sweeps):
         sweep, seed = KINDS[kind](rng), int(rng.integers(2**31))
         scores["before"].append(score(sweep, judge_before(sweep, draws, seed)))
         scores["after"].append(score(sweep, judge_after(sweep, draws, seed)))
     return {
-        rule: [*np.mean(np.array(found)[:, :-1], 0).tolist(), float(np.median(np.array(found)[:, -1]))]
+        rule: [*np.mean(np.array(found)[:, :-WIDTHS], 0).tolist(), *np.median(np.array(found)[:, -WIDTHS:], 0).tolist()]
         for rule, found in scores.items()
     }
 
@@ -316,7 +323,7 @@ def measure_coverage(args: Namespace, report: Report, scratch: Path) -> None:
     for kind in KINDS:
         found = coverage(kind, args.sweeps, args.draws)
         for rule, numbers in found.items():
-            digits = [3 if name == "width" else 2 for name in COLUMNS]
+            digits = [3 if "width" in name else 2 for name in COLUMNS]
             cells = ["" if np.isnan(n) else f"{n:.{d}f}" for n, d in zip(numbers, digits)]
             print(f"| {kind} | {rule} | {' | '.join(cells)} |", flush=True)
         table[kind] = {
