@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import harmonic_mean
 
 import numpy as np
 
@@ -55,7 +54,7 @@ def needed(
     if difference == 0:
         return Needed(None, None, "no difference was observed")
 
-    now = harmonic_mean(seeds)
+    now = _harmonic_mean(*seeds)
 
     def of_seeds(number: float) -> float:
         quantile = t_quantile(max(1, math.floor(free + number - now))) if free else 0.0
@@ -70,7 +69,8 @@ def needed(
     if not free:
         return Needed(None, factor, "with one seed, the uncertainty of the seeds is unknown")
     larger = range(max(map(sum, zip(seeds, lost))) + 1, MOST_SEEDS + 1)
-    number = next((n for n in larger if of_examples + of_seeds(harmonic_mean(n - m for m in lost)) < target), None)
+    enough = (n for n in larger if of_examples + of_seeds(_harmonic_mean(*(n - m for m in lost))) < target)
+    number = next(enough, None)
     examples_alone = of_examples >= target
     if examples_alone and factor is None:
         return Needed(None, None, "it takes more seeds and more examples together")
@@ -84,6 +84,10 @@ def needed(
     if factor is None:
         reasons.append("more examples are not enough: the uncertainty of the seeds alone is too large")
     return Needed(number, factor, "; ".join(reasons))
+
+
+def _harmonic_mean(first: int, second: int) -> float:
+    return 2 * first * second / (first + second)
 
 
 def narrowing(seeds: int, free: float) -> float:

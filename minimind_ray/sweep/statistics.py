@@ -251,11 +251,19 @@ def _simultaneous_reach(draws_BP: np.ndarray, noise_PP: np.ndarray) -> tuple[np.
     largest_B = np.zeros(len(draws_BP))
     for i in range(len(draws_PB) - 1):
         deviation_PB = np.abs(draws_PB[i + 1 :] - draws_PB[i])
-        single_P = np.quantile(deviation_PB, 0.95, axis=1)
+        single_P = _quantile(deviation_PB, 0.95)
         single_P = np.where(single_P > noise_PP[i, i + 1 :], single_P, 0.0)
         single_PP[i, i + 1 :] = single_PP[i + 1 :, i] = single_P
         largest_B = np.maximum(largest_B, _ratio(deviation_PB, single_P).max(0))
     return single_PP * np.quantile(largest_B, 0.95), single_PP
+
+
+def _quantile(value_PB: np.ndarray, share: float) -> np.ndarray:
+    """Return np.quantile of each row, in less time: only the two values beside the quantile are looked for."""
+    place = share * (value_PB.shape[1] - 1)
+    k = min(int(place), value_PB.shape[1] - 2)
+    sorted_PB = np.partition(value_PB, k, axis=1)
+    return sorted_PB[:, k] + (place - k) * (sorted_PB[:, k + 1 :].min(1) - sorted_PB[:, k])
 
 
 def _ratio(deviation_PB: np.ndarray, single_P: np.ndarray) -> np.ndarray:
@@ -298,7 +306,7 @@ def _against_the_best(
     reach_PP = np.zeros((points, points))
     for i in range(points):
         worst_B = _ratio(draws_PB[i] - draws_PB, single_PP[i]).max(0)
-        reach_PP[i] = np.maximum(single_PP[i] * max(0.0, float(np.quantile(worst_B, 0.95))), least_PP[i])
+        reach_PP[i] = np.maximum(single_PP[i] * max(0.0, float(_quantile(worst_B[None], 0.95)[0])), least_PP[i])
     itself = np.where(np.eye(points, dtype=bool), -np.inf, 0.0)
     low_P = np.minimum(0.0, (difference_PP - reach_PP + itself).max(1))
     may_be_best_P = low_P < 0
