@@ -93,10 +93,7 @@ def fit_seeds(value_T: np.ndarray, point_T: np.ndarray, seed_T: np.ndarray, extr
     """
     points, (_, seed_T) = int(point_T.max()) + 1, np.unique(seed_T, return_inverse=True)
     point_TP, seed_TS = _indicators(point_T), _indicators(seed_T)
-    layout = _layout(point_TP, seed_TS)
-    odd_P = _odd(value_T, point_T, seed_T, layout)
-    if odd_P.any():
-        layout = _layout(point_TP, seed_TS, odd_P)
+    layout, odd_P = _without_odd(value_T, point_T, seed_T)
     pooled, free, common, common_free = _pooled(value_T, layout, seed_TS)
     own_P, free_P, shared_P = np.full(points, pooled), np.full(points, float(free)), ~odd_P
     if layout.separate or odd_P.any():
@@ -247,14 +244,28 @@ def _moderated(own_P: np.ndarray, free_P: np.ndarray, odd_P: np.ndarray) -> tupl
     )
 
 
-def _odd(value_T: np.ndarray, point_T: np.ndarray, seed_T: np.ndarray, layout: _Layout) -> np.ndarray:
-    """Return which points vary significantly more over seeds than is typical of the other points."""
-    known_P = layout.free_P > 0
+def _without_odd(value_T: np.ndarray, point_T: np.ndarray, seed_T: np.ndarray) -> tuple[_Layout, np.ndarray]:
+    """Return the layout without odd points, and which points are odd.
+
+    Odd points vary significantly more over seeds than is typical of the other points. An odd point makes the variances
+    of the others uncertain, too, so the points that seem odd are judged a second time, without each other.
+    """
+    point_TP, seed_TS = _indicators(point_T), _indicators(seed_T)
+    layout = _layout(point_TP, seed_TS)
+    odd_P, known_P = np.zeros(len(layout.free_P), bool), layout.free_P > 0
     if not layout.separate or known_P.sum() < 3:
-        return np.zeros(len(known_P), bool)
+        return layout, odd_P
     limit = _largest_ratio(tuple(point_T.tolist()), tuple(seed_T.tolist()))
     more_than_rounding_P = _own_variances(value_T, layout, 0.0) > (ROUNDING * np.abs(value_T).max()) ** 2
-    return known_P & more_than_rounding_P & (_ratio_to_others(value_T, layout) > limit)
+    seems_P = known_P & more_than_rounding_P & (_ratio_to_others(value_T, layout, odd_P) > limit)
+    for _ in range(2):
+        if (seems_P == odd_P).all():
+            break
+        odd_P = seems_P
+        layout = _layout(point_TP, seed_TS, odd_P)
+        common = _pooled(value_T, layout, seed_TS)[2]
+        seems_P = odd_P & (_ratio_to_others(value_T, layout, odd_P, common) > limit)
+    return layout, odd_P
 
 
 @lru_cache(maxsize=8)
@@ -265,10 +276,10 @@ def _largest_ratio(point_T: tuple[int, ...], seed_T: tuple[int, ...]) -> float:
     """
     layout = _layout(_indicators(point_T), _indicators(seed_T))
     equal_BT = np.random.default_rng(0).standard_normal((2000, len(point_T)))
-    ratio_BP = _ratio_to_others(equal_BT, layout)
+    ratio_BP = _ratio_to_others(equal_BT, layout, np.zeros(len(layout.free_P), bool))
     return float(np.quantile(ratio_BP[:, layout.free_P > 0].max(1), 1 - ODD))
 
 
-def _ratio_to_others(value_BT: np.ndarray, layout: _Layout) -> np.ndarray:
-    own_BP = _own_variances(value_BT, layout, 0.0)
-    return own_BP / typical_of_others(own_BP, layout.free_P, np.zeros(own_BP.shape[-1], bool))
+def _ratio_to_others(value_BT: np.ndarray, layout: _Layout, odd_P: np.ndarray, common: float = 0.0) -> np.ndarray:
+    own_BP = _own_variances(value_BT, layout, common)
+    return own_BP / typical_of_others(own_BP, layout.free_P, odd_P)

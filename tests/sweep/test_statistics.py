@@ -154,6 +154,15 @@ def test_a_diverged_seed_changes_nothing_for_the_other_points() -> None:
     assert seeds.own_P[:2] == pytest.approx(others.own_P) and seeds.own_free_P[:2] == pytest.approx(others.own_free_P)
 
 
+def test_an_odd_point_does_not_make_other_points_seem_odd() -> None:
+    rng, named = np.random.default_rng(4), []
+    spread_P = np.array([6.0, *[1.0] * 7])
+    for _ in range(100):
+        values = rng.normal(0, 1, 5) + rng.normal(0, 1, (8, 5)) * spread_P[:, None]
+        named.append(fitted(values.tolist()).odd_P)
+    assert np.mean(named, 0)[0] >= 0.85 and np.any(np.array(named)[:, 1:], axis=1).mean() <= 0.05
+
+
 def test_the_typical_variance_of_others_is_their_median() -> None:
     rng = np.random.default_rng(3)
     for points in (1, 2, 3, 6, 7):
