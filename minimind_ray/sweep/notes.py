@@ -78,7 +78,13 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
             f"{stopped} stopped trial(s) count with a predicted end: from where they stopped, their metric is taken to "
             "change as that of the trials that trained on."
         )
-    if early := [row for row in rows if row.early_step is not None]:
+    early = [row for row in rows if row.early_step is not None]
+    if early and not compared:
+        notes.append(
+            "No point has a verdict yet, because too few trials have finished. The values are those at the last step "
+            f"at which all trials were validated, step {early[0].early_step}."
+        )
+    elif early:
         notes.append(
             "The ends of some stopped trials cannot be predicted, and the other seeds alone would make their points "
             f"look too good. So these points get no verdict: {_listed([row.label for row in early])}. Their values are "

@@ -139,6 +139,11 @@ def test_if_no_trial_finished_there_is_a_best_so_far_without_a_verdict(tmp_path:
     comparison = compare([read_sweep(path)])
     assert [row.verdict for row in comparison.rows] == [None]
     assert comparison.winner and comparison.winner.state == "early-stopped"
+    assert comparison.notes[0] == (
+        "No point has a verdict yet, because too few trials have finished. The values are those at the last step at "
+        "which all trials were validated, step 24."
+    )
+    assert not any("look too good" in note for note in comparison.notes)
 
 
 def test_a_point_with_a_stopped_seed_that_cannot_be_predicted_gets_no_verdict(tmp_path: Path) -> None:
