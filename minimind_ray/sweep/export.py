@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from minimind_ray.sweep.more import NO_DIFFERENCE
 from minimind_ray.sweep.statistics import Interval
 from minimind_ray.sweep.table import Comparison, More, Row, Verdict, only_models
 from minimind_ray.sweep.text import duration_text, value_text
@@ -82,6 +83,8 @@ def more_texts(comparison: Comparison) -> list[str]:
 
 def more_text(more: More) -> str:
     """Return what would decide a pair of points, if their difference stays as observed."""
+    if more.why == NO_DIFFERENCE:
+        return f"Between {more.pair[1]} and {more.pair[0]}, {NO_DIFFERENCE}."
     ways: list[str] = []
     if more.seeds is not None:
         time = "" if more.seconds is None else f", {duration_text(more.seconds)} more training"

@@ -11,6 +11,7 @@ from minimind_ray.train.intervals import NORMAL, t_quantile
 
 MOST_SEEDS = 100
 """More seeds of a point are neither proposed nor accepted."""
+NO_DIFFERENCE = "no difference was observed"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def needed(
             fail again. It is above both points' present numbers.
     """
     if difference == 0:
-        return Needed(None, None, "no difference was observed")
+        return Needed(None, None, NO_DIFFERENCE)
 
     now = _harmonic_mean(*seeds)
 

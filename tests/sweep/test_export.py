@@ -15,6 +15,7 @@ from rich.text import Text
 from minimind_ray.display.comparison import print_comparison
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import best_set_text, more_text, sentences, standing, to_json, to_records
+from minimind_ray.sweep.more import NO_DIFFERENCE
 from minimind_ray.sweep.report import render
 from minimind_ray.sweep.statistics import Interval
 from minimind_ray.sweep.table import Comparison, More
@@ -122,6 +123,8 @@ def test_how_many_more() -> None:
     only = replace(MORE, seeds=None, why="the examples' part alone is too large", seconds=None, cost=None)
     assert more_text(only).endswith(": 2,400 validation examples; the examples' part alone is too large.")
     assert more_text(replace(only, examples=None)).endswith(": the examples' part alone is too large.")
+    equal = replace(only, examples=None, why=NO_DIFFERENCE)
+    assert more_text(equal) == "Between beta 0.3 and beta 0.1, no difference was observed."
 
 
 def test_many_pairs_and_points_do_not_fill_the_page(comparison: Comparison) -> None:
