@@ -256,15 +256,15 @@ def _without_odd(value_T: np.ndarray, point_T: np.ndarray, seed_T: np.ndarray) -
     if not layout.separate or known_P.sum() < 3:
         return layout, odd_P
     limit = _largest_ratio(tuple(point_T.tolist()), tuple(seed_T.tolist()))
-    more_than_rounding_P = _own_variances(value_T, layout, 0.0) > (ROUNDING * np.abs(value_T).max()) ** 2
-    seems_P = known_P & more_than_rounding_P & (_ratio_to_others(value_T, layout, odd_P) > limit)
+    own_P, others_P = _own_and_others(value_T, layout, odd_P)
+    seems_P = known_P & (own_P > (ROUNDING * np.abs(value_T).max()) ** 2) & (own_P > limit * others_P)
     for _ in range(2):
         if (seems_P == odd_P).all():
             break
         odd_P = seems_P
         layout = _layout(point_TP, seed_TS, odd_P)
-        common = _pooled(value_T, layout, seed_TS)[2]
-        seems_P = odd_P & (_ratio_to_others(value_T, layout, odd_P, common) > limit)
+        own_P, others_P = _own_and_others(value_T, layout, odd_P, common=_pooled(value_T, layout, seed_TS)[2])
+        seems_P = odd_P & (own_P > limit * others_P)
     return layout, odd_P
 
 
@@ -276,10 +276,13 @@ def _largest_ratio(point_T: tuple[int, ...], seed_T: tuple[int, ...]) -> float:
     """
     layout = _layout(_indicators(point_T), _indicators(seed_T))
     equal_BT = np.random.default_rng(0).standard_normal((2000, len(point_T)))
-    ratio_BP = _ratio_to_others(equal_BT, layout, np.zeros(len(layout.free_P), bool))
-    return float(np.quantile(ratio_BP[:, layout.free_P > 0].max(1), 1 - ODD))
+    own_BP, others_BP = _own_and_others(equal_BT, layout, np.zeros(len(layout.free_P), bool))
+    return float(np.quantile((own_BP / others_BP)[:, layout.free_P > 0].max(1), 1 - ODD))
 
 
-def _ratio_to_others(value_BT: np.ndarray, layout: _Layout, odd_P: np.ndarray, common: float = 0.0) -> np.ndarray:
+def _own_and_others(
+    value_BT: np.ndarray, layout: _Layout, odd_P: np.ndarray, common: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each point's own variance, and the typical variance of the others: [B, P] each."""
     own_BP = _own_variances(value_BT, layout, common)
-    return own_BP / typical_of_others(own_BP, layout.free_P, odd_P)
+    return own_BP, typical_of_others(own_BP, layout.free_P, odd_P)

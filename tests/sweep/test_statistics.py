@@ -148,6 +148,9 @@ def test_a_diverged_seed_changes_nothing_for_the_other_points() -> None:
     assert seeds.own_P[:4] == pytest.approx(others.own_P) and seeds.own_free_P[:4] == pytest.approx(others.own_free_P)
     assert (seeds.common, seeds.common_free) == (pytest.approx(others.common), others.common_free)
     assert seeds.own_P[4] == pytest.approx(1e6 / 3, rel=0.01) and seeds.own_free_P[4] == 2
+    # Also if the others do not vary at all.
+    with np.errstate(all="raise"):
+        assert fitted([[0.0, 0.0, 0.0]] * 4 + [[0.0, 0.0, 1.0]]).odd_P.tolist() == [False] * 4 + [True]
     # Of three points, the other two cannot be told apart: both have the same variance.
     seeds, others = fitted(values[2:].tolist()), fitted(values[2:4].tolist())
     assert seeds.odd_P.tolist() == [False, False, True] and seeds.shared_P.tolist() == [True, True, False]
