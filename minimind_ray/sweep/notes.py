@@ -24,9 +24,10 @@ def method_of(results: Results, found: Statistics, rows: Sequence[Row], margin: 
     else:
         text = f"Intervals cover 95 % and account for both {sources[0]} and the seeds (Student's t)."
     if only_models(rows) == "pbt":
+        rough = "" if _one_seed(rows) else ", and the part of the seeds is only rough"
         text += (
             " pbt gave trials the weights of other trials, so the trials are not independent runs of their settings: "
-            "the verdicts compare these trained models, and the part of the seeds is only rough."
+            f"the verdicts compare these trained models{rough}."
         )
     if results.extra_T.any():
         text += " They include the uncertainty of predicted ends."
@@ -124,20 +125,15 @@ def _few(results: Results) -> list[str]:
 def _seeds(rows: Sequence[Row], found: Statistics) -> list[str]:
     """Return the notes on the number of seeds and their spread. `rows` are in the order of `found.order_P`."""
     compared, notes = [row for row in rows if row.compared], list[str]()
-    if _one_seed(rows):
-        more = any(len(row.trials) > 1 for row in rows)
-        advice = "no point has two finished seeds" if more else "use --seeds 2 or more to compare settings"
-        notes.append(
-            "One seed: intervals account only for the validation examples. The verdicts compare these trained models, "
-            f"not their settings; {advice}."
-        )
-    elif all(len(row.compared) <= 2 for row in compared):
-        notes.append("Two seeds say little about a seed's effect on all points: a third narrows the intervals.")
+    # More seeds do not make pbt's trials a comparison of settings, so they are not proposed.
+    pbt = only_models(rows) == "pbt"
+    if not pbt:
+        notes += _few_seeds(rows)
     if found.vague_P.any() or found.vague_PP.any():
-        part = narrowing(2, 1)
+        third = f" A third seed would narrow them to about {narrowing(2, 1):.0%} of their width."
         notes.append(
             "Intervals that would be more than 10 times wider than the points' values lie apart are left out: two "
-            f"seeds give them 1 degree of freedom. A third seed would narrow them to about {part:.0%} of their width."
+            f"seeds give them 1 degree of freedom.{'' if pbt else third}"
         )
     odd = [compared[place].label for place, p in enumerate(found.order_P) if found.odd_P[p]]
     if odd:
@@ -151,6 +147,19 @@ def _seeds(rows: Sequence[Row], found: Statistics) -> list[str]:
             "vary this much may be unstable."
         )
     return notes
+
+
+def _few_seeds(rows: Sequence[Row]) -> list[str]:
+    if _one_seed(rows):
+        more = any(len(row.trials) > 1 for row in rows)
+        advice = "no point has two finished seeds" if more else "use --seeds 2 or more to compare settings"
+        return [
+            "One seed: intervals account only for the validation examples. The verdicts compare these trained models, "
+            f"not their settings; {advice}."
+        ]
+    if all(len(row.compared) <= 2 for row in rows if row.compared):
+        return ["Two seeds say little about a seed's effect on all points: a third narrows the intervals."]
+    return []
 
 
 def _one_seed(rows: Sequence[Row]) -> bool:

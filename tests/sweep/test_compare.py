@@ -377,6 +377,17 @@ def test_pbt_compares_trained_models_only(tmp_path: Path) -> None:
     assert [row.verdict for row in comparison.rows[1:]] == ["not distinguishable"] * 2 and comparison.more == []
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_pbt_needs_no_more_seeds(seeds: int, tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=seeds, seed_noise=3.0)
+    line = {"step": 20, "point": {"dpo.beta": 0.1}}
+    (path / "trials/beta=0.3,seed=0/lineage.jsonl").write_text(json.dumps(line) + "\n")
+    comparison = compare([read_sweep(path)])
+    assert ("the part of the seeds" in comparison.method) == (seeds > 1)
+    words = ("use --seeds", "third")
+    assert not any(word in sentence for word in words for sentence in to_json(comparison)["sentences"])
+
+
 def test_runs_of_different_lengths_count_with_their_ends(tmp_path: Path) -> None:
     path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, seeds=3, quality=lambda point: 0.5)
     for run in path.glob("trials/beta=0.3,*/run.json"):
