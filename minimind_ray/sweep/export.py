@@ -40,9 +40,10 @@ def best_set_text(comparison: Comparison) -> str:
         return ""
     labels = [row.label for row in judged if row.may_be_best]
     reason = only_models(comparison.rows)
-    of = f" of these trained models ({reason})" if reason else ""
-    if any(row.compared and not row.vs_best for row in comparison.rows):
-        of = " of the points with a finished trial"
+    unfinished = any(row.compared and not row.vs_best for row in comparison.rows)
+    of = " of the points with a finished trial" if unfinished else ""
+    if reason:
+        of = f" of these trained models{' that finished' if unfinished else ''} ({reason})"
     # Points outside the set whose verdict, by the wider intervals of all pairs, leaves them open.
     open_too = any(row.verdict == "not distinguishable" and not row.may_be_best for row in judged)
     why = " This compares each point only with the best; the verdicts use wider intervals, which hold for all pairs."

@@ -109,6 +109,9 @@ def test_the_best_set_is_of_points_with_a_finished_trial(comparison: Comparison)
     # A point without a finished trial has no comparison with the best.
     rows = [*comparison.rows[:-1], replace(comparison.rows[-1], vs_best=None, may_be_best=False)]
     assert words in best_set_text(replace(comparison, rows=rows))
+    rows = [replace(row, compared=row.compared[:1]) for row in rows]
+    words = "the best of these trained models that finished (one seed) is"
+    assert words in best_set_text(replace(comparison, rows=rows))
 
 
 def test_a_correction_that_cannot_be_seen_is_not_mentioned(comparison: Comparison) -> None:
