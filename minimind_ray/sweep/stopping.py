@@ -115,11 +115,14 @@ def _reason(trial: Trial, metric: str) -> str:
 
 
 def curve_of(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """Return the curve of a trial from the lines of its metrics.jsonl."""
+    """Return the curve of a trial from the lines of its metrics.jsonl; empty if no validation measures the metric."""
     found, best = dict[int, float](), None
+    if not metric.startswith("val/"):  # The user's own column, which may be named as a number of training: tokens.
+        return found
     for line in lines:
         if "val/loss" in line and (best := best_validation([*([best] if best else []), line])):
-            found[int(line["step"])] = float(best.get(metric, math.nan))
+            value = best.get(metric)
+            found[int(line["step"])] = math.nan if value is None else float(value)
     return {step: value for step, value in found.items() if abs(value) < LARGEST}
 
 

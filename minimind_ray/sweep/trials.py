@@ -205,8 +205,8 @@ class Trial:
         return f"{self.state} ({self.error})" if self.state == "stopped" and self.error else self.state
 
     def best(self, metric: str) -> float | None:
-        """Return the metric's value at the best validation so far (see train/best.py)."""
-        value = (best_validation(self.metrics) or {}).get(metric)
+        """Return the metric's value at the best validation so far (see train/best.py); None if it was not measured."""
+        value = (best_validation(self.metrics) or {}).get(metric) if metric.startswith("val/") else None
         return None if value is None else float(value)
 
 

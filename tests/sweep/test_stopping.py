@@ -27,6 +27,9 @@ def test_a_curve_holds_the_metric_of_the_best_validation_so_far() -> None:
     ]
     assert curve_of(lines, "val/accuracy") == {2: 0.5, 4: 0.5, 6: 0.4, 8: 0.4}
     assert curve_of(lines, "val/margin") == {}
+    assert curve_of([{"step": 1, "val/loss": 3.0, "val/margin": None}], "val/margin") == {}
+    # A column of the user's own has the name of a number of training.
+    assert curve_of([{"step": 1, "val/loss": 3.0, "tokens": 100}], "tokens") == {}
 
 
 def test_the_common_step_is_the_last_that_all_have() -> None:
