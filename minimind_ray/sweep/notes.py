@@ -94,6 +94,11 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
     dropped = [trial for row in rows for trial in row.left_out if trial[1] not in ("running", "waiting")]
     if left_out := [f"{id} ({reason})" for id, reason in dropped]:
         notes.append(f"Not compared: {_listed(left_out)}.")
+    if lost := [row.label for row in compared if any(trial in dropped for trial in row.left_out)]:
+        notes.append(
+            "If a lost trial diverged, only the lucky seeds of its point count, and the point looks too good. Points "
+            f"with lost trials: {_listed(lost)}."
+        )
     return notes
 
 

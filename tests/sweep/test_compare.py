@@ -170,6 +170,16 @@ def test_a_loss_that_is_not_finite_is_left_out_by_name(tmp_path: Path) -> None:
     assert any("beta=0.3,seed=0" in note for note in comparison.notes)
 
 
+def test_a_point_that_lost_a_seed_may_look_too_good(tmp_path: Path) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, failed=1)
+    assert any(note.endswith("lost trials: beta 0.3.") for note in compare([read_sweep(path)]).notes)
+    (path / "trials/beta=0.1,seed=1/validation.parquet").unlink()
+    assert any(note.endswith("lost trials: beta 0.1, beta 0.3.") for note in compare([read_sweep(path)]).notes)
+    # A point without any result does not look good.
+    path = make_sweep(tmp_path / "t", axes={"dpo.beta": "0.1,0.3"}, seeds=1, failed=1)
+    assert not any("lost trials" in note for note in compare([read_sweep(path)]).notes)
+
+
 def put_column(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray], trials: str = "*") -> None:
     """Change a column of the trials' results."""
     for file in path.glob(f"trials/{trials}/validation.parquet"):
