@@ -321,6 +321,8 @@ def read_validation(path: Path) -> Validation | None:
     except (OSError, pa.ArrowException, KeyError) as error:
         detail = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read: {detail}; delete it and resume the sweep to write it again") from None
+    if not len(example_E):
+        raise UserError(f"{path} holds no example; delete the file and resume the sweep to write it again")
     if len(np.unique(example_E)) != len(example_E):
         raise UserError(f"{path}: an example appears twice; delete the file and resume the sweep to write it again")
     return Validation(path, example_E, cluster_E, columns, tuple(set(table.column_names) - set(numbers)))

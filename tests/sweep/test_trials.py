@@ -143,6 +143,9 @@ def test_validation_of_other_columns(tmp_path: Path) -> None:
     pq.write_table(pa.concat_tables([table, table]), file)
     with pytest.raises(UserError, match="twice"):
         read_sweep(path)
+    pq.write_table(table.slice(0, 0), file)
+    with pytest.raises(UserError, match="holds no example"):
+        read_sweep(path)
 
 
 def test_clusters_of_the_examples(tmp_path: Path) -> None:
