@@ -159,15 +159,17 @@ def _interval(interval: Interval | None) -> dict[str, float | None] | None:
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:
     """Return a flat record per point, for CSV and trackers. All records have the same keys.
 
-    Only the best point has a corrected value (`Comparison.headline`).
+    Only the best point has a corrected value (`Comparison.headline`). The metric gives three columns their name. If it
+    is a user's column that is named like another column here, such as "seconds", they are named "metric seconds".
     """
 
     def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
         low, high = (interval.low, interval.high) if interval else (None, None)
         return {name: interval.value if interval else None, f"{name} low": low, f"{name} high": high}
 
-    return [
-        {
+    records: list[dict[str, Any]] = []
+    for row in comparison.rows:
+        before = {
             "sweep": row.sweep,
             **{key: value_text(value) for key, value in row.point.items()},
             "verdict": row.verdict or "not compared",
@@ -175,7 +177,8 @@ def to_records(comparison: Comparison) -> list[dict[str, Any]]:
             "seeds": row.seeds,
             "stopped seeds": row.stopped_seeds,
             "early step": row.early_step,
-            **bounds(comparison.metric, row.metric),
+        }
+        after = {
             **bounds("difference", row.difference),
             **bounds("against the best", row.vs_best),
             **bounds("corrected", comparison.headline if row.verdict == "best" else None),
@@ -187,5 +190,7 @@ def to_records(comparison: Comparison) -> list[dict[str, Any]]:
             "seconds": row.seconds,
             "cost": row.cost,
         }
-        for row in comparison.rows
-    ]
+        taken = comparison.metric in before or comparison.metric in after
+        name = f"metric {comparison.metric}" if taken else comparison.metric
+        records.append({**before, **bounds(name, row.metric), **after})
+    return records

@@ -121,6 +121,14 @@ def test_a_correction_that_cannot_be_seen_is_not_mentioned(comparison: Compariso
     assert not any("optimistic" in sentence for sentence in sentences(small))
 
 
+@pytest.mark.parametrize("metric", ["seeds", "seconds", "difference", "cost"])
+def test_a_metric_named_like_a_column_of_the_table(metric: str, comparison: Comparison) -> None:
+    named = replace(comparison, metric=metric)
+    for plain, record in zip(to_records(comparison), to_records(named), strict=True):
+        renamed = {name.replace("val/loss", f"metric {metric}"): value for name, value in plain.items()}
+        assert record == renamed and list(record) == list(renamed)
+
+
 def test_how_many_more() -> None:
     assert more_text(MORE).endswith("7 seeds each, 2:05 more training for 0.35 or 2,400 validation examples.")
     only = replace(MORE, seeds=None, why="the examples' part alone is too large", seconds=None, cost=None)
