@@ -80,16 +80,18 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
             "change as that of the trials that trained on."
         )
     early = [row for row in rows if row.early_step is not None]
+    steps = sorted({row.early_step for row in early if row.early_step is not None})  # Each sweep has its own.
+    at = f"step{'s' if len(steps) > 1 else ''} {' and '.join(map(str, steps))}"
     if early and not compared:
         notes.append(
             "No point has a verdict yet, because too few trials have finished. The values are those at the last step "
-            f"at which all trials were validated, step {early[0].early_step}."
+            f"at which all trials were validated, {at}."
         )
     elif early:
         notes.append(
             "The ends of some stopped trials cannot be predicted, and the other seeds alone would make their points "
             f"look too good. So these points get no verdict: {_listed([row.label for row in early])}. Their values are "
-            f"those at the last step at which all trials were validated, step {early[0].early_step}."
+            f"those at the last step at which all trials were validated, {at}."
         )
     dropped = [trial for row in rows for trial in row.left_out if trial[1] not in ("running", "waiting")]
     if left_out := [f"{id} ({reason})" for id, reason in dropped]:

@@ -126,6 +126,10 @@ def test_a_stopped_point_is_never_the_best(tmp_path: Path) -> None:
     [trial] = [trial for trial in read_sweep(path).trials if trial.state == "early-stopped"]
     assert stopped.metric.value == next(line["val/loss"] for line in trial.metrics if line["step"] == 24)
     assert any("look too good" in note and "step 24" in note for note in comparison.notes)
+    # Another sweep has its own last step with a validation of all trials.
+    longer = make_sweep(tmp_path / "u", axes={"dpo.beta": "0.1,0.3"}, seeds=1, stopped=1, steps=80)
+    notes = compare([read_sweep(path), read_sweep(longer)]).notes
+    assert any(note.endswith("all trials were validated, steps 24 and 32.") for note in notes)
     # Two finished trials do, and the point is still not the best.
     path = make_sweep(tmp_path / "t", axes={"dpo.beta": "0.1,0.2,0.3"}, seeds=1, stopped=2, quality=quality)
     comparison = compare([read_sweep(path)])
