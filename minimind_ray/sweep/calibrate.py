@@ -223,28 +223,28 @@ def measure(jobs: Sequence[Job]) -> Times:
 
 
 class _Stopwatch(PlainContext):
-    """Stops a run after some seconds and at least one validation. Records the times of validations and checkpoints."""
+    """Stops a run some seconds after its warm-up. Records the times of validations and checkpoints."""
 
     reads_checkpoints = True  # So the report comes after the checkpoint's write.
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = self.latest = 0.0
+        self.begins: list[float] = []
         self.validations: list[float] = []
         self.checkpoints: list[float] = []
 
     def should_stop(self) -> bool:
         """Whether the time is up and there was a validation. Called at the begin of each step."""
-        self.latest = time.perf_counter()
-        self.first = self.first or self.latest
-        return bool(self.validations) and self.latest - self.first > CALIBRATION_SECONDS
+        self.begins.append(time.perf_counter())
+        steady = self.begins[WARM_UP:]
+        return bool(self.validations and steady) and steady[-1] - steady[0] > CALIBRATION_SECONDS
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None) -> bool:
         """Record the times of a validation and its checkpoint. Also called after the checkpoint of a stop."""
         timing = metrics["timing"]
         if validation := timing.get("validation_seconds"):
             self.validations.append(validation)
-            self.checkpoints.append(max(0.0, time.perf_counter() - self.latest - timing["seconds"] - validation))
+            self.checkpoints.append(max(0.0, time.perf_counter() - self.begins[-1] - timing["seconds"] - validation))
         return True
 
 
@@ -252,7 +252,7 @@ def _measure_alone(job: Job) -> Times:
     watch, began = _Stopwatch(), time.perf_counter()
     job.run(watch, job.data(watch))
     steps = [line["timing"]["seconds"] for line in read_jsonl(Path(job.config.out) / "metrics.jsonl")]
-    return Times.after_warm_up(watch.first - began, steps, watch.validations, watch.checkpoints)
+    return Times.after_warm_up(watch.begins[0] - began, steps, watch.validations, watch.checkpoints)
 
 
 class _FusedContext(PlainFusedContext):
@@ -279,7 +279,8 @@ def _measure_fused(jobs: Sequence[Job]) -> Times:
     prepared = time.perf_counter()
     steps: list[float] = []
     reports: list[tuple[float, float]] = []
-    while not reports or time.perf_counter() - prepared < CALIBRATION_SECONDS:
+    steady = prepared
+    while not reports or len(steps) <= WARM_UP or time.perf_counter() - steady < CALIBRATION_SECONDS:
         for context in contexts:
             context.validation = 0.0
         turn = time.perf_counter()
@@ -294,6 +295,8 @@ def _measure_fused(jobs: Sequence[Job]) -> Times:
             reports.append((seconds, validation))
         else:
             steps.append(seconds)
+        if len(steps) <= WARM_UP:
+            steady = time.perf_counter()
     for each in lockstep.members:
         each.run.close()
     # A run of one step has a report at once.
