@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub import Hub
+
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tiny models: two threads on two cores that Ray's processes want too wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,6 +44,28 @@ def ray_session() -> Iterator[None]:
         start_ray(cpus=8)
     yield
     stop_ray()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on loopback, which `huggingface_hub` asks in this process, with an empty cache and without a token."""
+    from huggingface_hub import constants
+
+    import minimind_ray.data.hub as reading
+
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    url = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(reading, "WAITS", ())
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    reading.pin.cache_clear()
+    yield server
+    reading.pin.cache_clear()
+    server.stop()
 
 
 @pytest.fixture(scope="session")

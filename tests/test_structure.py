@@ -66,6 +66,14 @@ def test_only_the_registry_knows_the_trackers() -> None:
             assert found <= known, path
 
 
+def test_one_file_reads_the_hub() -> None:
+    """data/files.py has the hub's file system, as it has those of all stores."""
+    found = {
+        str(path.relative_to(PACKAGE)) for path in FILES if any("huggingface_hub" in name for name in imports(path))
+    }
+    assert found == {"data/hub.py", "data/files.py"}
+
+
 def is_private(path: Path) -> bool:
     return path.name.startswith("private_")
 

@@ -40,11 +40,12 @@ def inspect(
 
     from minimind_ray.config.paths import input_path
     from minimind_ray.config.stages import STAGES
+    from minimind_ray.data.hub import model_location
     from minimind_ray.data.inspect import guess_stage, inspect_rows
     from minimind_ray.data.records import discover, read_rows
     from minimind_ray.data.tokenizer import Tokenizer
 
-    loaded = Tokenizer.load(input_path(tokenizer))
+    loaded = Tokenizer.load(model_location(tokenizer))
     flags = added(context)
     # Any stage works: only the section data is used.
     unstaged = config_from_flags(stage or next(iter(STAGES)), [], set_ or [], flags).data

@@ -34,6 +34,7 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="[STAGE.]KEY=VALUE", help="any config key, for all stages or for STAGE"),
     ] = None,
+    download: Annotated[bool, typer.Option("--download", help="fetch missing data files, as the recipe says")] = False,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
     """Run a recipe's stages. Skips finished stages that are unchanged, and continues an interrupted stage."""
@@ -41,13 +42,21 @@ def run(
     from minimind_ray.config.load import parse_override
 
     overrides = {**dict(map(parse_override, set_ or [])), **overrides_of(added(context))}
-    run_recipe(recipe, data_dir, out, overrides, ray=ray)
+    run_recipe(recipe, data_dir, out, overrides, ray=ray, fetch=download)
 
 
 def run_recipe(
-    path: Path, data_dir: str | Path | None, out: str | None, overrides: dict[str, Any], *, ray: bool
+    path: Path,
+    data_dir: str | Path | None,
+    out: str | None,
+    overrides: dict[str, Any],
+    *,
+    ray: bool,
+    fetch: bool = False,
 ) -> None:
     """Run a recipe file. Print for each stage whether it is run, resumed or skipped, and why.
+
+    With `fetch`, first download the files that are missing.
 
     Stops after a stage that was interrupted.
     """
@@ -58,6 +67,7 @@ def run_recipe(
     from minimind_ray.data.shipped import resolve_paths
     from minimind_ray.data.storage import require_writable
     from minimind_ray.on_ray.host import host
+    from minimind_ray.stages.download import download, offering
     from minimind_ray.stages.recipe import read_recipe, stage_config
     from minimind_ray.stages.start import require_sources
     from minimind_ray.track.registry import check_trackers
@@ -70,9 +80,12 @@ def run_recipe(
     config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
     directory = tokenizer if isinstance(tokenizer, str) else join(out, "tokenizer") if tokenizer else None
     # Check all configs and sources first, so that an error in the last stage shows before the first stage starts.
-    configs = [resolve_paths(config_of(i, tokenizer=directory)) for i in range(len(recipe.stages))]
+    configs = [resolve_paths(config_of(i, tokenizer=directory), again=True) for i in range(len(recipe.stages))]
     require_writable(out, *(config.data.cache_dir for config in configs))
-    require_sources(configs, tokenizer=None if isinstance(tokenizer, str) else directory)
+    if fetch:
+        download(recipe, configs, data_dir, console.print)
+    with offering(recipe, configs, data_dir):
+        require_sources(configs, tokenizer=None if isinstance(tokenizer, str) else directory)
     for config in configs:
         check_trackers(config)
     if not isinstance(tokenizer, str) and tokenizer:

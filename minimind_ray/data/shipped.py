@@ -11,10 +11,14 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from minimind_ray.config.load import read_yaml
 from minimind_ray.config.paths import STORAGE, in_job, input_path, output_path
 from minimind_ray.config.schema import Config
 from minimind_ray.data.files import atomic_output, join, locate
+from minimind_ray.data.hub import model_location
+from minimind_ray.data.storage import copy_of, mirror_of
 
 UNPACKED = "working_dir_files"
 """The folder in which Ray unpacks working directories."""
@@ -48,24 +52,42 @@ def copy_to_storage(path: str) -> str:
     return join(target, name)
 
 
-def resolve_paths(config: Config) -> Config:
-    """Return the config with absolute paths, because workers run in other directories."""
+def resolve_paths(config: Config, *, again: bool = False) -> Config:
+    """Return the config with absolute paths, because workers run in other directories, and with the hub's commits.
+
+    With `again`, a run that is at `out` already keeps its commits (see `model_location`).
+
+    Raises:
+        UserError: a path is malformed, or a model of the hub cannot be found.
+    """
+    out = output_path(config.out.replace("{stage}", config.stage))
+    before = _config_at(out) if again else {}
 
     def inputs(paths: str | list[str] | None) -> str | list[str] | None:
         if isinstance(paths, list):
             return [copy_to_storage(input_path(path)) for path in paths]
         return None if paths is None else copy_to_storage(input_path(paths))
 
+    def model(path: str | None, earlier: str | None) -> str | None:
+        return None if path is None else copy_to_storage(model_location(path, earlier))
+
     data = config.data.model_copy(
         update={
             "train": inputs(config.data.train),
             "val": inputs(config.data.val),
-            "tokenizer": inputs(config.data.tokenizer),
+            "tokenizer": model(config.data.tokenizer, before.get("data", {}).get("tokenizer")),
             "cache_dir": output_path(config.data.cache_dir),
         }
     )
-    out = output_path(config.out.replace("{stage}", config.stage))
-    return config.model_copy(update={"data": data, "out": out, "init_from": inputs(config.init_from)})
+    init_from = model(config.init_from, before.get("init_from"))
+    return config.model_copy(update={"data": data, "out": out, "init_from": init_from})
+
+
+def _config_at(out: str) -> dict[str, Any]:
+    """Return the content of config.yaml of the run at `out`; empty if there is no run."""
+    mirror = mirror_of(out)
+    file = mirror.pull_file("config.yaml") if mirror else copy_of(out) / "config.yaml"
+    return read_yaml(file) if file.exists() else {}
 
 
 def _sum(file: Path) -> str:

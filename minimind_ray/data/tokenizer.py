@@ -30,6 +30,7 @@ from minimind_ray.config.reading import parse_json
 from minimind_ray.data.chat_format import ANSWER_HEADER, RESERVED, TURN_END, TURN_START, ChatFormat, Rendering
 from minimind_ray.data.chat_template import CHATML, Message
 from minimind_ray.data.files import writing_to
+from minimind_ray.data.hub import fetch_tokenizer, hub_ref, pin
 from minimind_ray.data.storage import copy_of, is_url, mirror_of
 from minimind_ray.data.tokenizer_dir import MORE_TEMPLATES, NAMED_TOKENS, read_tokenizer, token_name
 
@@ -124,12 +125,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Read a Hugging Face tokenizer directory. `directory` may be a URL.
+        """Read a Hugging Face tokenizer directory. `directory` may be a URL, also hf://OWNER/NAME.
 
         Raises:
-            UserError: a file is missing or broken.
+            UserError: a file is missing or broken; or see `hub.fetch`.
             StoreError: the object store cannot be read.
         """
+        if is_url(directory) and (ref := hub_ref(directory)):
+            folder = fetch_tokenizer(pin(ref))
+            if not (folder / "tokenizer.json").exists():
+                raise UserError(f"{ref} has no tokenizer.json; give a repository that has one")
+            return cls(*read_tokenizer(folder), str(folder))
         folder = copy_of(directory)
         if is_url(directory) and (mirror := mirror_of(directory)):
             mirror.pull(wanted=lambda name: "/" not in name or name.startswith(f"{MORE_TEMPLATES}/"))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.schema import LoraConfig
+from minimind_ray.data.hub import hub_ref
+from minimind_ray.data.storage import is_url
 from minimind_ray.model.families.granite_moe_shared import saves as is_granite
 from minimind_ray.model.moe import MixtureOfExperts
 
@@ -180,6 +183,7 @@ def save_adapter(
 ) -> None:
     """Write the model's adapters as a PEFT directory that refers to the base by path and fingerprint.
 
+    The path of a base of the hub is hf://OWNER/NAME@COMMIT. It is written as peft does: name and revision.
     `weights`, if given, are written instead of the model's: a copy of `adapter_weights(model)`, float32, on the CPU.
     """
     folder = Path(directory)
@@ -191,10 +195,12 @@ def save_adapter(
     # would differ. So adapters of experts are written without dropout, and with the scale of plain LoRA.
     experts = _on_experts(layers)
     alpha = config.rank if config.alpha is None else config.alpha
+    of_hub = hub_ref(base_path) if is_url(base_path) else None
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_path),
+        "base_model_name_or_path": of_hub.name if of_hub else str(base_path),
+        **({"revision": of_hub.revision} if of_hub else {}),
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.scale * config.rank if experts else alpha,
@@ -230,7 +236,10 @@ def adapter_base(directory: str | Path) -> AdapterBase:
         UserError: the directory cannot be read.
     """
     folder = Path(directory)
-    path, metadata = _read_config(folder).get("base_model_name_or_path"), _open(folder).metadata() or {}
+    config, metadata = _read_config(folder), _open(folder).metadata() or {}
+    path, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if path is not None and revision and (of_hub := hub_ref(str(path))):
+        path = replace(of_hub, revision=str(revision))
     return AdapterBase(None if path is None else str(path), metadata.get("base_fingerprint"))
 
 

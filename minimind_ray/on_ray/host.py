@@ -61,7 +61,7 @@ def train_stage(
     Raises:
         UserError: as `prepare_job`, `begun` and `host`; or a directory cannot be written, or input files are missing.
     """
-    config = resolve_paths(config)
+    config = resolve_paths(config, again=resume)
     require_writable(config.out, config.data.cache_dir)
     run = RunDirectory(config.out)
     run.check(config, resume=resume)

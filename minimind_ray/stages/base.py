@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.data.hub import hub_ref
 from minimind_ray.data.storage import is_url, url_of
 from minimind_ray.model.checkpoint import check_model, load_shape, model_fingerprint
 from minimind_ray.stages.start import require_base
@@ -20,11 +21,15 @@ A URL would not identify a base: a process of Ray may serve several runs, and th
 
 @dataclass(frozen=True)
 class Base:
-    """A whole model. `where` is the path or URL of its directory; `fingerprint` is the hash of its weights."""
+    """A whole model. `where` is the path or URL of its directory; `fingerprint` is the hash of its weights.
+
+    A model of the hub is in a directory too; `hub` is its name there, with its commit.
+    """
 
     where: str
     shape: ModelShape
     fingerprint: str
+    hub: str | None = None
 
     def local(self) -> Path:
         """Return the directory on this machine. A process fetches the files from an object store only once."""
@@ -43,7 +48,8 @@ def resolve_base(config: Config) -> Base | None:
     """
     if not config.init_from and not config.record.needs_base:
         return None
-    return base_at(Path(require_base(config)))
+    base = base_at(Path(require_base(config)))
+    return replace(base, hub=config.init_from) if config.init_from and hub_ref(config.init_from) else base
 
 
 def base_at(path: Path) -> Base:

@@ -5,6 +5,9 @@ When a recipe runs again, stages that are finished and unchanged are skipped.
     name: zero
     data_dir: dataset            # relative data paths start here
     tokenizer: {train: …, vocab_size: 6400}   # optional: train a tokenizer first; or a directory
+    download:                    # optional: where `run --download` finds files that are missing
+      data: hf://datasets/OWNER/NAME
+      tokenizer: hf://OWNER/NAME
     settings: {…}                # for every stage
     stages:
       - name: pretrain           # its run directory is <out>/pretrain
@@ -43,6 +46,13 @@ class TokenizerStep(Section):
     max_bytes: int = Field(200_000_000, description="most bytes of text to train on")
 
 
+class Download(Section):
+    """The data set of the hub that has the recipe's data files, and the model that has its tokenizer."""
+
+    data: str
+    tokenizer: str | None = None
+
+
 class StageStep(Section):
     """One stage of a recipe."""
 
@@ -59,6 +69,7 @@ class Recipe(Section):
     data_dir: str = "dataset"
     out: str | None = None
     tokenizer: TokenizerStep | str | None = None
+    download: Download | None = None
     settings: dict[str, Any] = {}
     stages: list[StageStep] = Field(min_length=1)
 

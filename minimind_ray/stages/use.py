@@ -12,6 +12,7 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
 from minimind_ray.config.stages import STAGES
+from minimind_ray.data.hub import hub_ref
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, model_fingerprint
 from minimind_ray.model.engine import Engine
@@ -114,7 +115,9 @@ def base_of(adapter: Path, base: str | Path | None = None) -> Path:
         raise UserError(f"{adapter} does not say which model it was trained on; {where}")
     try:
         directory = resolve_model(named)
-    except UserError:
+    except UserError as error:
+        if hub_ref(named):
+            raise UserError(f"{adapter}: its base: {error}; or {where}") from None
         raise UserError(f"{adapter}: its base {named} is missing or not a model; {where}") from None
     if is_adapter(directory):
         raise UserError(f"{adapter}: its base {named} is an adapter, not a whole model; {where}")

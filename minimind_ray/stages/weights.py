@@ -30,7 +30,7 @@ class WholeModel:
 
 
 class Adapter:
-    """Checkpoints of only the adapters, as a PEFT directory that names its base by path and hash."""
+    """Checkpoints of only the adapters, as a PEFT directory that names its base by path or hub name, and by hash."""
 
     def __init__(self, model: Transformer, config: Config, base: Base) -> None:
         self.model, self.base, self.copy = model, base, HostCopy()
@@ -40,7 +40,7 @@ class Adapter:
         """Copy the adapters; return a function that writes them."""
         weights = self.copy(adapter_weights(self.model))
         base = self.base
-        return lambda directory: save_adapter(self.model, directory, base.where, base.fingerprint, weights)
+        return lambda directory: save_adapter(self.model, directory, base.hub or base.where, base.fingerprint, weights)
 
     def load(self, directory: Path) -> None:
         """Load the adapters of a checkpoint on the same base."""

@@ -37,6 +37,7 @@ from minimind_ray.config.reading import parse_json, read_json
 from minimind_ray.config.schema import Config
 from minimind_ray.data.claim import find_writer, require_free
 from minimind_ray.data.files import writing_to
+from minimind_ray.data.hub import HubRef, fetch, hint, hub_ref, pin
 from minimind_ray.data.storage import DIRECT, MARK, StoreError, mirror_of, url_of
 from minimind_ray.train.resume import differences, refusal
 
@@ -370,12 +371,15 @@ def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
     """Return the model directory at `path`: `path` itself, or the result of the run at `path`.
 
     At a URL, return a local copy; with `resume` the copy includes the checkpoint's folder resume/. A relative path that
-    does not exist here is looked up in the storage (see config/paths.py).
+    does not exist here is looked up in the storage (see config/paths.py). A model of the hub (see `hub_ref`) is
+    downloaded.
 
     Raises:
-        UserError: `path` is neither a model directory nor a run with a checkpoint.
+        UserError: `path` is neither a model directory nor a run with a checkpoint; or see `hub.fetch`.
         StoreError: the object store fails.
     """
+    if ref := hub_ref(path):
+        return _from_hub(pin(ref))
     run = RunDirectory(input_path(path))
     if run.mirror and "checkpoints" in run.path.parts[-2:-1]:  # Fetch config.yaml too, which names the stage.
         checkpoint, run = run.path, RunDirectory(run.where.rsplit("/", 2)[0])
@@ -398,7 +402,26 @@ def resolve_model(path: str | Path, *, resume: bool = False) -> Path:
         return run.fetch(checkpoints[-1], resume=resume)
     if run.file("sweep.json").exists():
         raise UserError(f"{path} is a sweep, not a model: name one of its trials; minimind-ray compare shows the best")
-    raise UserError(f"{path} is not a model: expected config.json and model.safetensors, or a run with a checkpoint")
+    raise UserError(
+        f"{path} is not a model: expected config.json and model.safetensors, or a run with a checkpoint{hint(path)}"
+    )
+
+
+def _from_hub(ref: HubRef) -> Path:
+    """Return the directory of a model of the hub. Its family is checked before its weights are downloaded."""
+
+    def check(folder: Path) -> None:
+        if not (folder / "config.json").exists():
+            return
+        from minimind_ray.model.families import read_shape  # It imports torch, which commands such as runs do not need.
+        from minimind_ray.model.families.family import ConfigFile
+
+        try:
+            read_shape(ConfigFile(folder / "config.json"))
+        except UserError as error:
+            raise UserError(f"{ref}: {str(error).removeprefix(f'{folder}/')}") from None
+
+    return fetch(ref, check)
 
 
 def inside(name: str) -> bool:
