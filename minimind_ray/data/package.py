@@ -37,7 +37,7 @@ SECRETS = (
 )  # fmt: skip
 """Patterns of secret files, as in .gitignore, compared in lower case."""
 SHAPES = re.compile(
-    rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA(?:KIA|SIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z]{34}\b|\bgh[pousr]_[A-Za-z0-9]{36}"
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA(?:KIA|SIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{36}"
     rb"|\bgithub_pat_[A-Za-z0-9_]{60}|\bxox[abpr]-[0-9A-Za-z-]{20}|\bsk-[A-Za-z0-9_-]{20}"
     rb"|(?i:API_?KEY|TOKEN|SECRET|PASSWORD)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}\b"
 )
@@ -100,7 +100,7 @@ def package(root: Path, ship: Sequence[str] = ()) -> Package:
     """
     root = root.absolute()
     found = Package()
-    _collect(root, "", found, _rules_above(root), rules(SECRETS, ""), _tokens(), ())
+    _collect(root, "", found, _rules_above(root), rules(SECRETS, ""), machine_tokens(), ())
     for name in ship:
         path = Path(os.path.normpath(root / name))
         if not path.is_relative_to(root):
@@ -173,7 +173,7 @@ def _holds_secret(file: Path, tokens: Sequence[bytes]) -> bool:
     return bool(SHAPES.search(content)) or any(token in content for token in tokens)
 
 
-def _tokens() -> list[bytes]:
+def machine_tokens() -> list[bytes]:
     """Return this machine's tokens, keys and passwords, from the environment and the token files of Ray and the Hub."""
     values = [value for name, value in os.environ.items() if TOKEN_VARIABLES.search(name)]
     for file in map(Path, TOKEN_FILES):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 MARK = "resume/sums.json"
+CARD = "README.md"
 WRITER = "writer.json"
 DIRECT = ("config.yaml", "run.json", "trial.json", WRITER)
 """Files that several processes write. They go straight to the store; a mirror's thread never uploads them."""
@@ -480,9 +481,14 @@ def _hidden(name: str) -> bool:
 
 
 def _mark(name: str) -> str | None:
-    """Return the name of the mark of the checkpoint that a file belongs to; None for a file outside of checkpoints."""
+    """Return the name of the mark of the checkpoint that a file belongs to; None for a file that needs no mark.
+
+    A checkpoint is complete without its model card, which is written only when the run ends.
+    """
     parts = name.split("/")
-    return join(parts[0], parts[1], MARK) if parts[0] == "checkpoints" and len(parts) > 2 else None
+    if parts[0] != "checkpoints" or len(parts) < 3 or parts[2] == CARD:
+        return None
+    return join(parts[0], parts[1], MARK)
 
 
 class Flag(Protocol):

@@ -68,6 +68,7 @@ from minimind_ray.on_ray.trainer import STOP_FILE, format_error, train_on_ray
 from minimind_ray.on_ray.waiting import print_wait_reason, trial_needs, wait_reason, workers_wait_reason
 from minimind_ray.stages.run import Job
 from minimind_ray.train.best import best_validation
+from minimind_ray.train.card import finish
 from minimind_ray.train.checkpoint import read_state
 from minimind_ray.train.run import VALIDATION, RunDirectory, last_sound_checkpoint, read_jsonl
 
@@ -313,7 +314,7 @@ class _Trial(tune.Trainable):
             if not self.context.report(line, None):
                 if checkpoint:
                     result = f"checkpoints/{_best(checkpoint)}"
-                    self.run.update(state="early-stopped", steps=line["step"], tokens=line["tokens"], result=result)
+                    finish(self.run, state="early-stopped", steps=line["step"], tokens=line["tokens"], result=result)
                 return
         if done or self.context.should_stop():
             return
@@ -504,7 +505,7 @@ def _settle(run: RunDirectory) -> None:
     if run.info()["state"] == "running" and (checkpoint := last_sound_checkpoint(run)):
         state = read_state(checkpoint)
         result = f"checkpoints/{_best(checkpoint)}"
-        run.update(state="early-stopped", steps=state["step"], tokens=state["tokens"], result=result)
+        finish(run, state="early-stopped", steps=state["step"], tokens=state["tokens"], result=result)
 
 
 def _scheduler(search: Search) -> TrialScheduler:

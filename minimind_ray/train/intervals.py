@@ -60,3 +60,18 @@ def t_quantile(free: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
     return z + sum(term / free ** (k + 1) for k, term in enumerate(terms))
+
+
+def clustered_mean(total_E: np.ndarray, count_E: np.ndarray, cluster_E: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over items, such as tokens, whose examples come in clusters.
+
+    An example has `count_E` items with the sum `total_E`. The variance is that of a ratio of sums over clusters, which
+    must be at least two (Cochran 1977, ch. 11); the quantile is Student's.
+    """
+    mean = float(total_E.sum() / count_E.sum())
+    _, cluster_E = np.unique(cluster_E, return_inverse=True)
+    off_C = np.bincount(cluster_E, total_E - mean * count_E)
+    clusters = len(off_C)
+    error = math.sqrt(float(off_C @ off_C) * clusters / (clusters - 1)) / float(count_E.sum())
+    half = t_quantile(clusters - 1) * error
+    return mean - half, mean + half

@@ -20,6 +20,7 @@ from minimind_ray.model.ops import compiled
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.registry import Trackers
 from minimind_ray.track.tracker import TrackedRun
+from minimind_ray.train.card import finish
 from minimind_ray.train.checkpoint import optimizer_tensors, save_resume
 from minimind_ray.train.evaluate import Evaluation, drop_stale
 from minimind_ray.train.optim import AdamW
@@ -45,14 +46,15 @@ class Recorder:
         self.writer = CheckpointWriter(directory, config.checkpoint.keep, (progress.best, progress.best_value))
         self.optimizer_copy = HostCopy()
         self.trackers: Trackers | None = None
+        self.base: Path | None = None
 
     def begin(self, *, steps: int, cpu: str | None, pass_tokens: int | None, base: Path | None) -> None:
         """Note in run.json how the run computes, and open the trackers.
 
         `steps` is the planned number of steps. `cpu` describes the CPU's arithmetic (see `arithmetic`); None if a GPU
-        computes. `base` is the directory of the model that the run starts from, for the trackers.
+        computes. `base` is the directory of the model that the run starts from, for the trackers and the model card.
         """
-        config, directory = self.config, self.directory
+        config, directory, self.base = self.config, self.directory, base
         if self.progress.step:
             _warn_of_other_arithmetic(directory.info().get("cpu"), cpu)
         directory.update(planned_steps=steps, compiled=compiled(), pass_tokens=pass_tokens, cpu=cpu)
@@ -115,7 +117,7 @@ class Recorder:
         self.writer.settle()
 
     def end(self, state: str) -> None:
-        """Write the run's last lines, its `state` and its result, and close the trackers.
+        """Write the run's last lines, its `state`, and its result with the model card; close the trackers.
 
         Raises:
             UserError: the last checkpoint could not be written.
@@ -126,7 +128,7 @@ class Recorder:
         checkpoints = directory.checkpoints()
         best = directory.checkpoint_path(progress.best) if progress.best else next(reversed(checkpoints), None)
         result = best and str(best.relative_to(directory.path))
-        directory.update(state=state, steps=progress.step, tokens=progress.tokens, result=result)
+        finish(directory, state=state, steps=progress.step, tokens=progress.tokens, result=result, base=self.base)
         if self.trackers:
             self.trackers.finish(state, best)
 

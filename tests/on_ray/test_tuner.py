@@ -152,7 +152,7 @@ def test_asha_stops_what_falls_behind_and_keeps_what_it_found(tmp_path: Path, ra
     assert bad.state == "early-stopped" and found["lr=0.01,seed=0"].state == "finished"
     steps = found["lr=0.01,seed=0"].steps
     assert bad.steps == len(bad.metrics) == -(-steps // 5)
-    assert bad.result and sound(bad.result)
+    assert bad.result and sound(bad.result) and (bad.result / "README.md").exists()
     kept = pq.read_table(bad.path / "validation.parquet").to_pydict()
     assert sum(kept["loss"]) / sum(kept["count"]) == pytest.approx(bad.metrics[-1]["val/loss"])
 
@@ -184,6 +184,7 @@ def test_a_trial_that_had_no_time_to_say_that_it_was_stopped(tmp_path: Path) -> 
     info = run.info()
     assert (info["state"], info["steps"]) == ("early-stopped", 2)
     assert sound(run.path / info["result"])
+    assert "2 steps of 3 (early-stopped)" in (run.path / info["result"] / "README.md").read_text()
 
 
 def test_out_of_time_and_again(tmp_path: Path, ray_session: None) -> None:

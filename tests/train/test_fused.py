@@ -145,7 +145,9 @@ def test_a_run_that_ends_early_or_fails_leaves_the_others_as_they_are(base: Path
     assert ended[0].error is None and ended[2].error is None
     assert "the loss is" in str(ended[1].error)
     assert_same(together[0], alone[0])
-    assert RunDirectory(together[2].config.out).info()["state"] == "early-stopped"
+    info = RunDirectory(together[2].config.out).info()
+    assert info["state"] == "early-stopped"
+    assert "(early-stopped)" in (Path(together[2].config.out) / info["result"] / "README.md").read_text()
     # It goes on as a run alone.
     begin(together[2], resume=True)
     run_here(together[2])

@@ -177,6 +177,17 @@ def test_a_killed_run_goes_on_from_the_store_alone(store: Store, local: Path, tm
     check_same(local, store.open())
 
 
+def test_the_result_has_its_card_in_the_store(store: Store, local: Path) -> None:
+    """And the checkpoint stays complete while the card is uploaded."""
+    job = job_at(URL, local)
+    start(job)
+    run_here(job)
+    result, bucket = RunDirectory(URL).info()["result"], store.open()
+    cards = [name for name in names(bucket, "bucket/runs/x") if name.endswith("README.md")]
+    assert cards == [f"{result}/README.md"]
+    assert f"DELETE /bucket/runs/x/{result}/{storage.MARK}" not in store.requests
+
+
 class Failing(PlainContext):
     """The store fails from one report to another."""
 
