@@ -39,7 +39,8 @@ def compare(
     The sweeps' own metric, mode and margin are used where none is given; see metric.py.
 
     `points_of` says which trials count. Points without per-example results show their best metric during training and
-    get no verdict. If any point has a finished trial, only such points can be the best.
+    get no verdict. If any point has a finished trial, only such points can be the best; of these, only points that lost
+    no seed by divergence, if there are any.
 
     Raises:
         UserError: the sweeps have different metrics, trials were validated on different examples, or the per-example
@@ -72,13 +73,15 @@ def compare(
         cluster_noun=results.noun,
         notes=notes_of(results, found, rows + others) + costs,
         method=method_of(results, found, rows, margin),
-        headline=found.headline if judged and found.eligible_P.sum() > 1 and not found.vague_P[order[0]] else None,
+        headline=found.headline
+        if judged and found.eligible_P.sum() > 1 and not found.hidden_points()[order[0]]
+        else None,
         more=_more(rows, results, found, [cost_per_second(points[p].sweep) for p in order]) if judged else [],
         margin=margin,
         difference_PP=found.difference_PP[pick],
         low_PP=found.low_PP[pick],
         high_PP=found.high_PP[pick],
-        vague_PP=found.vague_PP[pick],
+        hidden_PP=found.hidden_pairs()[pick],
     )
 
 
@@ -94,6 +97,8 @@ def _nothing_to_compare(
 
 def _judged(results: Results, points: Sequence[Point], mode: Mode) -> Statistics:
     finished_P = np.array([point.finished for point in points])
+    diverged_P = np.array([point.diverged > 0 for point in points])
+    eligible_P = next((mask_P for mask_P in (finished_P & ~diverged_P, finished_P) if mask_P.any()), None)
     # A single cluster cannot be resampled, so repeat it. With so few clusters no bounds are shown anyway.
     numerator_TC, denominator_TC = (
         np.tile(terms_TC, 2) if results.clusters == 1 else terms_TC
@@ -107,7 +112,8 @@ def _judged(results: Results, points: Sequence[Point], mode: Mode) -> Statistics
         larger_is_better=mode == "max",
         shift_T=results.shift_T,
         extra_T=results.extra_T,
-        eligible_P=finished_P if finished_P.any() else None,
+        eligible_P=eligible_P,
+        diverged_P=diverged_P,
         binary=results.binary,
     )
 
@@ -124,37 +130,37 @@ def _with_statistics(rows: Sequence[Row], results: Results, found: Statistics, m
             first, other = {"verdict": "best"}, {"verdict": "not distinguishable", "difference": Interval(difference)}
             filled.append(replace(row, metric=Interval(value), may_be_best=eligible, **(first if p == best else other)))
             continue
-        vague = bool(found.vague_PP[p, best if p != best else found.order_P[:2][-1]])
+        hidden = bool(found.hidden_pairs()[p, best if p != best else found.order_P[:2][-1]])
         row = replace(
             row,
-            metric=_shown(value, float(found.low_P[p]), float(found.high_P[p]), vague=bool(found.vague_P[p])),
+            metric=_shown(value, float(found.low_P[p]), float(found.high_P[p]), hidden=bool(found.hidden_points()[p])),
             verdict="best",
             may_be_best=bool(found.may_be_best_P[p]),
-            vs_best=_shown(*found.vs_best_P3[p].tolist(), vague=vague) if eligible and several else None,
+            vs_best=_shown(*found.vs_best_P3[p].tolist(), hidden=hidden) if eligible and several else None,
         )
         if p != best:
             low, high = float(found.low_PP[p, best]), float(found.high_PP[p, best])
             verdict = verdict_of(*sorted((sign * low, sign * high)), margin=margin, only_models=reason)
-            row = replace(row, difference=_shown(difference, low, high, vague=vague), verdict=verdict)
+            row = replace(row, difference=_shown(difference, low, high, hidden=hidden), verdict=verdict)
         filled.append(row)
     return filled
 
 
-def _shown(value: float, low: float, high: float, *, vague: bool) -> Interval:
-    return Interval(value) if vague else Interval(value, low, high)
+def _shown(value: float, low: float, high: float, *, hidden: bool) -> Interval:
+    return Interval(value) if hidden else Interval(value, low, high)
 
 
 def _more(rows: Sequence[Row], results: Results, found: Statistics, prices: Sequence[float | None]) -> list[More]:
     """Return what would decide each pair of the best point and a point that is not distinguishable from it.
 
-    More seeds do not make pbt's trials a comparison of settings, so nothing is returned for them. `prices` are
-    those of a second of training.
+    More seeds do not make pbt's trials a comparison of settings, and do not undo a divergence, so nothing is returned
+    for these. `prices` are those of a second of training.
     """
     best, more = found.order_P[0], list[More]()
     if only_models(rows) == "pbt":
         return more
     for p, row, price in zip(found.order_P, rows, prices):
-        if row.verdict != "not distinguishable":
+        if row.verdict != "not distinguishable" or found.diverged_P[[p, best]].any():
             continue
         pair = [rows[0], row]
         difference = abs(float(found.difference_PP[p, best]))
@@ -219,6 +225,7 @@ def _row(point: Point, keys: Sequence[str], metric: str, sweeps: Sequence[Sweep]
         may_be_best=False,
         seeds=sum(t.state == "finished" for t in point.counted),
         stopped_seeds=sum(t.state != "finished" for t in point.counted),
+        diverged_seeds=point.diverged,
         predicted=frozenset(t.id for t, count in zip(point.counted, point.counts) if count.how == "predicted"),
         left_out=tuple(point.left_out),
         early_step=point.early[1] if point.early else None,

@@ -40,10 +40,11 @@ def best_set_text(comparison: Comparison) -> str:
         return ""
     labels = [row.label for row in judged if row.may_be_best]
     reason = only_models(comparison.rows)
-    unfinished = any(row.compared and not row.vs_best for row in comparison.rows)
-    of = " of the points with a finished trial" if unfinished else ""
+    others = [row for row in comparison.rows if row.compared and not row.vs_best]
+    without = " and no diverged trial" if any(row.diverged_seeds for row in others) else ""
+    of = f" of the points with a finished trial{without}" if others else ""
     if reason:
-        of = f" of these trained models{' that finished' if unfinished else ''} ({reason})"
+        of = f" of these trained models{f' with a finished trial{without}' if others else ''} ({reason})"
     # Points outside the set whose verdict, by the wider intervals of all pairs, leaves them open.
     open_too = any(row.verdict == "not distinguishable" and not row.may_be_best for row in judged)
     why = " This compares each point only with the best; the verdicts use wider intervals, which hold for all pairs."
@@ -139,6 +140,7 @@ def _point(row: Row) -> dict[str, Any]:
         "against_the_best": _interval(row.vs_best),
         "seeds": row.seeds,
         "stopped_seeds": row.stopped_seeds,
+        "diverged_seeds": row.diverged_seeds,
         "early_step": row.early_step,
         "status": row.status,
         "tokens": row.tokens,
@@ -176,6 +178,7 @@ def to_records(comparison: Comparison) -> list[dict[str, Any]]:
             "may be best": row.may_be_best,
             "seeds": row.seeds,
             "stopped seeds": row.stopped_seeds,
+            "diverged seeds": row.diverged_seeds,
             "early step": row.early_step,
         }
         after = {

@@ -39,6 +39,11 @@ class Point:
         """Whether a trial that counts was trained to its end."""
         return any(trial.state == "finished" for trial in self.counted)
 
+    @property
+    def diverged(self) -> int:
+        """The number of trials that diverged and so do not count."""
+        return sum(trial.diverged for trial in self.trials if trial not in self.counted)
+
 
 def points_of(sweep: Sweep, metric: str) -> list[Point]:
     """Return the points of a sweep in the order of its trials, with the trials that count by `count_trials`."""

@@ -96,12 +96,37 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
     dropped = [trial for row in rows for trial in row.left_out if trial[1] not in ("running", "waiting")]
     if left_out := [f"{id} ({reason})" for id, reason in dropped]:
         notes.append(f"Not compared: {_listed(left_out)}.")
-    if lost := [row.label for row in compared if any(trial in dropped for trial in row.left_out)]:
+    notes += _diverged(compared)
+    if lost := [row.label for row in compared if sum(t in dropped for t in row.left_out) > row.diverged_seeds]:
         notes.append(
             "If a lost trial diverged, only the lucky seeds of its point count, and the point looks too good. Points "
             f"with lost trials: {_listed(lost)}."
         )
     return notes
+
+
+def _diverged(compared: Sequence[Row]) -> list[str]:
+    """Return the note on points that lost seeds by divergence. `compared` are the compared rows, best first."""
+    lost = [row for row in compared if row.diverged_seeds]
+    if not lost:
+        return []
+    one = len(lost) == 1
+    counts = [f"{row.label} {'' if one else '('}lost {row.diverged_seeds} of {len(row.trials)} seeds" for row in lost]
+    who, them = ("it", "it") if one else ("they", "them")
+    if compared[0].diverged_seeds:
+        rule = "Every point with a finished trial lost a seed so, and no point is called worse than another."
+    else:
+        rule = f"So {who} cannot be the best or be called better, and no point is called worse than {them}."
+    if one:
+        text = (
+            f"{counts[0]} by divergence: the loss was not finite. Its value is that of the other seeds alone, and has"
+        )
+    else:
+        text = (
+            f"The loss of some seeds was not finite: {_listed([f'{count})' for count in counts])}. The values of these "
+            "points are those of the other seeds alone, and have"
+        )
+    return [f"{text} no interval. {rule}"]
 
 
 def _clusters(results: Results) -> list[str]:

@@ -151,7 +151,7 @@ def matrix(comparison: Comparison, measured: list[Row]) -> list[list[tuple[str, 
             low, high = float(comparison.low_PP[i, j]), float(comparison.high_PP[i, j])
             verdict = verdict_of(*sorted((sign * low, sign * high)), margin=comparison.margin, only_models=reason)
             mark = "" if i == j else next(mark for start, mark in MARKS.items() if verdict.startswith(start))
-            interval = "no interval" if comparison.vague_PP[i, j] else f"{low:+.{digits}f} to {high:+.{digits}f}"
+            interval = "no interval" if comparison.hidden_PP[i, j] else f"{low:+.{digits}f} to {high:+.{digits}f}"
             hover = f"{row.label} minus {other.label}: {interval}, {verdict}"
             line.append((mark, hover if mark else row.label))
         cells.append(line)

@@ -67,6 +67,9 @@ class Statistics:
     the points' variances over seeds, and `common_free` those of the seeds' effects on all points; 0 means unknown.
     `vague_P` and `vague_PP` mark points and differences whose interval says nothing: its seeds' part has 1 degree of
     freedom and is very wide.
+
+    `diverged_P` marks points that lost a seed because it diverged. Their mean over seeds has no bound on the worse
+    side, so neither have their differences: an end of these intervals is infinite.
     """
 
     estimate_P: np.ndarray
@@ -87,6 +90,15 @@ class Statistics:
     common_free: int
     vague_P: np.ndarray
     vague_PP: np.ndarray
+    diverged_P: np.ndarray
+
+    def hidden_points(self) -> np.ndarray:
+        """Return for each point whether its own interval is not to be shown."""
+        return self.vague_P | self.diverged_P
+
+    def hidden_pairs(self) -> np.ndarray:
+        """Return for each difference whether its interval is not to be shown."""
+        return self.vague_PP | ~np.isfinite(self.high_PP - self.low_PP)
 
 
 def judge(
@@ -99,6 +111,7 @@ def judge(
     shift_T: np.ndarray | None = None,
     extra_T: np.ndarray | None = None,
     eligible_P: np.ndarray | None = None,
+    diverged_P: np.ndarray | None = None,
     binary: bool = False,
     draws: int = DRAWS,
     random_seed: int = 0,
@@ -114,6 +127,7 @@ def judge(
         shift_T: what is added to trials' metrics, such as the predicted rest of a trial that was stopped early.
         extra_T: the variances of these shifts, which are independent between trials.
         eligible_P: the points that may be picked as the best; all by default.
+        diverged_P: the points that lost a seed because it diverged; none by default.
         binary: whether the metric is a share: every example has the value 0 or 1 and counts once.
         draws: B; `random_seed` is their seed, so that the same input gives the same numbers.
     """
@@ -131,7 +145,9 @@ def judge(
     if binary:
         found = _of_shares(estimate_P, found, examples_BP.var(0), numerator_TC, denominator_TC, seeds)
     eligible_P = np.ones(points, bool) if eligible_P is None else eligible_P
+    diverged_P = np.zeros(points, bool) if diverged_P is None else diverged_P
     may_be_best_P, vs_best_P3 = _best_of_eligible(found, draws_BP, eligible_P, sign)
+    may_be_best_P |= eligible_P & diverged_P
     order_P = np.lexsort((sign * unclipped_P, ~eligible_P))
     headline = _headline(sign * estimate_P[eligible_P], sign * draws_BP[:, eligible_P], ~seeds.odd_P[eligible_P])
     headline = headline if sign > 0 else _mirrored(headline)
@@ -140,14 +156,16 @@ def judge(
         headline = [headline[0], min(headline[1], found.low_P[best]), max(headline[2], found.high_P[best])]
         headline, vs_best_P3 = np.clip(headline, 0, 1), np.clip(vs_best_P3, -1, 1)
     examples_PP = np.cov(examples_BP.T).reshape(points, points)
+    low_PP, high_PP = _open_ended(found, diverged_P, sign)
     return Statistics(
-        estimate_P, found.low_P, found.high_P, found.difference_PP, found.low_PP, found.high_PP, order_P,
+        estimate_P, found.low_P, found.high_P, found.difference_PP, low_PP, high_PP, order_P,
         eligible_P, may_be_best_P, vs_best_P3, Interval(*headline.tolist()),
         odd_P=seeds.odd_P,
         examples_variance_PP=_variances_of_differences(examples_PP),
         seeds_variance_PP=_variances_of_differences(seeds.covariance()),
         seeds_free_P=seeds.own_free_P, common_free=seeds.common_free,
         **_vague(found, examples_PP, seeds, size_P, estimate_P, value_T),
+        diverged_P=diverged_P,
     )  # fmt: skip
 
 
@@ -208,6 +226,17 @@ def _of_shares(
     widen_pairs(share_P, seeds.weight_PT @ right_TC, count_P, low_PP, high_PP)
     least_PP = np.where(low_PP < drawn.low_PP, drawn.difference_PP - low_PP, 0.0)
     return _Intervals(low_P, high_P, drawn.difference_PP, low_PP, high_PP, drawn.single_PP, least_PP)
+
+
+def _open_ended(found: _Intervals, diverged_P: np.ndarray, sign: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bounds of the differences, infinite on the worse side of points that lost a diverged seed."""
+    low_PP, high_PP = found.low_PP.copy(), found.high_PP.copy()
+    above_PP = low_PP if sign < 0 else high_PP
+    below_PP = high_PP if sign < 0 else low_PP
+    above_PP[diverged_P], below_PP[:, diverged_P] = sign * np.inf, -sign * np.inf
+    for bound_PP in (low_PP, high_PP):
+        np.fill_diagonal(bound_PP, 0.0)
+    return low_PP, high_PP
 
 
 def _mirrored(interval: np.ndarray) -> np.ndarray:

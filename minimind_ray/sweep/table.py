@@ -35,10 +35,11 @@ class Row:
     these, and for points that are worse than another point by this interval.
 
     `trials` are all trials of the point; `compared` are the trials whose validation counts. Of these, `seeds` finished
-    and `stopped_seeds` were stopped. `predicted` names the stopped trials that count with a predicted end. `left_out`
-    names each trial that does not count, and the reason. `cost` is None without a price. `early_step` is None, or for a
-    point without a verdict whose stopped trials are left out: the last step at which all trials of its sweep were
-    validated. Its `metric` is then the value at that step.
+    and `stopped_seeds` were stopped. `predicted` names the stopped trials that count with a predicted end.
+    `diverged_seeds` trials do not count because they diverged. `left_out` names each trial that does not count, and the
+    reason. `cost` is None without a price. `early_step` is None, or for a point without a verdict whose stopped trials
+    are left out: the last step at which all trials of its sweep were validated. Its `metric` is then the value at that
+    step.
     """
 
     sweep: str
@@ -53,6 +54,7 @@ class Row:
     may_be_best: bool
     seeds: int
     stopped_seeds: int
+    diverged_seeds: int
     predicted: frozenset[str]
     left_out: tuple[tuple[str, str], ...]
     early_step: int | None
@@ -84,8 +86,8 @@ class More:
 class Comparison:
     """All points, best first. Rows with a verdict come first; for these, `difference_PP[i, j]` is row i minus row j.
 
-    With fewer than LEAST_CLUSTERS clusters, no row has bounds, and `low_PP` and `high_PP` have no meaning. `vague_PP`
-    marks differences whose interval is too wide to be shown.
+    With fewer than LEAST_CLUSTERS clusters, no row has bounds, and `low_PP` and `high_PP` have no meaning. `hidden_PP`
+    marks differences whose interval is not shown, because it is too wide or has an end that is infinite.
 
     `clusters` counts the independent groups of examples, `cluster_noun` names them, such as "documents". `headline` is
     the best point's value, corrected for having been picked from several. `more` says what would decide the pairs that
@@ -107,7 +109,7 @@ class Comparison:
     difference_PP: np.ndarray
     low_PP: np.ndarray
     high_PP: np.ndarray
-    vague_PP: np.ndarray
+    hidden_PP: np.ndarray
 
     @property
     def winner(self) -> Trial | None:

@@ -11,6 +11,7 @@ report.html, report.png
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -149,6 +150,8 @@ class RunInfo(BaseModel):
 
 LARGEST = 1e100
 """A trial with a number of at least this size has diverged: sums of squares of such numbers may not be finite."""
+NOT_FINITE = re.compile(r"the loss is \S+ and the gradient norm \S+;")
+"""The error of a trial whose loss or gradient is not finite (train/loop.py) contains this."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,13 @@ class Trial:
     def status(self) -> str:
         """The state, with the reason if the run stopped because of an error."""
         return f"{self.state} ({self.error})" if self.state == "stopped" and self.error else self.state
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss or the gradient was not finite: in training, which then fails, or in the validation."""
+        if self.state == "failed":
+            return bool(NOT_FINITE.search(self.error or ""))
+        return self.validation is not None and not self.validation.finite(["loss"])
 
     def best(self, metric: str) -> float | None:
         """Return the metric's value at the best validation so far (see train/best.py); None if it was not measured."""

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from minimind_ray.sweep.compare import compare, seconds_to
 from minimind_ray.sweep.export import to_json
 from minimind_ray.sweep.report import matrix, render
 from minimind_ray.sweep.table import Comparison
-from minimind_ray.sweep.trials import read_sweep
+from minimind_ray.sweep.trials import NOT_FINITE, read_sweep
+from minimind_ray.train.loop import TrainingRun
+from minimind_ray.train.step import NonFiniteError
 from tests.sweep.synthetic import make_full_sweep, make_sweep
 
 pytestmark = pytest.mark.unit
@@ -42,7 +45,7 @@ def test_the_table_of_a_sweep(tmp_path: Path) -> None:
     assert [row.verdict for row in comparison.rows].count("worse") >= 2
     assert [row.verdict for row in comparison.rows].count("not distinguishable") >= 1
     values = [row.metric.value for row in comparison.rows if row.metric]
-    assert values == sorted(values)
+    assert values[:7] == sorted(values[:7]) and comparison.rows[7].diverged_seeds == 1
     assert rows[0.05, 1e-5].status in ("1 finished, 1 failed", "1 failed, 1 finished")
     assert len(rows[0.05, 1e-5].compared) == 1
     assert comparison.winner in comparison.rows[0].compared
@@ -176,12 +179,79 @@ def test_a_loss_that_is_not_finite_is_left_out_by_name(tmp_path: Path) -> None:
 
 def test_a_point_that_lost_a_seed_may_look_too_good(tmp_path: Path) -> None:
     path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.3"}, failed=1)
+    set_error(path / "trials/beta=0.3,seed=0", "out of memory")
     assert any(note.endswith("lost trials: beta 0.3.") for note in compare([read_sweep(path)]).notes)
     (path / "trials/beta=0.1,seed=1/validation.parquet").unlink()
     assert any(note.endswith("lost trials: beta 0.1, beta 0.3.") for note in compare([read_sweep(path)]).notes)
     # A point without any result does not look good.
     path = make_sweep(tmp_path / "t", axes={"dpo.beta": "0.1,0.3"}, seeds=1, failed=1)
     assert not any("lost trials" in note for note in compare([read_sweep(path)]).notes)
+
+
+def set_error(trial: Path, error: str) -> None:
+    """Change the error of a failed trial."""
+    run = json.loads((trial / "run.json").read_text())
+    (trial / "run.json").write_text(json.dumps({**run, "error": error}))
+
+
+def one_good_point(path: Path, **options: Any) -> Path:
+    """Three points with three seeds, of which beta 0.1 has by far the best loss."""
+    return make_sweep(path, axes={"dpo.beta": "0.02,0.1,0.3"}, seeds=3, steps=10,
+                      quality=lambda point: 1.4 if point["dpo.beta"] == 0.1 else 0.9, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["training", "validation", "finite"])
+def test_a_worse_divergence_gives_no_better_verdict(tmp_path: Path, how: str) -> None:
+    path = one_good_point(tmp_path / "s", failed=4 if how == "training" else None)
+    if how != "training":
+        added = 8.0 if how == "finite" else math.nan
+        put_column(path, "loss", lambda loss_E: loss_E + added, "beta=0.1,seed=1")
+    comparison = compare([read_sweep(path)])
+    assert [row.verdict for row in comparison.rows] == ["best", "not distinguishable", "not distinguishable"]
+    lost = comparison.rows[2]
+    assert lost.point == {"dpo.beta": 0.1} and lost.diverged_seeds == int(how != "finite")
+    if how != "finite":
+        assert lost.metric and lost.metric.low is None and lost.difference and lost.difference.low is None
+        assert not lost.may_be_best and lost.label not in [label for more in comparison.more for label in more.pair]
+        note = next(note for note in comparison.notes if "divergence" in note)
+        assert note.startswith("beta 0.1 lost 1 of 3 seeds by divergence: the loss was not finite.")
+        assert not any("lost trials" in note for note in comparison.notes)
+        assert "no diverged trial" in to_json(comparison)["sentences"][1]
+        assert "no interval, not distinguishable" in render(read_sweep(path), comparison)
+        json.dumps(to_json(comparison), allow_nan=False)
+
+
+@pytest.mark.parametrize("metric", ["val/loss", "val/accuracy"])
+def test_a_point_whose_other_seeds_are_worse_is_worse(tmp_path: Path, metric: str) -> None:
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.02,0.1,0.3"}, seeds=3, steps=10, failed=4,
+                      quality=lambda point: 0.1 if point["dpo.beta"] == 0.1 else 1.4)  # fmt: skip
+    comparison = compare([read_sweep(path)], metric=metric, margin=10.0)
+    assert [row.verdict for row in comparison.rows] == ["best", "equal within 10", "worse"]
+
+
+def test_if_every_point_lost_a_seed_by_divergence_none_is_worse(tmp_path: Path) -> None:
+    path = one_good_point(tmp_path / "s")
+    put_column(path, "loss", lambda loss_E: loss_E * math.nan, "*seed=1")
+    comparison = compare([read_sweep(path)])
+    assert [row.verdict for row in comparison.rows] == ["best", "not distinguishable", "not distinguishable"]
+    assert all(row.may_be_best for row in comparison.rows) and comparison.headline is None
+    assert any("no point is called worse than another" in note for note in comparison.notes)
+
+
+def test_another_failure_is_no_divergence(tmp_path: Path) -> None:
+    path = one_good_point(tmp_path / "s", failed=4)
+    set_error(path / "trials/beta=0.1,seed=1", "out of memory")
+    comparison = compare([read_sweep(path)])
+    assert [row.verdict for row in comparison.rows] == ["best", "worse", "worse"]
+    assert [row.diverged_seeds for row in comparison.rows] == [0, 0, 0]
+
+
+def test_the_error_of_training_is_known_as_a_divergence() -> None:
+    loop = SimpleNamespace(recorder=None, _packs=[], directory=SimpleNamespace(where="run"),
+                           context=SimpleNamespace(rank=0))  # fmt: skip
+    with pytest.raises(UserError) as refused:
+        TrainingRun._refuse(loop, NonFiniteError(3, 2.5, math.inf))  # pyright: ignore
+    assert NOT_FINITE.search(str(refused.value))
 
 
 def put_column(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray], trials: str = "*") -> None:
@@ -440,7 +510,8 @@ def test_every_row_says_which_seeds_count(tmp_path: Path) -> None:
     # The best of eight was picked, so its value is corrected upwards.
     best = comparison.rows[0].metric
     assert comparison.headline and best and comparison.headline.value > best.value
-    undecided = [row.label for row in comparison.rows if row.verdict == "not distinguishable"]
+    open_rows = [row for row in comparison.rows if row.verdict == "not distinguishable"]
+    undecided = [row.label for row in open_rows if not row.diverged_seeds]
     assert [more.pair for more in comparison.more] == [(comparison.rows[0].label, label) for label in undecided]
 
 
@@ -450,6 +521,8 @@ def test_more_seeds_are_more_than_both_points_have(tmp_path: Path, failed: int |
                       examples=5000, steps=10, seed_noise=0.1, failed=failed)  # fmt: skip
     for seed in range(2 if failed is None else 3, 6):
         shutil.rmtree(path / f"trials/beta=0.1,seed={seed}")
+    if failed:
+        set_error(path / "trials/beta=0.1,seed=2", "out of memory")
     [more] = compare([read_sweep(path)]).more
     assert more.seeds and more.seeds > 6 and more.seconds
     trial = read_sweep(path).trials[0]

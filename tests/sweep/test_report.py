@@ -73,7 +73,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_interval_that_the_table_leaves_out_is_not_in_the_matrix(tmp_path: Path) -> None:
     sweep = read_sweep(make_sweep(tmp_path / "s", axes={"dpo.beta": "0.02,0.1,0.3"}, steps=10))
     comparison = compare([sweep])
-    vague = replace(comparison, vague_PP=np.eye(3, k=1, dtype=bool))
+    vague = replace(comparison, hidden_PP=np.eye(3, k=1, dtype=bool))
     assert " to " in matrix(comparison, comparison.rows)[0][1][1]
     assert " to " not in matrix(vague, vague.rows)[0][1][1] and " to " in matrix(vague, vague.rows)[0][2][1]
 
