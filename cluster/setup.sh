@@ -3,7 +3,7 @@
 #
 #     bash ~/minimind-ray/cluster/setup.sh
 #
-# The cluster files run it on every node, from the copy of the checkout that their `file_mounts` made. Run again it
+# The cluster files run it on every node, from the files that their `file_mounts` copied there. Run again it
 # does nothing, unless the code, the versions or the interpreter changed. Set for another place or interpreter:
 #     MINIMIND_VENV   the virtual environment          (default: ~/minimind-ray-venv)
 #     MINIMIND_STORAGE   where runs, sweeps and prepared data go: a folder that all nodes see, or a URL
@@ -50,8 +50,8 @@ version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
 # What the environment was made of, as one hash.
 made_of=$({
     echo "$version"
-    cat "$root/pyproject.toml" "$root/cluster/requirements.txt"
-    cd "$root/minimind_ray" && find . -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+    cd "$root" && cat pyproject.toml setup.py cluster/requirements.txt
+    find minimind_ray experiments -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
 } | sha256sum)
 
 if [ "$(cat "$venv/.made-of" 2>/dev/null)" != "$made_of" ]; then

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,8 +10,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from minimind_ray.stages.use import Trained
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def demo(
@@ -29,9 +26,9 @@ def demo(
     from rich.console import Console
 
     from minimind_ray.cli.run import run_recipe
-    from minimind_ray.config.errors import UserError
     from minimind_ray.config.paths import output_path
     from minimind_ray.config.schema import ScaleConfig
+    from minimind_ray.config.shipped import shipped
     from minimind_ray.data.demo import write_demo
     from minimind_ray.data.files import join
     from minimind_ray.data.storage import copy_of, mirror_of, require_writable
@@ -40,9 +37,7 @@ def demo(
 
     started = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
-    recipe = EXPERIMENTS / "quickstart.yaml"
-    if not recipe.exists():
-        raise UserError(f"{recipe} is missing: the demo runs from a checkout of the repository")
+    recipe = shipped("experiments/quickstart.yaml")
     out = output_path(out)
     require_writable(out)
     console.print(
@@ -67,6 +62,7 @@ def sweep_beta(out: str, console: Console) -> None:
     import os
 
     from minimind_ray.cli.tune import print_results, run_plan
+    from minimind_ray.config.shipped import shipped
     from minimind_ray.data.files import join
     from minimind_ray.stages.recipe import set_aside
     from minimind_ray.stages.run import changed_inputs, prepare_job
@@ -93,7 +89,7 @@ def sweep_beta(out: str, console: Console) -> None:
     settings = {f"data.{split}": join(out, "data", "dpo", f"{split}.jsonl") for split in ("train", "val")}
     settings["init_from"] = join(out, "runs", "sft")
     request = SweepRequest(
-        file=EXPERIMENTS / "sweeps" / "quickstart.yaml",
+        file=shipped("experiments/sweeps/quickstart.yaml"),
         settings=settings,
         # On this machine Ray has more logical CPUs than there are cores; see `demo`.
         search={"concurrent": None if "RAY_ADDRESS" in os.environ else os.cpu_count()},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,26 @@ class StageCommand(TyperCommand):
             if parameter.help:
                 parameter.help = parameter.help.replace("{stages}", one_of(STAGES))
         return found
+
+
+def stage_names() -> list[str]:
+    """Return the stages' names, for a shell's completion."""
+    from minimind_ray.config.stages import STAGES
+
+    return list(STAGES)
+
+
+def require_stage(stage: str | None, command: str) -> str:
+    """Return the stage. If none was given, print the stages with a line each, and exit as after a usage error."""
+    from minimind_ray.config.stages import STAGES
+
+    if stage is not None:
+        return stage
+    width = max(map(len, STAGES))
+    lines = [f"  {record.name:<{width}}  {record.about}" for record in STAGES.values()]
+    more = f"minimind-ray {command} --help lists the options, minimind-ray recipes the files of settings"
+    print(f"which stage? minimind-ray {command} STAGE", *lines, more, sep="\n", file=sys.stderr)
+    raise typer.Exit(2)
 
 
 def with_options(make: Callable[[], list[Option]]) -> type[StageCommand]:

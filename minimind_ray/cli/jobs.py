@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.cli.flags import config_from_flags
+from minimind_ray.cli.flags import config_from_flags, require_stage
+from minimind_ray.cli.missing import require_inputs
+from minimind_ray.cli.recipes import require_recipe, take
+from minimind_ray.cli.version import print_version
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import check_location
 
@@ -38,17 +41,24 @@ Ship = Annotated[
         show_default=False,
     ),
 ]
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=print_version, is_eager=True, help="print the versions and the device", show_default=False
+    ),
+]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="the job's name, see `minimind-ray jobs`")]
 
 JOB_COMMANDS = ("jobs", "logs", "stop", "pack", "cluster")  # run on this machine, and may use --cluster
-LOCAL_COMMANDS = ("config", "chat", "import", "export", "lora")  # run on this machine, and refuse --cluster
+# These run on this machine, and refuse --cluster.
+LOCAL_COMMANDS = ("config", "chat", "import", "export", "lora", "init", "recipes")
 # RAY_ADDRESS=http://… sends these commands to the cluster, as it does for `ray job`. Only --cluster sends the others.
 RAY_COMMANDS = ("train", "tune", "run", "data", "demo", "doctor")
 FETCHED = "fetched.json"
 MOST_NAMED = 8
 
 
-def main(context: typer.Context, cluster: ClusterFile = None, ship: Ship = None) -> None:
+def main(context: typer.Context, cluster: ClusterFile = None, ship: Ship = None, version: Version = False) -> None:
     """Train small language models from jsonl on Ray: pretrain, SFT, LoRA, DPO."""
     name = context.invoked_subcommand
     if cluster and name in LOCAL_COMMANDS:
@@ -222,7 +232,11 @@ def _metadata(name: str, params: dict[str, Any]) -> dict[str, str]:
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{path} is outside of the working directory; only files in it can be sent to the cluster")
     if name == "train":
-        config = config_from_flags(params["stage"], map(Path, params["config"] or []), params["set_"] or [], params)
+        params["stage"] = require_stage(params["stage"], "train")
+        files = [take("config", each) for each in params["config"] or []]
+        config = config_from_flags(params["stage"], files, params["set_"] or [], params)
+        if not params["resume"]:
+            require_inputs(config)
         return {"out": config.out.replace("{stage}", config.stage), "config": to_yaml(config)}
     if name == "eval" and params["out"]:
         raise UserError("eval --out would write into the job's copy of the working directory: leave --out out")
@@ -231,15 +245,18 @@ def _metadata(name: str, params: dict[str, Any]) -> dict[str, str]:
     if name == "tune" and params["resume"]:
         return {"out": str(params["resume"])}
     if name == "tune":
+        if not params["sweep"]:
+            require_stage(params["stage"], "tune")
         from minimind_ray.cli.tune import plan_of
         from minimind_ray.config.flags import without_unset
 
         plan = plan_of(without_unset(params))
+        require_inputs(plan.base, [axis.key for axis in plan.axes])
         return {"out": str(params["out"] or Path("sweeps") / plan.base.stage), "config": to_yaml(plan.base)}
     if name == "run":
         from minimind_ray.stages.recipe import read_recipe
 
-        recipe = read_recipe(params["recipe"])
+        recipe = read_recipe(take("recipe", require_recipe(params["recipe"])))
         return {"out": str(params["out"] or recipe.out or f"runs/{recipe.name}")}
     return {}
 

@@ -20,8 +20,10 @@ from minimind_ray.cli import (
     doctor,
     evaluate,
     generate,
+    init,
     jobs,
     lora,
+    recipes,
     runs,
     tokenizer,
     train,
@@ -39,13 +41,14 @@ LONGEST_ERROR = 2000
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.callback()(jobs.main)
+app.command("init")(init.init)
 app.command("demo")(demo.demo)
 app.command("train", cls=train.TrainCommand)(train.train)
 app.command("run", cls=run_recipe.RunCommand)(run_recipe.run)
+app.command("recipes")(recipes.recipes)
 app.command("tune", cls=tune.TuneCommand)(tune.tune)
 app.command("compare")(compare.compare)
 app.command("report")(compare.report)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_ray.cli.flags import added, key_options, with_options
+from minimind_ray.cli.missing import recipe_command
+from minimind_ray.cli.recipes import recipe_names, require_recipe, take
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,14 @@ RunCommand = with_options(lambda: key_options(only=["workers"]))
 
 def run(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="a recipe, such as experiments/zero.yaml")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="a recipe's file or name, such as zero; see minimind-ray recipes",
+            show_default=False,
+            autocompletion=recipe_names,
+        ),
+    ] = None,
     data_dir: Annotated[
         str | None, typer.Option(help="directory of the recipe's data; default: as the recipe says")
     ] = None,
@@ -41,8 +49,9 @@ def run(
     from minimind_ray.config.flags import overrides_of
     from minimind_ray.config.load import parse_override
 
+    recipe = require_recipe(recipe)
     overrides = {**dict(map(parse_override, set_ or [])), **overrides_of(added(context))}
-    run_recipe(recipe, data_dir, out, overrides, ray=ray, fetch=download)
+    run_recipe(take("recipe", recipe), data_dir, out, overrides, ray=ray, fetch=download, suggest=True)
 
 
 def run_recipe(
@@ -53,45 +62,32 @@ def run_recipe(
     *,
     ray: bool,
     fetch: bool = False,
+    suggest: bool = False,
 ) -> None:
     """Run a recipe file. Print for each stage whether it is run, resumed or skipped, and why.
 
-    With `fetch`, first download the files that are missing.
-
-    Stops after a stage that was interrupted.
+    With `fetch`, first download the files that are missing. With `suggest`, an error about missing inputs ends with a
+    command that would work. Stops after a stage that was interrupted.
     """
     from rich.console import Console
 
-    from minimind_ray.config.paths import input_path, output_path
-    from minimind_ray.data.files import join
-    from minimind_ray.data.shipped import resolve_paths
-    from minimind_ray.data.storage import require_writable
+    from minimind_ray.config.errors import UserError
     from minimind_ray.on_ray.host import host
-    from minimind_ray.stages.download import download, offering
-    from minimind_ray.stages.recipe import read_recipe, stage_config
-    from minimind_ray.stages.start import require_sources
-    from minimind_ray.track.registry import check_trackers
+    from minimind_ray.stages.recipe import TokenizerStep, read_recipe
+    from minimind_ray.stages.recipe_plan import plan_recipe
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     recipe = read_recipe(path)
-    out = output_path(out or recipe.out or f"runs/{recipe.name}")
-    data_dir = input_path(data_dir or recipe.data_dir)
-    tokenizer = recipe.tokenizer
-    config_of = partial(stage_config, recipe, out=out, data_dir=data_dir, overrides=overrides)
-    directory = tokenizer if isinstance(tokenizer, str) else join(out, "tokenizer") if tokenizer else None
-    # Check all configs and sources first, so that an error in the last stage shows before the first stage starts.
-    configs = [resolve_paths(config_of(i, tokenizer=directory), again=True) for i in range(len(recipe.stages))]
-    require_writable(out, *(config.data.cache_dir for config in configs))
-    if fetch:
-        download(recipe, configs, data_dir, console.print)
-    with offering(recipe, configs, data_dir):
-        require_sources(configs, tokenizer=None if isinstance(tokenizer, str) else directory)
-    for config in configs:
-        check_trackers(config)
-    if not isinstance(tokenizer, str) and tokenizer:
-        _make_tokenizer(tokenizer, join(out, "tokenizer"), data_dir, console)
-    with host([config.scale for config in configs], ray=ray) as (work, run_job):
-        for step, config in zip(recipe.stages, configs):
+    try:
+        plan = plan_recipe(recipe, data_dir, out, overrides, console.print, fetch=fetch)
+    except UserError as error:
+        if suggest and (command := recipe_command(recipe, data_dir, overrides)):
+            raise UserError(f"{error}; with what is here: {command}") from None
+        raise
+    if isinstance(plan.recipe.tokenizer, TokenizerStep) and plan.tokenizer:
+        _make_tokenizer(plan.recipe.tokenizer, plan.tokenizer, plan.data_dir, console)
+    with host([config.scale for config in plan.configs], ray=ray) as (work, run_job):
+        for step, config in zip(recipe.stages, plan.configs):
             console.rule(f"{recipe.name}: {step.name}", align="left")
             if not _run_stage(config, work, run_job, console):
                 console.print(f"stopped; the same command continues with {step.name}")

@@ -14,11 +14,16 @@ COLUMNS = {
 # The columns that a narrow terminal leaves out, first to last. The names of runs are never cut.
 LEFT_OUT = ("last checkpoint", "stage", "loss", "step", "val loss", "state")
 WIDEST_STATE = 15  # A damaged run's state is a sentence, which may take several lines.
+DEFAULT = "runs"
+HOW = (
+    "make one with minimind-ray demo (then: minimind-ray runs demo), minimind-ray train STAGE, or minimind-ray run "
+    "RECIPE"
+)
 NEEDED = ("run.json", "config.yaml", "metrics.jsonl", "writer.json", "sweep.json")
 
 
 def runs(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="look for runs here and below; or a URL")] = "runs",
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="look for runs here and below; or a URL")] = DEFAULT,
     json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False,
 ) -> None:
     """List runs, latest first: state, stage, steps, loss, last checkpoint."""
@@ -26,11 +31,12 @@ def runs(
     from minimind_ray.config.paths import input_path
     from minimind_ray.data.storage import copy_of, mirror_of
 
+    given = directory
     directory = directory if Path(directory).exists() else input_path(directory)
     folder = copy_of(directory)
     if mirror := mirror_of(directory):
         mirror.pull(wanted=lambda name: name.endswith(NEEDED))
-    if not folder.is_dir():
+    if not folder.is_dir() and given != DEFAULT:
         raise UserError(f"{directory} is not a directory; give the directory of the runs")
     found = sorted((_facts(file.parent) for file in folder.rglob("run.json")), key=_updated, reverse=True)
     if json:
@@ -39,7 +45,7 @@ def runs(
         print(dumps(found, ensure_ascii=False, indent=2))
         return
     if not found:
-        print(f"no runs under {directory}")
+        print(f"no runs under {given}; {HOW}")
         return
     _print_table([{title: _cell(run[key]) for title, key in COLUMNS.items()} for run in found])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minimind_ray.cli.flags import added, config_from_flags, key_options, with_options
+from minimind_ray.cli.flags import added, config_from_flags, key_options, require_stage, stage_names, with_options
+from minimind_ray.cli.missing import require_inputs
+from minimind_ray.cli.recipes import take
 
 if TYPE_CHECKING:
     from minimind_ray.config.schema import Config
@@ -19,15 +20,22 @@ TrainCommand = with_options(lambda: key_options(lambda flag: "Short names for co
 
 def train(
     context: typer.Context,
-    stage: Annotated[str, typer.Argument(help="{stages}")],
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
+    stage: Annotated[
+        str | None, typer.Argument(help="{stages}", show_default=False, autocompletion=stage_names)
+    ] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|NAME", help="config file; a later file overrides earlier ones")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and start nothing")] = False,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Train workers, or this process alone")] = True,
 ) -> None:
     """Train one stage: prepare the data, then run the stage's loop on Ray Train workers."""
-    resolved = config_from_flags(stage, config or [], set_ or [], added(context))
+    stage = require_stage(stage, "train")
+    resolved = config_from_flags(stage, [take("config", each) for each in config or []], set_ or [], added(context))
+    if not resume:  # A resume has its own message, which names the run's settings.
+        require_inputs(resolved)
     if dry_run:
         from minimind_ray.cli.plan import print_plan
 

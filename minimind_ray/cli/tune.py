@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_ray.cli.flags import given, key_options, search_options, with_options
+from minimind_ray.cli.flags import given, key_options, require_stage, search_options, stage_names, with_options
+from minimind_ray.cli.missing import require_inputs
+from minimind_ray.cli.recipes import take
 from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,10 +39,14 @@ def _panel(flag: Flag) -> str:
 
 def tune(
     context: typer.Context,
-    stage: Annotated[str | None, typer.Argument(help="{stages}")] = None,
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
+    stage: Annotated[str | None, typer.Argument(help="{stages}", autocompletion=stage_names)] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|NAME", help="config file; a later file overrides earlier ones")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
-    sweep: Annotated[Path | None, typer.Option(help="YAML file of a sweep; flags override it")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="a sweep's file or name, such as dpo; flags override it")
+    ] = None,
     axis_: Annotated[
         list[str] | None,
         typer.Option("--axis", metavar="KEY=VALUES", help="vary any config key: 1,2 or log(1e-6,1e-4), uniform, int"),
@@ -75,7 +81,10 @@ def tune(
         return
     if points:
         raise UserError("--points chooses the points to which --resume and --seeds add seeds: give these, too")
+    if not sweep:
+        require_stage(stage, "tune")
     plan = plan_of(asked)
+    require_inputs(plan.base, [axis.key for axis in plan.axes])
     check_free(plan.path)
     if dry_run:
         from minimind_ray.sweep.run import check_files
@@ -93,8 +102,10 @@ def plan_of(asked: Mapping[str, Any]) -> SweepPlan:
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
 
     settings, axes = settings_and_axes(asked)
+    sweep = asked.get("sweep")
     return SweepRequest(
-        stage=asked.get("stage"), file=asked.get("sweep"), config=asked.get("config", []),
+        stage=asked.get("stage"), file=take("sweep", sweep) if sweep else None,
+        config=[take("config", each) for each in asked.get("config", [])],
         settings={**dict(map(parse_override, asked.get("set_", []))), **settings},
         axes=[*axes, *map(parse_assignment, asked.get("axis_", []))],
         search=_search(asked), out=asked.get("out"), gpus_per_trial=asked.get("gpus_per_trial"),

@@ -42,6 +42,7 @@ class StageRecord:
     """The record of a stage.
 
     rows: the kind of a row of its data.
+    about: what the stage learns from what, in one line.
     needs_base: whether a run starts from a trained model (`init_from`).
     adapters: whether a run trains adapters: "never", "always", or the config key of the bool that says so.
     section: the stage's own section of the config; its key is the stage's name.
@@ -52,6 +53,7 @@ class StageRecord:
 
     name: str
     rows: RowKind
+    about: str = ""
     needs_base: bool = True
     adapters: str = "never"
     section: type[Section] | None = None
@@ -68,12 +70,30 @@ PER_TOKEN: dict[str, Mode] = {"val/loss": "min", "val/bits_per_byte": "min"}
 """The metrics of a stage whose loss is per token."""
 
 # Learning rates are MiniMind's own.
-PRETRAIN = StageRecord(name="pretrain", rows="text", needs_base=False, defaults={"optim": {"lr": 5e-4}})
-SFT = StageRecord(name="sft", rows="conversation", defaults={"optim": {"lr": 1e-5}})
-LORA = StageRecord(name="lora", rows="conversation", adapters="always", defaults={"optim": {"lr": 1e-4}})
+PRETRAIN = StageRecord(
+    name="pretrain",
+    rows="text",
+    about="a new model learns to continue texts",
+    needs_base=False,
+    defaults={"optim": {"lr": 5e-4}},
+)
+SFT = StageRecord(
+    name="sft",
+    rows="conversation",
+    about="a pretrained model learns to answer, from conversations",
+    defaults={"optim": {"lr": 1e-5}},
+)
+LORA = StageRecord(
+    name="lora",
+    rows="conversation",
+    about="as sft; trains small adapters and leaves the model's weights as they are",
+    adapters="always",
+    defaults={"optim": {"lr": 1e-4}},
+)
 DPO = StageRecord(
     name="dpo",
     rows="pair",
+    about="a model that answers learns to prefer the better answer, from pairs",
     adapters="dpo.lora",
     section=DpoConfig,
     defaults={"optim": {"lr": 5e-7}},

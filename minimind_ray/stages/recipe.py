@@ -8,6 +8,7 @@ When a recipe runs again, stages that are finished and unchanged are skipped.
     download:                    # optional: where `run --download` finds files that are missing
       data: hf://datasets/OWNER/NAME
       tokenizer: hf://OWNER/NAME
+    instead: {new.jsonl: old.jsonl}           # optional: old.jsonl is used if only that file is in the data_dir
     settings: {…}                # for every stage
     stages:
       - name: pretrain           # its run directory is <out>/pretrain
@@ -70,8 +71,19 @@ class Recipe(Section):
     out: str | None = None
     tokenizer: TokenizerStep | str | None = None
     download: Download | None = None
+    instead: dict[str, str] = {}
     settings: dict[str, Any] = {}
     stages: list[StageStep] = Field(min_length=1)
+
+    @property
+    def files(self) -> list[tuple[str, ...]]:
+        """The relative paths of the recipe's data, each with the file that may stand in its place."""
+        data = [merged(self.settings, step.settings).get("data") or {} for step in self.stages]
+        values = [each.get(split) for each in data for split in ("train", "val")]
+        values += [self.tokenizer.train] if isinstance(self.tokenizer, TokenizerStep) else []
+        paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
+        local = dict.fromkeys(path for path in paths if isinstance(path, str) and "://" not in path)
+        return [(path, *([self.instead[path]] if path in self.instead else [])) for path in local]
 
 
 def read_recipe(path: str | Path) -> Recipe:

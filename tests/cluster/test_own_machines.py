@@ -36,7 +36,7 @@ def prepare_laptop(machines: Machines) -> None:
     project.mkdir()
     for name in ("minimind_ray", "cluster", "experiments"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
     head, *workers = (host.address for host in machines.hosts)
     cluster = yaml.safe_load((project / FILE).read_text())

@@ -72,9 +72,10 @@ def test_setup_waits_for_the_systems_own_update_and_installs_venv(tmp_path: Path
     python = debian_python()
     make_package(tmp_path / "packages", python)
     code = tmp_path / "node/minimind-ray"
-    for folder in ("minimind_ray", "cluster"):
+    for folder in ("minimind_ray", "cluster", "experiments"):
         shutil.copytree(ROOT / folder, code / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", code)
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, code)
     # Nothing can be downloaded: the script has done its part when pip in the new environment says so.
     (code / "cluster/requirements.txt").write_text("not-to-be-had==1\n")
     (tmp_path / "disk").mkdir()

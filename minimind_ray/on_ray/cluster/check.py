@@ -232,7 +232,8 @@ def _mounts(cluster: ClusterFile) -> Iterator[Finding]:
         if not path.exists() and remote != TOKEN:
             yield Finding(
                 f"file_mounts: there is no {local} on this machine",
-                "run this command and `ray up` in the root of the checkout",
+                "run this command and `ray up` in the root of the checkout; if the file is from minimind-ray init, and "
+                "minimind-ray was installed again elsewhere, write it again",
             )
         elif path.is_dir() and (heavy := [n for n in (".git", ".venv", "runs") if (path / n).exists()]):
             yield Finding(

@@ -26,9 +26,9 @@ Setup = Callable[..., subprocess.CompletedProcess[str]]
 def home(tmp_path: Path) -> Path:
     """A node's home as `file_mounts` leave it."""
     code = tmp_path / "minimind-ray"
-    for folder in ("minimind_ray", "cluster"):
+    for folder in ("minimind_ray", "cluster", "experiments"):
         shutil.copytree(ROOT / folder, code / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, code)
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("t" * 32)
