@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from minimind_ray.sweep.gather import Results
 from minimind_ray.sweep.more import narrowing
 from minimind_ray.sweep.statistics import Statistics
@@ -162,10 +164,10 @@ def _seeds(rows: Sequence[Row], found: Statistics) -> list[str]:
     if not pbt:
         notes += _few_seeds(rows)
     if found.vague_P.any() or found.vague_PP.any():
-        third = f" A third seed would narrow them to about {narrowing(2, 1):.0%} of their width."
+        seeds_P = np.array([len(compared[place].compared) for place in np.argsort(found.order_P)])
         notes.append(
-            "Intervals that would be more than 10 times wider than the points' values lie apart are left out: two "
-            f"seeds give them 1 degree of freedom.{'' if pbt else third}"
+            "Intervals that say nothing are left out: because of few seeds they would reach further than all trials "
+            f"lie apart.{'' if pbt else _of_another_seed(seeds_P, found)}"
         )
     odd = [compared[place].label for place, p in enumerate(found.order_P) if found.odd_P[p]]
     if odd:
@@ -179,6 +181,16 @@ def _seeds(rows: Sequence[Row], found: Statistics) -> list[str]:
             "vary this much may be unstable."
         )
     return notes
+
+
+def _of_another_seed(seeds_P: np.ndarray, found: Statistics) -> str:
+    """Return what one more seed of each point would do to the intervals that say nothing, as a sentence."""
+    free_P = found.seeds_free_P
+    points = [(p, min(free_P[p], found.common_free or np.inf)) for p in np.flatnonzero(found.vague_P)]
+    # Of a pair, the point that is known less decides.
+    pairs = [min((i, j), key=lambda p: free_P[p]) for i, j in zip(*np.nonzero(np.triu(found.vague_PP)))]
+    parts = [narrowing(int(seeds_P[p]), max(1.0, free)) for p, free in points + [(p, free_P[p]) for p in pairs]]
+    return f" One more seed of each point would narrow them to about {max(parts):.0%} of their width."
 
 
 def _few_seeds(rows: Sequence[Row]) -> list[str]:

@@ -35,8 +35,8 @@ DRAWS = 4000
 MOST_CLUSTERS = 2000
 """More clusters are merged at random into this many groups. The intervals stay the same, and large validation sets do
 not take longer."""
-VAGUE = 10.0
-"""See `_vague`."""
+VAGUE = 3.0
+"""An interval that reaches further than this, in units of how far the trials lie apart, says nothing: see `_vague`."""
 NOISE = 1e-9
 """A difference that is smaller than this part of the examples' values is due to rounding, and counts as 0."""
 
@@ -65,8 +65,7 @@ class Statistics:
     `headline` is the value of the best point, corrected for having been picked. `examples_variance_PP` and
     `seeds_variance_PP` are the two parts of the differences' variances. `seeds_free_P` are the degrees of freedom of
     the points' variances over seeds, and `common_free` those of the seeds' effects on all points; 0 means unknown.
-    `vague_P` and `vague_PP` mark points and differences whose interval says nothing: its seeds' part has 1 degree of
-    freedom and is very wide.
+    `vague_P` and `vague_PP` mark points and differences whose interval says nothing; see `_vague`.
 
     `diverged_P` marks points that lost a seed because it diverged. Their mean over seeds has no bound on the worse
     side, so neither have their differences: an end of these intervals is infinite.
@@ -141,9 +140,9 @@ def judge(
     draws_BP = examples_BP + seeds.draw(draws, rng)
 
     size_P = _sizes(numerator_TC, denominator_TC, value_T, point_T)
-    found = _intervals(estimate_P, draws_BP, size_P)
+    found = _intervals(estimate_P, draws_BP, examples_BP, size_P)
     if binary:
-        found = _of_shares(estimate_P, found, examples_BP.var(0), numerator_TC, denominator_TC, seeds)
+        found = _of_shares(found, examples_BP.var(0), numerator_TC, denominator_TC, seeds)
     eligible_P = np.ones(points, bool) if eligible_P is None else eligible_P
     diverged_P = np.zeros(points, bool) if diverged_P is None else diverged_P
     may_be_best_P, vs_best_P3 = _best_of_eligible(found, draws_BP, eligible_P, sign)
@@ -155,16 +154,16 @@ def judge(
         best = order_P[0]
         headline = [headline[0], min(headline[1], found.low_P[best]), max(headline[2], found.high_P[best])]
         headline, vs_best_P3 = np.clip(headline, 0, 1), np.clip(vs_best_P3, -1, 1)
-    examples_PP = np.cov(examples_BP.T).reshape(points, points)
+    examples_PP = _variances_of_differences(np.cov(examples_BP.T).reshape(points, points))
     low_PP, high_PP = _open_ended(found, diverged_P, sign)
     return Statistics(
         estimate_P, found.low_P, found.high_P, found.difference_PP, low_PP, high_PP, order_P,
         eligible_P, may_be_best_P, vs_best_P3, Interval(*headline.tolist()),
         odd_P=seeds.odd_P,
-        examples_variance_PP=_variances_of_differences(examples_PP),
+        examples_variance_PP=examples_PP,
         seeds_variance_PP=_variances_of_differences(seeds.covariance()),
         seeds_free_P=seeds.own_free_P, common_free=seeds.common_free,
-        **_vague(found, examples_PP, seeds, size_P, estimate_P, value_T),
+        **_vague(found, NORMAL * np.sqrt(examples_PP), seeds, size_P, value_T, 1.0 if binary else None),
         diverged_P=diverged_P,
     )  # fmt: skip
 
@@ -173,12 +172,15 @@ def judge(
 class _Intervals:
     """Intervals of points and of all pairs. `single_PP` are half-widths of single 95 % intervals of differences.
 
-    `least_PP` is how far the lower bounds must be from the differences apart from the draws; 0 where the draws are
-    enough. The upper bound of a pair is the lower bound of the pair in the other order.
+    `examples_P` are the half-widths of the points' intervals by the examples alone. `least_PP` is how far the lower
+    bounds must be from the differences apart from the draws; 0 where the draws are enough. The upper bound of a pair is
+    the lower bound of the pair in the other order.
     """
 
+    value_P: np.ndarray
     low_P: np.ndarray
     high_P: np.ndarray
+    examples_P: np.ndarray
     difference_PP: np.ndarray
     low_PP: np.ndarray
     high_PP: np.ndarray
@@ -195,8 +197,11 @@ def _sizes(
     return size_P
 
 
-def _intervals(estimate_P: np.ndarray, draws_BP: np.ndarray, size_P: np.ndarray) -> _Intervals:
-    """Return the intervals that follow from the draws of the estimates' errors. `size_P` are the `_sizes`."""
+def _intervals(estimate_P: np.ndarray, draws_BP: np.ndarray, examples_BP: np.ndarray, size_P: np.ndarray) -> _Intervals:
+    """Return the intervals that follow from the draws of the estimates' errors.
+
+    `examples_BP` are the parts of the draws that are due to the examples; `size_P` are the `_sizes`.
+    """
     difference_PP = estimate_P[:, None] - estimate_P
     noise_PP = NOISE * np.maximum(size_P[:, None], size_P)
     reach_PP, single_PP = _simultaneous_reach(draws_BP, noise_PP)
@@ -204,12 +209,13 @@ def _intervals(estimate_P: np.ndarray, draws_BP: np.ndarray, size_P: np.ndarray)
     low_P, high_P = estimate_P + np.quantile(draws_BP, (0.025, 0.975), axis=0)
     least_PP = np.zeros_like(reach_PP)
     return _Intervals(
-        low_P, high_P, difference_PP, difference_PP - reach_PP, difference_PP + reach_PP, single_PP, least_PP
-    )
+        estimate_P, low_P, high_P, NORMAL * examples_BP.std(0), difference_PP, difference_PP - reach_PP,
+        difference_PP + reach_PP, single_PP, least_PP,
+    )  # fmt: skip
 
 
 def _of_shares(
-    share_P: np.ndarray, drawn: _Intervals, variance_P: np.ndarray, right_TC: np.ndarray, count_TC: np.ndarray,
+    drawn: _Intervals, variance_P: np.ndarray, right_TC: np.ndarray, count_TC: np.ndarray,
     seeds: Seeds,
 ) -> _Intervals:  # fmt: skip
     """Return the intervals of shares: Wilson's, and exact ones where few clusters differ between two points.
@@ -217,15 +223,18 @@ def _of_shares(
     `variance_P` is the shares' variance over the examples. Where the draws account for seeds and give a wider interval
     than Wilson's, theirs is used.
     """
-    count, clusters = int(count_TC[0].sum()), count_TC.shape[1]
+    share_P, count, clusters = drawn.value_P, int(count_TC[0].sum()), count_TC.shape[1]
     count_P = np.array([effective_count(float(s), float(v), count, clusters) for s, v in zip(share_P, variance_P)])
     low_P, high_P = np.array([wilson(float(s), c) for s, c in zip(share_P, count_P)]).T
+    examples_P = np.maximum(high_P - share_P, share_P - low_P)
     if seeds.covariance().any():
         low_P, high_P = np.clip(np.minimum(drawn.low_P, low_P), 0, 1), np.clip(np.maximum(drawn.high_P, high_P), 0, 1)
     low_PP, high_PP = np.clip(drawn.low_PP, -1, 1), np.clip(drawn.high_PP, -1, 1)
     widen_pairs(share_P, seeds.weight_PT @ right_TC, count_P, low_PP, high_PP)
     least_PP = np.where(low_PP < drawn.low_PP, drawn.difference_PP - low_PP, 0.0)
-    return _Intervals(low_P, high_P, drawn.difference_PP, low_PP, high_PP, drawn.single_PP, least_PP)
+    return _Intervals(
+        share_P, low_P, high_P, examples_P, drawn.difference_PP, low_PP, high_PP, drawn.single_PP, least_PP
+    )
 
 
 def _open_ended(found: _Intervals, diverged_P: np.ndarray, sign: float) -> tuple[np.ndarray, np.ndarray]:
@@ -380,32 +389,36 @@ def _picked_errors(estimate_P: np.ndarray, draws_BP: np.ndarray) -> np.ndarray:
 
 
 def _vague(
-    found: _Intervals,
-    examples_PP: np.ndarray,
-    seeds: Seeds,
-    size_P: np.ndarray,
-    estimate_P: np.ndarray,
-    value_T: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """Return which intervals rest on one degree of freedom and are VAGUE times wider than the values lie apart.
+    found: _Intervals, examples_PP: np.ndarray, seeds: Seeds, size_P: np.ndarray, value_T: np.ndarray,
+    whole: float | None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Return which intervals say nothing, because too little is known about the seeds.
 
-    `examples_PP` is the covariance of the estimates that is due to the examples; `size_P` are the `_sizes`.
+    The examples alone would make such an interval less than half as wide. It reaches further than all trials lie apart,
+    and in addition further than the values themselves are large, or VAGUE times as far as the trials lie apart. Or it
+    is all that is possible: `whole` is the range of a share, 1, and None for other metrics. `examples_PP` are the
+    half-widths of single intervals of differences by the examples alone; `size_P` are the `_sizes`.
     """
-    apart = float(np.ptp(estimate_P if len(estimate_P) > 1 else value_T))
-    uncertain_P = np.diag(seeds.covariance()) > (NOISE * size_P) ** 2
-    own_P = uncertain_P & (seeds.own_free_P.round() == 1)
-    common_P = uncertain_P & (seeds.common > 0 and seeds.common_free == 1)
+    apart, least_P = float(np.ptp(value_T)), NOISE * size_P
+    largest_P = np.abs(seeds.weight_PT @ value_T)
 
-    def wide(width: np.ndarray, apart: float, variance: np.ndarray) -> np.ndarray:
-        return (width > VAGUE * apart) & (width > 4 * NORMAL * np.sqrt(variance))
+    def says_nothing(
+        value: np.ndarray, low: np.ndarray, high: np.ndarray, examples: np.ndarray, size: np.ndarray, range: float
+    ) -> np.ndarray:
+        half = np.maximum(high - value, value - low)
+        far = (half > apart) & ((half > size) | (half > VAGUE * apart))
+        return (half > 2 * examples) & (far | (high - low >= (1 - NOISE) * range))
 
+    covariance_PP, range = seeds.covariance(), np.inf if whole is None else whole
     return {
-        "vague_P": (own_P | common_P) & wide(found.high_P - found.low_P, apart, np.diag(examples_PP)),
-        # In most differences, the seeds' effect on all points cancels. Two equal points do not make a difference vague,
-        # so its measure is how far the single trials lie apart.
-        "vague_PP": (own_P[:, None] | own_P)
-        & wide(found.high_PP - found.low_PP, float(np.ptp(value_T)), _variances_of_differences(examples_PP)),
-    }
+        "vague_P": (np.diag(covariance_PP) > least_P**2)
+        & says_nothing(found.value_P, found.low_P, found.high_P, found.examples_P, largest_P, range),
+        "vague_PP": (_variances_of_differences(covariance_PP) > np.maximum(least_P[:, None], least_P) ** 2)
+        & says_nothing(
+            found.difference_PP, found.low_PP, found.high_PP, np.maximum(examples_PP, found.least_PP),
+            np.maximum(largest_P[:, None], largest_P), 2 * range,
+        ),
+    }  # fmt: skip
 
 
 def _variances_of_differences(covariance_PP: np.ndarray) -> np.ndarray:

@@ -562,4 +562,4 @@ def test_an_interval_that_says_nothing_is_left_out(tmp_path: Path) -> None:
     rows = [row for row in compare([read_sweep(path)]).rows if row.verdict]
     hover = matrix(compare([read_sweep(path)]), rows)[1][0][1]
     assert re.search(r"minus beta 0\.\d: no interval, not distinguishable", hover)
-    assert any("A third seed would narrow them to about 28%" in note for note in comparison.notes)
+    assert any("One more seed of each point would narrow them to about 28% of" in note for note in comparison.notes)

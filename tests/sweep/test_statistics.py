@@ -405,6 +405,28 @@ def test_rounding_is_small_beside_the_two_points_that_are_compared() -> None:
     assert not s.difference_PP.any() and not s.low_PP.any() and not s.high_PP.any()
 
 
+def test_an_interval_says_nothing_whatever_its_degrees_of_freedom() -> None:
+    # A point of 3 seeds, of which one diverged, and losses that cannot be below 0.
+    x_TC = np.random.default_rng(11).normal(0.4, 0.1, (9, 100))
+    x_TC[4] += 8
+    s = judged(x_TC, [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2] * 3)
+    assert s.vague_P.tolist() == [False, True, False]
+    assert s.vague_PP.tolist() == [[False, True, False], [True, False, True], [False, True, False]]
+    # The same distances of large values: the interval says where they lie.
+    assert not judged(x_TC + 100, [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2] * 3).vague_P.any()
+
+
+def test_an_interval_of_a_share_that_holds_all_shares_says_nothing() -> None:
+    shares = np.array([0.1, 0.9, 0.8, 0.2, 0.5, 0.6, 0.9, 0.1])[:, None]
+    right_TC = (np.arange(100) / 100 < shares).astype(float)
+    s = judged(right_TC, [0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, larger_is_better=True, binary=True)
+    everything_PP = s.high_PP - s.low_PP >= 2 - 1e-9
+    assert s.vague_PP[everything_PP].all() and everything_PP.any()
+    assert s.vague_P[s.high_P - s.low_P >= 1 - 1e-9].all()
+    for low, high, most in ((s.low_P, s.high_P, (0, 1)), (s.low_PP, s.high_PP, (-1, 1))):
+        assert low.min() >= most[0] and high.max() <= most[1]
+
+
 def test_differences_with_one_degree_of_freedom_may_be_vague() -> None:
     rng = np.random.default_rng(11)
     x_TC = rng.normal(2, 0.01, (4, 100)) + np.array([1.0, -1.0, -1.0, 1.0])[:, None]
