@@ -24,7 +24,9 @@ def _switch(name: str, help: str) -> Any:
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="MiniMind's .pth file, or a Hugging Face model directory")],
+    source: Annotated[
+        str, typer.Argument(help="MiniMind's .pth file, or a Hugging Face model: a directory or a name on the hub")
+    ],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="directory to write")],
     tokenizer: Annotated[str | None, _setting("tokenizer for a .pth model, which contains none", metavar="DIR")] = None,
     base: Annotated[str | None, _setting("base model of a .pth LoRA file", metavar="DIR")] = None,
@@ -59,30 +61,35 @@ def import_(
         "rms_norm_eps": rms_norm_eps, "dropout": dropout,
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
-    _require_fitting(source, tokenizer, base, settings)
+    from minimind_ray.data.hub import hub_ref
+
+    is_directory = Path(source).is_dir() or hub_ref(source) is not None
+    _require_fitting(source, tokenizer, base, settings, is_directory=is_directory)
     from minimind_ray.model.minimind_pth import import_pth
     from minimind_ray.stages.transfer import import_adapter, import_directory
 
-    if source.is_dir():
+    if is_directory:
         _describe(out, import_directory(source, out, tokenizer))
     elif base is not None:
-        import_adapter(source, base, out)
+        import_adapter(Path(source), base, out)
         print(f"{out}: adapter for {base}")
     else:
         assert tokenizer is not None
-        shape = import_pth(source, tokenizer, out, settings)
+        shape = import_pth(Path(source), tokenizer, out, settings)
         _describe(out, shape)
         _print_assumed(shape, settings)
 
 
-def _require_fitting(source: Path, tokenizer: str | None, base: str | None, settings: Mapping[str, object]) -> None:
+def _require_fitting(
+    source: str, tokenizer: str | None, base: str | None, settings: Mapping[str, object], *, is_directory: bool
+) -> None:
     """Check that the source exists, and that the given options apply to this kind of source."""
     from minimind_ray.config.errors import UserError
 
     of_model = {_flag(name): value for name, value in settings.items()}
-    if source.is_dir():
+    if is_directory:
         _refuse({"--base": base, **of_model}, f"{source} is a directory with these settings in its config.json")
-    elif not source.exists():
+    elif not Path(source).exists():
         raise UserError(f"{source}: no such file or directory")
     elif base is not None:
         _refuse({"--tokenizer": tokenizer, **of_model}, f"{base} already determines this for {source}")

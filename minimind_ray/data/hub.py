@@ -48,7 +48,7 @@ SMALL = ("config.json", "generation_config.json", INDEX, ADAPTER, *TOKENIZER)
 
 FETCHED = "fetched.txt"
 """In the storage: the file that is written after all files of a model."""
-WAITS = (1.0, 2.0, 4.0, 8.0)
+WAITS = (1.0, 2.0, 4.0)
 """Seconds between attempts when the hub is busy."""
 TIMEOUT = 10.0
 DISK = (ENOSPC, EDQUOT, EACCES, EPERM, EROFS)
@@ -134,6 +134,15 @@ def pin(ref: HubRef) -> HubRef:
     """
     if ref.pinned:
         return ref
+    try:
+        return _pin(ref)
+    except UserError as error:
+        if not ref.bare:
+            raise
+        raise UserError(f"{error}; there is no directory {ref.name} here either") from None
+
+
+def _pin(ref: HubRef) -> HubRef:
     import huggingface_hub
 
     try:
@@ -245,10 +254,7 @@ def hub_errors(ref: object) -> Generator[None]:
     except UserError:
         raise
     except Exception as error:  # The library lets through the exceptions of its HTTP client.
-        found = _sentence(ref, error)
-        if isinstance(found, UserError) and isinstance(ref, HubRef) and ref.bare:
-            found = type(found)(f"{found}; there is no directory {ref.name} here either")
-        raise found from None
+        raise _sentence(ref, error) from None
 
 
 def _sentence(ref: object, error: BaseException) -> Exception:

@@ -125,13 +125,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Read a Hugging Face tokenizer directory. `directory` may be a URL, also hf://OWNER/NAME.
+        """Read a Hugging Face tokenizer directory. `directory` may be a URL, or name a model of the hub.
 
         Raises:
             UserError: a file is missing or broken; or see `hub.fetch`.
             StoreError: the object store cannot be read.
         """
-        if is_url(directory) and (ref := hub_ref(directory)):
+        if ref := hub_ref(directory):
             folder = fetch_tokenizer(pin(ref))
             if not (folder / "tokenizer.json").exists():
                 raise UserError(f"{ref} has no tokenizer.json; give a repository that has one")

@@ -16,7 +16,7 @@ from minimind_ray.stages.use import base_of
 from minimind_ray.train.run import resolve_model
 
 
-def import_directory(source: Path, out: Path, tokenizer: str | None) -> ModelShape:
+def import_directory(source: str, out: Path, tokenizer: str | None) -> ModelShape:
     """Read a whole model from a directory or run, which also checks it, and write it to `out`.
 
     Raises:
