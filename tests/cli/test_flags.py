@@ -26,7 +26,7 @@ FLAGS = {
     "--scheduler --searcher --seed --seeds --set --sweep --tokenizer --train --trials --val --wandb --warmup --workers",
     "compare": "--csv --help --json --margin --metric --mode",
     "report": "--help --margin",
-    "run": "--data-dir --help --no-ray --out --ray --set --workers",
+    "run": "--data-dir --download --help --no-ray --out --ray --set --workers",
     "data prepare": "--cache-dir --help --max-seq-len --no-ray --pack-tokens --ray --set --stage --tokenizer --val",
     "data inspect": "--help --max-seq-len --pack-tokens --rows --samples --set --stage --tokenizer",
     "eval": "--adapter --config --help --json --max-seq-len --out --pack-tokens --precision --reference --set --stage",
