@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.flags import config_flags, overrides_of
 from minimind_ray.config.load import load_config
+from minimind_ray.config.schema import GenerationConfig
 from minimind_ray.config.search import SearchConfig
 from minimind_ray.train.run import RunDirectory, resolve_model
 
@@ -106,32 +107,30 @@ class Model:
 
         If `chat` is true, a prompt is a user's turn, which the model answers. If it is false, a prompt is a text, which
         the model continues. By default, it is false for the model of a pretraining run, and true for other models.
-        `sampling` has fields of `Sampling`. Their defaults are those of the command: temperature 0.8, top_p 0.95, top_k
-        0, repetition_penalty 1, max_new_tokens 256, seed 0.
+        `sampling` has fields of `Sampling`: temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed. Their
+        defaults are those of the command: as the model's generation_config.json says, else temperature 0.8, top_p 0.95,
+        top_k 0, repetition_penalty 1, max_new_tokens 256; seed 0.
 
         Raises:
             UserError: a prompt leaves no room for an answer, or a value cannot be used.
         """
-        from minimind_ray.model.sampling import Sampling
         from minimind_ray.stages.prompts import answers
 
         raw = self.trained.continues_texts if chat is None else not chat
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = {**SAMPLING, **sampling}
-        if unknown := settings.keys() - SAMPLING.keys():
+        if unknown := sampling.keys() - {*SAMPLING}:
             raise UserError(f"{min(unknown)}: no such setting of sampling; valid: {', '.join(SAMPLING)}")
-        _require("seed", settings["seed"], int, "a whole number")
-        settings["seed"] = (settings["seed"],)
-        answered = answers(self.trained, texts, Sampling(**settings), batch_size, raw=raw, system=system)
+        seed = sampling.pop("seed", 0)
+        _require("seed", seed, int, "a whole number")
+        settings = self.trained.sampling(sampling, seed=(seed,))
+        answered = answers(self.trained, texts, settings, batch_size, raw=raw, system=system)
         return [answer.text for answer in answered]
 
     def __repr__(self) -> str:
         return f"Model({str(self.trained.directory)!r}, stage {self.trained.stage})"
 
 
-SAMPLING: dict[str, Any] = {
-    "temperature": 0.8, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0, "max_new_tokens": 256, "seed": 0,
-}  # fmt: skip
+SAMPLING = (*GenerationConfig.model_fields, "seed")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.model.sampling import Sampling
 from tests.jobs import make_config, make_tokenizer, rows_of, write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +110,7 @@ def test_values_of_a_wrong_kind_are_one_sentence(tmp_path: Path, monkeypatch: py
     wrong = None
     with pytest.raises(UserError, match="path is None: give the path of a run"):
         load(wrong)
-    wrong = SimpleNamespace(continues_texts=True)
+    wrong = SimpleNamespace(continues_texts=True, sampling=lambda given, seed: Sampling(**given))
     with pytest.raises(UserError, match="temperature is 'hot': give a number"):
         Model(wrong).generate("x", temperature="hot")
     with pytest.raises(UserError, match="seed is 'x': give a whole number"):

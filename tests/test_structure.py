@@ -122,9 +122,9 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
-def test_readme_describes_every_folder_in_the_order_of_imports(name: str) -> None:
-    assert re.findall(r"^ {6}(\w+)/ +\S", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE) == LAYERS
+@pytest.mark.parametrize("name", ["architecture.md", "architecture_zh.md"])
+def test_every_folder_is_described_in_the_order_of_imports(name: str) -> None:
+    assert re.findall(r"^ {6}(\w+)/ +\S", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.MULTILINE) == LAYERS
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LAYERS)
 
 

@@ -55,6 +55,7 @@ def demo(
         sweep_beta(out, console)
     ask_questions(out, console)
     console.print(f"the demo took {time.monotonic() - started:.0f} s")
+    offer_chat(join(out, "runs", "sft"), join(out, "runs", "lora"), console)
 
 
 def sweep_beta(out: str, console: Console) -> None:
@@ -125,7 +126,23 @@ def ask_questions(out: str, console: Console) -> None:
     adapted = open_trained(lora)
     for question, before, after in zip(identity, _answers(trained, identity), _answers(adapted, identity)):
         console.print(f"{question}  before LoRA: {before!r}  after: {after!r}", markup=False)
-    console.print(f"talk to it: minimind-ray chat {sft} --adapter {lora}", markup=False)
+
+
+def offer_chat(model: str, adapter: str, console: Console) -> None:
+    """Print the command that talks with the demo's model. On a terminal, ask whether to talk now."""
+    import sys
+
+    from minimind_ray.cli.chat import chat
+
+    console.print(f"talk to it: minimind-ray chat {model} --adapter {adapter}", markup=False)
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    try:
+        reply = input("talk to it now? [Y/n] ")
+    except EOFError:
+        reply = "n"
+    if reply.strip().lower() in ("", "y", "yes"):
+        chat(model, adapter=adapter)
 
 
 def _answers(trained: Trained, questions: list[str]) -> list[str]:

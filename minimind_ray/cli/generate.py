@@ -34,11 +34,11 @@ def generate(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="text of the system turn", show_default=False)] = None,
-    temperature: options.Temperature = 0.8,
-    top_p: options.TopP = 0.95,
-    top_k: options.TopK = 0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    max_new_tokens: Annotated[int | None, options.max_new_tokens(256)] = None,
     seed: options.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="number of prompts at once")] = 32,
     adapter: options.Adapter = None,
@@ -50,11 +50,13 @@ def generate(
     """Answer or continue prompts, many at a time."""
     from minimind_ray.config.errors import UserError
     from minimind_ray.config.reading import require_text
-    from minimind_ray.model.sampling import Sampling
     from minimind_ray.stages.prompts import answers, read_prompts
     from minimind_ray.stages.use import open_trained
 
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed=(seed,))
+    given = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
     require_text(system or "", "--system")
     prompts = read_prompts(prompt or [], file)
     trained = open_trained(model, adapter=adapter, precision=precision)
@@ -62,6 +64,7 @@ def generate(
         raw = trained.continues_texts
     if raw and system is not None:
         raise UserError("--system works only with --chat, because a text has no turns: leave --system or --raw out")
+    sampling = trained.sampling(given, seed=(seed,))
     answered = answers(trained, prompts, sampling, batch_size, raw=raw, system=system)
     for asked, answer in zip(prompts, answered, strict=True):
         if json:

@@ -32,7 +32,7 @@ def merge(
     if not is_adapter(resolve_model(adapter)):
         raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge")
     merged = open_trained(adapter, base=base)
-    save_model(merged.model, merged.tokenizer, out)
+    save_model(merged.model, merged.tokenizer, out, generation=merged.generation)
     print(f"{out}: {merged.directory} with {adapter}")
 
 

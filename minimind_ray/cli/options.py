@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -14,13 +14,28 @@ Precision = Annotated[
     typer.Option(help="precision of matrix products; auto: bfloat16 if supported"),
 ]
 
-Temperature = Annotated[float, typer.Option(min=0, help="0: always take the likeliest token")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="sample from the likeliest tokens with this total probability")]
-TopK = Annotated[int, typer.Option(min=0, help="sample from this many likeliest tokens; 0: all")]
-RepetitionPenalty = Annotated[
-    float, typer.Option(min=0.01, help="above 1: tokens of the text so far become less likely")
+
+def _setting(help: str, otherwise: str, **bounds: float) -> Any:
+    """Return an option whose default is the model's own setting; None if the user does not give it."""
+    default = f"default: as the model's generation_config.json says, else {otherwise}"
+    return typer.Option(help=f"{help}; {default}", show_default=False, **cast("Any", bounds))
+
+
+Temperature = Annotated[float | None, _setting("0: always take the likeliest token", "0.8", min=0)]
+TopP = Annotated[
+    float | None, _setting("sample from the likeliest tokens with this total probability", "0.95", min=0, max=1)
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
+TopK = Annotated[int | None, _setting("sample from this many likeliest tokens; 0: all", "0", min=0)]
+RepetitionPenalty = Annotated[
+    float | None, _setting("above 1: tokens of the text so far become less likely", "1", min=0.01)
+]
+
+
+def max_new_tokens(otherwise: int) -> Any:
+    """Return the option --max-new-tokens of a command whose own default is `otherwise`."""
+    return _setting("longest answer, in tokens", str(otherwise), min=1)
+
+
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed gives the same answers")]
 
 

@@ -452,6 +452,28 @@ class EvalConfig(Section):
     temperature: NonNegativeFloat = 0.8
 
 
+class GenerationConfig(Section):
+    """How the trained model answers if its user says nothing else: generation_config.json of each checkpoint.
+
+    A key that is not set stays as in the base's file.
+    """
+
+    temperature: NonNegativeFloat | None = Field(default=None, description="0: always take the likeliest token")
+    top_p: Fraction | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01)] | None = None
+    max_new_tokens: PositiveInt | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The settings that are set, by name."""
+        return {key: value for key, value in self.model_dump().items() if value is not None}
+
+    def updated(self, other: GenerationConfig) -> GenerationConfig:
+        """Return these settings with those that are set in `other` in their place."""
+        return self.model_copy(update=other.given)
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written, and how many stay."""
 
@@ -532,6 +554,7 @@ class CommonConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     lora: LoraConfig = LoraConfig()
+    generation: GenerationConfig = GenerationConfig()
     track: TrackConfig = TrackConfig()
 
     @property

@@ -1,7 +1,7 @@
 """Save and load models as Hugging Face directories, which transformers, vLLM and llama.cpp read without conversion.
 
     config.json               the shape, in the form of one of the `families`
-    generation_config.json    the tokenizer's control ids
+    generation_config.json    the tokenizer's control ids, and the model's own settings of generation
     model.safetensors         float32 weights
     tokenizer.json, tokenizer_config.json
 
@@ -26,10 +26,11 @@ from torch import Tensor
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import read_json, require_own
-from minimind_ray.config.schema import ModelShape
+from minimind_ray.config.schema import GenerationConfig, ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.families import config_of, family_of, read_shape
 from minimind_ray.model.families.family import ConfigFile
+from minimind_ray.model.generation import write_generation
 from minimind_ray.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,6 +50,7 @@ def save_model(
     tokenizer: Tokenizer | None,
     directory: str | Path,
     weights: Mapping[str, Tensor] | None = None,
+    generation: GenerationConfig | None = None,
 ) -> None:
     """Write the model, and the tokenizer if given, as a directory that `load_model` and transformers read.
 
@@ -64,8 +66,9 @@ def save_model(
             "pad_token_id": tokenizer.pad_id,
         }  # fmt: skip
         tokenizer.save(folder)
-    _write_json(folder / "config.json", {**config_of(model.shape), **ids})
-    _write_json(folder / "generation_config.json", ids)
+    config = json.dumps({**config_of(model.shape), **ids}, indent=2) + "\n"
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    write_generation(folder, generation or GenerationConfig(), ids)
     if weights is None:
         weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
     stored = family_of(model.shape).to_stored(weights, model.shape)
@@ -208,7 +211,3 @@ def _shards(folder: Path) -> list[Path]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{path}: {name!r} is not the name of a safetensors file in the same directory")
     return [folder / name for name in names]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

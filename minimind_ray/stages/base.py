@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minimind_ray.config.schema import Config, ModelShape
+from minimind_ray.config.schema import Config, GenerationConfig, ModelShape
 from minimind_ray.data.hub import hub_ref
 from minimind_ray.data.storage import is_url, url_of
 from minimind_ray.model.checkpoint import check_model, load_shape, model_fingerprint
+from minimind_ray.model.generation import read_generation
 from minimind_ray.stages.start import require_base
 from minimind_ray.train.run import resolve_model
 
@@ -23,13 +24,15 @@ A URL would not identify a base: a process of Ray may serve several runs, and th
 class Base:
     """A whole model. `where` is the path or URL of its directory; `fingerprint` is the hash of its weights.
 
-    A model of the hub is in a directory too; `hub` is its name there, with its commit.
+    A model of the hub is in a directory too; `hub` is its name there, with its commit. `generation` are the settings of
+    its generation_config.json.
     """
 
     where: str
     shape: ModelShape
     fingerprint: str
     hub: str | None = None
+    generation: GenerationConfig = GenerationConfig()
 
     def local(self) -> Path:
         """Return the directory on this machine. A process fetches the files from an object store only once."""
@@ -55,7 +58,7 @@ def resolve_base(config: Config) -> Base | None:
 def base_at(path: Path) -> Base:
     """Return the whole model in a directory as a base. Raises UserError if the model is broken."""
     check_model(path)
-    base = Base(url_of(path), load_shape(path), model_fingerprint(path))
+    base = Base(url_of(path), load_shape(path), model_fingerprint(path), generation=read_generation(path))
     if is_url(base.where):
         _HERE[base.fingerprint] = path
     return base

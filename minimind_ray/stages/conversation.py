@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import DataConfig
 from minimind_ray.data.chat_template import Message
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.engine import Engine, stream
@@ -20,7 +25,8 @@ class Conversation:
 
     def __init__(self, trained: Trained, sampling: Sampling, system: str | None = None) -> None:
         self.sampling = sampling
-        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = []
+        self.system = system
         self.hand_to(trained)
         self.reset()
 
@@ -31,7 +37,14 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget all turns except the system's."""
-        self.messages = list(self._opening)
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def change_system(self, text: str | None) -> None:
+        """Replace the text of the system's turn, and keep the other turns. None removes the system's turn."""
+        turns = [message for message in self.messages if message["role"] != "system"]
+        self.system = text
+        self.reset()
+        self.messages += turns
 
     def answer(self, text: str) -> Generator[str]:
         """Yield the answer to a user's turn, in pieces of whole characters.
@@ -58,6 +71,33 @@ class Conversation:
                     yield piece
         finally:
             self.messages += [turn, {"role": "assistant", "content": given}]
+
+
+def save_conversation(messages: Sequence[Message], path: Path) -> None:
+    """Append a conversation to a .jsonl file, as a row that sft and lora read.
+
+    Raises:
+        UserError: the file's name has another ending, the conversation is no such row (a turn is empty, or there is no
+            answer yet), or the file cannot be written.
+    """
+    from minimind_ray.data.fields import BadRowError
+    from minimind_ray.data.formats import RowReader
+    from minimind_ray.data.records import Row
+
+    if path.suffix != ".jsonl":
+        raise UserError(f"{path}: give a file whose name ends with .jsonl")
+    row = {"conversations": list(messages)}
+    try:
+        RowReader("conversation", DataConfig()).read(Row(str(path), 1, row))
+    except BadRowError as error:
+        raise UserError(f"the conversation cannot be saved as a row for training: {error}") from None
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        with path.open("a+b") as file:
+            file.seek(-1 if file.tell() else 0, os.SEEK_END)
+            file.write((b"" if file.read(1) in (b"", b"\n") else b"\n") + line.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def without_lead(pieces: Iterable[str], lead: str) -> Iterator[str]:

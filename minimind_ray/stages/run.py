@@ -98,7 +98,8 @@ class Job:
         tokenizer = load_tokenizer(config, base)
         model = initial_model(config, tokenizer, context, base)
         adapts = self.base if config.trains_adapter else None
-        weights = Adapter(model, config, adapts) if adapts else WholeModel(model, tokenizer)
+        generation = self.base.generation.updated(config.generation) if self.base else config.generation
+        weights = Adapter(model, config, adapts) if adapts else WholeModel(model, tokenizer, generation)
         objective = stage.objective(config, model.shape)
         source = stage.source(data.source, Policy(model, tokenizer, config, context))
         fit(model, objective, weights, config, context, replace(data, source=source), tokenizer)

@@ -9,6 +9,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, save_model
+from minimind_ray.model.generation import read_generation
 from minimind_ray.model.lora import is_adapter
 from minimind_ray.model.minimind_pth import export_lora_pth, export_pth, import_lora_pth, require_room
 from minimind_ray.stages.start import whole_model
@@ -27,7 +28,7 @@ def import_directory(source: str, out: Path, tokenizer: str | None) -> ModelShap
         raise UserError(f"{source} is an adapter and needs no import: use it as --adapter, or see lora merge")
     model, loaded = load_model(directory), Tokenizer.load(tokenizer or directory)
     require_room(model.shape, loaded, directory)
-    save_model(model, loaded, out)
+    save_model(model, loaded, out, generation=read_generation(directory))
     return model.shape
 
 

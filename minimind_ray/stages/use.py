@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
+from minimind_ray.config.schema import GenerationConfig
 from minimind_ray.config.stages import STAGES
 from minimind_ray.data.hub import hub_ref
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import load_model, model_fingerprint
 from minimind_ray.model.engine import Engine
+from minimind_ray.model.generation import DEFAULTS, FILE, read_generation
 from minimind_ray.model.lora import adapter_base, is_adapter, load_adapter, merge_lora
 from minimind_ray.model.sampling import Sampling
 from minimind_ray.model.transformer import Transformer
@@ -29,7 +31,8 @@ class Trained:
     """A model in eval mode with its tokenizer; an adapter is merged.
 
     `directory` has the model's weights; with an adapter, the base's weights. `stage` is the stage that trained the
-    model, None if the model is not in a run directory.
+    model, None if the model is not in a run directory. `generation` are the settings of the adapter's
+    generation_config.json if it has this file, else of the model's.
     """
 
     model: Transformer
@@ -38,6 +41,21 @@ class Trained:
     stage: str | None
     device: torch.device
     dtype: torch.dtype
+    generation: GenerationConfig
+
+    def sampling(
+        self, given: Mapping[str, Any], *, max_new_tokens: int = 256, seed: tuple[int, ...] = (0,)
+    ) -> Sampling:
+        """Return the settings of an answer: those that are given (not None), else the model's own, else the defaults.
+
+        `max_new_tokens` is the default of this setting.
+
+        Raises:
+            UserError: a given value is not within its bounds.
+        """
+        chosen = {name: value for name, value in given.items() if value is not None}
+        defaults = {**DEFAULTS, "max_new_tokens": max_new_tokens, "seed": seed}
+        return Sampling(**{**defaults, **self.generation.given, **chosen})
 
     @property
     def continues_texts(self) -> bool:
@@ -100,7 +118,8 @@ def open_trained(
         load_adapter(model, adapter_dir, model_fingerprint(directory))
         merge_lora(model)
     stage = _stage_of(adapter_dir or directory)
-    return Trained(model.eval(), tokenizer, directory, stage, device, dtype)
+    generation = read_generation(adapter_dir if adapter_dir and (adapter_dir / FILE).exists() else directory)
+    return Trained(model.eval(), tokenizer, directory, stage, device, dtype, generation)
 
 
 def base_of(adapter: Path, base: str | Path | None = None) -> Path:

@@ -40,6 +40,7 @@ RESERVED = {
     "data.cache_dir": "trials share prepared data",
     "data.direct_steps": "it does not change the trained model",
     "checkpoint": "it does not change the trained model",
+    "generation": "it does not change the trained model",
     "track": "it does not change the trained model",
     "data.cache": "trials share prepared data",
 }

@@ -39,6 +39,8 @@ def differences(config_file: Path, config: Config) -> dict[str, Difference]:
 
 
 def _differences(before: Any, after: Any, at: str = "") -> Iterator[tuple[str, Difference]]:
+    if before is None and isinstance(after, dict):
+        before = dict[str, Any]()  # A section that the version before this one did not have.
     if isinstance(before, dict) and isinstance(after, dict):
         for key in {*before, *after}:
             yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else key)

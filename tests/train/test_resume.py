@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from minimind_ray.config.load import load_config, to_yaml
+from minimind_ray.config.load import load_config, read_yaml, to_yaml
+from minimind_ray.config.reading import dump_yaml
 from minimind_ray.config.schema import Config
 from minimind_ray.train.resume import differences, longer, refusal
 
@@ -32,6 +33,14 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_settings_that_teach_nothing_may_change(file: Path) -> None:
     assert refusal(WHERE, file, config_of(scale__workers=3, eval__every=7, track__wandb="off")) is None
     assert differences(file, config_of(optim__lr=1.0, scale__workers=3)) == {"optim.lr": (1e-5, 1.0)}
+
+
+def test_a_run_of_a_version_without_a_section_can_be_resumed(file: Path) -> None:
+    tree = read_yaml(file)
+    del tree["generation"]
+    file.write_text(dump_yaml(tree), encoding="utf-8")
+    assert refusal(WHERE, file, config_of()) is None
+    assert differences(file, config_of(generation__top_k=5)) == {"generation.top_k": (None, 5)}
 
 
 def test_a_few_differences_are_shown_with_both_values_and_many_by_name(file: Path) -> None:
