@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -72,6 +72,8 @@ def chat(
 
     interrupts.uninstall()  # Ctrl-C stops an answer; every other signal ends the chat.
     require_text(system or "", "--system")
+    if compare == model:
+        raise UserError(f"--compare {compare} is the same model: give another model")
     given = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,
         "max_new_tokens": max_new_tokens, "seed": seed,
@@ -84,8 +86,6 @@ def chat(
     chat = Chat(base, adapter, lambda name: opened(base, adapter=name), given)
     chat.begin(model, first, system)
     if compare is not None:
-        if compare == model:
-            raise UserError(f"--compare {compare} is the same model: give another model")
         chat.begin(compare, opened(compare), system)
     terminal = sys.stdin.isatty()
     if terminal:
@@ -233,7 +233,7 @@ class Chat:
 
 
 @contextmanager
-def remembered_lines() -> Iterator[None]:
+def remembered_lines() -> Generator[None]:
     """Inside, `input` edits lines, and the arrow keys find the lines of earlier chats. Only the user can read them."""
     import os
     import readline

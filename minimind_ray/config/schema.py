@@ -465,7 +465,7 @@ class GenerationConfig(Section):
     max_new_tokens: PositiveInt | None = None
 
     @property
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, Any]:
         """The settings that are set, by name."""
         return {key: value for key, value in self.model_dump().items() if value is not None}
 

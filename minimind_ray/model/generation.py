@@ -18,7 +18,7 @@ from minimind_ray.config.reading import read_json
 from minimind_ray.config.schema import GenerationConfig
 
 FILE = "generation_config.json"
-DEFAULTS: dict[str, float] = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
+DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
 """The settings of a model whose file does not name them."""
 
 
@@ -45,7 +45,7 @@ def read_generation(directory: str | Path) -> GenerationConfig:
 
 def write_generation(directory: Path, settings: GenerationConfig, ids: Mapping[str, Any] | None = None) -> None:
     """Write generation_config.json with the settings that are set and the tokenizer's control `ids`."""
-    values: dict[str, Any] = settings.given
+    values = settings.given
     if values.get("temperature") == 0:
         # transformers refuses temperature 0, and warns of settings that have no effect without sampling.
         values = {key: value for key, value in values.items() if key not in ("temperature", "top_p", "top_k")}

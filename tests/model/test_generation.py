@@ -111,7 +111,7 @@ def test_transformers_generates_with_the_settings(tokenizer: Tokenizer, tmp_path
 
     settings = GenerationConfig(temperature=0.3, top_p=0.9, top_k=7, repetition_penalty=1.1, max_new_tokens=5)
     save_model(random_model(tokenizer, 0), tokenizer, tmp_path, generation=settings)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.generation_config.do_sample
     assert {key: getattr(theirs.generation_config, key) for key in settings.given} == settings.given
     written = theirs.generate(torch.tensor([[tokenizer.bos_id]]))
