@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,13 +14,17 @@ app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 @app.command(cls=StageCommand)
 def show(
     stage: Annotated[str, typer.Argument(help="{stages}")],
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file; a later file overrides earlier ones")] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|NAME", help="config file; a later file overrides earlier ones")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any config key")] = None,
 ) -> None:
     """Print the resolved config as YAML: defaults, the stage's defaults, the files, --set."""
     from minimind_ray.config.load import to_yaml
+    from minimind_ray.config.shipped import find
 
-    print(to_yaml(config_from_flags(stage, config or [], set_ or [], {})), end="")
+    files = [find("config", each).path for each in config or []]  # Only the YAML is printed.
+    print(to_yaml(config_from_flags(stage, files, set_ or [], {})), end="")
 
 
 @app.callback()

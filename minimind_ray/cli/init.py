@@ -40,10 +40,9 @@ README = """\
 Data goes to dataset/, runs to runs/, sweeps to sweeps/. {cluster}
 """
 NO_CLUSTER = "For a cluster: minimind-ray init --cloud aws (gcp, azure, hosts, kubernetes)"
-A_CLUSTER = """Edit the lines of cluster.yaml marked EDIT, then:
-`minimind-ray cluster check`, `ray up cluster.yaml`, `minimind-ray --cluster cluster.yaml demo`"""
-A_KUBERNETES = """Edit the lines of cluster.yaml marked EDIT, then:
-`minimind-ray cluster check`, `kubectl apply -f cluster.yaml`; the image: `{build}`"""
+A_CLUSTER = (
+    "Edit the lines of cluster.yaml marked EDIT, then:\n`minimind-ray cluster check` and `{start} cluster.yaml`."
+)
 
 
 def init(
@@ -60,8 +59,10 @@ def init(
         texts["cluster.yaml"] = cluster_file(cloud)
     if cloud == "aws":
         texts["cluster/aws-account.cfn"] = shipped("cluster/aws-account.cfn").read_text(encoding="utf-8")
+    start = "kubectl apply -f" if cloud == "kubernetes" else "ray up"
+    more = A_CLUSTER.format(start=start) if cloud else NO_CLUSTER
     texts[".gitignore"] = GITIGNORE
-    texts["README.md"] = README.format(name=directory.absolute().name, cluster=_cluster_lines(cloud))
+    texts["README.md"] = README.format(name=directory.absolute().name, cluster=more)
     for name, text in texts.items():
         path = directory / name
         if path.exists():
@@ -70,6 +71,8 @@ def init(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         print(f"wrote  {path}")
+    if cloud == "kubernetes":
+        print(f"the command that builds the image: {image_command()}")
     print(f"next: {'' if directory == Path() else f'cd {directory} && '}minimind-ray demo")
 
 
@@ -93,17 +96,11 @@ def cluster_file(cloud: Cloud) -> str:
     return text
 
 
-def _cluster_lines(cloud: Cloud | None) -> str:
-    from shlex import quote
+def image_command() -> str:
+    """Return the command that builds the image of the Kubernetes cluster from this installation."""
+    from shlex import join
 
     from minimind_ray.config.shipped import PACKAGE, shipped, version
 
-    if cloud is None:
-        return NO_CLUSTER
-    if cloud != "kubernetes":
-        return A_CLUSTER
-    build = (
-        f"docker build -f {quote(str(shipped('cluster/Dockerfile')))} --build-context code={quote(str(PACKAGE))} "
-        f"-t REGISTRY/minimind-ray:{version()} {quote(str(shipped('')))}"
-    )
-    return A_KUBERNETES.format(build=build)
+    docker = ["docker", "build", "-f", str(shipped("cluster/Dockerfile")), "--build-context", f"code={PACKAGE}"]
+    return join([*docker, "-t", f"REGISTRY/minimind-ray:{version()}", str(shipped(""))])

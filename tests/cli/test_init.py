@@ -58,6 +58,6 @@ def test_nodes_get_the_software_of_this_installation(cloud: str) -> None:
 
 
 def test_kubernetes_gets_the_command_that_builds_the_image(command: Command, tmp_path: Path) -> None:
-    assert command("init", tmp_path, "--cloud", "kubernetes").code == 0
-    text = (tmp_path / "README.md").read_text()
-    assert f"docker build -f {shipped('cluster/Dockerfile')} --build-context code={PACKAGE} " in text
+    said = command("init", tmp_path, "--cloud", "kubernetes")
+    assert f"docker build -f {shipped('cluster/Dockerfile')} --build-context code={PACKAGE} " in said.out
+    assert "kubectl apply -f cluster.yaml" in (tmp_path / "README.md").read_text()

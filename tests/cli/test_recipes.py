@@ -69,3 +69,21 @@ def test_version_names_what_a_report_of_a_fault_needs(command: Command) -> None:
     said = command("--version")
     assert said.code == 0 and said.out.startswith("minimind-ray 0.1.0\nPython 3.")
     assert "torch 2." in said.out and "Ray 2." in said.out and "device: " in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("minimind-ray tr", "train"),
+        ("minimind-ray data p", "prepare"),
+        ("minimind-ray train d", "dpo"),
+        ("minimind-ray run z", "zero"),
+        ("minimind-ray tune dpo --bet", "--beta"),
+        ("minimind-ray init --cloud k", "kubernetes"),
+    ],
+)
+def test_bash_completes(command: Command, monkeypatch: pytest.MonkeyPatch, words: str, completed: str) -> None:
+    monkeypatch.setenv("_MINIMIND_RAY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    assert command().out.split() == [completed]
