@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind_ray.cli.main import app
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.shipped import experiments, find, shipped
 from tests.cli.conftest import Command
@@ -82,8 +83,12 @@ def test_version_names_what_a_report_of_a_fault_needs(command: Command) -> None:
         ("minimind-ray init --cloud k", "kubernetes"),
     ],
 )
-def test_bash_completes(command: Command, monkeypatch: pytest.MonkeyPatch, words: str, completed: str) -> None:
+def test_bash_completes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, completed: str
+) -> None:
     monkeypatch.setenv("_MINIMIND_RAY_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
-    assert command().out.split() == [completed]
+    with pytest.raises(SystemExit):
+        app(prog_name="minimind-ray")
+    assert capsys.readouterr().out.split() == [completed]
