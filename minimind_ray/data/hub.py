@@ -168,12 +168,12 @@ def fetch(ref: HubRef, check: Callable[[Path], None] = lambda folder: None) -> P
     Raises:
         UserError: the repository has no model that can be read, refuses the download, or the hub cannot be reached.
     """
-    return _shared(ref, "", partial(_fetch, ref, check))
+    return _shared(ref, "", (*SMALL, "*.safetensors"), partial(_fetch, ref, check))
 
 
 def fetch_tokenizer(ref: HubRef) -> Path:
     """Return the directory with the tokenizer of a pinned model. Raises as `fetch`."""
-    return _shared(ref, "-tokenizer", partial(_snapshot, ref, SMALL))
+    return _shared(ref, "-tokenizer", TOKENIZER, partial(_snapshot, ref, SMALL))
 
 
 def _fetch(ref: HubRef, check: Callable[[Path], None]) -> Path:
@@ -218,26 +218,28 @@ def _snapshot(ref: HubRef, names: Sequence[str], *, bars: bool = False) -> Path:
         return Path(snapshot_download(ref.name, revision=ref.revision, allow_patterns=list(names)))
 
 
-def _shared(ref: HubRef, kind: str, get: Callable[[], Path]) -> Path:
-    """Return `get()`; or its copy in the storage, if there is a storage, which the first process makes."""
+def _shared(ref: HubRef, kind: str, names: Sequence[str], get: Callable[[], Path]) -> Path:
+    """Return the directory `get()`; or, if there is a storage, a copy of these files in it.
+
+    The first process makes the copy.
+    """
     storage = os.environ.get(STORAGE)
     if not storage:
         return get()
     place = join(storage, "hub", ref.name, f"{ref.revision}{kind}")
     if not exists(join(place, FETCHED)):
-        _copy(get(), place)
+        _copy(get(), names, place)
     if mirror := mirror_of(place):
         mirror.pull()
     return copy_of(place)
 
 
-def _copy(folder: Path, place: str) -> None:
+def _copy(folder: Path, names: Sequence[str], place: str) -> None:
     filesystem, root = locate(place)
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            name = file.relative_to(folder).as_posix()
-            with file.open("rb") as source, atomic_output(filesystem, join(root, name)) as copy:
-                shutil.copyfileobj(source, copy, 1 << 22)
+    for file in sorted(file for name in names for file in folder.glob(name)):
+        name = file.relative_to(folder).as_posix()
+        with file.open("rb") as source, atomic_output(filesystem, join(root, name)) as copy:
+            shutil.copyfileobj(source, copy, 1 << 22)
     with atomic_output(filesystem, join(root, FETCHED)) as mark:
         mark.write(b"all files of the hub's model are here\n")
 

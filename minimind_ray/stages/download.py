@@ -24,12 +24,12 @@ def missing_files(recipe: Recipe, configs: Sequence[Config], data_dir: str) -> l
     return [path.relative_to(root).as_posix() for path in names if path.is_relative_to(root) and not path.exists()]
 
 
-def missing_tokenizer(recipe: Recipe) -> Path | None:
-    """Return the recipe's tokenizer directory if it is not here and can be downloaded."""
+def missing_tokenizer(recipe: Recipe, configs: Sequence[Config]) -> Path | None:
+    """Return the recipe's tokenizer directory if a stage uses it, it is not here, and it can be downloaded."""
     if not recipe.download or not recipe.download.tokenizer or not isinstance(recipe.tokenizer, str):
         return None
-    missing = not is_url(recipe.tokenizer) and not Path(recipe.tokenizer).exists()
-    return Path(recipe.tokenizer) if missing and not hub_ref(recipe.tokenizer) else None
+    used = str(Path(recipe.tokenizer).absolute()) in [config.data.tokenizer for config in configs]
+    return Path(recipe.tokenizer) if used and not Path(recipe.tokenizer).exists() else None
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def offering(recipe: Recipe, configs: Sequence[Config], data_dir: str) -> Genera
         yield
     except UserError as error:
         names: list[str] = missing_files(recipe, configs, data_dir)
-        if tokenizer := missing_tokenizer(recipe):
+        if tokenizer := missing_tokenizer(recipe, configs):
             names.append(f"{tokenizer}/")
         if not names:
             raise
@@ -54,7 +54,7 @@ def download(recipe: Recipe, configs: Sequence[Config], data_dir: str, say: Call
     Raises:
         UserError: the hub lacks a file, refuses it, or cannot be reached; or there is too little space on the disk.
     """
-    tokenizer, names = missing_tokenizer(recipe), missing_files(recipe, configs, data_dir)
+    tokenizer, names = missing_tokenizer(recipe, configs), missing_files(recipe, configs, data_dir)
     if recipe.download and names:
         source = data_set(recipe.download.data)
         commit, sizes = file_sizes(source, names)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minimind_ray.data.hub import pin
+from minimind_ray.model.checkpoint import model_fingerprint
 from tests.cli.conftest import Command, Models
 from tests.hub import Hub
 from tests.jobs import rows_of
@@ -58,6 +59,15 @@ def test_a_published_adapter_and_its_base(command: Command, models: Models, hub:
     assert there.out.splitlines()[-1] == here.out.splitlines()[-1]
     unsuited = command("generate", "me/model", "--adapter", "me/adapter", *asked)
     assert unsuited.code == 1 and "not on this model" in unsuited.err
+
+
+def test_a_model_of_the_hub_is_imported(command: Command, models: Models, hub: Hub, tmp_path: Path) -> None:
+    hub.put("me/model", models.base)
+    said = command("import", "hf://me/model", tmp_path / "own", "--tokenizer", "hf://me/model")
+    assert said.code == 0, said.err
+    assert model_fingerprint(tmp_path / "own") == model_fingerprint(models.base)
+    refused = command("import", "me/model", tmp_path / "other", "--heads", 8)
+    assert refused.code == 1 and "me/model is a directory with these settings in its config.json" in refused.err
 
 
 def test_a_mistake_in_a_path_stays_local(

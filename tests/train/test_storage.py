@@ -19,8 +19,13 @@ from typer.testing import CliRunner
 
 from minimind_ray.cli.main import app
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.schema import ModelConfig
 from minimind_ray.data import storage
 from minimind_ray.data.files import locate
+from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.model.checkpoint import model_fingerprint, save_model
+from minimind_ray.model.transformer import Transformer
+from minimind_ray.stages.base import resolve_base
 from minimind_ray.stages.recipe import set_aside
 from minimind_ray.stages.run import Job, run_here
 from minimind_ray.sweep.compare import compare
@@ -29,7 +34,8 @@ from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.bundle import pack, unpack
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory, file_sha256, resolve_model
-from tests.jobs import make_job, start
+from tests.hub import Hub
+from tests.jobs import make_config, make_job, make_tokenizer, start
 from tests.store import Store, names
 from tests.sweep.synthetic import make_sweep
 
@@ -361,3 +367,24 @@ def test_the_comparison_of_a_sweep_in_the_store(store: Store, tmp_path: Path, mo
     assert {name.rpartition("/")[2] for name in names(bucket, "bucket/sweeps/s") if name.endswith(".wandb")} == {
         f"run-{run}.wandb"
     }
+
+
+def test_workers_read_a_model_of_the_hub_from_the_store(
+    store: Store, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.load(make_tokenizer(tmp_path / "tokenizer"))
+    save_model(Transformer(ModelConfig(preset="tiny").shape(tokenizer.vocab_size)), tokenizer, tmp_path / "model")
+    commit = hub.put("me/model", tmp_path / "model")
+    monkeypatch.setenv("MINIMIND_STORAGE", "s3://bucket/mine")
+    config = make_config(tmp_path, "sft", rows=4, init_from="me/model")
+    base = resolve_base(config)
+    assert base and base.hub == config.init_from == f"hf://me/model@{commit}"
+    assert base.where == f"s3://bucket/mine/hub/me/model/{commit}"
+
+    hub.stop()
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "other-machine"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "other-cache"))
+    monkeypatch.setattr("minimind_ray.stages.base._HERE", {})
+    storage._mirror.cache_clear()
+    assert model_fingerprint(base.local()) == base.fingerprint
+    assert resolve_model(config.init_from or "").is_relative_to(tmp_path / "other-machine")
