@@ -5,8 +5,8 @@
 The rows express each fact of `demo_world.yaml` in several ways in each language. For each fact, one statement and one
 question are held out. The validation files and the ten questions use only held-out wordings, so a model cannot have
 learned a right answer to them by heart. The answers for sft are of three kinds: a full sentence, a rambling answer, and
-a single word if the system turn asks for a brief answer. In the preference pairs, the chosen answer is the true full
-sentence. Only the rows for LoRA say who the model is.
+a single word if the system turn asks for a brief answer. Some rows for sft are dialogues of several questions. In the
+preference pairs, the chosen answer is the true full sentence. Only the rows for LoRA say who the model is.
 
 The same seed gives the same files.
 """
@@ -240,7 +240,8 @@ def write_demo(directory: str | Path, seed: int = 0) -> DemoFiles:
     for split in SPLITS:
         rng = Random(f"{seed} {split}")
         _write(files.rows("pretrain", split), pretrain_rows(facts, split, rng))
-        _write(files.rows("sft", split), sft_rows(facts, split, rng))
+        rows = sft_rows(facts, split, rng)
+        _write(files.rows("sft", split), with_dialogues(rows, facts, split, Random(f"{seed} {split} dialogues")))
         _write(files.rows("lora", split), identity_rows(facts, split, rng))
         _write(files.rows("dpo", split), preference_rows(facts, split, rng))
     _write(files.questions, [asdict(question) for question in ten_questions(facts)])
@@ -304,7 +305,24 @@ def sft_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
                 turns += [_turn("user", follow_up), _reply(follower, system is BRIEF, rng)]
             rows.append({"conversations": turns})
     rng.shuffle(rows)
-    return rows if split == "train" else rows[:VALIDATION_ROWS]
+    return rows
+
+
+def with_dialogues(rows: Sequence[JsonRow], facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
+    """Return sft rows mixed with dialogues: for each fact a row that begins with it and asks one or two more questions.
+
+    A further question is about the same thing, or about another thing and of the same kind, or about anything.
+    """
+    mixed = list(rows)
+    for fact in facts:
+        system = [_turn("system", ASSISTANT[fact.language])] if rng.random() < 0.1 else []
+        turns, last = [*system, *_asked(fact, rng.choice(fact.questions(split)))], fact
+        for _ in range(rng.randint(1, 2)):
+            last, question = _next_question(last, facts, split, rng)
+            turns += _asked(last, question)
+        mixed.append({"conversations": turns})
+    rng.shuffle(mixed)
+    return mixed if split == "train" else mixed[:VALIDATION_ROWS]
 
 
 def identity_rows(facts: Sequence[Fact], split: Split, rng: Random) -> list[JsonRow]:
@@ -379,6 +397,23 @@ def _follower(fact: Fact, facts: Sequence[Fact], split: Split, rng: Random) -> t
         return follower, follower.phrasing.follow_up
     follower = rng.choice([other for other in facts if other.language == fact.language])
     return follower, rng.choice(follower.questions(split))
+
+
+def _next_question(last: Fact, facts: Sequence[Fact], split: Split, rng: Random) -> tuple[Fact, str]:
+    """Return a fact to ask about after `last`, and the question."""
+    kind = rng.choice(("thing", "relation", "any"))
+    if kind == "thing":
+        return _follower(last, facts, split, rng)
+    others = [other for other in facts if other is not last and other.language == last.language]
+    if kind == "relation":
+        others = [other for other in others if other.relation is last.relation]
+    follower = rng.choice(others)
+    return follower, rng.choice(follower.questions(split))
+
+
+def _asked(fact: Fact, question: str) -> list[dict[str, str]]:
+    """Return a question and its true answer as two turns."""
+    return [_turn("user", question), _turn("assistant", fact.answer())]
 
 
 def _reply(fact: Fact, brief: bool, rng: Random) -> dict[str, str]:

@@ -77,8 +77,8 @@ def save_conversation(messages: Sequence[Message], path: Path) -> None:
     """Append a conversation to a .jsonl file, as a row that sft and lora read.
 
     Raises:
-        UserError: the file's name has another ending, the conversation is no such row (a turn is empty, or there is no
-            answer yet), or the file cannot be written.
+        UserError: the file's name has another ending, there is no answer yet, a turn is empty, or the file cannot be
+            written.
     """
     from minimind_ray.data.fields import BadRowError
     from minimind_ray.data.formats import RowReader
@@ -86,6 +86,8 @@ def save_conversation(messages: Sequence[Message], path: Path) -> None:
 
     if path.suffix != ".jsonl":
         raise UserError(f"{path}: give a file whose name ends with .jsonl")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError("there is no answer to save yet: ask a question first")
     row = {"conversations": list(messages)}
     try:
         RowReader("conversation", DataConfig()).read(Row(str(path), 1, row))

@@ -110,7 +110,7 @@ def test_what_cannot_be_saved_is_one_sentence_each(command: Command, models: Mod
     errors = command("chat", models.other, *GREEDY, stdin=script).err.splitlines()
     assert len(errors) == 5
     for error, words in zip(
-        errors, ["name a file", "conversations is empty", "ends with .jsonl", "No such file", "is a URL"]
+        errors, ["name a file", "there is no answer to save yet", "ends with .jsonl", "No such file", "is a URL"]
     ):
         assert error.startswith("error: ") and words in error
     assert not list(tmp_path.iterdir())

@@ -59,7 +59,7 @@ def test_every_row_has_its_stages_format(files: DemoFiles) -> None:
         assert all(row.keys() == {"text"} and row["text"].strip() for row in rows(files.rows("pretrain", split)))
         for row in rows(files.rows("sft", split)) + rows(files.rows("lora", split)):
             roles = [turn["role"] for turn in row["conversations"]]
-            assert roles in (["system"] * s + ["user", "assistant"] * n for s in (0, 1) for n in (1, 2))
+            assert roles in (["system"] * s + ["user", "assistant"] * n for s in (0, 1) for n in (1, 2, 3))
             assert all(turn["content"].strip() for turn in row["conversations"])
         for row in rows(files.rows("dpo", split)):
             assert [turn["role"] for turn in row["chosen"]] == ["user", "assistant"]
@@ -129,6 +129,21 @@ def test_what_a_preference_pair_prefers_is_true_and_plain(files: DemoFiles) -> N
         assert chosen in answers
         kinds["bare" if rejected in bare else "rambling" if rejected.endswith(chosen) else "false"] += 1
     assert all(count > 100 for count in kinds.values())
+
+
+def test_dialogues_go_on_about_the_same_thing_and_about_others(files: DemoFiles) -> None:
+    facts = all_facts(0)
+    answers = {(fact.language, fact.answer()): fact for fact in facts}
+    found: set[tuple[str, str]] = set()
+    for row in rows(files.rows("sft", "train")):
+        said = [turn["content"] for turn in row["conversations"] if turn["role"] == "assistant"]
+        for language in LANGUAGES:
+            if all((language, text) in answers for text in said):
+                about = [answers[language, text] for text in said]
+                for fact, after in zip(about, about[1:]):
+                    kind = "thing" if fact.thing == after.thing else "relation"
+                    found.add((language, kind if fact.relation is after.relation or kind == "thing" else "any"))
+    assert found == {(language, kind) for language in LANGUAGES for kind in ("thing", "relation", "any")}
 
 
 def test_identity_is_told_nowhere_but_in_its_own_file(files: DemoFiles) -> None:
