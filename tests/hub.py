@@ -6,6 +6,7 @@ fixture `hub` of tests/conftest.py sends `huggingface_hub` here; `server.environ
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -29,6 +30,8 @@ class Repo:
     commits: dict[str, Files] = field(default_factory=dict[str, Files])
     refs: dict[str, str] = field(default_factory=dict[str, str])
     gated: bool = False
+    private: bool = False
+    messages: list[str] = field(default_factory=list[str])
 
     def commit(self, files: Files, branch: str = "main") -> str:
         """Make a commit that has exactly these files, and return its id."""
@@ -42,7 +45,9 @@ class Hub:
     """The server. `requests` are "METHOD /path".
 
     `status` answers every request with this status. `cut` ends each large download after half of its bytes, once for
-    each file. `slow` waits so many seconds before each answer. `token` is the only one that may read.
+    each file. `slow` waits so many seconds before each answer. `token` is the only one that may read or write.
+    `refused` has the statuses of single requests, by a part of `METHOD /path`. `user` owns the repositories that are
+    made without an owner, and `large` has the large files that were uploaded.
     """
 
     def __init__(self) -> None:
@@ -52,6 +57,7 @@ class Hub:
         self.stopped = False
         self.cut, self.slow, self.token = False, 0.0, ""
         self.cut_already = set[str]()
+        self.user, self.large, self.refused = "me", dict[str, bytes](), dict[str, int]()
         handler = type("Handler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
@@ -95,11 +101,15 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length)
         time.sleep(self.hub.slow)
+        refused = (status for part, status in self.hub.refused.items() if part in f"{self.command} {path}")
         if self.hub.stopped:  # A connection that was open already: its thread outlives the server.
             self.close_connection = True
-        elif self.hub.status:
-            self.refuse(self.hub.status)
-        elif self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        elif status := self.hub.status or next(refused, None):
+            self.refuse(status)
+        # Large files are sent to an address that needs no token.
+        elif (
+            self.hub.token and self.command != "PUT" and self.headers.get("Authorization") != f"Bearer {self.hub.token}"
+        ):
             self.refuse(401, "RepoNotFound")
         else:
             self.answer(self.command.replace("HEAD", "GET"), path)
@@ -176,7 +186,8 @@ def info(handler: Handler, found: re.Match[str]) -> None:
     repo = handler.repo(found["kind"], found["name"])
     if repo and (commit := handler.files(repo, found["revision"] or "main")):
         files = [{"rfilename": name, "size": len(content)} for name, content in commit[1].items()]
-        handler.json({"id": found["name"], "sha": commit[0], "gated": repo.gated, "siblings": files})
+        facts = {"gated": repo.gated, "private": repo.private}
+        handler.json({"id": found["name"], "sha": commit[0], **facts, "siblings": files})
 
 
 @route("GET", rf"/(?:(?P<kind>datasets)/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -208,3 +219,71 @@ def send(handler: Handler, sha: str, content: bytes, path: str) -> None:
         content = content[: whole // 2]
         handler.close_connection = True
     handler.reply(content, 206 if wanted else 200, {**headers, "Content-Length": str(whole)})
+
+
+@route("POST", "/api/validate-yaml")
+def validate(handler: Handler, found: re.Match[str]) -> None:
+    handler.json({"errors": [], "warnings": []})
+
+
+@route("POST", "/api/repos/create")
+def create(handler: Handler, found: re.Match[str]) -> None:
+    asked = json.loads(handler.body)
+    name = f"{asked['organization'] or handler.hub.user}/{asked['name']}"
+    exists = f"models/{name}" in handler.hub.repos
+    repo = handler.hub.repos.setdefault(f"models/{name}", Repo())
+    if not exists:
+        repo.private = bool(asked.get("private") or asked.get("visibility") == "private")
+        repo.commit({".gitattributes": b""})
+    handler.json({"url": f"{handler.hub.endpoint}/{name}"}, 409 if exists else 200)
+
+
+@route("POST", rf"/api/models/{REPO}/branch/(?P<branch>[^/]+)")
+def make_branch(handler: Handler, found: re.Match[str]) -> None:
+    if repo := handler.repo("models", found["name"]):
+        if found["branch"] in repo.refs:
+            handler.refuse(409)
+        else:
+            repo.refs[found["branch"]] = repo.refs["main"]
+            handler.json({})
+
+
+@route("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)")
+def preupload(handler: Handler, found: re.Match[str]) -> None:
+    files = [file["path"] for file in json.loads(handler.body)["files"]]
+    modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in files}
+    handler.json({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
+
+
+@route("POST", rf"/{REPO}\.git/info/lfs/objects/batch")
+def large_files(handler: Handler, found: re.Match[str]) -> None:
+    def action(file: dict[str, Any]) -> dict[str, Any]:
+        return {**file, "actions": {"upload": {"href": f"{handler.hub.endpoint}/large/{file['oid']}"}}}
+
+    handler.json({"transfer": "basic", "objects": [action(file) for file in json.loads(handler.body)["objects"]]})
+
+
+@route("PUT", r"/large/(?P<oid>\w+)")
+def large_file(handler: Handler, found: re.Match[str]) -> None:
+    assert hashlib.sha256(handler.body).hexdigest() == found["oid"]
+    handler.hub.large[found["oid"]] = handler.body
+    handler.json({})
+
+
+@route("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)")
+def commit(handler: Handler, found: re.Match[str]) -> None:
+    repo = handler.repo("models", found["name"])
+    if not repo or not (before := handler.files(repo, found["revision"])):
+        return
+    files = dict(before[1])
+    for line in map(json.loads, handler.body.splitlines()):
+        value = line["value"]
+        if line["key"] == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+            files[value["path"]] = handler.hub.large[value["oid"]]
+        elif line["key"] == "header":
+            repo.messages.append(value["summary"])
+    sha = repo.commit(files, found["revision"])
+    address = f"{handler.hub.endpoint}/{found['name']}/commit/{sha}"
+    handler.json({"commitUrl": address, "commitOid": sha, "success": True})

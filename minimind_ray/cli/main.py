@@ -23,6 +23,7 @@ from minimind_ray.cli import (
     init,
     jobs,
     lora,
+    push,
     recipes,
     runs,
     tokenizer,
@@ -57,6 +58,7 @@ app.command("chat")(chat.chat)
 app.command("eval", cls=evaluate.EvalCommand)(evaluate.evaluate_)
 app.command("import")(transfer.import_)
 app.command("export")(transfer.export)
+app.command("push")(push.push)
 app.command("doctor")(doctor.doctor)
 app.command("runs")(runs.runs)
 app.command("jobs")(jobs.jobs)

@@ -5,6 +5,7 @@ A model of the hub is written hf://OWNER/NAME, hf://OWNER/NAME@REVISION, or OWNE
     hub_ref    recognises such a name
     pin        asks the hub once which commit the name means now: hf://OWNER/NAME@COMMIT
     fetch      downloads that commit's model, and returns the directory
+    upload     sends files to a repository
 
 Only JSON, chat templates and safetensors are downloaded, so nothing that is downloaded can run code. The library's own
 settings hold: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. Where MINIMIND_STORAGE is set, the first
@@ -18,7 +19,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
@@ -374,3 +375,88 @@ def download_file(source: HubRef, name: str, folder: Path) -> None:
 def size_text(size: int) -> str:
     """Return a number of bytes as text, such as 1.2 GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def require_token() -> None:
+    """Check that there is a token, without which nothing can be uploaded.
+
+    Raises:
+        UserError: there is no token.
+    """
+    import huggingface_hub
+
+    if not huggingface_hub.get_token():
+        raise UserError(
+            f"there is no token for {huggingface_hub.constants.ENDPOINT}: set HF_TOKEN, or use hf auth login, with a "
+            "token that may write"
+        )
+
+
+def upload(repo: str, files: Mapping[str, Path | bytes], *, private: bool, revision: str | None, message: str) -> str:
+    """Upload files to a model's repository in one commit, and return the commit's address.
+
+    `files` has a local path or the content for each name in the repository. The repository and the branch `revision`
+    are made if there are none. Files that the repository has already are not sent again.
+
+    Raises:
+        UserError: the hub refuses it, has no such owner, or cannot be reached; or the repository is public although
+            `private` is given.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    api = _api()
+    additions = [CommitOperationAdd(name, str(c) if isinstance(c, Path) else c) for name, c in files.items()]
+    with _upload_errors(repo), _progress_bars(sys.stderr.isatty()):
+        # None: the owner's own default holds for a new repository.
+        _patiently(partial(api.create_repo, repo, private=private or None, exist_ok=True))
+        if private and not _patiently(partial(api.model_info, repo, timeout=TIMEOUT)).private:
+            raise UserError(f"{repo} exists and is public: make it private in its settings, or leave --private out")
+        if revision:
+            _patiently(partial(api.create_branch, repo, branch=revision, exist_ok=True))
+        commit = partial(api.create_commit, repo, additions, commit_message=message, revision=revision)
+        return str(_patiently(commit).commit_url)
+
+
+@contextmanager
+def _upload_errors(repo: str) -> Generator[None]:
+    """Turn an error of the library during an upload into a UserError that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _upload_sentence(repo, error) from None
+
+
+def _upload_sentence(repo: str, error: BaseException) -> Exception:
+    from huggingface_hub import constants, errors
+
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # The library hides the hub's answer behind "Error while uploading".
+    hub, status = constants.ENDPOINT, getattr(getattr(error, "response", None), "status_code", None)
+    owner = repo.partition("/")[0]
+    if constants.HF_HUB_OFFLINE or isinstance(error, errors.OfflineModeIsEnabled):
+        return UserError(f"{repo} cannot be uploaded while HF_HUB_OFFLINE is set")
+    if isinstance(error, ValueError) and "Invalid metadata" in str(error):
+        return UserError(f"{hub} refuses the header of README.md: {one_line(error)}")
+    reasons = {
+        401: f"{hub} does not accept your token: check HF_TOKEN, or use hf auth login",
+        403: f"your token may not write there: check the name of the owner, {owner}, and the rights of the token",
+        404: f"{hub} has no user or organisation {owner}, or your token may not see it: check --repo",
+        409: "somebody else is changing the repository: try again",
+        429: f"{hub} allows no more requests for now: wait, and try again",
+    }
+    if status in reasons:
+        return UserError(f"{repo}: {reasons[status]} (status {status})")
+    if status and status < 500:
+        return UserError(f"{repo}: {hub} refuses the upload (status {status}): {one_line(error)}")
+    if status:
+        return UserError(f"{repo}: {hub} answered with status {status}: try again later")
+    if isinstance(error, errors.HFValidationError):
+        return UserError(f"{repo} is not a name of the hub: write OWNER/NAME")
+    if isinstance(error, OSError) and error.errno in DISK:
+        return error
+    return UserError(
+        f"{repo}: {hub} cannot be reached, or the upload was cut ({one_line(error)}): check the network, and give the "
+        "same command again"
+    )
