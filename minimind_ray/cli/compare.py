@@ -11,7 +11,7 @@ from minimind_ray.config.errors import UserError
 
 MarginOption = Annotated[
     float | None,
-    typer.Option(metavar="M", help="call points equal that differ by less than M; default: the sweep's own margin"),
+    typer.Option(metavar="M", help="call points equal that differ by less than M, 0: none; default: the sweep's own"),
 ]
 
 
@@ -34,7 +34,8 @@ def compare(
     from minimind_ray.sweep.export import to_json, to_records
     from minimind_ray.sweep.trials import read_sweeps
 
-    comparison = compare_sweeps(read_sweeps(sweeps), metric=metric, mode=mode, margin=margin)
+    opened = read_sweeps(sweeps)
+    comparison = compare_sweeps(opened, metric=metric, mode=mode, margin=margin)
     if json:
         import json as json_
 
@@ -47,9 +48,15 @@ def compare(
         writer.writeheader()
         writer.writerows(records)
     else:
+        from minimind_ray.data.storage import url_of
         from minimind_ray.display.comparison import print_comparison
+        from minimind_ray.sweep.resume import seeds_commands
 
         print_comparison(comparison)
+        if len(opened) == 1:
+            own = comparison.metric == opened[0].info.metric
+            for command in seeds_commands(comparison, url_of(opened[0].path), ranked=own):
+                print(command)
 
 
 def report(

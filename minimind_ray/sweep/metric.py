@@ -18,15 +18,19 @@ def judged_by(
 ) -> tuple[str, Mode, float]:
     """Return the metric, its mode and the margin of a comparison: as given, or else the sweeps' own.
 
-    A stage's metric may be given without its "val/". Other columns of validation.parquet need a mode.
+    A stage's metric may be given without its "val/". Other columns of validation.parquet need a mode. The margin 0
+    means none.
 
     Raises:
-        UserError: a value is wrong, the mode is missing, or the sweeps do not agree on what is not given.
+        UserError: a value is wrong, the mode is missing or contradicts a stage's metric, or the sweeps do not agree on
+            what is not given.
     """
     if mode is not None and mode not in get_args(Mode):
         raise UserError(f"mode {mode}: give min if less of the metric is better, or max if more is better")
-    if margin is not None and not (margin > 0 and math.isfinite(margin)):
-        raise UserError(f"margin {margin:g}: give a number above 0, in units of the metric, such as 0.01")
+    if margin is not None and not (margin >= 0 and math.isfinite(margin)):
+        raise UserError(
+            f"margin {margin:g}: give a number above 0, in units of the metric, such as 0.01; or 0 for no margin"
+        )
     if margin is None:
         margin = _common_margin(sweeps)
     if metric is None:
@@ -35,7 +39,12 @@ def judged_by(
         return *_common_metric(sweeps), margin
     known = STAGES[sweeps[0].info.stage].metrics
     name = f"val/{metric}" if f"val/{metric}" in known else metric
-    found = mode or known.get(name)
+    found = known.get(name, mode)
+    if mode not in (None, found):
+        raise UserError(
+            f"mode {mode} contradicts metric {name}: {'smaller' if found == 'min' else 'larger'} values of it are "
+            f"better; leave out the mode, or give {found}"
+        )
     if found is None:
         raise UserError(f"metric {metric} needs a mode: min if less of it is better, or max if more is better")
     return name, "min" if found == "min" else "max", margin

@@ -210,11 +210,12 @@ def _is_value(text: str, value: Any) -> bool:
     return False
 
 
-def seeds_commands(comparison: Comparison, path: str) -> list[str]:
+def seeds_commands(comparison: Comparison, path: str, *, ranked: bool = True) -> list[str]:
     """Return sentences with the commands that would decide pairs of points by more seeds, and what they take.
 
     They are about the same pairs as `more_texts`, except those that no number of seeds would decide. `path` is the
-    directory or URL of the comparison's only sweep.
+    directory or URL of the comparison's only sweep. The points are named by their rank, as far as there are words for
+    it, unless `ranked` is False because the sweep itself is judged by another metric.
     """
     rows = [row for row in comparison.rows if row.compared]
     if any(trial.lineage for row in rows for trial in row.trials):
@@ -224,20 +225,24 @@ def seeds_commands(comparison: Comparison, path: str) -> list[str]:
         if more.seeds is None or any(labels.count(label) != 1 for label in more.pair):
             continue
         chosen = sorted(labels.index(label) for label in more.pair)
-        points = ",".join(_point_text(rows[rank].trials[0].point, rank) for rank in chosen)
+        texts = [_point_text(rows[rank].trials[0].point, rank if ranked else None) for rank in chosen]
+        points = [",".join(texts)] if ranked else texts
         time = "" if more.seconds is None else f", {duration_text(more.seconds)} more training"
         price = "" if more.cost is None else f" for {more.cost:.2f}"
         found.append(
             f"{more.seeds} seeds of {' and '.join(more.pair)}{time}{price}: "
-            f"minimind-ray tune --resume {quote(path)} --seeds {more.seeds} --points {quote(points)}"
+            f"minimind-ray tune --resume {quote(path)} --seeds {more.seeds}"
+            + "".join(f" --points {quote(text)}" for text in points)
         )
     return found
 
 
-def _point_text(point: Mapping[str, Any], rank: int) -> str:
-    """Return the text that `chosen_points` reads: the rank, or the values on the axes."""
+def _point_text(point: Mapping[str, Any], rank: int | None) -> str:
+    """Return the text that `chosen_points` reads: the rank if it is given, or the values on the axes."""
+    if rank is not None and rank < len(RANKS):
+        return RANKS[rank]
     names = short_names(list(point))
-    return RANKS[rank] if rank < len(RANKS) else ",".join(f"{names[k]}={value_text(v)}" for k, v in point.items())
+    return ",".join(f"{names[k]}={value_text(v)}" for k, v in point.items())
 
 
 def _require_on_axes(point: Mapping[str, Any], axes: Sequence[Axis], path: Path) -> None:

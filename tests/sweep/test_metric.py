@@ -16,6 +16,7 @@ from minimind_ray.cli.compare import compare as compare_command
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.search import search_config
 from minimind_ray.sweep.compare import compare
+from minimind_ray.sweep.table import More
 from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_sweep
 
@@ -61,7 +62,29 @@ def test_a_column_is_averaged_over_examples_and_a_stages_metric_over_tokens(tmp_
     assert row.metric and row.metric.value == pytest.approx(columns["loss"].sum() / columns["count"].sum())
 
 
+def test_the_direction_of_a_users_column_is_said(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare_command([str(sweep)], metric="score", mode="max")
+    assert "240 validation examples. Larger values of score are better. Intervals" in capsys.readouterr().out
+    compare_command([str(sweep)], metric="score", mode="min")
+    assert "Smaller values of score are better." in capsys.readouterr().out
+    compare_command([str(sweep)], metric="loss")
+    assert "are better" not in capsys.readouterr().out
+
+
+def test_the_command_for_more_seeds_names_points_that_tune_knows(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [More(("beta 0.1", "beta 0.3"), 7, None, "", None, None)]
+    monkeypatch.setattr("minimind_ray.sweep.compare._more", lambda *_: more)
+    compare_command([str(sweep)])
+    assert capsys.readouterr().out.endswith(f"--resume {sweep} --seeds 7 --points best,second\n")
+    # By another metric, another point may be the best.
+    compare_command([str(sweep)], metric="score", mode="max")
+    assert capsys.readouterr().out.endswith("--seeds 7 --points beta=0.3 --points beta=0.1\n")
+
+
 def test_a_stages_metric_has_its_own_mode(sweep: Path) -> None:
+    assert compare([read_sweep(sweep)], metric="margin", mode="max").mode == "max"
     for name in ("margin", "val/margin"):
         comparison = compare([read_sweep(sweep)], metric=name)
         assert (comparison.metric, comparison.mode) == ("val/margin", "max")
@@ -74,7 +97,11 @@ def test_a_stages_metric_has_its_own_mode(sweep: Path) -> None:
         ({"metric": "scor", "mode": "max"}, r"has no scor .* by another metric: .*score"),
         ({"metric": "score", "mode": "most"}, "mode most: give min if less"),
         ({"mode": "max"}, "mode max needs a metric"),
-        ({"margin": 0.0}, "margin 0: give a number above 0"),
+        (
+            {"metric": "val/loss", "mode": "max"},
+            "mode max contradicts metric val/loss: smaller values of it are better",
+        ),
+        ({"metric": "accuracy", "mode": "min"}, "mode min contradicts metric val/accuracy: larger values"),
         ({"margin": -0.1}, "margin -0.1: give a number above 0"),
         ({"margin": float("nan")}, "margin nan: give a number above 0"),
     ],
@@ -91,6 +118,7 @@ def test_the_margin_is_the_sweeps_own_unless_it_is_given(tmp_path: Path) -> None
     (path / "sweep.json").write_text(json.dumps({**content, "margin": 0.02}))
     assert compare([read_sweep(path)]).margin == 0.02
     assert compare([read_sweep(path)], margin=0.5).margin == 0.5
+    assert compare([read_sweep(path)], margin=0.0).margin == 0
     other = read_sweep(make_sweep(tmp_path / "b", axes={"dpo.beta": "0.1,0.3"}, steps=10))
     with pytest.raises(UserError, match=r"the sweeps have the margins 0, 0.02: give a margin"):
         compare([read_sweep(path), other])
