@@ -266,7 +266,8 @@ def _keys(cluster: ClusterFile) -> Iterator[Finding]:
     module, extra = SDKS.get(cluster.provider, (None, None))
     if module and not _installed(module):
         yield Finding(
-            f"`ray up` needs {module} for {cluster.provider}, which is not installed here", f"pip install '.[{extra}]'"
+            f"`ray up` needs {module} for {cluster.provider}, which is not installed here",
+            f"pip install 'minimind-ray[{extra}]'",
         )
 
 
@@ -443,7 +444,10 @@ def _kuberay_rules(cluster: ClusterFile) -> Iterator[Finding]:
     for name, image in images.items():
         yield from _image(image, name)
     if any(image.startswith("REGISTRY/") for image in images.values()):
-        yield Finding("the image is still that of the example", "build cluster/Dockerfile, push it, and name it here")
+        yield Finding(
+            "the image is still that of the example",
+            "build it (`minimind-ray init --cloud kubernetes` prints the command), push it, and name it here",
+        )
     if len(set(images.values())) > 1:
         yield Finding(
             f"head and workers have different images: {', '.join(sorted(set(images.values())))}",

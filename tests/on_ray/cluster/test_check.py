@@ -217,7 +217,7 @@ def test_token_and_keys_have_to_be_there_and_private(home: Path, check: Check) -
 def test_the_cloud_package_has_to_be_there(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
     monkeypatch.setattr(cluster_check, "_installed", lambda module: False)
     (finding,) = check(edited("cluster/azure.yaml"))
-    assert finding.fix == "pip install '.[azure]'"
+    assert finding.fix == "pip install 'minimind-ray[azure]'"
 
 
 @pytest.mark.parametrize(
