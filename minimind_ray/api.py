@@ -25,6 +25,7 @@ from minimind_ray.config.flags import config_flags, overrides_of
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import GenerationConfig
 from minimind_ray.config.search import SearchConfig
+from minimind_ray.config.shipped import find
 from minimind_ray.train.run import RunDirectory, resolve_model
 
 if TYPE_CHECKING:
@@ -245,7 +246,8 @@ def tune(
         values, varied = settings_and_axes(given)
         files, trees = _configs(config)
         plan = SweepRequest(
-            stage=stage, file=sweep, config=files, trees=trees, settings=values, search=search,
+            stage=stage, file=find("sweep", sweep).path if sweep else None, config=files, trees=trees, settings=values,
+            search=search,
             axes=[*varied, *(parse_axis(key, spec) for key, spec in (axes or {}).items())],
             out=None if out is None else str(out), gpus_per_trial=gpus_per_trial,
         ).plan()  # fmt: skip
@@ -301,11 +303,11 @@ def _configs(config: Configs | None) -> tuple[list[str | Path], dict[str, Mappin
     if isinstance(config, Mapping):
         return [], {"config": config}
     files = [config] if isinstance(config, str | Path) else config
-    wanted = "a mapping of settings, or the paths of YAML files"
+    wanted = "a mapping of settings, or the paths or names of YAML files"
     _require("config", files, list | tuple, wanted)
     for file in files:
         _require("config", file, str | Path, wanted)
-    return list(files), {}
+    return [find("config", file).path for file in files], {}
 
 
 def _require(name: str, value: Any, kinds: Any, wanted: str) -> None:

@@ -102,8 +102,12 @@ def test_values_of_a_wrong_kind_are_one_sentence(tmp_path: Path, monkeypatch: py
         train(wrong)
     for config in (5, [5]):
         wrong = config
-        with pytest.raises(UserError, match=r"config is .*5.*: give a mapping of settings, or the paths of YAML files"):
+        with pytest.raises(
+            UserError, match=r"config is .*5.*: give a mapping of settings, or the paths or names of YAML files"
+        ):
             train("pretrain", config=wrong)
+    with pytest.raises(UserError, match="nosuch: there is no file nosuch or nosuch.yaml here, and no config"):
+        train("pretrain", config="nosuch")
     wrong = ["optim.lr"]
     with pytest.raises(UserError, match="axes is .*: give a mapping"):
         tune("sft", axes=wrong)
