@@ -111,7 +111,16 @@ def crossed(
 
 def unequal_seeds(rng: Rng) -> Simulated:
     """Four points with three seeds, of which two trials were lost; the seed's effect on all points is large."""
-    sweep = crossed(rng, [2.0, 2.1, 2.1, 2.1], seeds=3, common=0.3)
+    return _with_lost_trials(rng, crossed(rng, [2.0, 2.1, 2.1, 2.1], seeds=3, common=0.3))
+
+
+def odd_and_unequal(rng: Rng) -> Simulated:
+    """Four equal points as in `odd`, with lost trials and effects of the seeds as in `unequal_seeds`."""
+    return _with_lost_trials(rng, odd(4, 3, common=0.3)(rng))
+
+
+def _with_lost_trials(rng: Rng, sweep: Simulated) -> Simulated:
+    """Return a sweep of 4 points with 3 seeds without one trial of the first point, and one of another point."""
     keep_T = np.ones(12, bool)
     keep_T[[rng.integers(3), 3 + rng.integers(9)]] = False
     return sweep.kept(keep_T)
@@ -149,10 +158,10 @@ def asha(points: int, seeds: int, **options: Any) -> Callable[[Rng], Simulated]:
     return simulate
 
 
-def odd(points: int, seeds: int) -> Callable[[Rng], Simulated]:
-    """Equal points, of which one varies over seeds six times as much as the others."""
-    own = [0.3, *[0.05] * (points - 1)]
-    return lambda rng: replace(crossed(rng, [2.0] * points, seeds=seeds, own=own, noise=0.1), odd=1)
+def odd(points: int, seeds: int, odd: int = 1, **options: Any) -> Callable[[Rng], Simulated]:
+    """Equal points, of which the first `odd` vary over seeds six times as much as the others."""
+    own = [*[0.3] * odd, *[0.05] * (points - odd)]
+    return lambda rng: replace(crossed(rng, [2.0] * points, seeds=seeds, own=own, noise=0.1, **options), odd=odd)
 
 
 def diverged(points: int, seeds: int) -> Callable[[Rng], Simulated]:
@@ -181,6 +190,11 @@ KINDS: dict[str, Callable[[Rng], Simulated]] = {
     "one odd point of 8, 2 seeds": odd(8, 2),
     "one odd point of 8, 3 seeds": odd(8, 3),
     "one odd point of 8, 5 seeds": odd(8, 5),
+    "one odd point of 4, two lost trials, 3 seeds": odd_and_unequal,
+    "two odd points of 8, 3 seeds": odd(8, 3, odd=2),
+    "8 points, spreads 0.02 to 0.3, 3 seeds": lambda rng: crossed(
+        rng, [2.0] * 8, seeds=3, own=np.geomspace(0.02, 0.3, 8).tolist(), noise=0.1
+    ),
     "one diverged seed of 4 points, 2 seeds": diverged(4, 2),
     "one diverged seed of 4 points, 3 seeds": diverged(4, 3),
     "4 equal points, 1 seed": lambda rng: crossed(rng, [2.0] * 4, seeds=1, own=0.05),
@@ -195,6 +209,7 @@ KINDS: dict[str, Callable[[Rng], Simulated]] = {
     "ASHA, 16 points, 1 seed": asha(16, 1),
     "ASHA, 4 points, 3 seeds": asha(4, 3),
     "ASHA, 4 equal points, 3 seeds": asha(4, 3, spread=0.0, own=0.1),
+    "ASHA, 4 equal points, 12 seeds": asha(4, 12, spread=0.0, own=0.1),
 }  # fmt: skip
 
 
