@@ -74,10 +74,10 @@ def headline_text(comparison: Comparison) -> str:
     if headline is None or headline.low is None:
         return ""
     assert judged[0].metric
-    digits = comparison.digits
-    measured, corrected = f"{judged[0].metric.value:.{digits}f}", f"{headline.value:.{digits}f}"
-    if measured == corrected:
+    digits, value = comparison.digits, judged[0].metric.value
+    if abs(headline.value - value) < 0.5 * 10**-digits:
         return ""
+    measured, corrected = f"{value:.{digits}f}", f"{headline.value:.{digits}f}"
     return (
         f"The measured value of the best point, {measured}, is optimistic, because the point was picked from "
         f"{len(judged)}; corrected for this: {corrected}, 95 % interval {headline.text(digits)}."

@@ -150,7 +150,8 @@ def _few(results: Results) -> list[str]:
     if examples < LEAST_CLUSTERS:
         return [f"{examples} validation example(s) are too few to compare points: {advice}."]
     if clusters < LEAST_CLUSTERS:
-        return [f"{examples:,} validation examples of only {clusters} {noun} are too few to compare points: {advice}."]
+        few = f"their number of {noun} is only {clusters}"
+        return [f"{examples:,} validation examples are too few to compare points, because {few}: {advice}."]
     if clusters < FEW_CLUSTERS:
         return [f"Only {clusters} {noun}: the intervals are rough. For better intervals, {advice}."]
     return []

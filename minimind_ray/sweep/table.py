@@ -20,6 +20,8 @@ DIFFERS = "differs on these examples"
 Verdict = str
 """One of "best", "better", "worse", "not distinguishable", "equal within M" (with a margin M), and DIFFERS with a
 reason."""
+MOST_DIGITS = 12
+"""More decimals are not shown: floats near 1 have 15 digits, and the last ones of a sum are rounding."""
 LEAST_CLUSTERS = 5
 """With fewer clusters the intervals are too narrow. In simulations with 4 equal points, all intervals together held the
 truth in 92 % of cases with 5 clusters, in 80 % with 3, and in 70 % with 2."""
@@ -126,7 +128,7 @@ class Comparison:
         intervals = [i for row in self.rows for i in (row.metric, row.difference) if i]
         widths = [(i.high - i.low) / 2 for i in intervals if i.low is not None and i.high is not None]
         narrowest = min((w for w in widths if w > 0), default=1e-3)
-        return min(max(1 - math.floor(math.log10(narrowest)), 2), 6)
+        return min(max(1 - math.floor(math.log10(narrowest)), 2), MOST_DIGITS)
 
 
 def only_models(rows: Iterable[Row]) -> str:

@@ -416,7 +416,7 @@ def test_examples_of_one_prompt_count_as_one_cluster(tmp_path: Path) -> None:
     none = make_sweep(tmp_path / "none", axes={"dpo.beta": "0.1,0.3"})
     put_clusters(none, np.arange(240) // 60)
     comparison = compare([read_sweep(none)])
-    assert "of only 4 prompts are too few" in comparison.notes[0]
+    assert "too few to compare points, because their number of prompts is only 4:" in comparison.notes[0]
     assert all(row.metric and row.metric.low is None for row in comparison.rows) and comparison.headline is None
 
 

@@ -119,9 +119,23 @@ def test_the_best_set_is_of_points_with_a_finished_trial(comparison: Comparison)
 
 def test_a_correction_that_cannot_be_seen_is_not_mentioned(comparison: Comparison) -> None:
     best = comparison.rows[0].metric
-    assert best and comparison.digits <= 6
-    small = replace(comparison, headline=replace(best, value=best.value + 1e-12))
+    assert best
+    # Less than half of the last decimal is not seen, also where rounding would show another decimal.
+    edge, unit = round(best.value, comparison.digits) + 0.5 * 10**-comparison.digits, 10**-comparison.digits
+    rows = [replace(comparison.rows[0], metric=replace(best, value=edge - 0.2 * unit)), *comparison.rows[1:]]
+    small = replace(comparison, rows=rows, headline=replace(best, value=edge + 0.2 * unit))
     assert not any("optimistic" in sentence for sentence in sentences(small))
+
+
+def test_tiny_numbers_keep_their_digits(comparison: Comparison) -> None:
+    def tiny(interval: Interval | None) -> Interval | None:
+        return interval and Interval(
+            *(None if x is None else x * 1e-9 for x in (interval.value, interval.low, interval.high))
+        )  # type: ignore
+
+    rows = [replace(row, metric=tiny(row.metric), difference=tiny(row.difference)) for row in comparison.rows]
+    assert 9 < replace(comparison, rows=rows).digits <= 12
+    assert "-0.000000 " not in printed(replace(comparison, rows=rows))
 
 
 @pytest.mark.parametrize("metric", ["seeds", "seconds", "difference", "cost"])
