@@ -27,7 +27,7 @@ app = typer.Typer(help="Look at data and prepare it.", no_args_is_help=True)
 def inspect(
     context: typer.Context,
     files: Annotated[list[str], typer.Argument(help="paths, globs, folders or URLs")],
-    tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
+    tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json, or a model of the hub")],
     stage: Annotated[str | None, typer.Option(help="{stages}; default: recognised from the rows")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="read at most this many rows", show_default=False)] = None,
     samples: Annotated[int, typer.Option(min=0, help="documents to show")] = 3,
@@ -63,7 +63,7 @@ def prepare(
     context: typer.Context,
     files: Annotated[list[str], typer.Argument(help="training files: paths, globs, folders or URLs")],
     stage: Annotated[str, typer.Option(help="{stages}")],
-    tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json")],
+    tokenizer: Annotated[str, typer.Option(help="directory with tokenizer.json, or a model of the hub")],
     val: Annotated[list[str] | None, typer.Option(help="validation files; default: hold out rows")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any data key")] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Data on all CPUs, or this process alone")] = True,

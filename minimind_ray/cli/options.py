@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="run directory, model directory, or adapter directory")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="run, model or adapter directory, or a model of the hub")]
 Adapter = Annotated[str | None, typer.Option(metavar="DIR", help="LoRA adapter, or its run, to apply to MODEL")]
 Precision = Annotated[
     Literal["auto", "bfloat16", "float32"],

@@ -62,7 +62,7 @@ class DataConfig(Section):
         default=0.01, description="fraction of data.train's rows held out for validation if data.val is not given"
     )
     tokenizer: Annotated[Location | None, Flag("--tokenizer", verbatim=True)] = Field(
-        default=None, description="directory with tokenizer.json; default: init_from's tokenizer"
+        default=None, description="directory with tokenizer.json, or a model of the hub; default: init_from's tokenizer"
     )
     format: FormatName | None = Field(
         default=None, description="format of the rows; default: recognised for each file from the fields of its rows"
@@ -542,7 +542,7 @@ class CommonConfig(Section):
         default="runs/{stage}", description="run directory; {stage} is replaced"
     )
     init_from: Annotated[Location | None, Flag("--init-from", verbatim=True)] = Field(
-        default=None, description="base model: a checkpoint of minimind-ray or a Hugging Face directory"
+        default=None, description="base model: a run or checkpoint, a Hugging Face directory, or a model of the hub"
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -36,7 +36,8 @@ def load_tokenizer(config: Config, base: Path | None = None) -> Tokenizer:
     if config.init_from or config.record.needs_base:
         return Tokenizer.load(base or require_base(config))
     raise UserError(
-        "data.tokenizer is not set: give a directory with tokenizer.json, or make one with minimind-ray tokenizer train"
+        "data.tokenizer is not set: give a directory with tokenizer.json or a model of the hub, or make one "
+        "with minimind-ray tokenizer train"
     )
 
 

@@ -54,7 +54,7 @@ class Trained:
             UserError: a given value is not within its bounds.
         """
         chosen = {name: value for name, value in given.items() if value is not None}
-        defaults = {**DEFAULTS, "max_new_tokens": max_new_tokens, "seed": seed}
+        defaults: dict[str, Any] = {**DEFAULTS, "max_new_tokens": max_new_tokens, "seed": seed}
         return Sampling(**{**defaults, **self.generation.given, **chosen})
 
     @property
