@@ -61,14 +61,14 @@ def test_the_intervals_keep_their_promise(kind: str) -> None:
     found = coverage(kind, sweeps=60, draws=300)
     after = dict(zip(COLUMNS, found["after"]))
     # These do not keep the promise wholly: docs/statistics.md says by how much.
-    hard = ("odd" in kind and "2 seeds" in kind) or any(
-        words in kind for words in ("two odd", "of 4, two lost", "spreads", "12 seeds")
-    )
-    assert after["error"] <= (0.15 if hard else 0.10)
+    harder = any(words in kind for words in ("two odd", "of 4, two lost", "spreads", "12 seeds"))
+    two_odd = "odd" in kind and "2 seeds" in kind
+    assert after["error"] <= (0.15 if harder or two_odd else 0.10)
     if "1 seed" not in kind:
-        assert after["single"] >= (0.85 if hard else 0.90) and after["pairs"] >= (0.80 if hard else 0.90)
-        assert after["best set"] >= (0.85 if hard else 0.90)
-        assert after["winner"] >= (0.80 if hard else 0.88)
+        assert after["single"] >= (0.85 if harder else 0.90)
+        assert after["pairs"] >= (0.80 if harder else 0.85 if two_odd else 0.90)
+        assert after["best set"] >= (0.85 if harder else 0.90)
+        assert after["winner"] >= (0.80 if harder else 0.88)
 
 
 def test_documents_are_resampled_whole() -> None:
