@@ -138,7 +138,6 @@ def judge(
     estimate_P = np.clip(unclipped_P, 0, 1) if binary else unclipped_P
     examples_BP = _resampled(numerator_TC, denominator_TC, draws, rng) @ seeds.weight_PT.T
     draws_BP = examples_BP + seeds.draw(draws, rng)
-
     size_P = _sizes(numerator_TC, denominator_TC, value_T, point_T)
     found = _intervals(estimate_P, draws_BP, examples_BP, size_P)
     if binary:
@@ -151,20 +150,15 @@ def judge(
     headline = _headline(sign * estimate_P[eligible_P], sign * draws_BP[:, eligible_P], ~seeds.odd_P[eligible_P])
     headline = headline if sign > 0 else _mirrored(headline)
     if binary:
-        best = order_P[0]
-        headline = [headline[0], min(headline[1], found.low_P[best]), max(headline[2], found.high_P[best])]
-        headline, vs_best_P3 = np.clip(headline, 0, 1), np.clip(vs_best_P3, -1, 1)
+        headline, vs_best_P3 = _share(headline, found, order_P[0]), np.clip(vs_best_P3, -1, 1)
     examples_PP = _variances_of_differences(np.cov(examples_BP.T).reshape(points, points))
     low_PP, high_PP = _open_ended(found, diverged_P, sign)
     return Statistics(
         estimate_P, found.low_P, found.high_P, found.difference_PP, low_PP, high_PP, order_P,
         eligible_P, may_be_best_P, vs_best_P3, Interval(*headline.tolist()),
-        odd_P=seeds.odd_P,
-        examples_variance_PP=examples_PP,
-        seeds_variance_PP=_variances_of_differences(seeds.covariance()),
-        seeds_free_P=seeds.own_free_P, common_free=seeds.common_free,
+        odd_P=seeds.odd_P, seeds_free_P=seeds.own_free_P, common_free=seeds.common_free, diverged_P=diverged_P,
+        examples_variance_PP=examples_PP, seeds_variance_PP=_variances_of_differences(seeds.covariance()),
         **_vague(found, NORMAL * np.sqrt(examples_PP), seeds, size_P, value_T, 1.0 if binary else None),
-        diverged_P=diverged_P,
     )  # fmt: skip
 
 
@@ -246,6 +240,12 @@ def _open_ended(found: _Intervals, diverged_P: np.ndarray, sign: float) -> tuple
     for bound_PP in (low_PP, high_PP):
         np.fill_diagonal(bound_PP, 0.0)
     return low_PP, high_PP
+
+
+def _share(headline: np.ndarray, found: _Intervals, best: int) -> np.ndarray:
+    """Return the best point's headline for a share: no narrower than the point's own interval, and from 0 to 1."""
+    bounds = [headline[0], min(headline[1], found.low_P[best]), max(headline[2], found.high_P[best])]
+    return np.clip(bounds, 0, 1)
 
 
 def _mirrored(interval: np.ndarray) -> np.ndarray:
