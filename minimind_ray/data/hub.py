@@ -374,7 +374,8 @@ def download_file(source: HubRef, name: str, folder: Path) -> None:
 
 def size_text(size: int) -> str:
     """Return a number of bytes as text, such as 1.2 GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
+    return f"{size / unit:.1f} {name}"
 
 
 def require_token() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from minimind_ray.config.load import load_config, read_yaml
 from minimind_ray.config.reading import dump_yaml, read_json
 from minimind_ray.config.schema import ModelShape
 from minimind_ray.config.stages import STAGES
+from minimind_ray.data.files import one_line
 from minimind_ray.data.hub import HubRef, fetch_tokenizer, hub_ref, pin
 from minimind_ray.data.redact import redact
 from minimind_ray.data.storage import CARD, StoreError, is_url
@@ -143,9 +145,18 @@ def finish(
     facts: dict[str, Any] = {"state": state, "steps": steps, "tokens": tokens, "result": result}
     if result:
         place = Place(run, result)
-        if place.directory().is_dir():
-            run.write(f"{result}/{CARD}", card(place, {**run.info(), **facts}, base))
+        if place.directory().is_dir() and (text := _card_or_warning(place, {**run.info(), **facts}, base)):
+            run.write(f"{result}/{CARD}", text)
     run.update(**facts)
+
+
+def _card_or_warning(place: Place, info: Mapping[str, Any], base: Path | None) -> str | None:
+    """Return the card; None after a warning if it cannot be made, such as from a damaged file of an earlier run."""
+    try:
+        return card(place, info, base)
+    except Exception as error:  # The model is trained: its card must not make the run fail.
+        print(f"{place.run.where}: the model card could not be made: {one_line(error)}", file=sys.stderr)
+        return None
 
 
 def card(place: Place, info: Mapping[str, Any] | None = None, base: Path | None = None) -> str:

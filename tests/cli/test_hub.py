@@ -112,7 +112,7 @@ def test_a_recipe_downloads_what_is_missing(
     hub.cut = True
     done = command(*arguments, "--download")
     assert done.code == 0, done.err
-    assert done.out.startswith(f"downloading {len(content) / 1e6:.1f} MB from hf://datasets/me/rows to ")
+    assert done.out.startswith(f"downloading {len(content) / 1e3:.1f} kB from hf://datasets/me/rows to ")
     assert Path("data/rows/pretrain.jsonl").read_bytes() == content
     assert sorted(path.name for path in Path("tokenizer").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     hub.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_a_dry_run_shows_files_and_card_and_asks_nobody(
     push(runs["pretrain"], "--repo", "me/tiny", "--dry-run")
     shown = capsys.readouterr().out
     assert all(f"  {name}  " in shown for name in WHOLE) and "resume" not in shown and "## How it was trained" in shown
+    assert re.search(r"  config.json  \d\.\d kB\n", shown) and re.search(r"  model.safetensors  0\.\d MB\n", shown)
     assert not hub.requests
 
 

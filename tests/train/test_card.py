@@ -14,7 +14,7 @@ import yaml
 from minimind_ray.data import redact as redaction
 from minimind_ray.model.checkpoint import model_fingerprint
 from minimind_ray.stages.run import run_here
-from minimind_ray.train.card import card, locate
+from minimind_ray.train.card import card, finish, locate
 from minimind_ray.train.intervals import clustered_mean
 from minimind_ray.train.run import RunDirectory, resolve_model, sound
 from tests.jobs import make_job, start
@@ -86,6 +86,13 @@ def test_the_validation_is_the_checkpoints_own(runs: dict[str, RunDirectory]) ->
     assert re.search(r"^\| accuracy \| \S+% \| \S+% to \S+% \|$", read(runs["dpo"]), re.MULTILINE)
 
 
+def test_a_few_examples_have_no_interval(runs: dict[str, RunDirectory], tmp_path: Path) -> None:
+    run = copy_of(runs["sft"], tmp_path)
+    (run.path / "validation.parquet").unlink()
+    text = card(locate(str(run.path)))
+    assert "too few validation examples for intervals" in text and " to " not in text.split("## Validation")[1][:200]
+
+
 def test_samples_are_those_of_the_checkpoint(runs: dict[str, RunDirectory]) -> None:
     (*_, line) = runs["pretrain"].samples()
     shown = line["samples"][0].strip().splitlines()[0].split(" ")[0]
@@ -101,6 +108,18 @@ def test_a_card_changes_neither_the_model_nor_itself(runs: dict[str, RunDirector
     (checkpoint / "README.md").unlink()
     assert model_fingerprint(checkpoint) == fingerprint and sound(checkpoint)
     run.write(str((checkpoint / "README.md").relative_to(run.path)), before)
+
+
+def test_a_run_is_finished_though_its_card_cannot_be_made(
+    runs: dict[str, RunDirectory], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(runs["sft"], tmp_path)
+    result = run.info()["result"]
+    (run.path / result / "README.md").unlink()
+    (run.path / "metrics.jsonl").write_text('{"step": 2, "val/loss": "a text"}\n')
+    finish(run, state="finished", steps=7, tokens=9, result=result)
+    assert run.info()["steps"] == 7 and not (run.path / result / "README.md").exists()
+    assert f"{run.where}: the model card could not be made: " in capsys.readouterr().err
 
 
 def test_a_directory_that_no_run_made_has_a_card_too(runs: dict[str, RunDirectory], tmp_path: Path) -> None:
