@@ -129,12 +129,16 @@ def ask_questions(out: str, console: Console) -> None:
 
 
 def offer_chat(model: str, adapter: str, console: Console) -> None:
-    """Print the command that talks with the demo's model. On a terminal, ask whether to talk now."""
+    """Print the command that talks with the demo's model. On a terminal, ask whether to talk now.
+
+    The adapter is only named: with it, the model says who it is, but knows fewer facts.
+    """
     import sys
 
     from minimind_ray.cli.chat import chat
 
-    console.print(f"talk to it: minimind-ray chat {model} --adapter {adapter}", markup=False)
+    console.print(f"talk to it: minimind-ray chat {model}", markup=False)
+    console.print(f"in the chat, /adapter {adapter} makes it say who it is", markup=False)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return
     try:
@@ -142,7 +146,7 @@ def offer_chat(model: str, adapter: str, console: Console) -> None:
     except EOFError:
         reply = "n"
     if reply.strip().lower() in ("", "y", "yes"):
-        chat(model, adapter=adapter)
+        chat(model)
 
 
 def _answers(trained: Trained, questions: list[str]) -> list[str]:

@@ -173,7 +173,8 @@ def test_the_demo_offers_a_chat_on_a_terminal_only(
     called: list[object] = []
     monkeypatch.setattr(chat_module, "chat", lambda *args, **options: called.append((*args, options)))
     offer_chat("m", "a", Console())
-    assert "minimind-ray chat m --adapter a" in capsys.readouterr().out and not called
+    printed = capsys.readouterr().out
+    assert "minimind-ray chat m\n" in printed and "/adapter a " in printed and not called
 
     def type_reply(question: str) -> str:
         assert question == "talk to it now? [Y/n] "
@@ -185,4 +186,4 @@ def test_the_demo_offers_a_chat_on_a_terminal_only(
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", type_reply)
     offer_chat("m", "a", Console())
-    assert called == ([("m", {"adapter": "a"})] if talks else [])
+    assert called == ([("m", {})] if talks else [])
