@@ -31,7 +31,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import STORAGE, input_path
 from minimind_ray.config.reading import read_json
 from minimind_ray.data.files import atomic_output, exists, join, locate, one_line
-from minimind_ray.data.storage import copy_of, mirror_of
+from minimind_ray.data.storage import copy_of, mirror_of, retry
 
 if TYPE_CHECKING:  # Functions import the library themselves: it takes 0.2 s, and most commands do not need it.
     from huggingface_hub import HfApi
@@ -95,7 +95,7 @@ def hub_ref(text: str | Path) -> HubRef | None:
     if not found or found[1] == "runs" or Path(found[1]).exists() or Path(text).exists():
         return None
     storage = os.environ.get(STORAGE)
-    if storage and exists(join(storage, found[1])):
+    if storage and _in_store(join(storage, found[1])):
         return None
     name, _, revision = text.partition("@")
     return HubRef(name, revision or None, bare=True)
@@ -228,11 +228,15 @@ def _shared(ref: HubRef, kind: str, names: Sequence[str], get: Callable[[], Path
     if not storage:
         return get()
     place = join(storage, "hub", ref.name, f"{ref.revision}{kind}")
-    if not exists(join(place, FETCHED)):
+    if not _in_store(join(place, FETCHED)):
         _copy(get(), names, place)
     if mirror := mirror_of(place):
         mirror.pull()
     return copy_of(place)
+
+
+def _in_store(place: str) -> bool:
+    return retry(partial(exists, place), place)
 
 
 def _copy(folder: Path, names: Sequence[str], place: str) -> None:
