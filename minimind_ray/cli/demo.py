@@ -138,7 +138,7 @@ def offer_chat(model: str, adapter: str, console: Console) -> None:
     from minimind_ray.cli.chat import chat
 
     console.print(f"talk to it: minimind-ray chat {model}", markup=False)
-    console.print(f"in the chat, /adapter {adapter} makes it say who it is", markup=False)
+    console.print(f"with the adapter that says who it is: minimind-ray chat {model} --adapter {adapter}", markup=False)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return
     try:

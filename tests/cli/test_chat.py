@@ -174,7 +174,7 @@ def test_the_demo_offers_a_chat_on_a_terminal_only(
     monkeypatch.setattr(chat_module, "chat", lambda *args, **options: called.append((*args, options)))
     offer_chat("m", "a", Console())
     printed = capsys.readouterr().out
-    assert "minimind-ray chat m\n" in printed and "/adapter a " in printed and not called
+    assert "minimind-ray chat m\n" in printed and "minimind-ray chat m --adapter a\n" in printed and not called
 
     def type_reply(question: str) -> str:
         assert question == "talk to it now? [Y/n] "
