@@ -35,8 +35,8 @@ DRAWS = 4000
 MOST_CLUSTERS = 2000
 """More clusters are merged at random into this many groups. The intervals stay the same, and large validation sets do
 not take longer."""
-VAGUE = 3.0
-"""An interval that reaches further than this, in units of how far the trials lie apart, says nothing: see `_vague`."""
+VAGUE = 0.75
+"""An interval that reaches further than this part of the values may say nothing: see `_vague`."""
 NOISE = 1e-9
 """A difference that is smaller than this part of the examples' values is due to rounding, and counts as 0."""
 
@@ -395,18 +395,18 @@ def _vague(
     """Return which intervals say nothing, because too little is known about the seeds.
 
     The examples alone would make such an interval less than half as wide. It reaches further than all trials lie apart,
-    and in addition further than the values themselves are large, or VAGUE times as far as the trials lie apart. Or it
-    is all that is possible: `whole` is the range of a share, 1, and None for other metrics. `examples_PP` are the
-    half-widths of single intervals of differences by the examples alone; `size_P` are the `_sizes`.
+    and further than the part VAGUE of the values; for shares, whose range is `whole`, of this range. Or it is all that
+    is possible. `whole` is None for other metrics. `examples_PP` are the half-widths of single intervals of differences
+    by the examples alone; `size_P` are the `_sizes`.
     """
     apart, least_P = float(np.ptp(value_T)), NOISE * size_P
-    largest_P = np.abs(seeds.weight_PT @ value_T)
+    largest_P = np.abs(seeds.weight_PT @ value_T) if whole is None else np.full(len(size_P), whole)
 
     def says_nothing(
         value: np.ndarray, low: np.ndarray, high: np.ndarray, examples: np.ndarray, size: np.ndarray, range: float
     ) -> np.ndarray:
         half = np.maximum(high - value, value - low)
-        far = (half > apart) & ((half > size) | (half > VAGUE * apart))
+        far = (half > apart) & (half > VAGUE * size)
         return (half > 2 * examples) & (far | (high - low >= (1 - NOISE) * range))
 
     covariance_PP, range = seeds.covariance(), np.inf if whole is None else whole
