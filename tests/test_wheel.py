@@ -57,7 +57,9 @@ def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}))
     (site / "base.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--python", str(home / "bin/python"), "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
+    # The running environment has the package, too, as an editable install.
+    options = ["--no-deps", "--no-index", "--ignore-installed"]
+    subprocess.run([*pip, "install", *options, str(wheel)], check=True, capture_output=True)
     return home / "bin/minimind-ray"
 
 
