@@ -155,8 +155,10 @@ class Chat:
                     talk.change_system(argument.strip() or None)
             elif command == "/save":
                 self.save(argument.strip())
-            elif command.startswith("/"):
+            elif command == "/help":
                 print(COMMANDS)
+            elif command.startswith("/"):
+                raise UserError(f"there is no command {command}; /help lists the commands")
             else:
                 answer(self.talks, line)
         except KeyboardInterrupt:

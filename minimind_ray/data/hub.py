@@ -14,6 +14,7 @@ process copies the files into the storage, and every other process reads them th
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -215,6 +216,8 @@ def _snapshot(ref: HubRef, names: Sequence[str], *, bars: bool = False) -> Path:
     """Download the files of a model that have these names, unless they are in the cache. Return their directory."""
     from huggingface_hub import snapshot_download
 
+    # It would warn, with a list of patterns, that a repository has none of these files; the caller says it.
+    logging.getLogger(snapshot_download.__module__).setLevel(logging.ERROR)
     with hub_errors(ref), _progress_bars(bars):
         return Path(snapshot_download(ref.name, revision=ref.revision, allow_patterns=list(names)))
 
@@ -461,6 +464,8 @@ def _upload_sentence(repo: str, error: BaseException) -> Exception:
         return UserError(f"{repo} is not a name of the hub: write OWNER/NAME")
     if isinstance(error, OSError) and error.errno in DISK:
         return error
+    if "xet-write-token" in str(error) and "404" in str(error):  # The client's Rust part raises errors without status.
+        return UserError(f"{repo}: {hub} has no Xet storage: set HF_HUB_DISABLE_XET=1, and give the same command again")
     return UserError(
         f"{repo}: {hub} cannot be reached, or the upload was cut ({one_line(error)}): check the network, and give the "
         "same command again"

@@ -150,9 +150,9 @@ def test_chat_remembers_resets_and_switches_adapters(command: Command, models: M
     first = by_hand(models.other, [asked(tokenizer, "hi")])[0]
     second = by_hand(models.other, [asked(tokenizer, "hi", first, "and?")])[0]
     first, second = printable(first), printable(second)
-    outcome = command("chat", models.other, *GREEDY, stdin="hi\n\nand?\n/reset\nhi\n/what\n/quit\nhi\n")
+    outcome = command("chat", models.other, *GREEDY, stdin="hi\n\nand?\n/reset\nhi\n/what\n/help\n/quit\nhi\n")
     assert outcome.out.split("/reset")[0] == f"{first}\n{second}\n{first}\n"
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, "error: there is no command /what; /help lists the commands\n")
 
     plain = printable(by_hand(models.base, [asked(tokenizer, "hi")])[0])
     adapted = command("generate", models.adapter, "--prompt", "hi", *GREEDY).out.rstrip("\n")

@@ -160,6 +160,14 @@ def test_each_refusal_is_a_sentence(runs: dict[str, str], hub: Hub, token: None,
     assert TOKEN not in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_mirror_without_xet_storage_is_a_sentence(
+    runs: dict[str, str], hub: Hub, token: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: True)
+    with pytest.raises(UserError, match="has no Xet storage: set HF_HUB_DISABLE_XET=1"):
+        push(runs["pretrain"], "--repo", "me/tiny")
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "message"),
     [
