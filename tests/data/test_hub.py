@@ -79,6 +79,12 @@ def test_a_download_that_was_cut_continues(hub: Hub) -> None:
     assert len([line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]) == 2
 
 
+def test_a_slow_hub_is_waited_for(hub: Hub) -> None:
+    hub.put("me/model", MODEL)
+    hub.slow = 0.1
+    assert (resolve_model("me/model") / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
+
+
 def test_an_unknown_family_is_refused_before_its_weights(hub: Hub) -> None:
     hub.put("me/model", {**MODEL, "config.json": b'{"model_type": "mamba"}'})
     with pytest.raises(UserError, match=r"hf://me/model@\w{40}: config.json: model_type is 'mamba'; known are"):

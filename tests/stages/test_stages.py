@@ -98,7 +98,8 @@ def test_lora_starts_as_the_base_and_leaves_it_alone(base: Path, tmp_path: Path)
     assert lines[0]["loss"] == whole[0]["loss"]
     assert lines[-1]["loss"] < lines[0]["loss"]
     adapter = resolve_model(tmp_path / "run-lora")
-    assert {p.name for p in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "resume"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md", "resume"}
+    assert {p.name for p in adapter.iterdir()} == names
     kept = load_file(adapter / "resume" / "optimizer.safetensors")
     assert all("lora_" in name for name in kept)
     assert all(torch.equal(weights[k], v) for k, v in load_file(before / "model.safetensors").items())
