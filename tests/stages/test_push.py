@@ -179,8 +179,10 @@ def test_a_mirror_without_xet_storage_is_a_sentence(
     ],
 )
 def test_a_refusal_in_the_middle_is_a_sentence(
-    runs: dict[str, str], hub: Hub, token: None, request_: str, status: int, message: str
-) -> None:
+    runs: dict[str, str], hub: Hub, token: None, request_: str, status: int, message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # Between the library's own attempts.
     hub.refused = {request_: status}
     with pytest.raises(UserError, match=message):
         push(runs["pretrain"], "--repo", "me/tiny")

@@ -129,7 +129,10 @@ def test_a_directory_that_no_run_made_has_a_card_too(runs: dict[str, RunDirector
     assert "the directory is not part of a run" in text and "| family | qwen3 |" in text
 
 
-def test_what_came_from_the_hub_is_named(runs: dict[str, RunDirectory], tmp_path: Path) -> None:
+def test_what_came_from_the_hub_is_named(
+    runs: dict[str, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run = copy_of(runs["lora"], tmp_path)
     config = yaml.safe_load((run.path / "config.yaml").read_text())
     config["init_from"] = "hf://me/base@" + "0a" * 20
