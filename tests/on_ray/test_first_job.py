@@ -35,6 +35,7 @@ def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     cluster.shutdown()
 
 
+@pytest.mark.long
 def test_the_first_job_trains_on_two_nodes_of_one_machine(dashboard: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     write_jsonl(work / "rows.jsonl", rows_of("pretrain", 100))

@@ -33,6 +33,7 @@ def sweep(plan: SweepPlan, *, resume: bool = False) -> dict[str, Trial]:
     return {trial.id: trial for trial in read_sweep(plan.path).trials}
 
 
+@pytest.mark.long
 def test_each_trial_is_stopped_fails_and_is_resumed_by_itself(tmp_path: Path, ray_session: None) -> None:
     base = make_job(tmp_path, rows=200, eval__samples=0, train__max_steps=5)
     start(base)

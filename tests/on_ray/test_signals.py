@@ -37,6 +37,7 @@ def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen[str]) 
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_signals_leave_a_checkpoint_and_a_crash_no_running_run(tmp_path: Path) -> None:
     config = make_config(tmp_path, rows=200, train__epochs=500, eval__every=10**6, checkpoint__every=10**6)
     file, run, done = tmp_path / "config.yaml", RunDirectory(config.out), 0

@@ -49,6 +49,7 @@ def one_step(job, out: str) -> None:
         torch.save(gradients.buffer, out)
 
 
+@pytest.mark.long
 def test_gradient_is_the_same_for_any_split(tmp_path: Path, ray_session: None) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer

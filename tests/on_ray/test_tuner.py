@@ -187,6 +187,7 @@ def test_a_trial_that_had_no_time_to_say_that_it_was_stopped(tmp_path: Path) -> 
     assert "2 steps of 3 (early-stopped)" in (run.path / info["result"] / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_out_of_time_and_again(tmp_path: Path, ray_session: None) -> None:
     axes = {"optim.lr": "3e-3,1e-2"}
     settings: dict[str, Any] = {"train__epochs": 3, "model__dropout": 0.1}
