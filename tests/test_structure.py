@@ -19,8 +19,14 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minimind_ray"
-LAYERS = ["config", "track", "data", "model", "objectives", "train", "stages", "on_ray", "sweep", "display", "cli"]
-ONLY_IN = {"ray": "on_ray", "wandb": "track", "typer": "cli"}
+LAYERS = [
+    "config", "track", "data", "model", "tasks", "objectives", "train", "stages", "on_ray", "sweep", "diagnose",
+    "display", "cli",
+]  # fmt: skip
+ONLY_IN = {
+    "ray": "on_ray", "wandb": "track", "wandb_workspaces": "track", "swanlab": "track", "tensorboard": "track",
+    "tensorboardX": "track", "lm_eval": "tasks", "typer": "cli",
+}  # fmt: skip
 LONGEST_FUNCTION = 60
 TESTS_ONLY = {"transformers", "peft", "trl", "datasets"}
 
