@@ -63,7 +63,7 @@ def _send_sweep(sweep: Sweep, comparison: Comparison, seconds: float) -> None:
     before = _files(sweep.path)
     info = {"inputs": {}, **_known(content)}
     trackers = Trackers(TrackedRun(config, info, job_type="sweep", wait_seconds=seconds))
-    trackers.log_points(to_records(comparison))
+    trackers.log_table("points", to_records(comparison))
     trackers.summarize({name: value for name, value in to_json(comparison).items() if name != "points"})
     trackers.finish("finished")
     if trackers.identities:

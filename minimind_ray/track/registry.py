@@ -60,9 +60,18 @@ class Trackers:
         """Send one line of metrics.jsonl, and the sample texts of the same step, to all trackers."""
         self._each(lambda tracker: tracker.log(metrics, samples))
 
-    def log_points(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Send the comparison of a sweep to all trackers; see `Tracker.log_points`."""
-        self._each(lambda tracker: tracker.log_points(points))
+    def log_table(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Send a table to all trackers; see `Tracker.log_table`. A table without records is not sent."""
+        if records:
+            self._each(lambda tracker: tracker.log_table(name, records))
+
+    def log_page(self, name: str, path: Path) -> None:
+        """Send an HTML page to all trackers; see `Tracker.log_page`."""
+        self._each(lambda tracker: tracker.log_page(name, path))
+
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert to all trackers; see `Tracker.alert`."""
+        self._each(lambda tracker: tracker.alert(title, text))
 
     def summarize(self, facts: Mapping[str, Any]) -> None:
         """Add facts to the run's summary in all trackers."""

@@ -65,8 +65,16 @@ class Tracker(Protocol):
         """Log one line of metrics.jsonl, and the sample texts of the same step."""
         ...
 
-    def log_points(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Log the comparison of a sweep: a record per point, all with the same keys."""
+    def log_table(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table; a later table of the same name replaces it. All records have the same keys, the columns."""
+        ...
+
+    def log_page(self, name: str, path: Path) -> None:
+        """Log a file that is one HTML page. A tracker that cannot show pages does nothing."""
+        ...
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the user of an event, as the service does: by e-mail, Slack, … A tracker without alerts does nothing."""
         ...
 
     def summarize(self, facts: Mapping[str, Any]) -> None:

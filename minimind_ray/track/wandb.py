@@ -31,7 +31,7 @@ from minimind_ray.track.wandb_files import FOLDER, last_step, parts, retire, syn
 from minimind_ray.track.wandb_mode import NO_KEY, NOT_ONLINE, check_key, has_key, settle_mode, unusable
 
 if TYPE_CHECKING:
-    from wandb import Artifact, Run, Settings
+    from wandb import Artifact, Html, Run, Settings, Table
 
 CONNECT_SECONDS = 20
 FINISH_SECONDS = 60
@@ -190,16 +190,30 @@ class WandbTracker:
             self.run.log(row, step=step, commit=True)
         self.logged = step
 
-    def log_points(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Log a table `points` with a row per point."""
+    def log_table(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Log a W&B table, which takes a step of its own."""
         import wandb
 
-        table = wandb.Table(columns=list(points[0]))
-        for point in points:
-            table.add_data(*map(_finite, point.values()))
+        table = wandb.Table(columns=list(records[0]))
+        for record in records:
+            table.add_data(*map(_finite, record.values()))
+        self._log_alone(name, table)
+
+    def log_page(self, name: str, path: Path) -> None:
+        """Log an HTML page as it is, which takes a step of its own."""
+        import wandb
+
+        page = path.read_text(encoding="utf-8")
+        self._log_alone(name, wandb.Html(page, inject=False, data_is_not_path=True))
+
+    def _log_alone(self, name: str, value: Table | Html) -> None:
         with _staging_in(self.directory / FOLDER):
-            self.run.log({"points": table}, step=self.logged + 1, commit=True)
+            self.run.log({name: value}, step=self.logged + 1, commit=True)
         self.logged += 1
+
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert by e-mail or Slack, as the user's settings at W&B say. Only W&B online sends alerts."""
+        self.run.alert(title=title, text=text)
 
     def summarize(self, facts: Mapping[str, Any]) -> None:
         """Add facts to the run's summary."""

@@ -48,6 +48,7 @@ class Endpoint(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str]] = []
         self.artifacts: list[dict[str, Any]] = []
         self.used: list[str] = []
+        self.alerts: list[dict[str, Any]] = []
         self.uploads: dict[str, str] = {}
         Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -116,6 +117,9 @@ class Endpoint(ThreadingHTTPServer):
             case "UseArtifact":
                 self.used.append(given["input"]["artifactID"] if "input" in given else given["artifactID"])
                 return {"useArtifact": {"artifact": {"id": "4"}}}
+            case "NotifyScriptableRunAlert":
+                self.alerts.append(given)
+                return {"notifyScriptableRunAlert": {"success": True}}
             case _:
                 return {}
 

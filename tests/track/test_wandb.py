@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import json
+import math
 import os
 import re
 import socket
@@ -159,6 +160,25 @@ def test_the_comparison_of_a_sweep_is_a_run_of_its_group(tmp_path: Path) -> None
     assert [row["val/loss low"] for row in rows] == [row.metric and row.metric.low for row in comparison.rows]
     last = summary(sweep.path)
     assert (last["winner"], last["state"]) == (to_json(comparison)["winner"], "finished")
+
+
+@pytest.mark.slow
+def test_tables_pages_and_alerts_over_the_wire(online: Callable[..., Endpoint], tmp_path: Path) -> None:
+    server, page = online(), tmp_path / "report"
+    page.write_text("<html><body>春风</body></html>", encoding="utf-8")
+    tracker = start(tmp_path / "run", "online")
+    tracker.log(line(1))
+    tracker.log_table("importance", [{"key": "optim.lr", "share": 0.9}, {"key": "dpo.beta", "share": math.nan}])
+    tracker.log_page("report", page)
+    tracker.alert("the run failed", "CUDA is out of memory")
+    tracker.finish("finished")
+    [run] = server.runs.values()
+    assert [row["_step"] for row in run.rows] == [1, 2, 3]
+    assert {"columns": ["key", "share"], "data": [["optim.lr", 0.9], ["dpo.beta", None]]} in [
+        json.loads(text) for text in server.uploads.values() if text.startswith('{"columns"')
+    ]
+    assert page.read_text(encoding="utf-8") in server.uploads.values()
+    assert [(alert["title"], alert["text"]) for alert in server.alerts] == [("the run failed", "CUDA is out of memory")]
 
 
 @pytest.mark.slow
