@@ -256,7 +256,7 @@ def tune(
     ending = sweep_on_ray(plan, resume=resume, say=_say(console), board=Board(plan, console))
     if any(plan.path.glob("trials/*/")):  # With optuna, a sweep may end before its first trial.
         found, seconds = read_sweep(plan.path), INTERRUPTED_SECONDS if ending == "interrupted" else SECONDS
-        publish(found, compare_sweeps([found]), seconds=seconds)
+        publish(found, compare_sweeps([found]), seconds=seconds, ending=ending)
     return Sweep(url_of(plan.path), ending)
 
 

@@ -144,7 +144,7 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     if ending != "by itself":
         say(f"{ending}; continue with: minimind-ray tune --resume {quote(url_of(plan.path))}")
     if results:
-        publish(*results, seconds=INTERRUPTED_SECONDS if ending == "interrupted" else SECONDS)
+        publish(*results, seconds=INTERRUPTED_SECONDS if ending == "interrupted" else SECONDS, ending=ending)
         for tracker, command in send_commands(plan.path).items():
             say(f"send it to {tracker}: {command}")
     if ending == "interrupted":

@@ -29,7 +29,7 @@ from minimind_ray.config.section import (
     Section,
 )
 from minimind_ray.config.stages import STAGES, StageName, StageRecord
-from minimind_ray.config.trackers import TRACKER_RECORDS
+from minimind_ray.config.trackers import ALERTS, TRACKER_RECORDS, AlertKind
 
 Location = Annotated[str, AfterValidator(check_location)]
 """A path or URL."""
@@ -519,6 +519,13 @@ class TrackConfig(Section):
     artifacts: bool = Field(
         default=False, description="log data and models as artifacts, by reference, to show their lineage"
     )
+    alerts: bool | list[AlertKind] = Field(
+        default=False, description=f"alert the user: true, false, or a list of {', '.join(ALERTS)}"
+    )
+
+    def alerts_of(self, kind: AlertKind) -> bool:
+        """Whether the user wants an alert of this kind of event."""
+        return kind in self.alerts if isinstance(self.alerts, list) else self.alerts
 
     @field_validator("to")
     @classmethod

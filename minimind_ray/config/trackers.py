@@ -6,6 +6,16 @@ track/registry.py maps each name to its implementation; track/__init__.py says h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+AlertKind = Literal["failed", "not-finite", "sweep-finished", "budget"]
+ALERTS: dict[AlertKind, str] = {
+    "failed": "a run failed",
+    "not-finite": "the loss is not finite",
+    "sweep-finished": "a sweep has finished",
+    "budget": "a budget is used up",
+}
+"""The events of which a tracker can alert the user, by their names in `track.alerts`, with the alerts' titles."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from minimind_ray.config.errors import UserError
@@ -18,6 +20,7 @@ from minimind_ray.config.load import load_config, validate
 from minimind_ray.config.reading import read_json
 from minimind_ray.config.trackers import TRACKER_RECORDS
 from minimind_ray.data.storage import mirror_of, url_of
+from minimind_ray.on_ray.session import Ending
 from minimind_ray.sweep.export import to_json, to_records
 from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.trials import Sweep, Trial
@@ -29,15 +32,16 @@ SECONDS, INTERRUPTED_SECONDS = 300.0, 15.0
 """The most seconds to begin to send trials' facts, after a sweep's own end and after a signal."""
 
 
-def publish(sweep: Sweep, comparison: Comparison, *, seconds: float = SECONDS) -> None:
+def publish(sweep: Sweep, comparison: Comparison, *, seconds: float = SECONDS, ending: Ending | None = None) -> None:
     """Send the comparison of a sweep that does not train now. If a tracker cannot be used, a message on stderr says so.
 
     The trackers' run of the sweep is remembered in sweep.json, so that a resumed sweep sends its new comparison to the
-    same run. After `seconds`, no further trial's run is begun; a message counts those left out.
+    same run. After `seconds`, no further trial's run is begun; a message counts those left out. `ending` says how the
+    sweep ended just now; unless the user interrupted it, trackers send an alert if the config asks for it.
     """
     deadline = time.monotonic() + seconds
     try:
-        _send_sweep(sweep, comparison, seconds)
+        _send_sweep(sweep, comparison, seconds, ending)
         facts = _facts_of_trials(comparison)
         known = [trial for trial in sweep.trials if trial.state not in ("waiting", "running")]
         known = [trial for trial in known if trial.id in facts and _known(RunDirectory(trial.path).info())]
@@ -54,7 +58,7 @@ def publish(sweep: Sweep, comparison: Comparison, *, seconds: float = SECONDS) -
         print(f"the comparison was not sent: {error}", file=sys.stderr)
 
 
-def _send_sweep(sweep: Sweep, comparison: Comparison, seconds: float) -> None:
+def _send_sweep(sweep: Sweep, comparison: Comparison, seconds: float, ending: Ending | None) -> None:
     """Send the table and its sentences to the tracked run of the sweep. Raises UserError if a tracker is refused."""
     content = read_json(sweep.path / "sweep.json")
     base = validate(sweep.info.config)
@@ -65,11 +69,25 @@ def _send_sweep(sweep: Sweep, comparison: Comparison, seconds: float) -> None:
     trackers = Trackers(TrackedRun(config, info, job_type="sweep", wait_seconds=seconds))
     trackers.log_table("points", to_records(comparison))
     trackers.summarize({name: value for name, value in to_json(comparison).items() if name != "points"})
+    if ending in ("by itself", "out of time"):
+        trackers.alert("budget" if ending == "out of time" else "sweep-finished", _news(sweep, comparison, ending))
     trackers.finish("finished")
     if trackers.identities:
         merged = {**content, **trackers.identities}
         RunDirectory(sweep.path).write("sweep.json", json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
         _mirror_changes(sweep.path, before)
+
+
+def _news(sweep: Sweep, comparison: Comparison, ending: Ending) -> str:
+    """Return how the sweep ended, in a sentence for an alert."""
+    states = Counter(trial.state for trial in sweep.trials).most_common()
+    where, trials = url_of(sweep.path), ", ".join(f"{count} {state}" for state, count in states)
+    text = f"{where}: trials: {trials}."
+    if winner := comparison.winner:
+        text += f" {'Best so far' if ending == 'out of time' else 'Winner'}: {winner.id}."
+    if ending == "out of time":
+        text += f" The time budget is used up; minimind-ray tune --resume {quote(where)} continues."
+    return text
 
 
 def _send_trial(sweep: Sweep, trial: Trial, facts: Mapping[str, Any], seconds: float) -> None:

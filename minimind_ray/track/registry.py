@@ -9,6 +9,7 @@ from typing import Any
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
+from minimind_ray.config.trackers import ALERTS, AlertKind
 from minimind_ray.track.tracker import TrackedRun, Tracker
 from minimind_ray.track.wandb import WandbTracker
 
@@ -27,6 +28,7 @@ class Trackers:
     """
 
     def __init__(self, run: TrackedRun) -> None:
+        self.config = run.config
         self.trackers: list[Tracker] = []
         self.identities: dict[str, Mapping[str, Any]] = {}
         try:
@@ -69,9 +71,10 @@ class Trackers:
         """Send an HTML page to all trackers; see `Tracker.log_page`."""
         self._each(lambda tracker: tracker.log_page(name, path))
 
-    def alert(self, title: str, text: str) -> None:
-        """Send an alert to all trackers; see `Tracker.alert`."""
-        self._each(lambda tracker: tracker.alert(title, text))
+    def alert(self, kind: AlertKind, text: str) -> None:
+        """Send an alert to all trackers if the config asks for alerts of this kind; see `Tracker.alert`."""
+        if self.config.track.alerts_of(kind):
+            self._each(lambda tracker: tracker.alert(ALERTS[kind], text))
 
     def summarize(self, facts: Mapping[str, Any]) -> None:
         """Add facts to the run's summary in all trackers."""

@@ -56,7 +56,7 @@ from minimind_ray.train.progress import Progress
 from minimind_ray.train.recorder import Recorder
 from minimind_ray.train.run import RunDirectory, last_sound_checkpoint
 from minimind_ray.train.schedule import lr_factor, shortfall
-from minimind_ray.train.step import NonFiniteError, Objective, StepResult, training_step
+from minimind_ray.train.step import DivergedError, NonFiniteError, Objective, StepResult, training_step
 from minimind_ray.train.throughput import training_flops_per_token
 from minimind_ray.train.validation import Validation
 from minimind_ray.train.writer import Weights
@@ -173,7 +173,7 @@ class TrainingRun:
         After a report, call `reported` before the next step.
 
         Raises:
-            UserError: the loss or gradient is not finite. The documents of the step are in the run directory.
+            DivergedError: the loss or gradient is not finite. The documents of the step are in the run directory.
         """
         if isinstance(result, NonFiniteError):
             self._refuse(result)
@@ -209,7 +209,7 @@ class TrainingRun:
     def close(self, error: BaseException | None = None) -> None:
         """Stop writing to the run directory. After an `error` of the driver, mark the run as failed in its trackers."""
         if error and self.recorder:
-            self.recorder.fail()
+            self.recorder.fail(error)
         self._resources.__exit__(error and type(error), error, error and error.__traceback__)
 
     def __enter__(self) -> Self:
@@ -264,7 +264,7 @@ class TrainingRun:
             self.recorder.end(self.ending)
 
     def _refuse(self, result: NonFiniteError) -> NoReturn:
-        """Write the documents of a step whose loss or gradient is not finite, and raise UserError."""
+        """Write the documents of a step whose loss or gradient is not finite, and raise DivergedError."""
         if self.recorder:
             self.recorder.settle()
         name = f"nonfinite-rank{self.context.rank}.jsonl"
@@ -272,7 +272,7 @@ class TrainingRun:
             for i, ids in enumerate(np.split(pack.tokens, np.cumsum(pack.lengths)[:-1])):
                 text = self.tokenizer.decode(ids.tolist())
                 self.directory.append(name, {"step": result.step + 1, "pack": pack.id, "document": i, "text": text})
-        raise UserError(
+        raise DivergedError(
             f"step {result.step + 1}: the loss is {result.loss} and the gradient norm {result.grad_norm}; training "
             f"stopped before this step changed the weights. The step's documents are in {self.directory.where}/"
             "nonfinite-*.jsonl, and all checkpoints are kept. Try a lower optim.lr, or train.precision float32"

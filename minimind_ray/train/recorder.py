@@ -26,6 +26,7 @@ from minimind_ray.train.evaluate import Evaluation, drop_stale
 from minimind_ray.train.optim import AdamW
 from minimind_ray.train.progress import Progress
 from minimind_ray.train.run import VALIDATION, RunDirectory
+from minimind_ray.train.step import DivergedError
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Weights, Write
 
 
@@ -132,9 +133,12 @@ class Recorder:
         if self.trackers:
             self.trackers.finish(state, best)
 
-    def fail(self) -> None:
-        """Mark the run as failed in the trackers that are still open, and close them."""
+    def fail(self, error: BaseException) -> None:
+        """Alert the user of the `error`, mark the run as failed in the trackers that are still open, and close them."""
         if self.trackers:
+            if isinstance(error, Exception):  # Not at a second Ctrl-C.
+                kind = "not-finite" if isinstance(error, DivergedError) else "failed"
+                self.trackers.alert(kind, f"{self.directory.where}: {str(error) or type(error).__name__}")
             self.trackers.finish("failed")
 
 

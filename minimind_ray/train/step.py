@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.data.batch import Batch
 from minimind_ray.data.pack import Pack
 from minimind_ray.model.transformer import Transformer
@@ -54,6 +55,10 @@ class NonFiniteError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[NonFiniteError], tuple[int, float, float]]:
         return NonFiniteError, (self.step, self.loss, self.grad_norm)
+
+
+class DivergedError(UserError):
+    """Training ended at a step whose loss or gradient is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
