@@ -21,6 +21,11 @@ LEAST_SPREAD = 5
 """The bootstrap fails, too, if the difference is the same in all clusters but fewer than this many."""
 
 
+def is_binary(numerator_E: np.ndarray, denominator_E: np.ndarray) -> bool:
+    """Whether every example has the value 0 or 1 and counts once, so that the metric is a share."""
+    return bool((denominator_E == 1).all() and ((numerator_E == 0) | (numerator_E == 1)).all())
+
+
 def mid_p(above: int, below: int) -> float:
     """Return the two-sided mid-p value of McNemar's test.
 

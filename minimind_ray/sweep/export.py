@@ -31,7 +31,7 @@ def counts_text(comparison: Comparison) -> str:
     """Return the number of examples, such as "687 validation examples of 40 documents"."""
     examples, clusters = comparison.examples, comparison.clusters
     of = f" of {clusters:,} {comparison.cluster_noun}" if clusters != examples else ""
-    return f"{examples:,} validation examples{of}"
+    return f"{examples:,} {comparison.examples_noun}{of}"
 
 
 def direction_text(comparison: Comparison) -> str:
@@ -86,12 +86,12 @@ def headline_text(comparison: Comparison) -> str:
 
 def more_texts(comparison: Comparison) -> list[str]:
     """Return a sentence for each undecided pair: how many seeds or examples would decide it."""
-    texts = [more_text(more) for more in comparison.more[:MOST_PAIRS]]
+    texts = [more_text(more, comparison.examples_noun) for more in comparison.more[:MOST_PAIRS]]
     left = len(comparison.more) - len(texts)
     return texts + ([f"{left} more pair(s) are undecided; --json lists them."] if left else [])
 
 
-def more_text(more: More) -> str:
+def more_text(more: More, examples_noun: str = "validation examples") -> str:
     """Return what would decide a pair of points, if their difference stays as observed.
 
     In simulations, the seeds proposed decided 55 % of the pairs.
@@ -104,7 +104,7 @@ def more_text(more: More) -> str:
         price = "" if more.cost is None else f" for {more.cost:.2f}"
         ways.append(f"{more.seeds} seeds each{time}{price}")
     if more.examples is not None:
-        ways.append(f"{more.examples:,} validation examples")
+        ways.append(f"{more.examples:,} {examples_noun}")
     chance = " (enough in about half of all cases)" if ways else ""
     answer = "; ".join(text for text in (" or ".join(ways) + chance, more.why) if text)
     return f"To tell {more.pair[1]} from {more.pair[0]}, if the difference stays as it is: {answer}."

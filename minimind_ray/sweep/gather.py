@@ -12,9 +12,11 @@ import numpy as np
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.stages import STAGES
-from minimind_ray.sweep.metric import terms
+from minimind_ray.sweep.binary import is_binary
+from minimind_ray.sweep.metric import examples_noun, examples_of, terms
 from minimind_ray.sweep.stopping import Count, common_step, count_trials, curve_of, has_end, lengths_of
 from minimind_ray.sweep.trials import Sweep, Trial, Validation
+from minimind_ray.tasks.items import PREFIX
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Results:
     """The results of all trials that count; see `judge` for the arrays.
 
     `examples` and `clusters` are the numbers of those that count. `binary` tells whether every example has the value 0
-    or 1 and counts once. `noun` names the clusters. `finer` is empty, or the path of a trial whose clusters are
-    parts of these.
+    or 1 and counts once. `noun` names the clusters, `examples_noun` the examples. `finer` is empty, or the path
+    of a trial whose clusters are parts of these.
     """
 
     numerator_TC: np.ndarray
@@ -88,6 +90,7 @@ class Results:
     examples: int
     clusters: int
     noun: str
+    examples_noun: str
     finer: str
     binary: bool
 
@@ -101,15 +104,15 @@ def results_of(points: Sequence[Point], metric: str) -> Results:
     """
     trials_T = [trial for point in points for trial in point.counted]
     counts_T = [count for point in points for count in point.counts]
-    check_same_examples(trials_T)
+    check_same_examples(trials_T, metric)
     terms_T = [terms(trial, metric) for trial in trials_T]
-    cluster_E, noun, finer = _clusters(points)
-    # The denominators of all trials are equal: their examples have the same lengths.
-    counts_E = terms_T[0][1] > 0
+    cluster_E, noun, finer = _clusters(points, metric)
+    # The denominators of all trials are equal, unless a task divides by what a model has written.
+    counts_E = np.any([denominator_E > 0 for _, denominator_E in terms_T], axis=0)
     if not counts_E.any():
         raise UserError(
-            f"{_validation(trials_T[0]).path}: no example counts for {metric}, because the column that it is divided "
-            "by is 0 everywhere; give another data.val, or judge the sweep by another metric"
+            f"{_examples(trials_T[0], metric).path}: no example counts for {metric}, because the column that it is "
+            "divided by is 0 everywhere; give another data.val, or judge the sweep by another metric"
         )
     _, cluster_E = np.unique(cluster_E[counts_E], return_inverse=True)
     terms_T = [(numerator_E[counts_E], denominator_E[counts_E]) for numerator_E, denominator_E in terms_T]
@@ -128,16 +131,13 @@ def results_of(points: Sequence[Point], metric: str) -> Results:
         examples=len(cluster_E),
         clusters=clusters,
         noun=noun,
+        examples_noun=examples_noun(metric),
         finer=finer,
-        binary=all(_is_binary(*pair) for pair in terms_T),
+        binary=all(is_binary(*pair) for pair in terms_T),
     )
 
 
-def _is_binary(numerator_E: np.ndarray, denominator_E: np.ndarray) -> bool:
-    return bool((denominator_E == 1).all() and ((numerator_E == 0) | (numerator_E == 1)).all())
-
-
-def _clusters(points: Sequence[Point]) -> tuple[np.ndarray, str, str]:
+def _clusters(points: Sequence[Point], metric: str) -> tuple[np.ndarray, str, str]:
     """Return the number of each example's cluster, 0 to C - 1, the noun for clusters, and `Results.finer`.
 
     Trials may know different clusters: files of older versions have none, and a run may have been started without
@@ -148,37 +148,41 @@ def _clusters(points: Sequence[Point]) -> tuple[np.ndarray, str, str]:
     """
     found: list[tuple[np.ndarray, Trial, Sweep]] = []
     for sweep, trial in ((point.sweep, trial) for point in points for trial in point.counted):
-        if not any(np.array_equal(_validation(trial).cluster_E, _validation(other).cluster_E) for _, other, _ in found):
-            found.append((np.unique(_validation(trial).cluster_E, return_inverse=True)[1], trial, sweep))
+        clusters_E = _examples(trial, metric).cluster_E
+        if not any(np.array_equal(clusters_E, _examples(other, metric).cluster_E) for _, other, _ in found):
+            found.append((np.unique(clusters_E, return_inverse=True)[1], trial, sweep))
     found.sort(key=lambda grouping: grouping[0].max())
     (largest_E, first, sweep), finer = found[0], ""
     for cluster_E, trial, _ in found[1:]:
         if len(np.unique(np.stack([largest_E, cluster_E]), axis=1).T) > cluster_E.max() + 1:
             raise UserError(
-                f"{first.path} and {trial.path} group the validation examples in different ways, and neither groups "
-                "are parts of the other; compare runs with the same eval.cluster"
+                f"{first.path} and {trial.path} group the {examples_noun(metric)} in different ways, and neither "
+                "groups are parts of the other; compare runs with the same eval.cluster"
             )
         if cluster_E.max() > largest_E.max():
             finer = str(trial.path)
     field = sweep.info.config.get("eval", {}).get("cluster")
-    grouped = largest_E.max() + 1 < len(largest_E)
-    return largest_E, STAGES[sweep.info.stage].clusters(field) if grouped else "examples", finer
+    if largest_E.max() + 1 == len(largest_E):
+        return largest_E, "examples", finer
+    noun = "groups of items" if metric.startswith(PREFIX) else STAGES[sweep.info.stage].clusters(field)
+    return largest_E, noun, finer
 
 
-def _validation(trial: Trial) -> Validation:
-    assert trial.validation
-    return trial.validation
+def _examples(trial: Trial, metric: str) -> Validation:
+    found = examples_of(trial, metric)
+    assert found
+    return found
 
 
-def check_same_examples(trials: Sequence[Trial]) -> None:
-    """Check that all trials were validated on the same examples.
+def check_same_examples(trials: Sequence[Trial], metric: str) -> None:
+    """Check that a metric of all trials was measured on the same examples.
 
     Raises:
         UserError: two trials had different examples. The message names the difference.
     """
-    first, a = trials[0], _validation(trials[0])
+    first, a = trials[0], _examples(trials[0], metric)
     for trial in trials[1:]:
-        b = _validation(trial)
+        b = _examples(trial, metric)
         if len(a.example_E) != len(b.example_E):
             difference = f"{len(a.example_E)} and {len(b.example_E)} examples"
         elif not np.array_equal(a.example_E, b.example_E):
@@ -192,6 +196,11 @@ def check_same_examples(trials: Sequence[Trial]) -> None:
             difference = "different prepared data"
         else:
             continue
+        if metric.startswith(PREFIX):
+            raise UserError(
+                f"{first.path} and {trial.path} were measured on {difference} for {metric}; only trials with the same "
+                "eval.tasks and the same number of items can be compared"
+            )
         raise UserError(
             f"{first.path} and {trial.path} were validated on {difference}; trials can be compared only on the same "
             "validation set, tokenizer and data.max_seq_len"

@@ -10,7 +10,8 @@ import numpy as np
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.stages import STAGES, Mode
-from minimind_ray.sweep.trials import Sweep, Trial
+from minimind_ray.sweep.trials import Sweep, Trial, Validation
+from minimind_ray.tasks.items import PREFIX, mode_of
 
 
 def judged_by(
@@ -18,8 +19,8 @@ def judged_by(
 ) -> tuple[str, Mode, float]:
     """Return the metric, its mode and the margin of a comparison: as given, or else the sweeps' own.
 
-    A stage's metric may be given without its "val/". Other columns of validation.parquet need a mode. The margin 0
-    means none.
+    A stage's metric may be given without its "val/". The name of a task is given as task/NAME. Other columns of
+    validation.parquet need a mode. The margin 0 means none.
 
     Raises:
         UserError: a value is wrong, the mode is missing or contradicts a stage's metric, or the sweeps do not agree on
@@ -39,7 +40,7 @@ def judged_by(
         return *_common_metric(sweeps), margin
     known = STAGES[sweeps[0].info.stage].metrics
     name = f"val/{metric}" if f"val/{metric}" in known else metric
-    found = known.get(name, mode)
+    found = _mode_of_task(sweeps, name) if name.startswith(PREFIX) else known.get(name, mode)
     if mode not in (None, found):
         raise UserError(
             f"mode {mode} contradicts metric {name}: {'smaller' if found == 'min' else 'larger'} values of it are "
@@ -48,6 +49,19 @@ def judged_by(
     if found is None:
         raise UserError(f"metric {metric} needs a mode: min if less of it is better, or max if more is better")
     return name, "min" if found == "min" else "max", margin
+
+
+def _mode_of_task(sweeps: Sequence[Sweep], metric: str) -> Mode:
+    """Return whether less or more of a task's metric is better, by the name of the metric that it is judged by."""
+    task, trials = metric.removeprefix(PREFIX), [trial for sweep in sweeps for trial in sweep.trials]
+    for trial in trials:
+        if task in trial.tasks:
+            return mode_of(trial.tasks[task].metric)
+    known = ", ".join(sorted({PREFIX + name for trial in trials for name in trial.tasks}))
+    raise UserError(
+        f"no trial has results of task {task}; "
+        + (f"judge the sweep by one of {known}" if known else "name tasks with eval.tasks when you start a sweep")
+    )
 
 
 def _common_metric(sweeps: Sequence[Sweep]) -> tuple[str, Mode]:
@@ -71,8 +85,23 @@ def _common_margin(sweeps: Sequence[Sweep]) -> float:
 BITS = "val/bits_per_byte"
 
 
+def examples_of(trial: Trial, metric: str) -> Validation | None:
+    """Return the results from which a metric is computed: of the validation examples, or of a task's items.
+
+    None if the trial has none.
+    """
+    return trial.tasks.get(metric.removeprefix(PREFIX)) if metric.startswith(PREFIX) else trial.validation
+
+
+def examples_noun(metric: str) -> str:
+    """Return what the examples of a metric are called."""
+    return "items" if metric.startswith(PREFIX) else "validation examples"
+
+
 def columns_of(metric: str) -> list[str]:
-    """Return the columns of validation.parquet from which a metric is computed: numerator and denominator, if any."""
+    """Return the columns of `examples_of` from which a metric is computed: numerator and denominator, if any."""
+    if metric.startswith(PREFIX):
+        return ["value", "weight"]
     name = metric.removeprefix("val/")
     return ["loss", "bytes"] if metric == BITS else [name] if name == metric else [name, "count"]
 
@@ -80,12 +109,13 @@ def columns_of(metric: str) -> list[str]:
 def terms(trial: Trial, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the metric's numerator and denominator for each example. The metric is the ratio of their sums.
 
-    For a stage's metrics ("val/…") this is the mean over tokens or pairs. Any other column is averaged over examples.
+    For a stage's metrics ("val/…") this is the mean over tokens or pairs, for a task's metric that over its items. Any
+    other column is averaged over examples.
 
     Raises:
         UserError: the per-example results lack a column for the metric, or it has no numbers.
     """
-    validation, needed = trial.validation, columns_of(metric)
+    validation, needed = examples_of(trial, metric), columns_of(metric)
     assert validation
     if texts := [column for column in needed if column in validation.not_numbers]:
         raise UserError(

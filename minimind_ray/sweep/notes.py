@@ -20,7 +20,7 @@ def method_of(results: Results, found: Statistics, rows: Sequence[Row], margin: 
     if results.clusters < LEAST_CLUSTERS:
         return ""
     drawn = f"whole {results.noun} are resampled" if results.clusters < results.examples else "examples are resampled"
-    sources = [f"the validation examples (bootstrap: {drawn}, the same for every trial)"]
+    sources = [f"the {results.examples_noun} (bootstrap: {drawn}, the same for every trial)"]
     if _one_seed(rows):
         text = f"Intervals cover 95 % and account only for {sources[0]}, since each point has one seed."
     else:
@@ -146,12 +146,14 @@ def _groupings(results: Results) -> list[str]:
 
 def _few(results: Results) -> list[str]:
     clusters, noun, examples = results.clusters, results.noun, results.examples
-    advice = "give data.val, or raise data.val_fraction"
+    kind, advice = results.examples_noun, "give data.val, or raise data.val_fraction"
+    if kind == "items":
+        advice = "let the task have more items"
     if examples < LEAST_CLUSTERS:
-        return [f"{examples} validation example(s) are too few to compare points: {advice}."]
+        return [f"{examples} {kind.removesuffix('s')}(s) are too few to compare points: {advice}."]
     if clusters < LEAST_CLUSTERS:
         few = f"their number of {noun} is only {clusters}"
-        return [f"{examples:,} validation examples are too few to compare points, because {few}: {advice}."]
+        return [f"{examples:,} {kind} are too few to compare points, because {few}: {advice}."]
     if clusters < FEW_CLUSTERS:
         return [f"Only {clusters} {noun}: the intervals are rough. For better intervals, {advice}."]
     return []
@@ -199,7 +201,7 @@ def _few_seeds(rows: Sequence[Row]) -> list[str]:
         more = any(len(row.trials) > 1 for row in rows)
         advice = "no point has two finished seeds" if more else "use --seeds 2 or more to compare settings"
         return [
-            "One seed: intervals account only for the validation examples. The verdicts compare these trained models, "
+            "One seed: intervals account only for the examples. The verdicts compare these trained models, "
             f"not their settings; {advice}."
         ]
     if all(len(row.compared) <= 2 for row in rows if row.compared):

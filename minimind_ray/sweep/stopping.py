@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minimind_ray.sweep.metric import columns_of
-from minimind_ray.sweep.trials import LARGEST, Trial
+from minimind_ray.sweep.metric import columns_of, examples_of
+from minimind_ray.sweep.trials import LARGEST, MEASURED, Trial
+from minimind_ray.tasks.items import PREFIX
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.intervals import NORMAL, t_quantile
 
@@ -110,14 +111,16 @@ def _reason(trial: Trial, metric: str) -> str:
         return trial.state
     if not trial.validation:
         return f"{trial.state}; no validation of it was saved"
-    finite = trial.validation.finite(columns_of(metric))
-    return "" if finite else "a value in its validation is not finite or too large"
+    examples = examples_of(trial, metric)
+    if not examples:
+        return f"{trial.state}; no results of task {metric.removeprefix(PREFIX)} were saved"
+    return "" if examples.finite(columns_of(metric)) else "a value in its validation is not finite or too large"
 
 
 def curve_of(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
     """Return the curve of a trial from the lines of its metrics.jsonl; empty if no validation measures the metric."""
     found, best = dict[int, float](), None
-    if not metric.startswith("val/"):  # The user's own column, which may be named as a number of training: tokens.
+    if not metric.startswith(MEASURED):  # The user's own column, which may be named as a number of training: tokens.
         return found
     for line in lines:
         if "val/loss" in line and (best := best_validation([*([best] if best else []), line])):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minimind_ray.config.stages import Mode
-from minimind_ray.sweep.metric import trial_metric
+from minimind_ray.sweep.metric import examples_noun, trial_metric
 from minimind_ray.sweep.statistics import Interval
 from minimind_ray.sweep.stopping import has_end
 from minimind_ray.sweep.trials import Trial
@@ -121,6 +121,11 @@ class Comparison:
         trials = self.rows[0].compared or [trial for trial in self.rows[0].trials if has_end(trial, self.metric)]
         finished, sign = [trial for trial in trials if trial.state == "finished"], 1.0 if self.mode == "min" else -1.0
         return min(finished or trials, key=lambda trial: sign * trial_metric(trial, self.metric), default=None)
+
+    @property
+    def examples_noun(self) -> str:
+        """What the examples are called: "validation examples", or "items" for a task."""
+        return examples_noun(self.metric)
 
     @property
     def digits(self) -> int:

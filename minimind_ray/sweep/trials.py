@@ -6,14 +6,15 @@ trials/<id>/        a run directory (train/run.py) for each trial, and in it
     lineage.jsonl       with pbt: the steps at which it took over weights from other trials
     validation.parquet  the validation of its result, one row per example; the result of a run is the checkpoint with
                         the lowest validation loss
+    tasks.parquet       the results of the same checkpoint in tasks, one row per item (tasks/items.py)
 report.html, report.png
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -27,6 +28,7 @@ from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.stages import StageName
 from minimind_ray.data.claim import live_writer
 from minimind_ray.data.storage import copy_of, mirror_of, url_of
+from minimind_ray.tasks import items
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.run import VALIDATION, inside, read_jsonl
 
@@ -177,11 +179,21 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class TaskResults(Validation):
+    """The results of a task, sorted by item. The columns are `value` and `weight`; the ratio of their sums is `metric`.
+
+    `metric` is the metric that the task is judged by, such as "acc".
+    """
+
+    metric: str = ""
+
+
+@dataclass(frozen=True)
 class Trial:
     """A run of a sweep, finished or not. `result` is its best checkpoint; `validated_on` names its validation set.
 
     `length` is the number of steps that the run has when it is finished; None if it is unknown, as for unfinished runs
-    of earlier versions.
+    of earlier versions. `tasks` has the results of tasks, by their names.
     """
 
     id: str
@@ -201,6 +213,7 @@ class Trial:
     lineage: list[dict[str, Any]]
     validation: Validation | None
     updated: datetime | None
+    tasks: Mapping[str, TaskResults] = field(default_factory=dict[str, TaskResults])
 
     @property
     def status(self) -> str:
@@ -216,8 +229,12 @@ class Trial:
 
     def best(self, metric: str) -> float | None:
         """Return the metric's value at the best validation so far (see train/best.py); None if it was not measured."""
-        value = (best_validation(self.metrics) or {}).get(metric) if metric.startswith("val/") else None
+        value = (best_validation(self.metrics) or {}).get(metric) if metric.startswith(MEASURED) else None
         return None if value is None else float(value)
+
+
+MEASURED = ("val/", items.PREFIX)
+"""The beginnings of the metrics that a validation during training measures."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +320,20 @@ def read_trial(path: Path) -> Trial:
         lineage=_read_lines(path / "lineage.jsonl", LineageLine),
         validation=read_validation(path / VALIDATION),
         updated=run.updated,
+        tasks=read_tasks(path / items.FILE),
     )
+
+
+def read_tasks(path: Path) -> dict[str, TaskResults]:
+    """Read the results of tasks by their names; none if the file does not exist. Raises as `read_sweep`."""
+    if not path.exists():
+        return {}
+    table, found = items.read_items(path), dict[str, TaskResults]()
+    for task, metrics in items.metrics_of(table).items():
+        scores = items.scores_of(table, task)
+        columns = {"value": scores.value_E, "weight": scores.weight_E}
+        found[task] = TaskResults(path, scores.item_E, scores.cluster_E, columns, metric=metrics[0])
+    return found
 
 
 def read_validation(path: Path) -> Validation | None:

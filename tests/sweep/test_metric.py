@@ -18,6 +18,7 @@ from minimind_ray.config.search import search_config
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.table import More
 from minimind_ray.sweep.trials import read_sweep
+from minimind_ray.tasks.items import Item, write_items
 from tests.sweep.synthetic import make_sweep
 
 
@@ -149,3 +150,55 @@ def test_columns_of_other_metrics_do_not_matter(sweep: Path, tmp_path: Path) -> 
         }
     with pytest.raises(UserError, match="the column answer has no numbers; judge the sweep by another metric"):
         compare([found], metric="answer", mode="max")
+
+
+def add_tasks(sweep: Path, share_by_beta: dict[float, float], items: int = 200) -> None:
+    """Add items of two tasks to every trial: answers, right as often as `share_by_beta` says, and nats of texts."""
+    ease_E = np.random.default_rng(0).random(items)
+    for i, path in enumerate(sorted(sweep.glob("trials/*"))):
+        rng = np.random.default_rng([1, i])
+        share = share_by_beta[json.loads((path / "trial.json").read_text())["point"]["dpo.beta"]]
+        right_E = np.where(rng.random(items) < 0.7, ease_E, rng.random(items)) < share
+        rows = [
+            Item(*key, float(v), 1.0, "2 + 2 =", "4", "4")
+            for name, values in (("acc", right_E), ("acc_norm", ~right_E))
+            for key, v in ((("sums", e, e // 2, name), v) for e, v in enumerate(values))
+        ]
+        rows += [Item("texts", e, e, "bits_per_byte", 10 * (2 - share), 10.0, "", "", "") for e in range(items)]
+        write_items(path / "tasks.parquet", rows)
+
+
+def test_a_task_judges_a_sweep(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s"
+    shutil.copytree(sweep, path)
+    add_tasks(path, {0.1: 0.3, 0.3: 0.8})
+    compare_command([str(path)], metric="task/sums", json=True)
+    found = json.loads(capsys.readouterr().out)
+    best, other = found["points"]
+    assert (found["mode"], found["examples"], found["clusters"]) == ("max", 200, 100)
+    assert found["sentences"][0].startswith("200 items of 100 groups of items. Larger values of task/sums are better.")
+    assert (best["point"], other["verdict"]) == ({"dpo.beta": 0.3}, "worse")
+    assert best["metric"]["value"] == pytest.approx(0.8, abs=0.06)
+    assert 0 < other["against_the_best"]["high"] - other["difference_to_best"]["value"] < 0.5
+    compare_command([str(path)], metric="task/texts", json=True)
+    assert json.loads(capsys.readouterr().out)["mode"] == "min"  # By the name of the task's metric.
+
+
+def test_task_results_that_do_not_fit(sweep: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no trial has results of task sums; name tasks with eval\.tasks"):
+        compare([read_sweep(sweep)], metric="task/sums")
+    path = tmp_path / "s"
+    shutil.copytree(sweep, path)
+    add_tasks(path, {0.1: 0.3, 0.3: 0.8})
+    with pytest.raises(UserError, match=r"results of task sum; judge the sweep by one of task/sums, task/texts"):
+        compare([read_sweep(path)], metric="task/sum")
+    with pytest.raises(UserError, match="mode min contradicts metric task/sums"):
+        compare([read_sweep(path)], metric="task/sums", mode="min")
+    first = next(path.glob("trials/*"))
+    first.joinpath("tasks.parquet").rename(tmp_path / "tasks.parquet")
+    [left_out] = [row.left_out for row in compare([read_sweep(path)], metric="task/sums").rows if row.left_out]
+    assert left_out == ((first.name, "finished; no results of task sums were saved"),)
+    table = pq.read_table(tmp_path / "tasks.parquet")
+    pq.write_table(table.filter(pa.array([item < 150 for item in table["item"].to_pylist()])), first / "tasks.parquet")
+    with pytest.raises(UserError, match="were measured on 200 and 150 examples|were measured on 150 and 200 examples"):
+        compare([read_sweep(path)], metric="task/sums")
