@@ -229,6 +229,7 @@ def tune(
     from minimind_ray.sweep.compare import compare as compare_sweeps
     from minimind_ray.sweep.plan import check_free
     from minimind_ray.sweep.publish import INTERRUPTED_SECONDS, SECONDS, publish
+    from minimind_ray.sweep.report import write_report
     from minimind_ray.sweep.request import SweepRequest, settings_and_axes
     from minimind_ray.sweep.resume import resumed_plan
     from minimind_ray.sweep.run import sweep_on_ray
@@ -256,7 +257,9 @@ def tune(
     ending = sweep_on_ray(plan, resume=resume, say=_say(console), board=Board(plan, console))
     if any(plan.path.glob("trials/*/")):  # With optuna, a sweep may end before its first trial.
         found, seconds = read_sweep(plan.path), INTERRUPTED_SECONDS if ending == "interrupted" else SECONDS
-        publish(found, compare_sweeps([found]), seconds=seconds, ending=ending)
+        comparison = compare_sweeps([found])
+        write_report(found, comparison)
+        publish(found, comparison, seconds=seconds, ending=ending)
     return Sweep(url_of(plan.path), ending)
 
 

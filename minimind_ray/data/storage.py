@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args
 from uuid import uuid4
 
 from minimind_ray.config.errors import UserError
@@ -62,6 +62,11 @@ REFUSALS = {
 
 T = TypeVar("T")
 Signature = tuple[int, int]
+Copy = Literal["read", "work", "live"]
+"""The local copies of a URL: "work" of a run's writer, "live" to follow a running sweep, and "read" of all others.
+
+A pull deletes local files that the store lacks. So whatever follows a sweep needs a copy into which nobody writes.
+"""
 
 
 class StoreError(UserError):
@@ -73,7 +78,7 @@ def is_url(where: str | Path) -> bool:
     return "://" in str(where)
 
 
-def copy_of(where: str | Path, kind: Literal["read", "work"] = "read") -> Path:
+def copy_of(where: str | Path, kind: Copy = "read") -> Path:
     """Return the directory of a URL's local copy. Return a local path unchanged."""
     scheme, separator, rest = str(where).partition("://")
     if not separator:
@@ -85,7 +90,7 @@ def copy_of(where: str | Path, kind: Literal["read", "work"] = "read") -> Path:
 
 def url_of(path: str | Path) -> str:
     """Return the URL that a local copy belongs to. Return any other path or URL unchanged."""
-    for kind in ("read", "work"):
+    for kind in get_args(Copy):
         root = _cache() / kind
         if not is_url(path) and Path(path).is_relative_to(root) and Path(path) != root:
             scheme, *parts = Path(path).relative_to(root).parts
@@ -463,7 +468,7 @@ def _mirror(url: str, path: Path) -> Mirror:
     return Mirror(url, path)
 
 
-def mirror_of(where: str | Path, kind: Literal["read", "work"] = "read") -> Mirror | None:
+def mirror_of(where: str | Path, kind: Copy = "read") -> Mirror | None:
     """Return the mirror of a URL, or of the URL whose local copy this path is; None for any other local path.
 
     All calls in a process return the same object for the same URL.

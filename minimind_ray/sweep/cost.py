@@ -7,7 +7,6 @@ while a place has no trial left.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,8 +15,7 @@ from pathlib import Path
 from minimind_ray.config.reading import read_json
 from minimind_ray.data.claim import live_writer
 from minimind_ray.sweep.text import duration_text
-from minimind_ray.sweep.trials import Session, Sweep, Trial, read_trial
-from minimind_ray.train.run import RunDirectory
+from minimind_ray.sweep.trials import Session, Sweep, Trial, read_trial, update_info
 
 
 def price(seconds: float, places: int, per_hour: float) -> float:
@@ -93,5 +91,4 @@ def recorded_session(path: Path, began: datetime, places: int) -> Generator[None
 
 
 def _write(path: Path, sessions: Sequence[Session]) -> None:
-    content = {**read_json(path / "sweep.json"), "sessions": [each.model_dump(mode="json") for each in sessions]}
-    RunDirectory(path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    update_info(path, sessions=[each.model_dump(mode="json") for each in sessions])

@@ -1,12 +1,12 @@
 """Send the comparison of a sweep's points to its trackers.
 
-The sweep is a tracked run of its own in the group of the trials' runs; it gets the whole comparison. The run of each
-trial gets the facts of its point in its summary, so that the trials can be sorted and filtered by them.
+The sweep is a tracked run of its own in the group of the trials' runs. It gets the whole comparison, also while the
+sweep runs (see live.py). The run of each trial gets the facts of its point in its summary, so that the trials can be
+sorted and filtered by them.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -21,30 +21,86 @@ from minimind_ray.config.reading import read_json
 from minimind_ray.config.trackers import TRACKER_RECORDS
 from minimind_ray.data.storage import mirror_of, url_of
 from minimind_ray.on_ray.session import Ending
+from minimind_ray.sweep.cost import sweep_cost
 from minimind_ray.sweep.export import to_json, to_records
+from minimind_ray.sweep.report import PAGE
 from minimind_ray.sweep.table import Comparison
-from minimind_ray.sweep.trials import Sweep, Trial
+from minimind_ray.sweep.trials import Sweep, Trial, update_info
 from minimind_ray.track.registry import Trackers
 from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.train.run import RunDirectory
 
 SECONDS, INTERRUPTED_SECONDS = 300.0, 15.0
 """The most seconds to begin to send trials' facts, after a sweep's own end and after a signal."""
+NOT_SENT = "the comparison was not sent: {}"
+
+
+class SweepRun:
+    """The tracked run of the sweep in `path`, in the group of the trials' runs. Its trackers stay open until `finish`.
+
+    The trackers' run is remembered in sweep.json, so that a resumed sweep sends its new comparison to the same run.
+
+    Raises:
+        UserError: a tracker is refused.
+    """
+
+    def __init__(self, sweep: Sweep, path: Path, seconds: float) -> None:
+        self.path, self.before = path, _files(path)
+        base = validate(sweep.info.config)
+        track = base.track.model_copy(update={"group": base.track.group or sweep.name, "name": sweep.name})
+        config = base.model_copy(update={"out": str(path), "track": track})
+        info = {"inputs": {}, **_known(read_json(path / "sweep.json"))}
+        self.trackers = Trackers(TrackedRun(config, info, job_type="sweep", wait_seconds=seconds))
+        if self.trackers.identities:
+            update_info(path, **self.trackers.identities)
+
+    def send(self, sweep: Sweep, comparison: Comparison) -> None:
+        """Send the tables, the facts about the whole sweep, and report.html if it was written."""
+        tables = {"points": to_records(comparison)}
+        for name, records in tables.items():
+            self.trackers.log_table(name, records)
+        self.trackers.summarize({name: value for name, value in facts(sweep, comparison).items() if name not in tables})
+        if (page := self.path / PAGE).exists():
+            self.trackers.log_page("report", page)
+
+    def finish(self, state: str, result: Path | None = None) -> None:
+        """Close the trackers. `result` is the winner's checkpoint. Raises StoreError, which is a UserError."""
+        self.trackers.finish(state, result)
+        if self.trackers.identities:
+            _mirror_changes(self.path, self.before)
+
+
+def facts(sweep: Sweep, comparison: Comparison) -> dict[str, Any]:
+    """Return what a tracker shows of the whole sweep: the comparison as JSON, the winner's checkpoint, and the cost."""
+    winner, states = comparison.winner, Counter(trial.state for trial in sweep.trials)
+    return {
+        **to_json(comparison),
+        "checkpoint": url_of(winner.result) if winner and winner.result else None,
+        "cost": sweep_cost(sweep),
+        "tokens": sum(trial.tokens for trial in sweep.trials),
+        "seconds": sum(trial.seconds for trial in sweep.trials),
+        "trials": {"all": len(sweep.trials), **states},
+    }
 
 
 def publish(sweep: Sweep, comparison: Comparison, *, seconds: float = SECONDS, ending: Ending | None = None) -> None:
     """Send the comparison of a sweep that does not train now. If a tracker cannot be used, a message on stderr says so.
 
-    The trackers' run of the sweep is remembered in sweep.json, so that a resumed sweep sends its new comparison to the
-    same run. After `seconds`, no further trial's run is begun; a message counts those left out. `ending` says how the
-    sweep ended just now; unless the user interrupted it, trackers send an alert if the config asks for it.
+    After `seconds`, no further trial's run is begun; a message counts those left out. `ending` says how the sweep ended
+    just now; unless the user interrupted it, trackers send an alert if the config asks for it.
     """
     deadline = time.monotonic() + seconds
     try:
-        _send_sweep(sweep, comparison, seconds, ending)
-        facts = _facts_of_trials(comparison)
+        run = SweepRun(sweep, sweep.path, seconds)
+        run.send(sweep, comparison)
+        if ending in ("by itself", "out of time"):
+            title = "budget" if ending == "out of time" else "sweep-finished"
+            run.trackers.alert(title, _news(sweep, comparison, ending))
+        unfinished = any(trial.state in ("waiting", "running", "stopped") for trial in sweep.trials)
+        run.finish("stopped" if unfinished else "finished", _result(comparison.winner))
+        of_trials = _facts_of_trials(comparison)
         known = [trial for trial in sweep.trials if trial.state not in ("waiting", "running")]
-        known = [trial for trial in known if trial.id in facts and _known(RunDirectory(trial.path).info())]
+        known = [trial for trial in known if trial.id in of_trials and _known(RunDirectory(trial.path).info())]
         for number, trial in enumerate(known):
             if (left := deadline - time.monotonic()) <= 0:
                 print(
@@ -53,29 +109,9 @@ def publish(sweep: Sweep, comparison: Comparison, *, seconds: float = SECONDS, e
                     file=sys.stderr,
                 )
                 return
-            _send_trial(sweep, trial, facts[trial.id], left)
+            _send_trial(sweep, trial, of_trials[trial.id], left)
     except UserError as error:
-        print(f"the comparison was not sent: {error}", file=sys.stderr)
-
-
-def _send_sweep(sweep: Sweep, comparison: Comparison, seconds: float, ending: Ending | None) -> None:
-    """Send the table and its sentences to the tracked run of the sweep. Raises UserError if a tracker is refused."""
-    content = read_json(sweep.path / "sweep.json")
-    base = validate(sweep.info.config)
-    track = base.track.model_copy(update={"group": base.track.group or sweep.name, "name": sweep.name})
-    config = base.model_copy(update={"out": str(sweep.path), "track": track})
-    before = _files(sweep.path)
-    info = {"inputs": {}, **_known(content)}
-    trackers = Trackers(TrackedRun(config, info, job_type="sweep", wait_seconds=seconds))
-    trackers.log_table("points", to_records(comparison))
-    trackers.summarize({name: value for name, value in to_json(comparison).items() if name != "points"})
-    if ending in ("by itself", "out of time"):
-        trackers.alert("budget" if ending == "out of time" else "sweep-finished", _news(sweep, comparison, ending))
-    trackers.finish("finished")
-    if trackers.identities:
-        merged = {**content, **trackers.identities}
-        RunDirectory(sweep.path).write("sweep.json", json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
-        _mirror_changes(sweep.path, before)
+        print(NOT_SENT.format(error), file=sys.stderr)
 
 
 def _news(sweep: Sweep, comparison: Comparison, ending: Ending) -> str:
@@ -101,11 +137,15 @@ def _send_trial(sweep: Sweep, trial: Trial, facts: Mapping[str, Any], seconds: f
     config = config.model_copy(update={"out": str(trial.path)})
     trackers = Trackers(TrackedRun(config, directory.info(), directory.lines, wait_seconds=seconds))
     trackers.summarize(facts)
-    result = trial.result if trial.result and trial.result.is_dir() else None
-    trackers.finish(trial.state, result)
+    trackers.finish(trial.state, _result(trial))
     if trackers.identities:
         directory.update(**trackers.identities)
         _mirror_changes(trial.path, before)
+
+
+def _result(trial: Trial | None) -> Path | None:
+    """Return a trial's checkpoint if it is on this machine."""
+    return trial.result if trial and trial.result and trial.result.is_dir() else None
 
 
 def _facts_of_trials(comparison: Comparison) -> dict[str, dict[str, Any]]:

@@ -26,8 +26,9 @@ from minimind_ray.sweep.export import best_set_text, headline_text, seeds_text, 
 from minimind_ray.sweep.table import DIFFERS, LEAST_CLUSTERS, Comparison, Row, only_models, verdict_of
 from minimind_ray.sweep.text import count_text, duration_text, shorten, value_text
 from minimind_ray.sweep.trials import Sweep
-from minimind_ray.train.run import write_atomically
+from minimind_ray.train.run import RunDirectory
 
+PAGE = "report.html"
 MATRIX_POINTS = 24
 """With more points, the matrix of all pairs would be unreadable and is left out."""
 
@@ -48,11 +49,15 @@ class Figure:
 def write_report(sweep: Sweep, comparison: Comparison) -> Path:
     """Write report.html and report.png into the sweep's directory. Returns the page's path (a local copy for a URL)."""
     write_png(comparison, sweep.path / "report.png")
-    page = sweep.path / "report.html"
-    write_atomically(page, render(sweep, comparison))
     if mirror := mirror_of(sweep.path):
-        mirror.put("report.html", "report.png")
-    return page
+        mirror.put("report.png")
+    return write_page(sweep, comparison, sweep.path)
+
+
+def write_page(sweep: Sweep, comparison: Comparison, directory: Path) -> Path:
+    """Write report.html into the sweep's `directory`. Returns the page's path (a local copy for a URL)."""
+    RunDirectory(directory).write(PAGE, render(sweep, comparison))
+    return directory / PAGE
 
 
 @rc_context(chart.STYLE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +25,7 @@ from minimind_ray.sweep.export import MOST_PAIRS
 from minimind_ray.sweep.plan import DONE, SweepPlan, check_seeds, create_trial
 from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.text import duration_text, value_text
-from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep, read_sweep
+from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep, read_sweep, update_info
 from minimind_ray.train.run import RunDirectory
 
 MAY_CHANGE = ("concurrent", "budget_hours", "fuse", "seeds")
@@ -291,10 +290,11 @@ def check_same_inputs(job: Job) -> None:
 
 def record_resume(plan: SweepPlan, shared: dict[str, int]) -> None:
     """Update sweep.json when a sweep is resumed: its search settings and seeds, and the shared work done again."""
-    content = read_json(plan.path / "sweep.json")
-    content["seeds"] = plan.search.seeds
-    content["more_seeds"] = [more.model_dump(mode="json") for more in plan.more_seeds]
-    content["search"] = plan.search.model_dump(mode="json")
-    before = content.get("shared", {})
-    content["shared"] = {name: count + before.get(name, 0) * (name in DONE) for name, count in shared.items()}
-    RunDirectory(plan.path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    before = read_json(plan.path / "sweep.json").get("shared", {})
+    update_info(
+        plan.path,
+        seeds=plan.search.seeds,
+        more_seeds=[more.model_dump(mode="json") for more in plan.more_seeds],
+        search=plan.search.model_dump(mode="json"),
+        shared={name: count + before.get(name, 0) * (name in DONE) for name, count in shared.items()},
+    )

@@ -14,12 +14,13 @@ from minimind_ray.data.storage import require_writable, url_of
 from minimind_ray.on_ray.layout import layout
 from minimind_ray.on_ray.session import Ending, local_cpus, ray_running
 from minimind_ray.on_ray.trainer import RAY_HOST
-from minimind_ray.on_ray.tuner import Search, Watch, concurrent_trials, is_done, put_bases, run_trials
+from minimind_ray.on_ray.tuner import Event, Search, Watch, concurrent_trials, is_done, put_bases, run_trials
 from minimind_ray.stages.run import Job
 from minimind_ray.stages.start import require_sources
 from minimind_ray.sweep.axes import PlannedTrial
 from minimind_ray.sweep.cost import recorded_session
 from minimind_ray.sweep.fuse import fusing_decision
+from minimind_ray.sweep.live import LiveReport
 from minimind_ray.sweep.plan import (
     BASES,
     Preparation,
@@ -77,8 +78,13 @@ def sweep_on_ray(plan: SweepPlan, *, resume: bool, say: Callable[[str], None], b
     # This file's imports import torch, which must happen before Ray joins a cluster; see on_ray/host.py.
     began = datetime.now(UTC)
     cpus = local_cpus(plan.base.scale) if plan.base.scale.most > 1 else None
-    with ray_running(cpus), claimed(url_of(plan.path)), board:
-        return run_sweep(plan, resume=resume, say=say, watch=board.watch, began=began)
+    with ray_running(cpus), claimed(url_of(plan.path)), board, LiveReport(plan.path) as live:
+
+        def watch(trial: Path, event: Event, metrics: Mapping[str, Any]) -> None:
+            board.watch(trial, event, metrics)
+            live.watch(event)
+
+        return run_sweep(plan, resume=resume, say=say, watch=watch, began=began)
 
 
 def run_sweep(

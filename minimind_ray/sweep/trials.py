@@ -12,7 +12,9 @@ report.html, report.png
 
 from __future__ import annotations
 
+import json
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,10 +29,10 @@ from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.stages import StageName
 from minimind_ray.data.claim import live_writer
-from minimind_ray.data.storage import copy_of, mirror_of, url_of
+from minimind_ray.data.storage import Copy, copy_of, mirror_of, url_of
 from minimind_ray.tasks import items
 from minimind_ray.train.best import best_validation
-from minimind_ray.train.run import VALIDATION, inside, read_jsonl
+from minimind_ray.train.run import VALIDATION, RunDirectory, inside, read_jsonl
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -251,25 +253,26 @@ class Sweep:
         return self.path.name
 
 
-def open_sweep(path: str | Path) -> Path:
+def open_sweep(path: str | Path, kind: Copy = "read") -> Path:
     """Return the local directory of a sweep. For a sweep in an object store, download all files but the checkpoints.
 
-    A relative path that does not exist here is looked up in the storage (see config/paths.py).
+    A relative path that does not exist here is looked up in the storage (see config/paths.py). `kind` names the local
+    copy of an object store.
     """
     path = input_path(path)
-    if mirror := mirror_of(path):
+    if mirror := mirror_of(path, kind):
         mirror.pull(wanted=lambda name: not set(name.split("/")) & {"checkpoints", ".ray"})
         return mirror.path
     return Path(path)
 
 
-def read_sweep(path: str | Path) -> Sweep:
-    """Read a sweep that is finished, stopped or still running.
+def read_sweep(path: str | Path, kind: Copy = "read") -> Sweep:
+    """Read a sweep that is finished, stopped or still running. `kind` names the local copy of an object store.
 
     Raises:
         UserError: the directory holds no sweep or no trials yet, or a file is damaged.
     """
-    path = open_sweep(path)
+    path = open_sweep(path, kind)
     if not (path / "sweep.json").exists():
         raise UserError(f"{url_of(path)} holds no sweep.json: give a directory that minimind-ray tune has made")
     info = _read(path / "sweep.json", SweepInfo)
@@ -283,6 +286,16 @@ def read_sweep(path: str | Path) -> Sweep:
                 f"sweep.json are {', '.join(info.axes) or 'none'}; the trial belongs to another sweep"
             )
     return Sweep(path, info, trials)
+
+
+def update_info(path: Path, **facts: Any) -> None:
+    """Add `facts` to the sweep.json of the sweep in `path`. Several threads of the sweep's process may do so."""
+    with _updating:
+        content = {**read_json(path / "sweep.json"), **facts}
+        RunDirectory(path).write("sweep.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+_updating = threading.Lock()
 
 
 def read_sweeps(paths: Iterable[str | Path]) -> list[Sweep]:

@@ -20,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +51,8 @@ class WandbTracker:
         """The last line of metrics.jsonl, if it was left out because W&B has its step."""
         self.logged = 0
         """The last step that was logged to W&B."""
+        self.shown = set[str]()
+        """The names of the tables and pages in this part of the W&B run."""
 
     def check(self, config: Config) -> None:
         """Check W&B's environment variables and key; see `check_key`."""
@@ -75,10 +78,13 @@ class WandbTracker:
             return None
         if mode == "offline" or not self._open_online(run):
             self._begin(run, "offline")
+        self._log_earlier_lines(run)
+        return self.identity
+
+    def _log_earlier_lines(self, run: TrackedRun) -> None:
         with self._closing_at_an_error():
             for metrics, samples in run.lines():
                 self.log(metrics, samples)
-        return self.identity
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -108,6 +114,7 @@ class WandbTracker:
         import wandb
 
         config, track = run.config, run.config.track
+        self.tracked, self.shown = run, set()
         self.seconds = math.inf if run.wait_seconds is None else run.wait_seconds
         self.directory, self.artifacts = Path(config.out), track.artifacts
         run_id = run.info.get("wandb", {}).get("id") or secrets.token_hex(8)
@@ -207,9 +214,18 @@ class WandbTracker:
         self._log_alone(name, wandb.Html(page, inject=False, data_is_not_path=True))
 
     def _log_alone(self, name: str, value: Table | Html) -> None:
+        if self.run.offline and name in self.shown:
+            self._renew()
+        self.shown.add(name)
         with _staging_in(self.directory / FOLDER):
             self.run.log({name: value}, step=self.logged + 1, commit=True)
         self.logged += 1
+
+    def _renew(self) -> None:
+        """Begin the part that waits for `wandb sync` anew, so that older tables and pages do not pile up in it."""
+        self._close("running")
+        self._begin(replace(self.tracked, info={**self.tracked.info, "wandb": self.identity}), "offline")
+        self._log_earlier_lines(self.tracked)
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert by e-mail or Slack, as the user's settings at W&B say. Only W&B online sends alerts."""

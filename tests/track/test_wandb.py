@@ -29,7 +29,7 @@ from minimind_ray.config.schema import Config
 from minimind_ray.stages.run import begin, run_here
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import to_json
-from minimind_ray.sweep.publish import publish
+from minimind_ray.sweep.publish import SweepRun, publish
 from minimind_ray.sweep.resume import reopen_sweep
 from minimind_ray.sweep.trials import Sweep, read_sweep
 from minimind_ray.track.registry import Trackers, check_trackers
@@ -192,6 +192,47 @@ def test_a_comparison_online_and_after_a_resume(online: Callable[..., Endpoint],
     assert run.summary["state"] == "finished"
     tables = [json.loads(text) for text in server.uploads.values() if text.startswith('{"columns"')]
     assert [row[tables[0]["columns"].index("verdict")] for row in tables[0]["data"]].count("best") == 1
+
+
+@pytest.mark.slow
+def test_one_sync_sends_the_last_state_of_a_sweep_that_was_updated_offline(
+    online: Callable[..., Endpoint], tmp_path: Path
+) -> None:
+    server, sweep = online(), read_sweep(make_sweep(tmp_path / "betas", axes={"dpo.beta": "0.1,0.2"}, steps=10))
+    sweep.info.config["track"]["wandb"] = "offline"
+    page = sweep.path / "report.html"
+    run = SweepRun(sweep, sweep.path, 10.0)
+    for number in range(3):
+        page.write_text(f"<p>{number}</p>")
+        run.send(sweep, compare([sweep], margin=number))
+    run.finish("stopped")
+    assert len(list(sweep.path.glob("wandb/*run-*"))) == len(list(sweep.path.glob("wandb/**/*.html"))) == 1
+    page.write_text("<p>end</p>")
+    comparison = compare([sweep], margin=10.0)
+    publish(sweep, comparison)  # The sweep has ended.
+    sync(sweep.path)
+    [sent] = server.runs.values()
+    assert (sent.summary["margin"], sent.summary["state"]) == (10.0, "finished")
+    assert sent.summary["report"]["_type"] == "html-file"
+    [table] = [json.loads(text) for text in server.uploads.values() if text.startswith('{"columns"')]
+    assert [row[table["columns"].index("verdict")] for row in table["data"]] == [row.verdict for row in comparison.rows]
+    assert [text for name, text in server.uploads.items() if name.endswith(".html")] == ["<p>end</p>"]
+    assert sync_command(sweep.path) is None
+
+
+@pytest.mark.slow
+def test_a_running_sweep_is_a_running_run(online: Callable[..., Endpoint], tmp_path: Path) -> None:
+    server, sweep = online(), read_sweep(make_sweep(tmp_path / "betas", axes={"dpo.beta": "0.1,0.2"}, steps=10))
+    run = SweepRun(sweep, sweep.path, 10.0)
+    for _ in range(2):
+        run.send(sweep, compare([sweep]))
+    [sent] = server.runs.values()
+    assert sent.exit_code is None
+    run.finish("stopped")
+    assert (sent.exit_code, sent.summary["state"], [row["_step"] for row in sent.rows]) == (0, "stopped", [0, 1])
+    publish(sweep, compare([sweep]))
+    assert len(server.runs) == 1 and sent.summary["state"] == "finished"
+    assert [row["_step"] for row in sent.rows] == [0, 1, 2]
 
 
 def tracked_sweep(directory: Path) -> Sweep:

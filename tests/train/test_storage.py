@@ -22,6 +22,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import ModelConfig
 from minimind_ray.data import storage
 from minimind_ray.data.files import locate
+from minimind_ray.data.storage import copy_of
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.checkpoint import model_fingerprint, save_model
 from minimind_ray.model.transformer import Transformer
@@ -29,7 +30,8 @@ from minimind_ray.stages.base import resolve_base
 from minimind_ray.stages.recipe import set_aside
 from minimind_ray.stages.run import Job, run_here
 from minimind_ray.sweep.compare import compare
-from minimind_ray.sweep.publish import publish
+from minimind_ray.sweep.live import LiveReport
+from minimind_ray.sweep.publish import facts, publish
 from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.train.bundle import pack, unpack
 from minimind_ray.train.context import PlainContext
@@ -367,6 +369,23 @@ def test_the_comparison_of_a_sweep_in_the_store(store: Store, tmp_path: Path, mo
     assert {name.rpartition("/")[2] for name in names(bucket, "bucket/sweeps/s") if name.endswith(".wandb")} == {
         f"run-{run}.wandb"
     }
+
+
+def test_the_report_of_a_running_sweep_reads_the_store_into_a_copy_of_its_own(store: Store, tmp_path: Path) -> None:
+    """A pull deletes what the store lacks: a file that the sweep's process has written and not yet sent."""
+    path = make_sweep(tmp_path / "s", axes={"dpo.beta": "0.1,0.2"}, seeds=1, steps=10, examples=40)
+    bucket = store.open()
+    fs.copy_files(str(path), "bucket/sweeps/live", destination_filesystem=bucket)
+    plan_path = copy_of("s3://bucket/sweeps/live")
+    unsent = plan_path / "trials" / "new" / "trial.json"
+    unsent.parent.mkdir(parents=True)
+    unsent.touch()
+    LiveReport(plan_path).update()
+    with bucket.open_input_stream("bucket/sweeps/live/report.html") as file:
+        assert file.read() == (plan_path / "report.html").read_bytes()
+    assert unsent.exists()
+    sweep = read_sweep("s3://bucket/sweeps/live", "live")
+    assert facts(sweep, compare([sweep]))["checkpoint"].startswith("s3://bucket/sweeps/live/trials/")
 
 
 def test_workers_read_a_model_of_the_hub_from_the_store(
