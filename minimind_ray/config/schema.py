@@ -446,8 +446,13 @@ class EvalConfig(Section):
         description="field of validation rows with a value that related rows share, such as a passage's id. A sweep's "
         "statistics resample these clusters. Default: clusters are documents, conversations, or the prompts of pairs",
     )
-    samples: Annotated[int, Field(ge=0)] = Field(default=3, description="texts to generate at each validation")
-    prompts: list[str] = Field(default_factory=list, description="beginnings of the samples; default: none")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="prompts that the model answers before the first step and at each validation"
+    )
+    prompts: list[str] = Field(
+        default_factory=list,
+        description="these prompts; default: drawn from the validation data, the same for all trials",
+    )
     sample_tokens: PositiveInt = 64
     temperature: NonNegativeFloat = 0.8
 

@@ -99,7 +99,7 @@ def print_result(out: str, console: Console) -> None:
     run = RunDirectory(out)
     info = run.info()
     console.print(f"{info['state']} after {info['steps']} steps, {info['tokens']:,} tokens", highlight=False)
-    for samples in list(run.samples())[-1:]:
+    for samples in [line for line in run.samples() if line["step"]][-1:]:
         for text in samples["samples"]:
             console.print(f"  sample: {text!r}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model: {join(run.where, info['result'])}", highlight=False, soft_wrap=True)

@@ -119,12 +119,13 @@ class LineageLine(BaseModel):
 
 
 class SamplesLine(BaseModel):
-    """A line of samples.jsonl."""
+    """A line of samples.jsonl. Step 0 is before the first step. Lines of earlier versions have no prompts."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     step: int = Field(ge=0)
     samples: list[str]
+    prompts: list[str] = Field(default_factory=list)
 
 
 class TrialInfo(BaseModel):

@@ -49,7 +49,7 @@ class WandbTracker:
         self.best: Mapping[str, Any] | None = None
         self.unlogged: Mapping[str, Any] | None = None
         """The last line of metrics.jsonl, if it was left out because W&B has its step."""
-        self.logged = 0
+        self.logged = -1
         """The last step that was logged to W&B."""
         self.shown = set[str]()
         """The names of the tables and pages in this part of the W&B run."""
@@ -120,7 +120,7 @@ class WandbTracker:
         run_id = run.info.get("wandb", {}).get("id") or secrets.token_hex(8)
         earlier = parts(self.directory, run_id)
         if mode == "offline":
-            self.logged = max((last_step(file) for file in earlier if was_sent(file)), default=0)
+            self.logged = max((last_step(file) for file in earlier if was_sent(file)), default=-1)
         facts = {key: run.info.get(key) for key in ("inputs", "commit", "versions")}
         self.run: Run = wandb.init(
             id=run_id,

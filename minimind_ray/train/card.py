@@ -377,11 +377,16 @@ def _intervals(path: Path, loss: float) -> dict[str, tuple[float, float]]:
 
 
 def _samples(place: Place) -> list[str]:
-    """Return texts that the model wrote at the checkpoint's step, or at the last step before."""
+    """Return texts that the model wrote at the checkpoint's step, or at the last step before.
+
+    Answers to prompts that were drawn from the validation data are left out: a public card must not quote the data.
+    """
     step, found = place.checkpoint.rpartition("step-")[2], list[str]()
     with suppress(UserError, StoreError, OSError):
+        given = (read_yaml(place.run.file("config.yaml")).get("eval") or {}).get("prompts") or []
         for line in place.run.samples():
-            if f"{line['step']:08d}" <= step and isinstance(line.get("samples"), list):
+            public = set(line.get("prompts", ())) <= set(given)
+            if public and line["step"] and f"{line['step']:08d}" <= step and isinstance(line.get("samples"), list):
                 found = [str(text) for text in line["samples"]]
     return [t if len(t) <= LONGEST_SAMPLE else f"{t[:LONGEST_SAMPLE]} …" for t in found[:MOST_SAMPLES] if t.strip()]
 

@@ -37,6 +37,7 @@ from minimind_ray.data.plan import TrainingData
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.ops import run_eagerly
 from minimind_ray.model.transformer import Transformer
+from minimind_ray.train.answers import Answers
 from minimind_ray.train.checkpoint import load_resume
 from minimind_ray.train.context import (
     Context,
@@ -138,6 +139,8 @@ class TrainingRun:
             cpu = None if context.device.type == "cuda" else arithmetic(dtype)
             self.recorder = Recorder(self.directory, self.progress, config)
             self.recorder.begin(steps=self.plan.steps, cpu=cpu, pass_tokens=self.pass_tokens, base=data.base)
+            if not self.progress.step:
+                self.recorder.log_start(self.validation.answers)
         self.meter = Meter(self.model.shape, context, dtype, frozen=config.trains_adapter)
         self.model.train()
         steps = ((packs, self._assemble(packs)) for packs in data.source.steps(self.progress.step))
@@ -189,9 +192,9 @@ class TrainingRun:
         metrics |= {**result.means, "grad_norm": result.grad_norm}
         left = self.plan.steps - progress.step
         metrics["timing"] = self.meter.read(result.tokens, self._packs, left, result.seconds)
-        evaluation, samples = self._validate(metrics) if validating else (None, [])
+        evaluation, answers = self._validate(metrics) if validating else (None, None)
         # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
-        self._log(metrics, samples)
+        self._log(metrics, answers)
         if saving:
             self._save(evaluation)
         if result.stop and not last:
@@ -223,24 +226,23 @@ class TrainingRun:
     def _lr(self) -> float:
         return self.config.optim.lr * lr_factor(self.config.schedule, self.progress.step, self.plan.steps)
 
-    def _validate(self, metrics: dict[str, Any]) -> tuple[Evaluation, list[str]]:
-        """Validate, and add the means to `metrics`. Return the evaluation, and sample texts on rank 0."""
+    def _validate(self, metrics: dict[str, Any]) -> tuple[Evaluation, Answers | None]:
+        """Validate, and add the means to `metrics`. Return the evaluation, and the model's answers on rank 0."""
         began = time.perf_counter()
         evaluation = self.validation()
-        sampling = self.recorder and self.config.eval.samples
-        samples = self.validation.samples(self.progress.step) if sampling else []
+        answers = self.validation.answers() if self.recorder else None
         metrics["timing"]["validation_seconds"] = time.perf_counter() - began
         metrics |= {f"val/{name}": value for name, value in evaluation.means.items()}
-        return evaluation, samples
+        return evaluation, answers
 
-    def _log(self, metrics: dict[str, Any], samples: list[str]) -> None:
+    def _log(self, metrics: dict[str, Any], answers: Answers | None) -> None:
         """Write the step's line of metrics.jsonl, with a warning if there is one."""
         if self.recorder:
             first = self.progress.step == 1
             warning = self.recorder.warning() or (first and shortfall(self.config.schedule, self.plan.steps))
             if warning:
                 metrics["warning"] = warning
-            self.recorder.log(metrics, samples)
+            self.recorder.log(metrics, answers)
 
     def _save(self, evaluation: Evaluation | None) -> None:
         self.progress.ledger = self.ledger.gather()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from minimind_ray.model.ops import compiled
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.track.registry import Trackers
 from minimind_ray.track.tracker import TrackedRun
+from minimind_ray.train.answers import Answers
 from minimind_ray.train.card import finish
 from minimind_ray.train.checkpoint import optimizer_tensors, save_resume
 from minimind_ray.train.evaluate import Evaluation, drop_stale
 from minimind_ray.train.optim import AdamW
 from minimind_ray.train.progress import Progress
-from minimind_ray.train.run import VALIDATION, RunDirectory
+from minimind_ray.train.run import START, VALIDATION, RunDirectory
 from minimind_ray.train.step import DivergedError
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Weights, Write
 
@@ -73,13 +74,25 @@ class Recorder:
         """Return a problem with checkpoints or the object store since the last call, or None."""
         return self.writer.pop_warning()
 
-    def log(self, metrics: Mapping[str, Any], samples: Sequence[str]) -> None:
-        """Write one line of metrics.jsonl, and the sample texts of the same step."""
+    def log_start(self, answers: Callable[[], Answers | None]) -> None:
+        """Write the answers of the model before the first step, unless an earlier process of the run has done so."""
+        if any(self.directory.samples()):
+            return
+        if found := answers():
+            self._append(0, found)
+            if self.trackers:
+                self.trackers.log(START, found.texts)
+
+    def log(self, metrics: Mapping[str, Any], answers: Answers | None) -> None:
+        """Write one line of metrics.jsonl, and the answers of the same step."""
         self.directory.append("metrics.jsonl", dict(metrics))
-        if samples:
-            self.directory.append("samples.jsonl", {"step": metrics["step"], "samples": list(samples)})
+        if answers:
+            self._append(metrics["step"], answers)
         if self.trackers:
-            self.trackers.log(metrics, samples)
+            self.trackers.log(metrics, answers.texts if answers else [])
+
+    def _append(self, step: int, answers: Answers) -> None:
+        self.directory.append("samples.jsonl", {"step": step, "samples": answers.texts, "prompts": answers.prompts})
 
     def save(
         self,

@@ -4,7 +4,7 @@
     run.json             command line, versions, git commit, data fingerprints, state, and the path of the result
     writer.json          the process that is writing here now (data/claim.py)
     metrics.jsonl        one line per step, with the result of its validation
-    samples.jsonl        texts that the model wrote at each validation
+    samples.jsonl        the model's answers to fixed prompts, before the first step (0) and at each validation
     validation.parquet   the validation of the result, one row per example
     checkpoints/         step-00000100/: a Hugging Face model directory with a folder resume/
     wandb/               W&B's files, see track/wandb_files.py; the W&B run's id is in run.json
@@ -45,6 +45,8 @@ CHECKPOINT_SUMS = MARK
 VALIDATION = "validation.parquet"
 UNFINISHED = ".writing-"
 GONE = "stopped (its process is gone)"
+START = {"step": 0, "tokens": 0}
+"""The line that trackers get with the sample texts of the model before the first step."""
 LONGEST_LINE = 1 << 14
 """Maximum length of a line of metrics.jsonl, in bytes."""
 
@@ -231,8 +233,10 @@ class RunDirectory:
         return read_jsonl(self.file("samples.jsonl"))
 
     def lines(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
-        """Yield the lines of metrics.jsonl, each with the sample texts of the same step."""
+        """Yield the lines of metrics.jsonl, each with the sample texts of the same step. START is before the others."""
         texts = {line["step"]: line["samples"] for line in self.samples()}
+        if START["step"] in texts:
+            yield START, texts[START["step"]]
         for line in self.metrics():
             yield line, texts.get(line["step"], [])
 

@@ -33,8 +33,9 @@ def train(directory: Path, stage: str = "pretrain", **settings: Any) -> RunDirec
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
     """A model and what was trained on it, in a folder whose name is nobody's business."""
     folder = tmp_path_factory.mktemp("cards") / "wintermute" / "unannounced"
-    made = {"pretrain": train(folder, eval__samples=1)}
-    made["sft"] = train(folder, "sft", init_from=str(made["pretrain"].path), data__tokenizer=None, optim__clip=0.5)
+    made = {"pretrain": train(folder, eval__samples=1, eval__prompts=["A fox"])}
+    settings = {"eval__samples": 1, "data__tokenizer": None, "optim__clip": 0.5}
+    made["sft"] = train(folder, "sft", init_from=str(made["pretrain"].path), **settings)
     made["lora"] = train(folder, "lora", init_from=str(made["sft"].path), data__tokenizer=None, lora__rank=4)
     made["dpo"] = train(folder, "dpo", init_from=str(made["sft"].path), data__tokenizer=None)
     return made
@@ -95,9 +96,15 @@ def test_a_few_examples_have_no_interval(runs: dict[str, RunDirectory], tmp_path
 
 def test_samples_are_those_of_the_checkpoint(runs: dict[str, RunDirectory]) -> None:
     (*_, line) = runs["pretrain"].samples()
-    shown = line["samples"][0].strip().splitlines()[0].split(" ")[0]
+    assert line["step"] == 2 and line["samples"][0].startswith("A fox")
+    shown = line["samples"][0].strip().splitlines()[0]
     assert "## What it writes" in read(runs["pretrain"]) and shown in read(runs["pretrain"])
-    assert "## What it writes" not in read(runs["sft"])
+
+
+def test_a_card_does_not_quote_the_validation_data(runs: dict[str, RunDirectory]) -> None:
+    (*_, line) = runs["sft"].samples()
+    assert line["prompts"][0].startswith("What about the ")
+    assert "## What it writes" not in read(runs["sft"]) and line["prompts"][0] not in read(runs["sft"])
 
 
 def test_a_card_changes_neither_the_model_nor_itself(runs: dict[str, RunDirectory]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.model.transformer import Transformer
@@ -24,7 +25,8 @@ RESULT = StepResult({"loss": 2.0}, grad_norm=1.0, count=10.0, tokens=12, stop=Fa
 
 
 def make_run(directory: Path, **settings: Any) -> tuple[TrainingRun, RunDirectory]:
-    job = make_job(directory, eval__samples=0, eval__every=2, train__max_steps=4, track__wandb="off", **settings)
+    settings = {"eval__samples": 0, **settings}
+    job = make_job(directory, eval__every=2, train__max_steps=4, track__wandb="off", **settings)
     run_directory = RunDirectory(start(job))
     return open_run(job), run_directory
 
@@ -75,3 +77,21 @@ def test_a_step_that_is_not_finite_names_its_documents(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step 1: the loss is nan"), run:
         drive(run, [NonFiniteError(0, float("nan"), 1.0)])
     assert (directory.path / "nonfinite-rank0.jsonl").read_text().count("\n") > 1
+
+
+def test_a_run_answers_the_same_prompts_at_its_start_and_at_validations(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run, directory = make_run(tmp_path, eval__samples=2)
+    job = make_job(tmp_path, eval__samples=2, eval__every=2, train__max_steps=4, track__wandb="off")
+    torch.manual_seed(0)
+    run.close()  # Before the first step: the next process finds the start's answers.
+    with open_run(job) as run:
+        drive(run, [RESULT] * 4)
+    lines = list(directory.samples())
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    # The weights have not changed here, so the answers have not changed either.
+    assert lines[0]["samples"] == lines[1]["samples"] == lines[2]["samples"] and len(lines[0]["samples"]) == 2
+    assert all(text.startswith(p) for line in lines for text, p in zip(line["samples"], line["prompts"], strict=True))
+    assert [(metrics["step"], len(texts)) for metrics, texts in directory.lines()] == [
+        (0, 2), (1, 0), (2, 2), (3, 0), (4, 2),
+    ]  # fmt: skip
