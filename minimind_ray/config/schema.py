@@ -510,7 +510,9 @@ class LoraConfig(Section):
 class TrackConfig(Section):
     """Trackers that get a run's metrics in addition to its own files. All keys but `to` are for Weights & Biases."""
 
-    to: list[str] = Field(default=["wandb"], description="trackers: wandb is Weights & Biases; empty: none")
+    to: list[str] = Field(
+        default=["wandb"], description=f"trackers: a list of {', '.join(TRACKER_RECORDS)}; empty: none"
+    )
     wandb: Annotated[Literal["auto", "online", "offline", "off"], Flag("--wandb")] = Field(
         default="auto", description="auto: online with a key, else offline"
     )

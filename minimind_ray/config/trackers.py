@@ -30,7 +30,13 @@ class TrackerRecord:
     folder: str
 
 
-TRACKER_RECORDS: dict[str, TrackerRecord] = {record.name: record for record in (TrackerRecord("wandb", "wandb"),)}
+TRACKER_RECORDS: dict[str, TrackerRecord] = {
+    record.name: record
+    for record in (
+        TrackerRecord("wandb", "wandb"),
+        TrackerRecord("tensorboard", "tensorboard"),
+    )
+}
 
 
 def tracker_folders() -> tuple[str, ...]:

@@ -10,10 +10,11 @@ from typing import Any
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.config.trackers import ALERTS, AlertKind
+from minimind_ray.track.tensorboard import TensorboardTracker
 from minimind_ray.track.tracker import TrackedRun, Tracker
 from minimind_ray.track.wandb import WandbTracker
 
-TRACKERS: dict[str, Callable[[], Tracker]] = {"wandb": WandbTracker}
+TRACKERS: dict[str, Callable[[], Tracker]] = {"wandb": WandbTracker, "tensorboard": TensorboardTracker}
 """The implementations of the trackers in `TRACKER_RECORDS` (config/trackers.py), by name."""
 
 

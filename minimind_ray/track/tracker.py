@@ -6,11 +6,15 @@ reference: if a tracker joins late or has lost lines, `open` gives it the earlie
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from minimind_ray.config.errors import UserError
+from minimind_ray.config.paths import in_job
 from minimind_ray.config.schema import Config
 
 
@@ -30,6 +34,17 @@ class TrackedRun:
     base: Path | None = None
     job_type: str | None = None
     wait_seconds: float | None = None
+
+
+def trains_elsewhere() -> bool:
+    """Whether this command only starts a run on a cluster, whose machines have their own packages and environment."""
+    return bool(os.environ.get("RAY_ADDRESS") or in_job())
+
+
+def require_package(name: str) -> None:
+    """Raise UserError if the package of a tracker is not installed. Tracker, package and extra have the same name."""
+    if find_spec(name) is None:
+        raise UserError(f"track.to names {name}, which is not installed: pip install 'minimind-ray[{name}]'")
 
 
 class Tracker(Protocol):

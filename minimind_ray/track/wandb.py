@@ -28,6 +28,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import read_json
 from minimind_ray.config.schema import Config
 from minimind_ray.track.tracker import TrackedRun
+from minimind_ray.track.values import Best, flatten
 from minimind_ray.track.wandb_files import FOLDER, last_step, parts, retire, sync_command, wait_until_written, was_sent
 from minimind_ray.track.wandb_mode import NO_KEY, NOT_ONLINE, check_key, has_key, settle_mode, unusable
 
@@ -46,7 +47,7 @@ class WandbTracker:
 
     def __init__(self) -> None:
         self.stop_requested = False
-        self.best: Mapping[str, Any] | None = None
+        self.best = Best()
         self.unlogged: Mapping[str, Any] | None = None
         """The last line of metrics.jsonl, if it was left out because W&B has its step."""
         self.logged = -1
@@ -182,8 +183,7 @@ class WandbTracker:
         import wandb
 
         step: int = metrics["step"]
-        if "val/loss" in metrics and (self.best is None or metrics["val/loss"] <= self.best["val/loss"]):
-            self.best = metrics
+        self.best.see(metrics)
         if step <= self.logged:
             self.unlogged = metrics
             return
@@ -242,9 +242,7 @@ class WandbTracker:
         """
         if self.unlogged:
             self.summarize(self.unlogged)
-        if self.best:
-            validation = {key.replace("val/", "best/"): value for key, value in self.best.items() if "val/" in key}
-            self.run.summary.update({**validation, "best/step": self.best["step"], "best/tokens": self.best["tokens"]})
+        self.run.summary.update(self.best.facts())
         with _staging_in(self.directory / FOLDER):
             if result and self.artifacts:
                 self.run.log_artifact(model_artifact(result), aliases=["latest", state])
@@ -291,15 +289,6 @@ def within_limit(name: str) -> str:
 def _finite(value: Any) -> Any:
     """Return None for a number that is not finite: W&B would show it, and its whole column, as text."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def flatten(tree: Mapping[str, Any], separator: str, at: str = "") -> dict[str, Any]:
-    """Return nested mappings as one mapping, with joined keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = at + key.replace(".", separator)
-        flat |= flatten(value, separator, name + separator) if isinstance(value, Mapping) else {name: value}
-    return flat
 
 
 def data_artifact(url: str) -> Artifact:

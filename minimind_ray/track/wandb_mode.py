@@ -7,8 +7,8 @@ import sys
 from typing import Literal
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.config.paths import in_job
 from minimind_ray.config.schema import Config
+from minimind_ray.track.tracker import trains_elsewhere
 
 Mode = Literal["off", "offline", "online", "auto"]
 MODES: dict[str, Mode] = {"disabled": "off", "offline": "offline", "dryrun": "offline"}
@@ -27,7 +27,7 @@ def check_key(config: Config) -> None:
     Raises:
         UserError: `track.wandb` is online, but W&B has no key or refuses an environment variable.
     """
-    if os.environ.get("RAY_ADDRESS") or in_job():
+    if trains_elsewhere():
         return
     if settle_mode(config) == "online":
         _require_key()
