@@ -187,6 +187,11 @@ class Tokenizer:
         text = self._full.decode([*before, *ids], skip_special_tokens=skip_special)
         return text[len(self._full.decode(before, skip_special_tokens=skip_special)) :] if before else text
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The id of text that the vocabulary has no token for; None if there is a token for every text."""
+        return self._unknown
+
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: the number of text bytes that each id stands for, 0 for control tokens. Bits per byte need it."""
         by_bytes = '"ByteLevel"' in json.dumps(json.loads(self._definition).get("decoder"))

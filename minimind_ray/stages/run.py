@@ -10,11 +10,13 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config, DataConfig, ScaleConfig
+from minimind_ray.data.baselines import baselines
 from minimind_ray.data.claim import claimed
 from minimind_ray.data.clusters import CLUSTER, clusters_file
 from minimind_ray.data.columns import Column
@@ -49,6 +51,7 @@ class Job:
 
     `train` is the path of the prepared packs; with `data.cache` false it is a stream that makes packs. `train_columns`
     and `val_columns` are the files of the columns that a frozen model computed for the packs (see columns.py).
+    `baselines` are facts about the data (see data/baselines.py).
     """
 
     config: Config
@@ -58,6 +61,7 @@ class Job:
     train_columns: Mapping[Column, str] = field(default_factory=dict[Column, str])
     val_columns: Mapping[Column, str] = field(default_factory=dict[Column, str])
     base: Base | None = None
+    baselines: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -165,7 +169,7 @@ def prepare_job(
     train = stream or stores["train"]
     return Job(
         config, step_plan(config, train), train, stores.get("val"), columns.get("train", {}), columns.get("val", {}),
-        base,
+        base, baselines(stores.get("train"), stores.get("val"), tokenizer) if stores else {},
     )  # fmt: skip
 
 
@@ -231,7 +235,7 @@ def begin(job: Job, *, resume: bool) -> RunDirectory:
             f"{run.where}: the content of {' and '.join(changed)} has changed since the run began, or this version of "
             "minimind-ray prepares it differently; choose another --out, or restore the old content"
         )
-    run.create(job.config, {"inputs": job.inputs}, resume=resume)
+    run.create(job.config, {"inputs": job.inputs, "baselines": dict(job.baselines)}, resume=resume)
     return run
 
 

@@ -147,6 +147,7 @@ class TrainingRun:
         prefetch = context.device.type == "cuda" and data.source.prefetch
         self._steps = ahead(steps) if prefetch else steps
         self._packs: list[Pack] = []
+        self._data_seconds = 0.0  # How long the step waited for its packs.
 
     def _assemble(self, packs: list[Pack]) -> list[Batch]:
         if self.pass_tokens is None:
@@ -160,7 +161,9 @@ class TrainingRun:
         Raises:
             UserError: the data ended before the last step.
         """
+        began = time.perf_counter()
         item = None if self.ending else next(self._steps, None)
+        self._data_seconds = time.perf_counter() - began
         if item is None:
             self._end()
             return None
@@ -192,6 +195,7 @@ class TrainingRun:
         metrics |= {**result.means, "grad_norm": result.grad_norm}
         left = self.plan.steps - progress.step
         metrics["timing"] = self.meter.read(result.tokens, self._packs, left, result.seconds)
+        metrics["timing"]["data_seconds"] = self._data_seconds
         evaluation, answers = self._validate(metrics) if validating else (None, None)
         # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
         self._log(metrics, answers)
