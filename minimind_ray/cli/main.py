@@ -17,6 +17,7 @@ from minimind_ray.cli import (
     config,
     data,
     demo,
+    diagnose,
     doctor,
     evaluate,
     generate,
@@ -53,6 +54,7 @@ app.command("recipes")(recipes.recipes)
 app.command("tune", cls=tune.TuneCommand)(tune.tune)
 app.command("compare")(compare.compare)
 app.command("report")(compare.report)
+app.command("diagnose")(diagnose.diagnose)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval", cls=evaluate.EvalCommand)(evaluate.evaluate_)

@@ -96,6 +96,7 @@ def run_recipe(
 
 def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> bool:
     """Run a stage unless it is finished. Returns whether it is finished now."""
+    from minimind_ray.display.findings import print_run_findings
     from minimind_ray.display.progress import print_result, watching
     from minimind_ray.stages.recipe import decide, set_aside
     from minimind_ray.stages.run import begun, prepare_job
@@ -112,6 +113,7 @@ def _run_stage(config: Config, work: Any, run_job: Any, console: Console) -> boo
     with begun(job, resume=decision.action == "resume"), watching(job, console):
         run_job(job)
     print_result(run.where, console)
+    print_run_findings(run.where, console)
     return run.info()["state"] == "finished"
 
 

@@ -50,6 +50,7 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
 
     from rich.console import Console
 
+    from minimind_ray.display.findings import print_run_findings
     from minimind_ray.display.progress import print_result, watching
     from minimind_ray.on_ray.host import train_stage
 
@@ -57,5 +58,6 @@ def run_stage(config: Config, *, resume: bool, ray: bool) -> None:
     say = partial(console.print, highlight=False, soft_wrap=True)
     run = train_stage(config, resume=resume, ray=ray, say=say, watch=partial(watching, console=console))
     print_result(run.where, console)
+    print_run_findings(run.where, console)
     if run.info()["state"] == "stopped":
         raise typer.Exit(130)

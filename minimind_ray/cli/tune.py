@@ -160,6 +160,7 @@ def print_results(path: Path, console: Console, title: str) -> tuple[Sweep, Comp
     from minimind_ray.config.stages import STAGES
     from minimind_ray.data.storage import url_of
     from minimind_ray.display.comparison import print_comparison
+    from minimind_ray.display.findings import print_sweep_line
     from minimind_ray.sweep.compare import compare
     from minimind_ray.sweep.report import write_report
     from minimind_ray.sweep.resume import seeds_commands
@@ -183,6 +184,7 @@ def print_results(path: Path, console: Console, title: str) -> tuple[Sweep, Comp
             f"  train it at full length: minimind-ray train {sweep.info.stage} --config "
             f"{quote(str(winner.path / 'config.yaml'))} --out {quote(f'runs/{sweep.info.stage}-{sweep.name}')}{longer}"
         )
+    print_sweep_line(sweep, console)
     say(f"report: {url_of(write_report(sweep, comparison))}")
     return sweep, comparison
 

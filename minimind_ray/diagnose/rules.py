@@ -1,0 +1,31 @@
+"""All rules, and `diagnose`, which applies them to a run."""
+
+from __future__ import annotations
+
+from minimind_ray.diagnose import data, learning, preferences, samples
+from minimind_ray.diagnose.facts import Facts
+from minimind_ray.diagnose.finding import SEVERITIES, Finding, Rule
+
+RULES: tuple[Rule, ...] = (
+    learning.loss_not_finite, learning.above_uniform, learning.above_unigram, learning.rate_too_high,
+    learning.rate_too_low, learning.spikes, learning.overfitting, learning.epoch_jump, learning.clipped,
+    learning.warmup_too_long, learning.plateau,
+    preferences.dpo_nothing_learned, preferences.dpo_margins_explode, preferences.chosen_falls,
+    samples.samples_repeat, samples.samples_end_at_once,
+    data.tokenizer_misfit, data.truncated, data.no_validation, data.few_validation, data.waits_for_data,
+)  # fmt: skip
+EXPLAINED = {
+    "plateau": {"rate_too_high", "above_uniform", "above_unigram", "overfitting", "clipped"},
+    "spikes": {"rate_too_high"},
+    "rate_too_low": {"rate_too_high", "above_uniform"},
+    "samples_repeat": {"above_uniform", "above_unigram"},
+}
+"""Findings that say nothing new beside one of these others."""
+
+
+def diagnose(facts: Facts) -> list[Finding]:
+    """Return what the rules find in a run, the most severe first."""
+    found = [finding for rule in RULES if (finding := rule(facts))]
+    names = {finding.rule for finding in found}
+    kept = [finding for finding in found if not EXPLAINED.get(finding.rule, set()) & names]
+    return sorted(kept, key=lambda finding: SEVERITIES.index(finding.severity))
