@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 from rich.cells import cell_len
@@ -25,7 +27,7 @@ GAP = 2
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """A column of the table. It is readable from `least` characters on, and only just from `tight` characters on."""
 
     id: str
@@ -41,11 +43,28 @@ def print_comparison(comparison: Comparison, file: IO[str] | None = None) -> Non
 
     A narrow window shows fewer columns. A file or a pipe always gets all of them.
     """
-    rows, columns = comparison.rows, _columns(comparison)
-    console = Console(file=file)
+    rows, columns, console = comparison.rows, _columns(comparison), Console(file=file)
+    narrow = NARROW if sum(c.id == "axis" for c in columns) <= 2 else WIDE
+    print_columns(console, columns, [STYLES[standing(row.verdict)] for row in rows], DROPPED, narrow)
+    for sentence in sentences(comparison):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    for row in rows:
+        for trial in row.trials:
+            if trial.state == "failed":
+                error = trial.error or "no error was recorded"
+                console.print(f"failed: {trial.id}: {error}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_columns(
+    console: Console, columns: list[Column], styles: Sequence[str], dropped: Sequence[str], narrow: int
+) -> None:
+    """Print a table with a style for each row. A narrow window shows it without some of the columns `dropped`.
+
+    A file or a pipe gets all columns, in a width of at least `narrow`.
+    """
     if not console.is_terminal:
-        console.width = max(_width(columns), NARROW if sum(c.id == "axis" for c in columns) <= 2 else WIDE)
-    shown = _fitting(columns, console.width)
+        console.width = max(_width(columns), narrow)
+    shown = _fitting(columns, console.width, dropped)
     fits = _width(shown) <= console.width
     table = Table(header_style="bold", box=None, pad_edge=False)
     for column in shown:
@@ -57,9 +76,9 @@ def print_comparison(comparison: Comparison, file: IO[str] | None = None) -> Non
             no_wrap=whole,
             min_width=column.least if fits else column.tight,
         )
-    for row, cells in zip(rows, zip(*(column.cells for column in shown))):
+    for style, cells in zip(styles, zip(*(column.cells for column in shown))):
         # Use Text, not markup: a path on an axis may contain brackets.
-        table.add_row(*(Text(cell) for cell in cells), style=STYLES[standing(row.verdict)])
+        table.add_row(*(Text(cell) for cell in cells), style=style)
     console.print(table)
     console.print()
     if left := [column.name if column.id != "value interval" else "the metric's interval" for column in columns
@@ -68,26 +87,23 @@ def print_comparison(comparison: Comparison, file: IO[str] | None = None) -> Non
             f"Left out for lack of width: {', '.join(left)}. Use minimind-ray compare with --csv or --json for all.",
             highlight=False, markup=False, soft_wrap=not console.is_terminal,
         )  # fmt: skip
-    for sentence in sentences(comparison):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-    for row in rows:
-        for trial in row.trials:
-            if trial.state == "failed":
-                error = trial.error or "no error was recorded"
-                console.print(f"failed: {trial.id}: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _columns(comparison: Comparison) -> list[_Column]:
+def add_column(
+    columns: list[Column], id: str, name: str, cells: list[str], least: int | None = None, tight: int = 0
+) -> None:
+    """Add a column, of numbers if there is no `least` width."""
+    longest = _longest(name, cells)
+    number = least is None
+    least = longest if least is None else min(longest, least)
+    columns.append(Column(id, name, cells, least, least if number else min(longest, tight), number))
+
+
+def _columns(comparison: Comparison) -> list[Column]:
     """Return all columns of the table."""
     rows, digits = comparison.rows, comparison.digits
-    found: list[_Column] = []
-
-    def add(id: str, name: str, cells: list[str], least: int | None = None, tight: int = 0) -> None:
-        longest = _longest(name, cells)
-        number = least is None
-        least = longest if least is None else min(longest, least)
-        found.append(_Column(id, name, cells, least, least if number else min(longest, tight), number))
-
+    found: list[Column] = []
+    add = partial(add_column, found)
     if len({row.sweep for row in rows}) > 1:
         add("axis", "sweep", [row.sweep for row in rows], 27, 8)
     for key, name in short_names(comparison.keys).items():
@@ -108,16 +124,16 @@ def _columns(comparison: Comparison) -> list[_Column]:
     return found
 
 
-def _fitting(columns: list[_Column], width: int) -> list[_Column]:
-    """Return the columns without as many of DROPPED as necessary to fit into the width."""
-    for id in DROPPED:
+def _fitting(columns: list[Column], width: int, dropped: Sequence[str]) -> list[Column]:
+    """Return the columns without as many of `dropped` as necessary to fit into the width."""
+    for id in dropped:
         if _width(columns) <= width:
             break
         columns = [column for column in columns if column.id != id]
     return columns
 
 
-def _width(columns: list[_Column]) -> int:
+def _width(columns: list[Column]) -> int:
     return sum(column.least for column in columns) + GAP * (len(columns) - 1)
 
 

@@ -112,7 +112,9 @@ def more_text(more: More, examples_noun: str = "validation examples") -> str:
 
 def standing(verdict: Verdict | None) -> str:
     """Return a verdict's class, which decides on colours: best, tied, worse, or open without a verdict."""
-    return "open" if verdict is None else verdict if verdict in ("best", "worse") else "tied"
+    if verdict is None:
+        return "open"
+    return "best" if verdict == "best" else "worse" if verdict.startswith("worse") else "tied"
 
 
 def seeds_text(row: Row) -> str:

@@ -13,38 +13,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.stages import Mode
 from minimind_ray.sweep.binary import FEW_DISCORDANT, is_binary, mid_p
+from minimind_ray.sweep.measured import VALIDATION, Measured, by_task
 from minimind_ray.sweep.statistics import Interval, Statistics, judge
 from minimind_ray.sweep.table import LEAST_CLUSTERS, MOST_DIGITS, verdict_of
-from minimind_ray.tasks.items import Scores, metrics_of, mode_of, scores_of
+from minimind_ray.tasks.items import Scores
 
 MEAN = "mean over tasks"
 MOST_ITEMS = 10_000_000
 """More items are not proposed."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The results of one model, named `model`, on the examples of one task. `origin` is their file or model.
-
-    `questions` are the texts of the items, to check that two models had the same; empty if they are not known.
-    """
-
-    model: str
-    origin: str
-    task: str
-    metric: str
-    mode: Mode
-    scores: Scores
-    questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +49,7 @@ class Standing:
 @dataclass(frozen=True)
 class Contest:
     """All models in one task, best first. `items` and `clusters` count the examples and their independent groups.
+    `noun` says what the examples are called.
 
     `share` tells whether the metric lies between 0 and 1 for every item, so that the task counts in the mean over
     tasks. `models` has the models in the order they were given; `low_PP` and `high_PP` are the simultaneous bounds of
@@ -79,6 +62,7 @@ class Contest:
     standings: list[Standing]
     items: int
     clusters: int
+    noun: str
     share: bool
     models: list[str]
     low_PP: np.ndarray
@@ -107,36 +91,6 @@ class ModelComparison:
         return [*self.contests, *([self.mean] if self.mean else [])]
 
 
-def measured_items(model: str, origin: str, table: pa.Table, tasks: Sequence[str] = ()) -> list[Measured]:
-    """Return a model's results in each task of a table of items, by the metric that the task is judged by.
-
-    Raises:
-        UserError: the table has no item, or lacks one of `tasks`, which are taken alone if there are any.
-    """
-    metrics = metrics_of(table)
-    if not metrics:
-        raise UserError(f"{origin} holds no item: evaluate the model again")
-    if missing := [task for task in tasks if task not in metrics]:
-        raise UserError(f"{origin} has no results of task {missing[0]}, only of {', '.join(metrics)}")
-    found: list[Measured] = []
-    for task in tasks or metrics:
-        metric = metrics[task][0]
-        of_task = table.filter((pc.field("task") == task) & (pc.field("metric") == metric)).sort_by("item")
-        questions = tuple(map(str, of_task["question"].to_pylist()))
-        found.append(Measured(model, origin, task, metric, mode_of(metric), scores_of(of_task, task), questions))
-    return found
-
-
-def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Return short names of models: the shortest ends of their paths that differ from each other."""
-    parts = [[part for part in path.rstrip("/").split("/") if part] or [path] for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return list(paths)
-
-
 def compare_models(measured: Sequence[Sequence[Measured]], *, margin: float = 0.0, why: str = "") -> ModelComparison:
     """Compare models; `measured` has the results of each model in all tasks.
 
@@ -150,54 +104,10 @@ def compare_models(measured: Sequence[Sequence[Measured]], *, margin: float = 0.
         raise UserError("give at least two models to compare; minimind-ray eval measures a single one")
     if not (margin >= 0 and math.isfinite(margin)):
         raise UserError(f"margin {margin:g}: give a number above 0, in units of the metric, such as 0.01")
-    by_task = [_of_one_task([of_model[k] for of_model in measured]) for k in range(_same_tasks(measured))]
-    contests = [_contest(models, margin, why) for models in by_task]
+    contests = [_contest(models, margin, why) for models in by_task(measured)]
     counted = [contest for contest in contests if contest.share and contest.clusters >= LEAST_CLUSTERS]
     mean = _mean(counted, margin, why) if len(counted) > 1 else None
     return ModelComparison(contests, mean, _notes(contests, counted if mean else []))
-
-
-def _same_tasks(measured: Sequence[Sequence[Measured]]) -> int:
-    first = measured[0]
-    tasks = [found.task for found in first]
-    for other in measured[1:]:
-        if missing := {found.task for found in other} ^ set(tasks):
-            task = min(missing)
-            has, lacks = (first, other) if task in tasks else (other, first)
-            raise UserError(
-                f"{lacks[0].origin} has no results of task {task}, which {has[0].origin} has; name the tasks that all "
-                "of them have with --tasks"
-            )
-    return len(tasks)
-
-
-def _of_one_task(models: Sequence[Measured]) -> Sequence[Measured]:
-    """Return the models' results after a check that they are on the same items."""
-    first = models[0]
-    for other in models[1:]:
-        if difference := _difference(first, other):
-            raise UserError(
-                f"{first.origin} and {other.origin} differ in task {first.task}: {difference}; evaluate both with the "
-                "same --tasks, --limit and --num-fewshot"
-            )
-    return models
-
-
-def _difference(first: Measured, other: Measured) -> str:
-    """Return in which way the items of two models differ; empty if they are the same."""
-    a, b = first.scores, other.scores
-    if first.metric != other.metric:
-        return f"it is judged by {first.metric} and by {other.metric}"
-    if len(a.item_E) != len(b.item_E):
-        return f"{len(a.item_E):,} and {len(b.item_E):,} items"
-    if not np.array_equal(a.item_E, b.item_E):
-        return "different items"
-    if not np.array_equal(a.cluster_E, b.cluster_E):
-        return "different groups of items"
-    if first.questions != other.questions and first.questions and other.questions:
-        at = next(i for i, (p, q) in enumerate(zip(first.questions, other.questions)) if p != q)
-        return f"the text of item {a.item_E[at]} is not the same, as with other examples in the prompt"
-    return ""
 
 
 def _contest(models: Sequence[Measured], margin: float, why: str) -> Contest:
@@ -234,8 +144,8 @@ def _contest(models: Sequence[Measured], margin: float, why: str) -> Contest:
     return Contest(
         first.task, first.metric, first.mode,
         _standings(names, found.order_P, *_values(found), needed, clusters, first.mode, margin, why),
-        items, clusters,
-        share=first.mode == "max" and all(_is_share(model.scores) for model in models),
+        items, clusters, first.noun,
+        share=first.task != VALIDATION and first.mode == "max" and all(_is_share(model.scores) for model in models),
         models=names, low_PP=found.low_PP, high_PP=found.high_PP,
     )  # fmt: skip
 
@@ -308,7 +218,7 @@ def _mean(contests: Sequence[Contest], margin: float, why: str) -> Contest:
     return Contest(
         MEAN, MEAN, "max",
         _standings(names, order_P, intervals, difference_PP, low_PP, high_PP, needed, clusters, "max", margin, why),
-        items, clusters, share=True, models=names, low_PP=low_PP, high_PP=high_PP,
+        items, clusters, "items", share=True, models=names, low_PP=low_PP, high_PP=high_PP,
     )  # fmt: skip
 
 
@@ -331,12 +241,13 @@ def _exact_factor(above: int, below: int, pairs: int) -> float:
 
     With FEW_DISCORDANT of them or more the exact test does not decide.
     """
-    now = above + below
+    if not (now := above + below):
+        return math.inf
     for count in range(now, FEW_DISCORDANT):
-        more = round(count * above / now) if now else 0
+        more = round(count * above / now)
         if mid_p(more, count - more) <= 0.05 / pairs:
             return count / now if count > now else 0.0
-    return 0.0 if now >= FEW_DISCORDANT else FEW_DISCORDANT / now if now else math.inf
+    return FEW_DISCORDANT / now if now < FEW_DISCORDANT else 0.0
 
 
 def _more_items(factor: float, items: int) -> int | None:
@@ -349,7 +260,7 @@ def _notes(contests: Sequence[Contest], counted: Sequence[Contest]) -> list[str]
     notes: list[str] = []
     if few := [contest.task for contest in contests if contest.clusters < LEAST_CLUSTERS]:
         notes.append(f"Too few items for intervals: {_listed(few)}.")
-    left = [contest.task for contest in contests if contest not in counted and contest.task not in few]
+    left = [c.task for c in contests if c not in counted and c.task not in (*few, VALIDATION)]
     if counted and (left or few):
         notes.append(f"The mean is over {len(counted)} tasks; it leaves out {_listed([*left, *few])}.")
     return notes
@@ -358,47 +269,3 @@ def _notes(contests: Sequence[Contest], counted: Sequence[Contest]) -> list[str]
 def _listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     return ", ".join(islice(names, most)) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def sentences(comparison: ModelComparison) -> list[str]:
-    """Return what is said about the tables as a whole: how certain they are, and what would make them more certain."""
-    contests, several = comparison.contests, len(comparison.contests[0].models) > 2
-    pairs = " They hold for all pairs of models of a task at once." if several else ""
-    found = [
-        "Intervals cover 95 % and account for the items: all models have the same items, so differences are paired. "
-        f"They say nothing about training a model again.{pairs}"
-    ]
-    if len(contests) > 1:
-        one = (
-            " The mean over tasks is a single comparison; every task counts the same in it." if comparison.mean else ""
-        )
-        found.append(
-            "The intervals are not widened for the number of tasks: each task may show a difference by chance alone in "
-            f"up to 5 % of cases.{one}"
-        )
-    return found + comparison.notes + [text for contest in comparison.all for text in needed_texts(contest)]
-
-
-def needed_texts(contest: Contest) -> list[str]:
-    """Return for each model that is not distinguishable from the best how many items would tell them apart."""
-    best, texts = contest.standings[0].model, list[str]()
-    for standing in contest.standings[1:]:
-        if standing.verdict != "not distinguishable" or contest.clusters < LEAST_CLUSTERS:
-            continue
-        assert standing.difference
-        pair = f"{contest.task}: to tell {standing.model} from {best}"
-        if standing.difference.value == 0:
-            texts.append(f"{contest.task}: no difference between {standing.model} and {best} was observed.")
-        elif standing.needed is None:
-            texts.append(f"{pair}, more than {MOST_ITEMS:,} items would be needed if the difference stays as it is.")
-        else:
-            texts.append(
-                f"{pair}, about {standing.needed:,} items would be needed instead of {contest.items:,}, if the "
-                "difference stays as it is (enough in about half of all cases)."
-            )
-    return texts
-
-
-def parquet_name(path: str) -> bool:
-    """Whether an argument names a file of items."""
-    return Path(path).suffix == ".parquet"

@@ -25,10 +25,12 @@ import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.load import read_yaml
 from minimind_ray.config.paths import input_path
 from minimind_ray.config.reading import read_json, require_own
 from minimind_ray.config.stages import StageName
 from minimind_ray.data.claim import live_writer
+from minimind_ray.data.hub import hub_ref
 from minimind_ray.data.storage import Copy, copy_of, mirror_of, url_of
 from minimind_ray.tasks import items
 from minimind_ray.train.best import best_validation
@@ -255,7 +257,7 @@ class Sweep:
 
 
 def open_sweep(path: str | Path, kind: Copy = "read") -> Path:
-    """Return the local directory of a sweep. For a sweep in an object store, download all files but the checkpoints.
+    """Return the local directory of a sweep or a run. Download one in an object store, except its checkpoints.
 
     A relative path that does not exist here is looked up in the storage (see config/paths.py). `kind` names the local
     copy of an object store.
@@ -306,7 +308,38 @@ def read_sweeps(paths: Iterable[str | Path]) -> list[Sweep]:
 
 def read_trial(path: Path) -> Trial:
     """Read a trial. Fields that it has not written yet are empty or None. Raises as `read_sweep`."""
-    trial = _read(path / "trial.json", TrialInfo)
+    return _read_trial(path, _read(path / "trial.json", TrialInfo))
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Whether a directory or URL holds a sweep."""
+    return _holds(path, "sweep.json")
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a directory or URL holds a run."""
+    return _holds(path, "config.yaml") and not is_sweep(path)
+
+
+def _holds(path: str | Path, file: str) -> bool:
+    return hub_ref(path) is None and RunDirectory(input_path(path)).file(file).exists()
+
+
+def read_run(path: str | Path) -> tuple[Trial, dict[str, Any]]:
+    """Read a single run in the form of a trial without axes, and its resolved config.
+
+    Raises:
+        UserError: the directory holds no run, or a file is damaged.
+    """
+    path = open_sweep(path)
+    if not (path / "config.yaml").exists():
+        raise UserError(f"{url_of(path)} holds no run: give the directory of a run, which has a config.yaml")
+    config = read_yaml(path / "config.yaml")
+    seed = config.get("train", {}).get("seed", 0)
+    return _read_trial(path, TrialInfo(id=path.name, point={}, seed=seed)), config
+
+
+def _read_trial(path: Path, trial: TrialInfo) -> Trial:
     run = _read(path / "run.json", RunInfo) if (path / "run.json").exists() else RunInfo()
     gone = run.state == "running" and not live_writer(path)
     if run.result and not inside(run.result):
