@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,8 +170,17 @@ def _compare_sweeps(
 def report(
     sweep: Annotated[str, typer.Argument(help="sweep directory made by tune")],
     margin: MarginOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="show the page in a browser of this machine and keep it up to date")
+    ] = False,
+    port: Annotated[int | None, typer.Option(help="with --watch: the port; default: a free one")] = None,
 ) -> None:
     """Write report.html, one self-contained page, and report.png into the sweep's directory."""
+    if watch:
+        _watch(sweep, margin, port or 0)
+        return
+    if port is not None:
+        raise UserError("--port needs --watch")
     from minimind_ray.data.storage import url_of
     from minimind_ray.sweep.compare import compare as compare_sweeps
     from minimind_ray.sweep.report import write_report
@@ -178,3 +188,16 @@ def report(
 
     opened = read_sweep(sweep)
     print(url_of(write_report(opened, compare_sweeps([opened], margin=margin))))
+
+
+def _watch(sweep: str, margin: float | None, port: int) -> None:
+    """Serve the report and keep it up to date, until Ctrl-C."""
+    from minimind_ray.sweep.watch import WatchedReport, serving
+
+    if margin is not None:
+        raise UserError("--watch shows the report as the sweep keeps it: leave --margin out")
+    report = WatchedReport(sweep)
+    report.look()
+    with serving(report, port) as url, suppress(KeyboardInterrupt):
+        print(f"open {url} in a browser of this machine; the page follows the sweep. End with Ctrl-C", flush=True)
+        report.follow()

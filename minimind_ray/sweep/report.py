@@ -56,8 +56,9 @@ def write_report(sweep: Sweep, comparison: Comparison) -> Path:
 
 def write_page(sweep: Sweep, comparison: Comparison, directory: Path) -> Path:
     """Write report.html into the sweep's `directory`. Returns the page's path (a local copy for a URL)."""
-    RunDirectory(directory).write(PAGE, render(sweep, comparison))
-    return directory / PAGE
+    run = RunDirectory(directory)
+    run.write(PAGE, render(sweep, comparison))
+    return run.path / PAGE
 
 
 @rc_context(chart.STYLE)
