@@ -508,7 +508,7 @@ class LoraConfig(Section):
 
 
 class TrackConfig(Section):
-    """Trackers that get a run's metrics in addition to its own files. All keys but `to` are for Weights & Biases."""
+    """Trackers that get a run's metrics in addition to its own files."""
 
     to: list[str] = Field(
         default=["wandb"], description=f"trackers: a list of {', '.join(TRACKER_RECORDS)}; empty: none"
@@ -516,15 +516,18 @@ class TrackConfig(Section):
     wandb: Annotated[Literal["auto", "online", "offline", "off"], Flag("--wandb")] = Field(
         default="auto", description="auto: online with a key, else offline"
     )
+    swanlab: Literal["auto", "online", "offline"] = Field(
+        default="auto", description="if `to` names it; auto: online with a key, else offline"
+    )
     project: str = Field(default="minimind-ray", pattern=r"^[^/\\#?%:,]+$", max_length=128)
-    entity: str | None = None
+    entity: str | None = Field(default=None, description="W&B's entity, SwanLab's workspace")
     group: str | None = Field(
         default=None, max_length=128, description="group of runs; default in a sweep: the sweep's name"
     )
     name: str | None = Field(default=None, max_length=128, description="default: the last part of out")
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)
     artifacts: bool = Field(
-        default=False, description="log data and models as artifacts, by reference, to show their lineage"
+        default=False, description="W&B: log data and models as artifacts, by reference, to show their lineage"
     )
     alerts: bool | list[AlertKind] = Field(
         default=False, description=f"alert the user: true, false, or a list of {', '.join(ALERTS)}"

@@ -34,6 +34,7 @@ TRACKER_RECORDS: dict[str, TrackerRecord] = {
     record.name: record
     for record in (
         TrackerRecord("wandb", "wandb"),
+        TrackerRecord("swanlab", "swanlab"),
         TrackerRecord("tensorboard", "tensorboard"),
     )
 }

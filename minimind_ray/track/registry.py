@@ -10,11 +10,16 @@ from typing import Any
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.config.trackers import ALERTS, AlertKind
+from minimind_ray.track.swanlab import SwanlabTracker
 from minimind_ray.track.tensorboard import TensorboardTracker
 from minimind_ray.track.tracker import TrackedRun, Tracker
 from minimind_ray.track.wandb import WandbTracker
 
-TRACKERS: dict[str, Callable[[], Tracker]] = {"wandb": WandbTracker, "tensorboard": TensorboardTracker}
+TRACKERS: dict[str, Callable[[], Tracker]] = {
+    "wandb": WandbTracker,
+    "swanlab": SwanlabTracker,
+    "tensorboard": TensorboardTracker,
+}
 """The implementations of the trackers in `TRACKER_RECORDS` (config/trackers.py), by name."""
 
 

@@ -43,7 +43,8 @@ def trains_elsewhere() -> bool:
 
 def require_package(name: str) -> None:
     """Raise UserError if the package of a tracker is not installed. Tracker, package and extra have the same name."""
-    if find_spec(name) is None:
+    found = find_spec(name)
+    if found is None or found.origin is None:  # A folder of this name in the working directory has no origin.
         raise UserError(f"track.to names {name}, which is not installed: pip install 'minimind-ray[{name}]'")
 
 

@@ -7,7 +7,7 @@
     samples.jsonl        the model's answers to fixed prompts, before the first step (0) and at each validation
     validation.parquet   the validation of the result, one row per example
     checkpoints/         step-00000100/: a Hugging Face model directory with a folder resume/
-    wandb/               W&B's files, see track/wandb_files.py; the W&B run's id is in run.json
+    wandb/, …            a folder of each tracker, see track/; what a resume needs of it is in run.json
 
 The training loop writes here on rank 0. Other commands (list, show, compare, generate) only read.
 """
