@@ -177,6 +177,34 @@ class Tokenizer:
         """Return the ids of each text, without start and end tokens. Spelled-out control tokens count as plain text."""
         return self._plain.encode(texts)
 
+    def encode_written(self, texts: Sequence[str], ends: bool = True) -> list[list[int]]:
+        """Return the ids of each text as transformers' `tokenizer(text)` does, for prompts of benchmarks.
+
+        Unlike in `encode`, a control token that a text spells out is this token. With `ends`, the start and end tokens
+        are added that the tokenizer's own post-processor adds; many tokenizers add none.
+        """
+        return [found.ids for found in self._as_written.encode_batch_fast(list(texts), add_special_tokens=ends)]
+
+    @cached_property
+    def _as_written(self) -> tokenizers.Tokenizer:
+        full = tokenizers.Tokenizer.from_str(self._definition)
+        full.no_truncation()
+        full.no_padding()
+        return full
+
+    def prompt_text(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+        """Return the text of the conversation up to the beginning of the assistant's next answer.
+
+        Raises:
+            UserError: there is no chat template, or the template fails on these messages or does not write all of them.
+        """
+        return self._format(tools).prompt([_plain_message(message) for message in messages], tools)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template, None if there is no template."""
+        return self._templates.get("default")
+
     def decode(self, ids: Sequence[int], skip_special: bool = False, after: Sequence[int] = ()) -> str:
         """Return the text of the ids. Invalid UTF-8 becomes U+FFFD. `skip_special` leaves out special tokens.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -147,3 +148,65 @@ def test_bad_input_is_one_sentence(
     outcome = command("eval", *(arg.format_map(places) for arg in args), *cache)
     assert outcome.code == 1 and outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
     assert message in outcome.err
+
+
+LOCAL = Path(__file__).parents[1] / "tasks" / "local"
+
+
+def test_tasks_as_json_and_their_items(command: Command, models: Models, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "items.parquet"
+    names = "my_choice,my_texts,mm_demo"
+    options = ["--task-path", LOCAL, "--limit", 6, "--num-fewshot", 1, "--out", out]
+    outcome = command("eval", models.run, "--tasks", names, *options, "--precision", "float32", "--json")
+    assert outcome.code == 0, outcome.err
+    scores = {(score["task"], score["metric"]): score for score in json.loads(outcome.out)["tasks"]}
+    assert [key for key in scores] == [
+        ("my_choice", "acc"), ("my_choice", "acc_norm"), ("my_texts", "bits_per_byte"), ("my_texts", "word_perplexity"),
+        ("mm_demo", "acc"), ("mm_demo", "acc_norm"),
+    ]  # fmt: skip
+    choice = scores["my_choice", "acc"]
+    assert (choice["items"], choice["chance"]) == (6, 0.25)
+    assert choice["low"] < choice["value"] < choice["high"]
+    assert choice["verdict"] == ("not distinguishable from chance" if choice["low"] <= 0.25 else "")
+    table = pq.read_table(out)
+    assert table.num_rows == 5 * 6
+    values = table.filter(pc.field("task") == "my_texts")
+    ratio = sum(values["value"].to_pylist()) / sum(values["weight"].to_pylist())
+    assert scores["my_texts", "bits_per_byte"]["value"] == pytest.approx(ratio)
+    texts = [json.loads(line)["text"] for line in (LOCAL / "data" / "texts.jsonl").read_text("utf-8").splitlines()]
+    assert values["weight"].to_pylist() == [len(text.encode()) for text in texts[:6]]
+
+
+def test_a_table_of_tasks_with_an_adapter(command: Command, models: Models) -> None:
+    shown = [
+        command("eval", models.base, "--tasks", "my_letters", "--task-path", LOCAL, *more).out
+        for more in ([], ["--adapter", models.adapter])
+    ]
+    assert shown[0].splitlines()[0].split() == ["task", "metric", "value", "95", "%", "interval", "items", "chance"]
+    assert shown[0] != shown[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "eval needs files and their --stage, or --tasks"),
+        (["{rows}/sft.jsonl", "--stage", "sft", "--limit", "3"], "belong to benchmarks: give --tasks, too"),
+        (["--tasks", "mm_demo", "--stage", "sft"], "--tasks needs no files and none of their settings"),
+        (["--tasks", "mm_demo", "--pack-tokens", "64"], "--tasks needs no files and none of their settings"),
+        (["--tasks", ","], "--tasks names no task"),
+        (["--tasks", "mm_demo", "--task-path", "{rows}"], "has no .yaml file with a task"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_benchmarks_is_named(
+    command: Command, models: Models, rows: Path, args: list[str], message: str
+) -> None:
+    outcome = command("eval", models.base, *(str(arg).format(rows=rows) for arg in args))
+    assert outcome.code == 1
+    assert message in outcome.err
+
+
+def test_without_lm_eval_the_command_says_what_to_install(
+    command: Command, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minimind_ray.tasks.extra.find_spec", lambda name: None)
+    assert "pip install 'minimind-ray[eval]'" in command("eval", models.base, "--tasks", "mm_demo").err

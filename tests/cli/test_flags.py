@@ -29,7 +29,8 @@ FLAGS = {
     "run": "--data-dir --download --help --no-ray --out --ray --set --workers",
     "data prepare": "--cache-dir --help --max-seq-len --no-ray --pack-tokens --ray --set --stage --tokenizer --val",
     "data inspect": "--help --max-seq-len --pack-tokens --rows --samples --set --stage --tokenizer",
-    "eval": "--adapter --config --help --json --max-seq-len --out --pack-tokens --precision --reference --set --stage",
+    "eval": "--adapter --chat --config --help --json --limit --max-seq-len --num-fewshot --out --pack-tokens "
+    "--precision --reference --set --stage --task-path --tasks",
 }
 
 
