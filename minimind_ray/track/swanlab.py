@@ -78,6 +78,8 @@ class SwanlabTracker:
         self.seconds = math.inf if run.wait_seconds is None else run.wait_seconds
         self.id = run.info.get(NAME, {}).get("id") or secrets.token_hex(8)
         for folder in self.directory.glob(f"{FOLDER}/*-{self.id}"):
+            # A sweep logs its tables anew. SwanLab's server takes only steps above those that it has.
+            self.step = max([self.step, *(int(file.name.partition("-")[0]) for file in folder.glob("media/*/*"))])
             shutil.rmtree(folder)
         try:
             answer = self._begin(run, asked)

@@ -184,6 +184,19 @@ def test_online_and_resumed_over_the_wire(online: Callable[..., SwanlabEndpoint]
         assert not re.search(rf"(?<![\w/+=]){re.escape(private)}(?![\w/+=])", sent)
 
 
+def test_the_tables_of_a_sweep_are_sent_again(online: Callable[..., SwanlabEndpoint], tmp_path: Path) -> None:
+    """A sweep that goes on, or a second `publish`, opens the sweep's run once more and sends new tables."""
+    server = online()
+    info: dict[str, Any] = {}
+    for value in (1, 2):
+        tracker, info = start(tmp_path / "sweep", "online", info)
+        for part in (0, 1):
+            tracker.log_table("points", [{"value": value + part}])
+        tracker.finish("stopped")
+    [run] = server.runs.values()
+    assert [(item["key"], int(item["index"])) for item in run.media] == [("points", step) for step in (1, 2, 3, 4)]
+
+
 def test_runs_in_one_process_stay_apart(tmp_path: Path) -> None:
     """As fused trials are. Each has a process, and this process keeps its handling of exceptions."""
     hook, runs = sys.excepthook, [start(tmp_path / name)[0] for name in "ab"]
