@@ -13,18 +13,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.config.stages import Mode
-from minimind_ray.sweep.axes import short_names
+from minimind_ray.sweep.axes import Drawn, parse_axis, short_names
 from minimind_ray.sweep.cost import cost_per_second, cost_text
 from minimind_ray.sweep.gather import Point, Results, points_of, results_of
+from minimind_ray.sweep.importance import Importance, Measured, importance_of
 from minimind_ray.sweep.metric import judged_by
 from minimind_ray.sweep.more import needed
-from minimind_ray.sweep.notes import method_of, notes_of
+from minimind_ray.sweep.notes import importance_notes, method_of, notes_of
 from minimind_ray.sweep.statistics import Interval, Statistics, judge
 from minimind_ray.sweep.table import LEAST_CLUSTERS, Comparison, More, Row, only_models, verdict_of
 from minimind_ray.sweep.text import shorten, value_text
@@ -60,9 +63,10 @@ def compare(
 
     results = results_of(points, metric)
     found = _judged(results, points, mode)
+    judged = results.clusters >= LEAST_CLUSTERS
+    importance, why = _importance(rows, found, sweeps) if judged else ([], "")
     order, pick = found.order_P, np.ix_(found.order_P, found.order_P)
     rows = _with_statistics([rows[p] for p in order], results, found, margin, sign)
-    judged = results.clusters >= LEAST_CLUSTERS
     return Comparison(
         metric=metric,
         mode=mode,
@@ -71,7 +75,7 @@ def compare(
         examples=results.examples,
         clusters=results.clusters,
         cluster_noun=results.noun,
-        notes=notes_of(results, found, rows + others) + costs,
+        notes=notes_of(results, found, rows + others) + importance_notes(importance, why, rows, others) + costs,
         method=method_of(results, found, rows, margin),
         headline=found.headline
         if judged and found.eligible_P.sum() > 1 and not found.hidden_points()[order[0]]
@@ -82,6 +86,7 @@ def compare(
         low_PP=found.low_PP[pick],
         high_PP=found.high_PP[pick],
         hidden_PP=found.hidden_pairs()[pick],
+        importance=importance,
     )
 
 
@@ -116,6 +121,22 @@ def _judged(results: Results, points: Sequence[Point], mode: Mode) -> Statistics
         diverged_P=diverged_P,
         binary=results.binary,
     )
+
+
+def _importance(rows: Sequence[Row], found: Statistics, sweeps: Sequence[Sweep]) -> tuple[list[Importance], str]:
+    """Return the importance of the axes, and why there is none; `rows` are in the order of the results' points.
+
+    pbt's trials change their settings in training, so their points say nothing about the axes.
+    """
+    if only_models(rows) == "pbt":
+        return [], ""
+    drawn: dict[str, Drawn] = {}
+    for key, spec in (axis for sweep in sweeps for axis in sweep.info.axes.items()):
+        with suppress(UserError):  # An earlier version may have had axes that this version refuses.
+            if isinstance(spec, str) and isinstance(axis := parse_axis(key, spec), Drawn):
+                drawn.setdefault(key, axis)
+    variance_PP = found.examples_variance_PP + found.seeds_variance_PP
+    return importance_of([row.point for row in rows], Measured(found.estimate_P, found.draws_BP, variance_PP), drawn)
 
 
 def _with_statistics(rows: Sequence[Row], results: Results, found: Statistics, margin: float, sign: float) -> list[Row]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from minimind_ray.sweep.axes import short_names
+from minimind_ray.sweep.importance import TIMES, Importance
 from minimind_ray.sweep.more import NO_DIFFERENCE
 from minimind_ray.sweep.statistics import Interval
 from minimind_ray.sweep.table import Comparison, More, Row, Verdict, only_models
@@ -23,7 +25,8 @@ def sentences(comparison: Comparison) -> list[str]:
     """Return all that is said about the table as a whole: what was compared, what is certain, and what is not."""
     judged = f"{counts_text(comparison)}. {direction_text(comparison)}{comparison.method}"
     found = [judged] if comparison.method else []
-    found += [text for text in (best_set_text(comparison), headline_text(comparison)) if text]
+    texts = best_set_text(comparison), headline_text(comparison), importance_text(comparison)
+    found += [text for text in texts if text]
     return found + comparison.notes + more_texts(comparison)
 
 
@@ -84,6 +87,30 @@ def headline_text(comparison: Comparison) -> str:
     )
 
 
+def importance_text(comparison: Comparison) -> str:
+    """Return the sentence on the importance of the axes; empty if it is unknown."""
+    if not comparison.importance:
+        return ""
+    parts = [f"{importance_name(comparison, each)} {importance_value(each)}" for each in comparison.importance]
+    more = f" and {len(parts) - MOST_LABELS} more" if len(parts) > MOST_LABELS else ""
+    return (
+        f"Importance of the axes, as shares of the variance of {comparison.metric} between the points, with 95 % "
+        f"intervals: {', '.join(parts[:MOST_LABELS])}{more}."
+    )
+
+
+def importance_name(comparison: Comparison, importance: Importance) -> str:
+    """Return an axis or a pair of axes with short names: "beta × lr"."""
+    names = short_names(comparison.keys)
+    return TIMES.join(names.get(key, key) for key in importance.key.split(TIMES))
+
+
+def importance_value(importance: Importance) -> str:
+    """Return a share with its interval: "82 % (70 to 91)"."""
+    share, low, high = (f"{100 * part:.0f}" for part in (importance.share, importance.low, importance.high))
+    return f"{share} % ({low} to {high})"
+
+
 def more_texts(comparison: Comparison) -> list[str]:
     """Return a sentence for each undecided pair: how many seeds or examples would decide it."""
     texts = [more_text(more, comparison.examples_noun) for more in comparison.more[:MOST_PAIRS]]
@@ -134,6 +161,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "winner": comparison.winner.id if comparison.winner else None,
         "headline": _interval(comparison.headline),
         "may_be_best": [row.label for row in comparison.rows if row.may_be_best],
+        "importance": [asdict(importance) for importance in comparison.importance],
         "sentences": sentences(comparison),
         "more": [asdict(more) for more in comparison.more],
         "points": [_point(row) for row in comparison.rows],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minimind_ray.sweep.gather import Results
+from minimind_ray.sweep.importance import Importance
 from minimind_ray.sweep.more import narrowing
 from minimind_ray.sweep.statistics import Statistics
 from minimind_ray.sweep.table import LEAST_CLUSTERS, Row, only_models
@@ -104,6 +105,19 @@ def notes_of(results: Results | None, found: Statistics | None, rows: Sequence[R
             "If a lost trial diverged, only the lucky seeds of its point count, and the point looks too good. Points "
             f"with lost trials: {_listed(lost)}."
         )
+    return notes
+
+
+def importance_notes(found: Sequence[Importance], why: str, rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
+    """Return sentences on what limits the importance of the axes. `others` are the points that are not compared."""
+    notes = [why] if why else []
+    if found and others:
+        notes.append(
+            f"The importance rests on the {len(rows)} points that are compared. It says little about the settings of "
+            f"the {len(others)} other point(s), such as settings that fail or are stopped early."
+        )
+    if found and _one_seed(rows):
+        notes.append("With one seed, the importance counts luck with the seed as an effect of the settings.")
     return notes
 
 

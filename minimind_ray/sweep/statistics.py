@@ -65,7 +65,8 @@ class Statistics:
     `headline` is the value of the best point, corrected for having been picked. `examples_variance_PP` and
     `seeds_variance_PP` are the two parts of the differences' variances. `seeds_free_P` are the degrees of freedom of
     the points' variances over seeds, and `common_free` those of the seeds' effects on all points; 0 means unknown.
-    `vague_P` and `vague_PP` mark points and differences whose interval says nothing; see `_vague`.
+    `vague_P` and `vague_PP` mark points and differences whose interval says nothing; see `_vague`. `draws_BP` are draws
+    of the errors of `estimate_P`.
 
     `diverged_P` marks points that lost a seed because it diverged. Their mean over seeds has no bound on the worse
     side, so neither have their differences: an end of these intervals is infinite.
@@ -90,6 +91,7 @@ class Statistics:
     vague_P: np.ndarray
     vague_PP: np.ndarray
     diverged_P: np.ndarray
+    draws_BP: np.ndarray
 
     def hidden_points(self) -> np.ndarray:
         """Return for each point whether its own interval is not to be shown."""
@@ -155,7 +157,7 @@ def judge(
     low_PP, high_PP = _open_ended(found, diverged_P, sign)
     return Statistics(
         estimate_P, found.low_P, found.high_P, found.difference_PP, low_PP, high_PP, order_P,
-        eligible_P, may_be_best_P, vs_best_P3, Interval(*headline.tolist()),
+        eligible_P, may_be_best_P, vs_best_P3, Interval(*headline.tolist()), draws_BP=draws_BP,
         odd_P=seeds.odd_P, seeds_free_P=seeds.own_free_P, common_free=seeds.common_free, diverged_P=diverged_P,
         examples_variance_PP=examples_PP, seeds_variance_PP=_variances_of_differences(seeds.covariance()),
         **_vague(found, NORMAL * np.sqrt(examples_PP), seeds, size_P, value_T, 1.0 if binary else None),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from minimind_ray.config.stages import Mode
+from minimind_ray.sweep.importance import Importance
 from minimind_ray.sweep.metric import examples_noun, trial_metric
 from minimind_ray.sweep.statistics import Interval
 from minimind_ray.sweep.stopping import has_end
@@ -94,6 +95,7 @@ class Comparison:
     `clusters` counts the independent groups of examples, `cluster_noun` names them, such as "documents". `headline` is
     the best point's value, corrected for having been picked from several. `more` says what would decide the pairs that
     are not distinguishable. `method` describes how the intervals were computed. `margin` is 0 if none was asked for.
+    `importance` is that of the axes, largest first; see importance.py.
     """
 
     metric: str
@@ -112,6 +114,7 @@ class Comparison:
     low_PP: np.ndarray
     high_PP: np.ndarray
     hidden_PP: np.ndarray
+    importance: list[Importance] = field(default_factory=list[Importance])
 
     @property
     def winner(self) -> Trial | None:

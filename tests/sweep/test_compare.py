@@ -21,13 +21,13 @@ from minimind_ray.cli.compare import compare as compare_command
 from minimind_ray.config.errors import UserError
 from minimind_ray.data.claim import claimed
 from minimind_ray.sweep.compare import compare, seconds_to
-from minimind_ray.sweep.export import to_json
+from minimind_ray.sweep.export import importance_text, to_json
 from minimind_ray.sweep.report import matrix, render
 from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.trials import NOT_FINITE, read_sweep
 from minimind_ray.train.loop import TrainingRun
 from minimind_ray.train.step import NonFiniteError
-from tests.sweep.synthetic import make_full_sweep, make_sweep
+from tests.sweep.synthetic import BETA_LR, make_full_sweep, make_sweep
 
 pytestmark = pytest.mark.unit
 
@@ -563,3 +563,21 @@ def test_an_interval_that_says_nothing_is_left_out(tmp_path: Path) -> None:
     hover = matrix(compare([read_sweep(path)]), rows)[1][0][1]
     assert re.search(r"minus beta 0\.\d: no interval, not distinguishable", hover)
     assert any("One more seed of each point would narrow them to about 28% of" in note for note in comparison.notes)
+
+
+def test_a_comparison_has_the_importance_of_its_axes(tmp_path: Path) -> None:
+    full = compare([read_sweep(make_sweep(tmp_path / "full", seeds=3, steps=10))])
+    lr, beta, both = full.importance
+    assert [lr.key, beta.key, both.key] == ["optim.lr", "dpo.beta", "dpo.beta × optim.lr"]
+    assert lr.low > 0.8 and both.low == 0
+    assert ": lr 9" in importance_text(full) and ", beta × lr 0 % (0 to" in importance_text(full)
+    assert to_json(full)["importance"][0] == {"key": lr.key, "share": lr.share, "low": lr.low, "high": lr.high}
+    assert not any("importance" in note.lower() for note in full.notes)
+    one = compare([read_sweep(make_sweep(tmp_path / "one", seeds=1, steps=10, axes=BETA_LR, failed=2))])
+    # Of 8 points 7 are left, which are no full grid.
+    assert one.importance == [] and any("Too few points to tell how important" in note for note in one.notes)
+    lost = {"dpo.beta": "0.02,0.05,0.1,0.3,1", "optim.lr": "1e-6,1e-5,1e-4"}
+    lost = compare([read_sweep(make_sweep(tmp_path / "lost", seeds=1, steps=10, axes=lost, failed=2))])
+    assert lost.importance
+    assert any("rests on the 14 points that are compared" in note for note in lost.notes)
+    assert any("counts luck with the seed as an effect" in note for note in lost.notes)
