@@ -144,7 +144,9 @@ def run_plan(plan: SweepPlan, *, resume: bool) -> None:
     if ending != "by itself":
         say(f"{ending}; continue with: minimind-ray tune --resume {quote(url_of(plan.path))}")
     if results:
-        publish(*results, seconds=INTERRUPTED_SECONDS if ending == "interrupted" else SECONDS, ending=ending)
+        seconds = INTERRUPTED_SECONDS if ending == "interrupted" else SECONDS
+        for tracker, url in publish(*results, seconds=seconds, ending=ending).items():
+            say(f"view in {tracker}: {url}")
         for tracker, command in send_commands(plan.path).items():
             say(f"send it to {tracker}: {command}")
     if ending == "interrupted":

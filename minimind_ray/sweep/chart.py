@@ -213,8 +213,16 @@ def round_values(low: float, high: float, log: bool = False) -> list[tuple[float
     return [(v, number_text(v)) for v in next((values for values in inside if len(values) >= 3), ends)]
 
 
+def is_logarithmic(spec: list[Any] | str | None, values: Sequence[Any]) -> bool:
+    """Whether an axis of the sweep is logarithmic: it was drawn by log(), or a grid spans a factor of 8 or more."""
+    if isinstance(spec, str):
+        return spec.startswith("log")
+    numeric = bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return numeric and min(values) > 0 and max(values) / min(values) >= 8
+
+
 def axis_dimension(name: str, spec: list[Any] | str | None, values: Sequence[Any]) -> Dimension:
-    """An axis of the sweep. It is logarithmic if it was drawn by log(), or a grid spans a factor of 8 or more."""
+    """An axis of the sweep."""
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not numeric:
         texts = list(dict.fromkeys(value_text(v) for v in values))
@@ -225,7 +233,7 @@ def axis_dimension(name: str, spec: list[Any] | str | None, values: Sequence[Any
         return Dimension(name, lambda v: float(texts.index(value_text(v))), -0.4, len(texts) - 0.6, False, marks)
     distinct = sorted({float(v) for v in values})
     low, high = distinct[0], distinct[-1]
-    log = spec.startswith("log") if isinstance(spec, str) else low > 0 and high / low >= 8
+    log = is_logarithmic(spec, values)
     marks = None if isinstance(spec, str) else [(v, number_text(v)) for v in distinct]
     if log:
         room = (high / low) ** 0.07 if high > low else 2.0

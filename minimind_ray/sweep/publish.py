@@ -21,18 +21,21 @@ from minimind_ray.config.reading import read_json
 from minimind_ray.config.trackers import TRACKER_RECORDS
 from minimind_ray.data.storage import mirror_of, url_of
 from minimind_ray.on_ray.session import Ending
+from minimind_ray.sweep.chart import is_logarithmic
 from minimind_ray.sweep.cost import sweep_cost
 from minimind_ray.sweep.export import to_json, to_records
 from minimind_ray.sweep.report import PAGE
 from minimind_ray.sweep.table import Comparison
 from minimind_ray.sweep.trials import Sweep, Trial, update_info
 from minimind_ray.track.registry import Trackers
-from minimind_ray.track.tracker import TrackedRun
+from minimind_ray.track.tracker import SweepView, TrackedRun
 from minimind_ray.train.run import RunDirectory
 
 SECONDS, INTERRUPTED_SECONDS = 300.0, 15.0
 """The most seconds to begin to send trials' facts, after a sweep's own end and after a signal."""
 NOT_SENT = "the comparison was not sent: {}"
+TABLES = ("points",)
+"""The names of the tables that the sweep's run gets."""
 
 
 class SweepRun:
@@ -47,7 +50,8 @@ class SweepRun:
     def __init__(self, sweep: Sweep, path: Path, seconds: float) -> None:
         self.path, self.before = path, _files(path)
         base = validate(sweep.info.config)
-        track = base.track.model_copy(update={"group": base.track.group or sweep.name, "name": sweep.name})
+        self.group = base.track.group or sweep.name
+        track = base.track.model_copy(update={"group": self.group, "name": sweep.name})
         config = base.model_copy(update={"out": str(path), "track": track})
         info = {"inputs": {}, **_known(read_json(path / "sweep.json"))}
         self.trackers = Trackers(TrackedRun(config, info, job_type="sweep", wait_seconds=seconds))
@@ -62,6 +66,27 @@ class SweepRun:
         self.trackers.summarize({name: value for name, value in facts(sweep, comparison).items() if name not in tables})
         if (page := self.path / PAGE).exists():
             self.trackers.log_page("report", page)
+
+    def save_view(self, sweep: Sweep, comparison: Comparison) -> dict[str, str]:
+        """Save a view of the sweep's runs in the trackers that can, unless they have one. Returns URLs by title."""
+        axes = {
+            key: is_logarithmic(spec, [row.point[key] for row in comparison.rows])
+            for key, spec in sweep.info.axes.items()
+        }
+        view = SweepView(
+            title=sweep.name,
+            group=self.group,
+            metric=sweep.info.metric,
+            mode=sweep.info.mode,
+            axes=axes,
+            curves=list(dict.fromkeys((sweep.info.metric, "val/loss", "loss"))),
+            tables=TABLES,
+            pages=["report"],
+        )
+        urls = self.trackers.save_view(view)
+        if urls:
+            update_info(self.path, **self.trackers.identities)
+        return urls
 
     def finish(self, state: str, result: Path | None = None) -> None:
         """Close the trackers. `result` is the winner's checkpoint. Raises StoreError, which is a UserError."""
@@ -83,35 +108,46 @@ def facts(sweep: Sweep, comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def publish(sweep: Sweep, comparison: Comparison, *, seconds: float = SECONDS, ending: Ending | None = None) -> None:
-    """Send the comparison of a sweep that does not train now. If a tracker cannot be used, a message on stderr says so.
+def publish(
+    sweep: Sweep, comparison: Comparison, *, seconds: float = SECONDS, ending: Ending | None = None
+) -> dict[str, str]:
+    """Send the comparison of a sweep that does not train now. Returns the URLs of saved views, by tracker's title.
+
+    If a tracker cannot be used, a message on stderr says so.
 
     After `seconds`, no further trial's run is begun; a message counts those left out. `ending` says how the sweep ended
     just now; unless the user interrupted it, trackers send an alert if the config asks for it.
     """
-    deadline = time.monotonic() + seconds
+    deadline, views = time.monotonic() + seconds, dict[str, str]()
     try:
         run = SweepRun(sweep, sweep.path, seconds)
         run.send(sweep, comparison)
         if ending in ("by itself", "out of time"):
             title = "budget" if ending == "out of time" else "sweep-finished"
             run.trackers.alert(title, _news(sweep, comparison, ending))
+            views = run.save_view(sweep, comparison)
         unfinished = any(trial.state in ("waiting", "running", "stopped") for trial in sweep.trials)
         run.finish("stopped" if unfinished else "finished", _result(comparison.winner))
-        of_trials = _facts_of_trials(comparison)
-        known = [trial for trial in sweep.trials if trial.state not in ("waiting", "running")]
-        known = [trial for trial in known if trial.id in of_trials and _known(RunDirectory(trial.path).info())]
-        for number, trial in enumerate(known):
-            if (left := deadline - time.monotonic()) <= 0:
-                print(
-                    f"the comparison was sent, but not to the runs of {len(known) - number} trial(s): it would take "
-                    f"more than {seconds:g} s; minimind-ray tune --resume {url_of(sweep.path)} sends it to all",
-                    file=sys.stderr,
-                )
-                return
-            _send_trial(sweep, trial, of_trials[trial.id], left)
+        _send_trials(sweep, comparison, deadline, seconds)
     except UserError as error:
         print(NOT_SENT.format(error), file=sys.stderr)
+    return views
+
+
+def _send_trials(sweep: Sweep, comparison: Comparison, deadline: float, seconds: float) -> None:
+    """Send the facts of their points to the trials' runs, until `seconds` are over. Raises as `_send_trial`."""
+    of_trials = _facts_of_trials(comparison)
+    known = [trial for trial in sweep.trials if trial.state not in ("waiting", "running")]
+    known = [trial for trial in known if trial.id in of_trials and _known(RunDirectory(trial.path).info())]
+    for number, trial in enumerate(known):
+        if (left := deadline - time.monotonic()) <= 0:
+            print(
+                f"the comparison was sent, but not to the runs of {len(known) - number} trial(s): it would take "
+                f"more than {seconds:g} s; minimind-ray tune --resume {url_of(sweep.path)} sends it to all",
+                file=sys.stderr,
+            )
+            return
+        _send_trial(sweep, trial, of_trials[trial.id], left)
 
 
 def _news(sweep: Sweep, comparison: Comparison, ending: Ending) -> str:

@@ -3,7 +3,8 @@
     tracker.py       `Tracker`, the interface that every tracker implements
     registry.py      the table of trackers, and `Trackers`, all trackers of one run
     values.py        the forms in which trackers take values: flat names, numbers, tables
-    wandb.py         Weights & Biases; wandb_mode.py settles online or offline, wandb_files.py handles its local files
+    wandb.py         Weights & Biases; wandb_mode.py settles online or offline, wandb_files.py handles its local files,
+                     wandb_views.py saves views of sweeps
     swanlab.py       SwanLab; swanlab_process.py is the process in which a run talks to it
     tensorboard.py   TensorBoard's event files
 

@@ -12,7 +12,7 @@ from minimind_ray.config.schema import Config
 from minimind_ray.config.trackers import ALERTS, AlertKind
 from minimind_ray.track.swanlab import SwanlabTracker
 from minimind_ray.track.tensorboard import TensorboardTracker
-from minimind_ray.track.tracker import TrackedRun, Tracker
+from minimind_ray.track.tracker import SweepView, TrackedRun, Tracker
 from minimind_ray.track.wandb import WandbTracker
 
 TRACKERS: dict[str, Callable[[], Tracker]] = {
@@ -35,7 +35,7 @@ class Trackers:
 
     def __init__(self, run: TrackedRun) -> None:
         self.config = run.config
-        self.trackers: list[Tracker] = []
+        self.trackers: dict[str, Tracker] = {}
         self.identities: dict[str, Mapping[str, Any]] = {}
         try:
             for name in run.config.track.to:
@@ -54,7 +54,7 @@ class Trackers:
             _print_failure(tracker, error)
             return
         if identity is not None:
-            self.trackers.append(tracker)
+            self.trackers[name] = tracker
             self.identities[name] = identity
 
     @property
@@ -86,17 +86,35 @@ class Trackers:
         """Add facts to the run's summary in all trackers."""
         self._each(lambda tracker: tracker.summarize(facts))
 
+    def save_view(self, view: SweepView) -> dict[str, str]:
+        """Save a view of a sweep's runs in all trackers that can; see `Tracker.save_view`. Returns URLs by title.
+
+        The URL becomes the `view` of the tracker's entry in `identities`. If a view cannot be saved, a message on
+        stderr says so.
+        """
+        urls: dict[str, str] = {}
+        for name, tracker in self.trackers.items():
+            try:
+                url = tracker.save_view(view)
+            except Exception as error:
+                print(f"{tracker.title}: the view of the sweep was not saved: {_one_line(error)}", file=sys.stderr)
+                continue
+            if url:
+                urls[tracker.title] = url
+                self.identities[name] = {**self.identities[name], "view": url}
+        return urls
+
     def finish(self, state: str, result: Path | None = None) -> None:
         """Close all trackers that are still open, with the run's `state` and result."""
         self._each(lambda tracker: tracker.finish(state, result))
-        self.trackers = []
+        self.trackers = {}
 
     def _each(self, work: Callable[[Tracker], None]) -> None:
-        for tracker in list(self.trackers):
+        for name, tracker in list(self.trackers.items()):
             try:
                 work(tracker)
             except Exception as error:
-                self.trackers.remove(tracker)
+                del self.trackers[name]
                 _print_failure(tracker, error)
 
 
@@ -114,5 +132,8 @@ def send_commands(directory: str | Path) -> dict[str, str]:
 
 
 def _print_failure(tracker: Tracker, error: Exception) -> None:
-    why = " ".join(str(error).split()) or type(error).__name__
-    print(f"{tracker.title} cannot be used: {why}; the run continues without it", file=sys.stderr)
+    print(f"{tracker.title} cannot be used: {_one_line(error)}; the run continues without it", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

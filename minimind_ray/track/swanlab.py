@@ -29,7 +29,7 @@ from typing import Any
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.config.trackers import TRACKER_RECORDS
-from minimind_ray.track.tracker import TrackedRun, require_package, trains_elsewhere
+from minimind_ray.track.tracker import SweepView, TrackedRun, require_package, trains_elsewhere
 from minimind_ray.track.values import Best, flatten, numbers
 
 NAME = "swanlab"
@@ -148,6 +148,9 @@ class SwanlabTracker:
     def summarize(self, facts: Mapping[str, Any]) -> None:
         """Add facts to the run's config: SwanLab has no other place for them, and shows them in its table of runs."""
         self.process.send({"config": flatten(facts, "/")})
+
+    def save_view(self, view: SweepView) -> None:
+        """Return None: SwanLab has no saved views that a program can make."""
 
     def finish(self, state: str, result: Path | None = None) -> None:
         """Close the SwanLab run, with its state, result and best validation in its config."""

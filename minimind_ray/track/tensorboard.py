@@ -17,7 +17,7 @@ from typing import Any
 
 from minimind_ray.config.schema import Config
 from minimind_ray.config.trackers import TRACKER_RECORDS
-from minimind_ray.track.tracker import TrackedRun, require_package, trains_elsewhere
+from minimind_ray.track.tracker import SweepView, TrackedRun, require_package, trains_elsewhere
 from minimind_ray.track.values import Best, flatten, is_number, markdown_table, numbers, text_of
 
 NAME = "tensorboard"
@@ -101,6 +101,9 @@ class TensorboardTracker:
         rest = [(name, value) for name, value in flat.items() if not is_number(value)]
         texts = {"summary": markdown_table(["fact", "value"], rest)} if rest else {}
         self._add(self.step, {name: value for name, value in flat.items() if is_number(value)}, texts)
+
+    def save_view(self, view: SweepView) -> None:
+        """Return None: TensorBoard has no saved views."""
 
     def finish(self, state: str, result: Path | None = None) -> None:
         """Log the run's state, result and best validation, and close the file."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import in_job
@@ -34,6 +34,24 @@ class TrackedRun:
     base: Path | None = None
     job_type: str | None = None
     wait_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """What a saved view of a sweep's runs shows: the runs of `group`, best first by `metric`, and charts of them.
+
+    `axes` are the config keys that the sweep varies, and whether their scale is logarithmic. `curves` are metrics to
+    show over tokens. `tables` and `pages` are the names under which the sweep's own run has them.
+    """
+
+    title: str
+    group: str
+    metric: str
+    mode: Literal["min", "max"]
+    axes: Mapping[str, bool]
+    curves: Sequence[str] = ()
+    tables: Sequence[str] = ()
+    pages: Sequence[str] = ()
 
 
 def trains_elsewhere() -> bool:
@@ -95,6 +113,13 @@ class Tracker(Protocol):
 
     def summarize(self, facts: Mapping[str, Any]) -> None:
         """Add facts to what the tracker shows of the whole run."""
+        ...
+
+    def save_view(self, view: SweepView) -> str | None:
+        """Save a view of a sweep's runs at the service, if the sweep has none yet. Returns its URL.
+
+        A tracker that cannot save views returns None.
+        """
         ...
 
     def finish(self, state: str, result: Path | None) -> None:

@@ -21,13 +21,14 @@ import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.reading import read_json
 from minimind_ray.config.schema import Config
-from minimind_ray.track.tracker import TrackedRun
+from minimind_ray.track.tracker import SweepView, TrackedRun
 from minimind_ray.track.values import Best, flatten
 from minimind_ray.track.wandb_files import FOLDER, last_step, parts, retire, sync_command, wait_until_written, was_sent
 from minimind_ray.track.wandb_mode import NO_KEY, NOT_ONLINE, check_key, has_key, settle_mode, unusable
@@ -54,6 +55,8 @@ class WandbTracker:
         """The last step that was logged to W&B."""
         self.shown = set[str]()
         """The names of the tables and pages in this part of the W&B run."""
+        self.view: str | None = None
+        """The URL of the saved view of a sweep's runs."""
 
     def check(self, config: Config) -> None:
         """Check W&B's environment variables and key; see `check_key`."""
@@ -89,10 +92,11 @@ class WandbTracker:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """The W&B run's id, project and mode. If it is online, also its entity and URL."""
+        """The W&B run's id, project and mode. If it is online, also its entity and URL. A sweep's run has its view."""
         run = self.run
         where = {"mode": "offline"} if run.offline else {"mode": "online", "entity": run.entity, "url": run.url}
-        return {"id": run.id, "project": run.project, **where}
+        view = {"view": self.view} if self.view else {}
+        return {"id": run.id, "project": run.project, **where, **view}
 
     def _open_online(self, run: TrackedRun) -> bool:
         """Begin online. Return False if `track.wandb` is auto and W&B has no key or cannot be used."""
@@ -116,6 +120,7 @@ class WandbTracker:
 
         config, track = run.config, run.config.track
         self.tracked, self.shown = run, set()
+        self.view = run.info.get("wandb", {}).get("view")
         self.seconds = math.inf if run.wait_seconds is None else run.wait_seconds
         self.directory, self.artifacts = Path(config.out), track.artifacts
         run_id = run.info.get("wandb", {}).get("id") or secrets.token_hex(8)
@@ -234,6 +239,15 @@ class WandbTracker:
     def summarize(self, facts: Mapping[str, Any]) -> None:
         """Add facts to the run's summary."""
         self.run.summary.update({name: _finite(value) for name, value in flatten(facts, "/").items()})
+
+    def save_view(self, view: SweepView) -> str | None:
+        """Save a view with the package wandb-workspaces, if it is installed and W&B is online; see wandb_views.py."""
+        if not self.view and not self.run.offline and find_spec("wandb_workspaces"):
+            from minimind_ray.track import wandb_views
+
+            view = replace(view, group=within_limit(view.group))
+            self.view = wandb_views.save_view(view, self.run.entity, self.run.project)
+        return self.view
 
     def finish(self, state: str, result: Path | None = None) -> None:
         """Close the W&B run, with the last step and the best validation in its summary.

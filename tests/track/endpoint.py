@@ -48,6 +48,7 @@ class Endpoint(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str]] = []
         self.artifacts: list[dict[str, Any]] = []
         self.used: list[str] = []
+        self.views: list[dict[str, Any]] = []
         self.alerts: list[dict[str, Any]] = []
         self.uploads: dict[str, str] = {}
         Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -120,6 +121,9 @@ class Endpoint(ThreadingHTTPServer):
             case "NotifyScriptableRunAlert":
                 self.alerts.append(given)
                 return {"notifyScriptableRunAlert": {"success": True}}
+            case "UpsertView2":
+                self.views.append(given)
+                return {"upsertView": {"view": {"id": "5", "name": given["name"]}, "inserted": True}}
             case _:
                 return {}
 

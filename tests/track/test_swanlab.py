@@ -238,7 +238,7 @@ def test_a_process_that_fails_says_why_and_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trackers = Trackers(TrackedRun(config_of(tmp_path), {}))
-    [tracker] = trackers.trackers
+    [tracker] = trackers.trackers.values()
     assert isinstance(tracker, SwanlabTracker)
     trackers.log_page("report", tmp_path / "nowhere.html")
     with pytest.raises(RuntimeError, match="HTML file not found"):

@@ -235,6 +235,53 @@ def test_a_running_sweep_is_a_running_run(online: Callable[..., Endpoint], tmp_p
     assert [row["_step"] for row in sent.rows] == [0, 1, 2]
 
 
+@pytest.mark.slow
+def test_a_sweep_gets_one_saved_view(
+    online: Callable[..., Endpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = online()
+    sweep = read_sweep(make_sweep(tmp_path / "it's=β", steps=10))
+    comparison = compare([sweep])
+    assert publish(sweep, comparison, ending="interrupted") == {}  # Its user waits.
+    for _ in range(2):  # The second time as after a resume.
+        [(title, url)] = publish(sweep, comparison, ending="by itself").items()
+        assert title == "W&B" and url.startswith(f"{server.url}/{server.entity}/minimind-ray?nw=")
+        assert json.loads((sweep.path / "sweep.json").read_text())["wandb"]["view"] == url
+    [view] = server.views
+    assert (view["entityName"], view["projectName"], view["displayName"]) == (server.entity, "minimind-ray", "it's-β")
+    content = json.loads(view["spec"])["section"]
+    [shown] = content["runSets"]
+    [of_group] = shown["filters"]["filters"]
+    assert (of_group["key"]["name"], of_group["value"]) == ("group", "it's=β")
+    panels = [panel for section in content["panelBankConfig"]["sections"] for panel in section["panels"]]
+    found = {panel["viewType"]: panel["config"] for panel in panels}
+    assert [(column["accessor"], column.get("log")) for column in found["Parallel Coordinates Plot"]["columns"]] == [
+        ("config:dpo_beta.value", True), ("config:optim_lr.value", True), ("summary:best/loss", None),
+    ]  # fmt: skip
+    assert found["Parameter Importance"]["targetKey"] == "best/loss"
+    scatters = [panel["config"] for panel in panels if panel["viewType"] == "Scatter Plot"]
+    assert [(each["xAxis"], each["yAxis"]) for each in scatters] == [
+        ("config:dpo_beta.value", "summary:best/loss"), ("config:optim_lr.value", "summary:best/loss"),
+    ]  # fmt: skip
+    curves = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
+    assert [(each["xAxis"], each["metrics"]) for each in curves] == [("tokens", ["val/loss"]), ("tokens", ["loss"])]
+    assert {"Run Comparer", "Weave", "Media Browser"} <= set(found)
+    assert not [path for path, *_ in server.requests if "otel" in path]
+
+    def refused(*given: Any) -> str:
+        raise PermissionError("no views\nfor you")
+
+    monkeypatch.setattr("minimind_ray.track.wandb_views.save_view", refused)
+    capsys.readouterr()
+    other = read_sweep(make_sweep(tmp_path / "other", axes={"dpo.beta": "0.1,0.2"}, steps=10, examples=40))
+    assert publish(other, compare([other]), ending="by itself") == {}
+    assert capsys.readouterr().err == "W&B: the view of the sweep was not saved: no views for you\n"
+    monkeypatch.setattr("minimind_ray.track.wandb.find_spec", lambda name: None)  # Without the extra.
+    assert publish(other, compare([other]), ending="by itself") == {}
+    assert capsys.readouterr().err == ""
+    assert [run.summary["state"] for run in server.runs.values()] == ["finished", "finished"]
+
+
 def tracked_sweep(directory: Path) -> Sweep:
     """A sweep of two points whose trials have been tracked offline."""
     path = make_sweep(directory, axes={"dpo.beta": "0.1,0.2"}, seeds=1, steps=10, examples=40)
