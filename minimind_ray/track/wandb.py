@@ -233,7 +233,7 @@ class WandbTracker:
         self._log_earlier_lines(self.tracked)
 
     def alert(self, title: str, text: str) -> None:
-        """Send an alert by e-mail or Slack, as the user's settings at W&B say. Only W&B online sends alerts."""
+        """Send an alert by e-mail or Slack, as the user's settings at W&B say. Offline, `wandb sync` sends it."""
         self.run.alert(title=title, text=text)
 
     def summarize(self, facts: Mapping[str, Any]) -> None:

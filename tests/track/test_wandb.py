@@ -740,10 +740,12 @@ def test_a_killed_and_resumed_offline_run_is_sent_whole_by_the_sync_command(
     tracker = start(tmp_path, info=info, lines=[line(s) for s in range(1, 5)], samples={3: ["春风"]})
     for step in range(5, 9):
         tracker.log(line(step))
+    tracker.alert("a sweep has finished", "6 finished")
     tracker.finish("finished")
 
     server = online()
     sync(tmp_path)
+    assert [alert["text"] for alert in server.alerts] == ["6 finished"]
     [(name, run)] = server.runs.items()
     assert name == info["wandb"]["id"]
     assert [row["_step"] for row in run.rows] == list(range(1, 9))
