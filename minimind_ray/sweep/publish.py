@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -34,8 +35,6 @@ from minimind_ray.train.run import RunDirectory
 SECONDS, INTERRUPTED_SECONDS = 300.0, 15.0
 """The most seconds to begin to send trials' facts, after a sweep's own end and after a signal."""
 NOT_SENT = "the comparison was not sent: {}"
-TABLES = ("points",)
-"""The names of the tables that the sweep's run gets."""
 
 
 class SweepRun:
@@ -60,10 +59,10 @@ class SweepRun:
 
     def send(self, sweep: Sweep, comparison: Comparison) -> None:
         """Send the tables, the facts about the whole sweep, and report.html if it was written."""
-        tables = {"points": to_records(comparison)}
-        for name, records in tables.items():
+        sent = tables(comparison)
+        for name, records in sent.items():
             self.trackers.log_table(name, records)
-        self.trackers.summarize({name: value for name, value in facts(sweep, comparison).items() if name not in tables})
+        self.trackers.summarize({name: value for name, value in facts(sweep, comparison).items() if name not in sent})
         if (page := self.path / PAGE).exists():
             self.trackers.log_page("report", page)
 
@@ -80,7 +79,7 @@ class SweepRun:
             mode=sweep.info.mode,
             axes=axes,
             curves=list(dict.fromkeys((sweep.info.metric, "val/loss", "loss"))),
-            tables=TABLES,
+            tables=[name for name, records in tables(comparison).items() if records],
             pages=["report"],
         )
         urls = self.trackers.save_view(view)
@@ -93,6 +92,11 @@ class SweepRun:
         self.trackers.finish(state, result)
         if self.trackers.identities:
             _mirror_changes(self.path, self.before)
+
+
+def tables(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """Return the tables of the sweep's run, as records."""
+    return {"points": to_records(comparison), "importance": [asdict(each) for each in comparison.importance]}
 
 
 def facts(sweep: Sweep, comparison: Comparison) -> dict[str, Any]:

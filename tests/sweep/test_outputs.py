@@ -117,7 +117,7 @@ def printed(path: Path, capsys: pytest.CaptureFixture[str], **forms: bool) -> st
 
 def table_of(path: Path) -> list[dict[str, Any]]:
     """The table that W&B was sent, a dict per row."""
-    [file] = path.glob("wandb/*/files/media/table/*.json")
+    [file] = path.glob("wandb/*/files/media/table/points_*.json")
     content = json.loads(file.read_text(encoding="utf-8"))
     return [dict(zip(content["columns"], row)) for row in content["data"]]
 

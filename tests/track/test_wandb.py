@@ -153,7 +153,7 @@ def test_the_comparison_of_a_sweep_is_a_run_of_its_group(tmp_path: Path) -> None
     [run] = [r.run for r in records(sweep.path) if r.HasField("run")]
     assert run.run_id == json.loads((sweep.path / "sweep.json").read_text())["wandb"]["id"]
     assert (run.run_group, run.job_type, run.display_name) == ("betas", "sweep", "betas")
-    [table] = sweep.path.glob("wandb/*/files/media/table/*.json")
+    [table] = sweep.path.glob("wandb/*/files/media/table/points_*.json")
     content = json.loads(table.read_text())
     rows = [dict(zip(content["columns"], row)) for row in content["data"]]
     assert [row["verdict"] for row in rows] == [row.verdict for row in comparison.rows]
