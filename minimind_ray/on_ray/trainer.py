@@ -72,6 +72,7 @@ from minimind_ray.on_ray.versions import private_parts
 from minimind_ray.on_ray.waiting import print_wait_reason, workers_wait_reason
 from minimind_ray.stages.run import Host, Job
 from minimind_ray.train.context import default_device
+from minimind_ray.train.recorder import alert_of_lost_process
 from minimind_ray.train.run import RunDirectory, last_sound_checkpoint
 from minimind_ray.train.step import all_reduce_sums
 
@@ -177,6 +178,8 @@ def train_on_ray(job: Job) -> None:
             run.fail(str(found))
             raise found from None
         run.fail(format_error(error), traceback=traceback.format_exc())
+        if any(isinstance(cause, LOST) for cause in error_chain(error)):
+            alert_of_lost_process(run, job.config, format_error(error))
         again = f", after {scale.max_failures} restart(s) with no checkpoint between (scale.max_failures)"
         raise UserError(
             f"a worker ended before the run did: {format_error(error)}{'' if files[0].exists() else again}; "
@@ -459,4 +462,5 @@ def error_chain(error: BaseException) -> Iterator[BaseException]:
             yield from error_chain(cause)
 
 
+LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 WRAPPED = ("controller_failure", "health_check_failure")

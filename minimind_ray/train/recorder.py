@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.model.ops import compiled
 from minimind_ray.model.transformer import Transformer
@@ -29,6 +30,9 @@ from minimind_ray.train.progress import Progress
 from minimind_ray.train.run import START, VALIDATION, RunDirectory
 from minimind_ray.train.step import DivergedError
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Weights, Write
+
+ALERT_SECONDS = 20.0
+"""How long the trackers of a lost run may take to open and to close."""
 
 
 class Recorder:
@@ -153,6 +157,22 @@ class Recorder:
                 kind = "not-finite" if isinstance(error, DivergedError) else "failed"
                 self.trackers.alert(kind, f"{self.directory.where}: {str(error) or type(error).__name__}")
             self.trackers.finish("failed")
+
+
+def alert_of_lost_process(directory: RunDirectory, config: Config, error: str) -> None:
+    """Alert the user of a run whose process was lost, so that its own `Recorder` could not, if the config asks for it.
+
+    The run's trackers are opened once more for this, and mark the run as failed. A problem is printed to stderr.
+    """
+    if not config.track.alerts_of("failed"):
+        return
+    here = config.model_copy(update={"out": str(directory.path)})
+    try:
+        trackers = Trackers(TrackedRun(here, directory.info(), directory.lines, wait_seconds=ALERT_SECONDS))
+        trackers.alert("failed", f"{directory.where}: {error}")
+        trackers.finish("failed")
+    except UserError as problem:
+        print(f"no alert was sent: {problem}", file=sys.stderr)
 
 
 def _warn_of_other_arithmetic(before: str | None, now: str | None) -> None:

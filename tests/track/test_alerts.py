@@ -19,6 +19,7 @@ from minimind_ray.sweep.publish import publish
 from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.track.registry import TRACKERS
 from minimind_ray.track.tracker import TrackedRun
+from minimind_ray.train.recorder import alert_of_lost_process
 from minimind_ray.train.step import NonFiniteError
 from tests.sweep.synthetic import make_sweep
 from tests.train.test_loop import drive, make_run
@@ -86,6 +87,17 @@ def test_a_run_that_is_interrupted_alerts_nobody(tracker: Alerted, tmp_path: Pat
     with pytest.raises(KeyboardInterrupt), run:
         raise KeyboardInterrupt
     assert tracker.alerts == []
+
+
+@pytest.mark.parametrize(("wanted", "count"), [(True, 1), (["not-finite"], 0)])
+def test_a_run_whose_process_is_lost_alerts_the_user(
+    wanted: bool | list[str], count: int, tracker: Alerted, tmp_path: Path
+) -> None:
+    run, directory = make_run(tmp_path, track__alerts=wanted)
+    with run:
+        pass
+    alert_of_lost_process(directory, run.config, "a machine ran out of memory")
+    assert tracker.alerts == [(ALERTS["failed"], f"{directory.where}: a machine ran out of memory")] * count
 
 
 @pytest.mark.parametrize(
