@@ -29,7 +29,7 @@ from minimind_ray.sweep.axes import Drawn
 DEGREES = (2, 3, 4)
 """The degrees of the polynomials to choose from. A straight line would miss an optimum between an axis's ends."""
 LEAST_POINTS, LEAST_FREE = 8, 3
-"""A fit needs at least so many points, and so many more points than coefficients."""
+"""A fit needs at least so many points (or draws), and so many more than coefficients."""
 LEAST_PER_LEVEL = 2
 """A fit needs so many points on each level of an axis whose values have no order."""
 TIMES = " × "
@@ -150,48 +150,89 @@ def _fitted(columns: Mapping[str, Sequence[Any]], measured: Measured, drawn: Map
     for key, values in columns.items():
         if not _has_order(values) and min(Counter(map(repr, values)).values()) < LEAST_PER_LEVEL:
             return f"Too few points to tell how important each axis is: {key} has a value with a single point."
-    best: tuple[float, dict[str, np.ndarray], np.ndarray] | None = None
+    drawn_P = zip(*(map(repr, columns[key]) for key in columns if key in drawn)) if drawn.keys() & columns else None
+    names_P = list(map(repr, drawn_P or range(points)))
+    group_P = np.unique(names_P, return_inverse=True)[1]
+    best: tuple[float, dict[str, np.ndarray], _Fit] | None = None
     for degree, with_pairs in itertools.product(DEGREES, (False, True)):
         effects = {key: _curve(values, drawn.get(key), degree) for key, values in columns.items()}
         if with_pairs:
             effects |= _pairs({key: _curve(values, drawn.get(key), 1) for key, values in columns.items()})
-        design_PK = np.hstack([np.ones((points, 1)), *effects.values()])
-        if points < LEAST_POINTS or points - design_PK.shape[1] < LEAST_FREE:
-            continue
-        error = _unseen_error(design_PK, measured.value_P)
+        fit = _Fit(np.hstack([np.ones((points, 1)), *effects.values()]), group_P, measured.value_P)
+        error = fit.unseen_error() if fit.has_enough_points() else None
         if error is not None and (best is None or error < best[0]):
-            best = error, effects, design_PK
+            best = error, effects, fit
     if best is None:
-        return f"Too few points to tell how important each axis is: {points} points that are no full grid."
+        groups = int(group_P.max()) + 1
+        what = f"{points} points" if groups == points else f"{groups} draws"
+        return f"Too few points to tell how important each axis is: {what}, and no full grid."
     return _model_of_fit(best[1], best[2], measured)
 
 
-def _model_of_fit(effects: Mapping[str, np.ndarray], design_PK: np.ndarray, measured: Measured) -> _Model:
-    points, columns = design_PK.shape
-    inverse_KP = np.linalg.pinv(design_PK)
-    free = points - columns
-    variance = float(((measured.value_P - design_PK @ (inverse_KP @ measured.value_P)) ** 2).sum()) / free
-    draws, rng = len(measured.draws_BP), np.random.default_rng(0)
-    variance_B = variance * free / rng.chisquare(free, draws)
-    draws_BP = rng.standard_normal((draws, points)) * np.sqrt(variance_B)[:, None]
-    errors = Measured(measured.value_P, draws_BP, 2 * variance * (1 - np.eye(points)))
+class _Fit:
+    """A least-squares fit of the values to the columns of a design, and its errors.
+
+    A draw may be combined with several values of the other axes. Such points are a group: what the curves miss of the
+    drawn axes is the same for all of them, so the groups count, not the points, where drawn axes are concerned. Without
+    such combinations each point is a group.
+    """
+
+    def __init__(self, design_PK: np.ndarray, group_P: np.ndarray, value_P: np.ndarray) -> None:
+        self.design_PK, self.group_P = design_PK, group_P
+        (points, columns), groups = design_PK.shape, int(group_P.max()) + 1
+        first_G = np.unique(group_P, return_index=True)[1]
+        between = int((design_PK == design_PK[first_G][group_P]).all(0).sum())
+        self.free_groups, self.groups = groups - between, groups
+        self.free_points = points - groups - (columns - between)
+        self.inverse_KP = np.linalg.pinv(design_PK)
+        self.residual_P = value_P - design_PK @ (self.inverse_KP @ value_P)
+        mean_G = np.bincount(group_P, self.residual_P) / np.bincount(group_P)
+        self.group_variance = float((mean_G**2).sum()) / max(1, self.free_groups)
+        self.point_variance = float(((self.residual_P - mean_G[group_P]) ** 2).sum()) / max(1, self.free_points)
+
+    def has_enough_points(self) -> bool:
+        """Whether there are enough groups, and enough points in them, for the number of columns."""
+        inside = len(self.group_P) == self.groups or self.free_points >= LEAST_FREE
+        return self.groups >= LEAST_POINTS and self.free_groups >= LEAST_FREE and inside
+
+    def unseen_error(self) -> float | None:
+        """Return the mean squared error for each group by the fit to all other groups (PRESS: Allen 1974).
+
+        None if the other groups do not determine the fit.
+        """
+        left_PP = np.eye(len(self.group_P)) - self.design_PK @ self.inverse_KP
+        total = 0.0
+        for group in range(self.groups):
+            own_P = self.group_P == group
+            left = left_PP[np.ix_(own_P, own_P)]
+            if np.linalg.cond(left) > 1e9 or np.abs(left).max() < 1e-9:
+                return None
+            total += float((np.linalg.solve(left, self.residual_P[own_P]) ** 2).sum())
+        return total / len(self.group_P)
+
+    def draw(self, draws: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return draws of the points' errors [B, P], and of their variance [B]."""
+        rng, points = np.random.default_rng(0), len(self.group_P)
+        group_B = self.group_variance * self.free_groups / rng.chisquare(self.free_groups, draws)
+        draws_BP = (rng.standard_normal((draws, self.groups)) * np.sqrt(group_B)[:, None])[:, self.group_P]
+        if self.groups == points:
+            return draws_BP, group_B
+        point_B = self.point_variance * self.free_points / rng.chisquare(self.free_points, draws)
+        draws_BP += rng.standard_normal((draws, points)) * np.sqrt(point_B)[:, None]
+        return draws_BP, group_B + point_B
+
+
+def _model_of_fit(effects: Mapping[str, np.ndarray], fit: _Fit, measured: Measured) -> _Model:
+    points = len(fit.group_P)
+    draws_BP, variance_B = fit.draw(len(measured.draws_BP))
+    other_PP, group_PP = 1 - np.eye(points), fit.group_P[:, None] != fit.group_P
+    variance_PP = 2 * (fit.point_variance * other_PP + fit.group_variance * group_PP)
     # What the points' own errors explain of the residuals is no effect.
     noise = float(measured.variance_PP.sum()) / (2 * points * (points - 1))
     starts = np.cumsum([1, *(column_PK.shape[1] for column_PK in effects.values())])
-    estimators = {key: inverse_KP[start:end] for key, start, end in zip(effects, starts, starts[1:])}
-    return _Model(estimators, errors, variance - noise, variance_B - noise)
-
-
-def _unseen_error(design_PK: np.ndarray, value_P: np.ndarray) -> float | None:
-    """Return the mean squared error for each point by the fit to all other points (PRESS: Allen 1974).
-
-    None if the points do not determine the fit.
-    """
-    orthogonal_PK, triangle_KK = np.linalg.qr(design_PK)
-    if np.abs(np.diag(triangle_KK)).min() < 1e-6 * np.abs(np.diag(triangle_KK)).max():
-        return None
-    left_P = np.maximum(1 - (orthogonal_PK**2).sum(1), 1e-12)
-    return float(np.mean(((value_P - orthogonal_PK @ (orthogonal_PK.T @ value_P)) / left_P) ** 2))
+    estimators = {key: fit.inverse_KP[start:end] for key, start, end in zip(effects, starts, starts[1:])}
+    rest = fit.group_variance + fit.point_variance - noise
+    return _Model(estimators, Measured(measured.value_P, draws_BP, variance_PP), rest, variance_B - noise)
 
 
 def _pairs(effects: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -21,8 +21,17 @@ from matplotlib.lines import Line2D
 from minimind_ray.config.reading import dump_yaml
 from minimind_ray.data.storage import mirror_of
 from minimind_ray.sweep import chart
+from minimind_ray.sweep.answers import answers_of
 from minimind_ray.sweep.axes import short_names
-from minimind_ray.sweep.export import best_set_text, headline_text, seeds_text, sentences, standing
+from minimind_ray.sweep.export import (
+    best_set_text,
+    headline_text,
+    importance_name,
+    importance_value,
+    seeds_text,
+    sentences,
+    standing,
+)
 from minimind_ray.sweep.table import DIFFERS, LEAST_CLUSTERS, Comparison, Row, only_models, verdict_of
 from minimind_ray.sweep.text import count_text, duration_text, shorten, value_text
 from minimind_ray.sweep.trials import Sweep
@@ -31,6 +40,8 @@ from minimind_ray.train.run import RunDirectory
 PAGE = "report.html"
 MATRIX_POINTS = 24
 """With more points, the matrix of all pairs would be unreadable and is left out."""
+MOST_ANSWERS = 8
+"""The answers of so many points are shown beside each other; those of the others on demand."""
 
 
 MARKS = {"better": "+", "worse": "−", "not distinguishable": "·", "equal within": "=", DIFFERS: "≠"}
@@ -77,11 +88,13 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
         "standing": standing,
         "seeds": seeds_text,
         "describe": partial(chart.describe, comparison),
+        "axes": partial(importance_name, comparison),
+        "importance": importance_value,
     }
     environment.filters.update(filters)
     rows, info = comparison.rows, sweep.info
     measured = [row for row in rows if row.verdict]
-    judged, worse = comparison.clusters >= LEAST_CLUSTERS, [row for row in measured if row.verdict == "worse"]
+    judged = comparison.clusters >= LEAST_CLUSTERS
     pairs = matrix(comparison, measured) if 2 < len(measured) <= MATRIX_POINTS and judged else None
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
@@ -108,7 +121,8 @@ def render(sweep: Sweep, comparison: Comparison) -> str:
             for start, mark in MARKS.items()
             if any(mark == shown for line in pairs or [] for shown, _ in line)
         },
-        samples=samples(measured[0], worse[-1]) if worse else None,
+        answers=answers_of(comparison),
+        most_answers=MOST_ANSWERS,
         config=dump_yaml(info.config),
     )
 
@@ -162,18 +176,6 @@ def matrix(comparison: Comparison, measured: list[Row]) -> list[list[tuple[str, 
             line.append((mark, hover if mark else row.label))
         cells.append(line)
     return cells
-
-
-def samples(best: Row, worst: Row) -> dict[str, Any] | None:
-    """The last samples of the first seeds of two points, side by side; None if a point has no samples."""
-    written = [row.compared[0].samples[-1:] for row in (best, worst)]
-    if not all(written):
-        return None
-    return {
-        "rows": (best, worst),
-        "steps": [lines[0]["step"] for lines in written],
-        "pairs": list(zip(*(lines[0]["samples"] for lines in written))),
-    }
 
 
 def fact_text(value: Any) -> str:

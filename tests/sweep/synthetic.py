@@ -122,9 +122,12 @@ def make_sweep(
             pq.write_table(pa.table({"example": np.arange(examples), **columns}), path / "validation.parquet")
         (path / "run.json").write_text(json.dumps(run))
         with (path / "samples.jsonl").open("w", encoding="utf-8") as f:
-            for step in (done // 2, done):
-                texts = [f"{text} ({trial.id}, step {step})" for text in samples]
-                f.write(json.dumps({"step": step, "samples": texts}, ensure_ascii=False) + "\n")
+            prompts = [f"{number}. {text[:60]}" for number, text in enumerate(samples, 1)]
+            for step in (0, done // 2, done):
+                where = f"{trial.id}, step {step}" if step else "before training"
+                texts = [f"{prompt}\n{text} ({where})" for prompt, text in zip(prompts, samples)]
+                line = {"step": step, "samples": texts, "prompts": prompts}
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
     return directory
 
 

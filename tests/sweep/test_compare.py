@@ -394,7 +394,7 @@ def test_only_a_point_that_is_worse_is_shown_as_worse(tmp_path: Path) -> None:
     for sweep, shown in ((equal, False), (worse, True)):
         found = compare([read_sweep(sweep)])
         assert (found.rows[-1].verdict == "worse") == shown
-        assert ('class="samples"' in render(read_sweep(sweep), found)) == shown
+        assert ('class="verdict worse"' in render(read_sweep(sweep), found)) == shown
 
 
 def put_clusters(path: Path, cluster_E: np.ndarray) -> None:

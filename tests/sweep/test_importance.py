@@ -91,12 +91,27 @@ def test_drawn_points_recover_a_function_with_noise() -> None:
     u = np.linspace(0, 1, 10_001)
     truth = np.var(4 * (u - 0.6) ** 2) / (np.var(4 * (u - 0.6) ** 2) + 0.25 / 12)
     inside, axes = 0, {axis.key: axis for axis in (LR, DECAY, OTHER)}
-    for seed in range(20):
+    for seed in range(10):
         points = drawn_points(30, seed)
         found = shares(points, measured(points, hump, 0.05, seed), **axes)
         inside += found["lr"].low <= truth <= found["lr"].high
         assert found["lr"].share > 0.7 and found["x"].share < 0.1
-    assert inside >= 17
+    assert inside >= 8
+
+
+def combined(draws: int, seed: int) -> list[Point]:
+    """Points of which each draw is combined with four values of another axis."""
+    return [{**point, "name": name} for point in drawn_points(draws, seed) for name in "wxyz"]
+
+
+def test_draws_count_once_however_many_grid_values_they_are_combined_with() -> None:
+    axes = {axis.key: axis for axis in (LR, DECAY, OTHER)}
+    values = measured(combined(9, 0), hump)
+    assert importance_of(combined(9, 0), values, axes)[1].endswith("9 draws, and no full grid.")
+    for seed in range(4):
+        points = combined(14, seed)
+        found = shares(points, measured(points, lambda p: hump(p) + 0.2 * (p["name"] == "z"), 0.02, seed), **axes)
+        assert found["lr"].share > 0.6 and found["x"].low == 0 and found["x"].share < 0.2 and found["name"].low > 0.01
 
 
 def test_a_grid_with_a_hole_is_fitted() -> None:
@@ -110,7 +125,7 @@ def test_a_grid_with_a_hole_is_fitted() -> None:
 def test_what_too_few_points_cannot_tell() -> None:
     points = drawn_points(8, 0)
     assert importance_of(points, measured(points, hump)) == (
-        [], "Too few points to tell how important each axis is: 8 points that are no full grid.",
+        [], "Too few points to tell how important each axis is: 8 points, and no full grid.",
     )  # fmt: skip
     points = drawn_points(19, 0)
     words = [{"lr": point["lr"], "name": f"n{i // 2}"} for i, point in enumerate(points)]

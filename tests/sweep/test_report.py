@@ -88,8 +88,9 @@ def test_a_point_may_have_more_seeds_than_the_sweep(tmp_path: Path) -> None:
 def test_everything_is_on_the_page(full: Path) -> None:
     page = full.read_text(encoding="utf-8")
     for heading in (
-        "Points, best first", "Differences to the best", "All pairs", "What each axis does", "All axes at once",
-        "Learning curves", "What the best and the worst write", "Failed trials", "Done once for all trials", "Config",
+        "Points, best first", "Differences to the best", "All pairs", "Which axis matters", "What each axis does",
+        "All axes at once", "Learning curves", "What the trials answer", "Failed trials", "Done once for all trials",
+        "Config",
     ):  # fmt: skip
         assert f">{heading}<" in page, heading
     assert re.search(r"<b>Best:</b> beta 0.1, lr 1e-5", page)
