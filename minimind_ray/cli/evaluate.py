@@ -37,8 +37,8 @@ Settings = Annotated[
 ]
 
 
-def _of_benchmarks(help: str, **more: Any) -> Any:
-    return typer.Option(help=help, show_default=False, rich_help_panel="Benchmarks (instead of files)", **more)
+def _of_benchmarks(help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, show_default=False, rich_help_panel="Benchmarks (instead of files)", **more)
 
 
 Tasks = Annotated[
@@ -55,7 +55,7 @@ TaskPath = Annotated[
 ]
 Limit = Annotated[int | None, _of_benchmarks("use the first items of each task only", min=1)]
 Shots = Annotated[int | None, _of_benchmarks("examples before each question; default: as the task says", min=0)]
-Chat = Annotated[bool, _of_benchmarks("put each prompt into a conversation")]
+Chat = Annotated[bool, _of_benchmarks("put each prompt into a conversation", "--chat")]
 
 
 def evaluate_(

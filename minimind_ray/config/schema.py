@@ -455,6 +455,15 @@ class EvalConfig(Section):
     )
     sample_tokens: PositiveInt = 64
     temperature: NonNegativeFloat = 0.8
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="benchmarks to run at validations, such as [mm_demo, arc_easy]; the results are named task/NAME",
+    )
+    task_path: str | None = Field(default=None, description="folder with tasks of your own, as in eval --task-path")
+    task_limit: PositiveInt | None = Field(default=100, description="most items of each task; null: all")
+    tasks_every: PositiveInt = Field(
+        default=1, description="validations between runs of the tasks; the last validation always runs them"
+    )
 
 
 class GenerationConfig(Section):

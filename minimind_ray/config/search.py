@@ -19,6 +19,12 @@ ASHA_FIRST, ASHA_KEEP = 20, 3
 PBT_EVERY = 20
 """Population based training (Jaderberg et al. 2017): exploit and explore at every 20 % of a run's steps."""
 
+TASK_PREFIX = "task/"
+"""The results of benchmark tasks are named task/NAME in metrics.jsonl and in `--metric`."""
+
+LESS_IS_BETTER = ("mm_repetition",)
+"""The tasks of our own whose smaller results are better."""
+
 METRICS = dict.fromkeys(metric for record in STAGES.values() for metric in record.metrics)
 """The metrics of all stages."""
 
@@ -30,7 +36,9 @@ class SearchConfig(Section):
     searcher: Literal["grid", "optuna"] = Field("grid", description="grid or optuna")
     trials: PositiveInt | None = Field(None, description="number of points to draw on log(), uniform(), int() axes")
     seeds: PositiveInt = Field(1, description="number of runs of every point")
-    metric: str | None = Field(None, description="default: val/loss; for dpo val/accuracy")
+    metric: str | None = Field(
+        None, description="default: val/loss; for dpo val/accuracy; or task/NAME for a benchmark in eval.tasks"
+    )
     mode: Mode | None = Field(None, description="min or max; default: the metric's own")
     margin: PositiveFloat | None = Field(None, description="call points equal that differ by less than this")
     fuse: Literal["auto", "off"] | PositiveInt = Field(
@@ -51,8 +59,8 @@ class SearchConfig(Section):
     @field_validator("metric", mode="before")
     @classmethod
     def _known_metric(cls, value: Any) -> Any:
-        if value is not None and not (isinstance(value, str) and value in METRICS):
-            raise ValueError(f"Input should be {one_of(map(repr, METRICS))}")
+        if value is not None and not (isinstance(value, str) and (value in METRICS or value.startswith(TASK_PREFIX))):
+            raise ValueError(f"Input should be {one_of([*map(repr, METRICS), f'{TASK_PREFIX}NAME of a task'])}")
         return value
 
     def judged_by(self, stage: StageName) -> tuple[str, Mode]:
@@ -63,6 +71,8 @@ class SearchConfig(Section):
         """
         record = STAGES[stage]
         metric = self.metric or record.judged_by
+        if metric.startswith(TASK_PREFIX):  # Planning the sweep checks the mode of other tasks.
+            return metric, self.mode or ("min" if metric.removeprefix(TASK_PREFIX) in LESS_IS_BETTER else "max")
         if metric not in record.metrics:
             raise UserError(f"metric: {stage} has no {metric}; its metrics are {', '.join(record.metrics)}")
         return metric, self.mode or record.metrics[metric]

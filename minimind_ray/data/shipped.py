@@ -80,7 +80,8 @@ def resolve_paths(config: Config, *, again: bool = False) -> Config:
         }
     )
     init_from = model(config.init_from, before.get("init_from"))
-    return config.model_copy(update={"data": data, "out": out, "init_from": init_from})
+    tasks = config.eval.model_copy(update={"task_path": inputs(config.eval.task_path)})
+    return config.model_copy(update={"data": data, "eval": tasks, "out": out, "init_from": init_from})
 
 
 def _config_at(out: str) -> dict[str, Any]:

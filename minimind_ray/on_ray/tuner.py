@@ -67,6 +67,8 @@ from minimind_ray.on_ray.session import (
 from minimind_ray.on_ray.trainer import STOP_FILE, format_error, train_on_ray
 from minimind_ray.on_ray.waiting import print_wait_reason, trial_needs, wait_reason, workers_wait_reason
 from minimind_ray.stages.run import Job
+from minimind_ray.tasks.items import FILE as TASKS
+from minimind_ray.tasks.items import PREFIX
 from minimind_ray.train.best import best_validation
 from minimind_ray.train.card import finish
 from minimind_ray.train.checkpoint import read_state
@@ -168,7 +170,7 @@ class TuneContext:
         if self.closed or self.metric not in metrics:
             return True
         self.note(metrics)
-        decisive = {name: value for name, value in (self.best or metrics).items() if "val/" in name}
+        decisive = {name: value for name, value in (self.best or metrics).items() if name.startswith(("val/", PREFIX))}
         step, tokens = metrics["step"], metrics["tokens"]
         self.reports.put({**decisive, "step": step, "tokens": tokens, "percent": 100 * step / self.steps})
         return self.verdicts.get()
@@ -262,8 +264,9 @@ class _Trial(tune.Trainable):
         (Path(checkpoint_dir) / "best.json").write_text(json.dumps(self.context.best))
         for path in {last, best}:
             shutil.copytree(path, Path(checkpoint_dir) / path.name)
-        if (examples := run.path / VALIDATION).exists():
-            shutil.copy(examples, checkpoint_dir)
+        for name in (VALIDATION, TASKS):
+            if (run.path / name).exists():
+                shutil.copy(run.path / name, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Replace this trial's checkpoints by another trial's (for pbt). Called by Tune."""
@@ -278,11 +281,12 @@ class _Trial(tune.Trainable):
             shutil.rmtree(path)
         for path in directory.glob("step-????????"):
             shutil.copytree(path, run.checkpoint_path(path.name))
-        # This file belongs to the replaced best checkpoint. The donor's file belongs to the donor's best checkpoint,
+        # These files belong to the replaced best checkpoint. The donor's files belong to the donor's best checkpoint,
         # which may stay the best.
-        (run.path / VALIDATION).unlink(missing_ok=True)
-        if (directory / VALIDATION).exists():
-            shutil.copy(directory / VALIDATION, run.path)
+        for name in (VALIDATION, TASKS):
+            (run.path / name).unlink(missing_ok=True)
+            if (directory / name).exists():
+                shutil.copy(directory / name, run.path)
         run.write("config.yaml", to_yaml(self.job.config))
         last = run.checkpoints()[-1].name
         lineage = {"step": int(last.removeprefix("step-")), "from": Path(donor).name, "checkpoint": last}

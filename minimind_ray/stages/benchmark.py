@@ -78,7 +78,8 @@ def run_benchmark(
         trained.model, trained.tokenizer, trained.generation, trained.autocast,
         lambda done, total: progress(current[0], done, total),
     )  # fmt: skip
-    return run_tasks(lm, suite, limit=limit, chat=chat, say=lambda name: current.__setitem__(0, name))
+    talks = not trained.continues_texts
+    return run_tasks(lm, suite, limit=limit, chat=chat, converses=talks, say=lambda name: current.__setitem__(0, name))
 
 
 def summarise(results: TaskResults) -> list[Score]:

@@ -40,6 +40,7 @@ from minimind_ray.stages.columns import (
 from minimind_ray.stages.stage import Policy, stage_of
 from minimind_ray.stages.start import check_stage, initial_model, load_tokenizer, require_used
 from minimind_ray.stages.weights import Adapter, WholeModel
+from minimind_ray.tasks.measure import suite_of
 from minimind_ray.train.context import Context, PlainContext
 from minimind_ray.train.loop import fit
 from minimind_ray.train.run import RunDirectory
@@ -142,6 +143,8 @@ def prepare_job(
     base = host.base(config)
     tokenizer = load_tokenizer(config, base and base.local())
     check_stage(config, tokenizer, base and base.local())
+    if config.eval.tasks:
+        suite_of(config.eval)
     splits: tuple[Split, ...] = ("train", "val") if config.data.val or config.data.val_fraction else ("train",)
     stores: dict[str, str] = {}
     stream: Stream | None = None
@@ -165,6 +168,8 @@ def prepare_job(
             )
         else:
             say("  no validation, since no row is left for it: give data.val, or raise data.val_fraction")
+    if config.eval.tasks and "val" not in stores:
+        raise UserError("eval.tasks run at validations, but there is no validation data: give data.val")
     columns = {split: _columns(config, base, store, split, host, say) for split, store in stores.items()}
     train = stream or stores["train"]
     return Job(

@@ -20,7 +20,7 @@ import numpy as np
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.paths import output_path
 from minimind_ray.config.schema import Config
-from minimind_ray.config.search import SearchConfig
+from minimind_ray.config.search import TASK_PREFIX, SearchConfig
 from minimind_ray.data.files import join, remove
 from minimind_ray.data.plan import StepPlan
 from minimind_ray.data.prepare import Encoding, Unit
@@ -44,6 +44,7 @@ from minimind_ray.sweep.axes import (
 from minimind_ray.sweep.more import MOST_SEEDS
 from minimind_ray.sweep.searchers import Explorer, count_points, import_optuna
 from minimind_ray.sweep.trials import MoreSeeds, SweepInfo, TrialInfo, open_sweep
+from minimind_ray.tasks.measure import require_task
 from minimind_ray.train.run import RunDirectory
 
 UNITS, REFERENCES = "pieces of them encoded for this sweep", "of these sets computed for this sweep"
@@ -127,7 +128,9 @@ def plan_sweep(path: str | Path, base: Config, axes: Sequence[Axis], search: Sea
     """
     path = copy_of(output_path(url_of(path)))
     base = resolve_paths(base)
-    search.judged_by(base.stage)
+    metric, mode = search.judged_by(base.stage)
+    if metric.startswith(TASK_PREFIX):
+        require_task(base.eval, metric, mode)
     check_seeds(search.seeds)
     if not base.data.val and not base.data.val_fraction:
         raise UserError("a sweep compares trials on validation data: set data.val, or data.val_fraction above 0")

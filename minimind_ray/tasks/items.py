@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.config.search import TASK_PREFIX as PREFIX
+
+__all__ = ["FILE", "PREFIX", "Item", "Scores", "metrics_of", "mode_of", "read_items", "scores_of", "write_items"]
 
 FILE = "tasks.parquet"
 """The name in a run directory: the results of the best checkpoint."""
-
-PREFIX = "task/"
-"""Metrics of tasks are named task/NAME in metrics.jsonl and in `--metric`."""
 
 SCHEMA = pa.schema(
     [

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # Read when the hub's pa
 
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
 
 from minimind_ray.config.errors import UserError
-from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.tasks.items import Item
 from minimind_ray.tasks.lm import RaggedLM
 from minimind_ray.tasks.local import local_tasks
@@ -33,6 +34,11 @@ for package in ("lm_eval", "huggingface_hub"):  # Their warnings are for authors
 
 FEWSHOT_SEED = 1234
 """The seed of lm-eval's own command for the choice of examples before a question."""
+
+WHOLE = (
+    "word_perplexity", "byte_perplexity", "perplexity", "f1", "mcc", "brier_score", "likelihood", "bleu", "ter", "chrf",
+)  # fmt: skip
+"""Metrics of lm-eval that are no ratio of sums over items."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class Suite:
         """The names that the user gave."""
         return list(self.parts)
 
+    def judged_by(self, name: str) -> str | None:
+        """Return the metric that a task is judged by: its first metric with a value for each item; None without one."""
+        return next((metric for metric in self.parts[name][0].aggregation() if metric not in WHOLE), None)
+
 
 @dataclass
 class TaskResults:
@@ -58,6 +68,17 @@ class TaskResults:
     items: list[Item] = field(default_factory=list[Item])
     totals: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
     chance: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The value of each task by the metric that the task is judged by: the first metric of its items."""
+        sums: dict[str, list[float]] = {}
+        judged: dict[str, str] = {}
+        for item in self.items:
+            if item.metric == judged.setdefault(item.task, item.metric):
+                value, weight = sums.get(item.task, [0.0, 0.0])
+                sums[item.task] = [value + item.value, weight + item.weight]
+        return {task: value / weight for task, (value, weight) in sums.items() if weight}
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None, num_fewshot: int | None = None) -> Suite:
@@ -80,14 +101,17 @@ def load_tasks(names: Sequence[str], folder: Path | None = None, num_fewshot: in
             task.set_config("num_fewshot", num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(FEWSHOT_SEED)
     return Suite({name: parts[name] for name in dict.fromkeys(names)})
 
 
-def _known_tasks(names: Sequence[str], ours: Sequence[str]) -> dict[str, list[Any]]:
-    from lm_eval.tasks import TaskManager
+@cache
+def _manager() -> TaskManager:
+    """Return lm-eval's index of tasks, which takes seconds to make."""
+    return TaskManager()
 
-    manager = TaskManager()
+
+def _known_tasks(names: Sequence[str], ours: Sequence[str]) -> dict[str, list[Any]]:
+    manager = _manager()
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(
             f"there is no task {unknown[0]}: give a task of lm-eval, such as arc_easy, or one of {', '.join(ours)}; "
@@ -112,12 +136,13 @@ def run_tasks(
     *,
     limit: int | None = None,
     chat: bool = False,
+    converses: bool = True,
     say: Callable[[str], None] = lambda name: None,
 ) -> TaskResults:
     """Run the model on all tasks. `limit` is the most items of a task, `say` is called with the name of each task.
 
     With `chat`, prompts are turns of a conversation. The tasks of our own that ask questions are conversations anyway,
-    if the tokenizer has a chat template.
+    if the model `converses` and the tokenizer has a chat template.
 
     Raises:
         UserError: a task does not fit the model.
@@ -125,27 +150,26 @@ def run_tasks(
     results = TaskResults()
     for name, tasks in suite.parts.items():
         say(name)
-        talks = chat or (name in OWN and OWN[name].talks and has_conversations(lm.ids))
+        talks = chat or (name in OWN and OWN[name].talks and converses and lm.ids.chat_template is not None)
         share = None if limit is None else math.ceil(limit / len(tasks))
         found = _evaluated(lm, tasks, share, talks, name)
         _collect(results, name, tasks, found, limit)
     return results
 
 
-def has_conversations(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer has a chat template that marks the answers."""
-    return tokenizer.chat_template is not None
-
-
 def _evaluated(lm: RaggedLM, tasks: Sequence[Any], limit: int | None, chat: bool, name: str) -> dict[str, Any]:
     """Return lm-eval's results and samples of the parts of a task."""
     by_name: dict[str, Task] = {task.task_name: task for task in tasks}
+    for task in tasks:
+        task.set_fewshot_seed(FEWSHOT_SEED)
     try:
         with redirect_stderr(io.StringIO()):  # lm-eval's own progress bars.
             found = evaluate(
                 lm, cast("Any", {"tasks": by_name, "groups": {}}), limit=limit, bootstrap_iters=0,
                 apply_chat_template=chat,
             )  # fmt: skip
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"task {name}: {error}") from error
     return cast("dict[str, Any]", found)
@@ -194,11 +218,13 @@ def _metric_name(metric: str, filter_name: str) -> str:
 
 def _ratio(metric: str, found: Any) -> tuple[float, float] | None:
     """Return an item's numerator and denominator; None if the metric is no ratio of sums over items."""
+    if metric in WHOLE:
+        return None
     if metric == "bits_per_byte":
         return -found[0] / math.log(2), float(found[1])
     if metric == "repeated":
         return float(found[0]), float(found[1])
-    if metric != "perplexity" and isinstance(found, int | float):
+    if isinstance(found, int | float):
         return float(found), 1.0
     return None
 

@@ -6,7 +6,7 @@ Both the training loop (through `Validation`) and the `evaluate` stage call `eva
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,17 +54,19 @@ def packs_within(store: PackStore, max_tokens: int | None) -> int:
     return min(max(1, store.n_packs * max_tokens // store.n_tokens), store.n_packs)
 
 
-def drop_stale(path: Path, loss: float) -> None:
-    """Delete a file of `Evaluation.write` if its mean loss is not `loss`: it belongs to another checkpoint."""
-    if not path.exists():
-        return
+def drop_stale(path: Path, loss: float, others: Sequence[Path] = ()) -> None:
+    """Delete a file of `Evaluation.write` if its mean loss is not `loss`: it belongs to another checkpoint.
+
+    Also delete the `others`, which are of the same checkpoint, if the file is missing or deleted.
+    """
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path)  # Raises FileNotFoundError if the file is missing.
         found = float(table["loss"].to_numpy().sum() / table["count"].to_numpy().sum())
     except (pa.ArrowException, OSError, KeyError):
         found = math.nan
     if not math.isclose(found, loss):
-        path.unlink()
+        for file in (path, *others):
+            file.unlink(missing_ok=True)
 
 
 @torch.no_grad()

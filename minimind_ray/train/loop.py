@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -37,6 +37,7 @@ from minimind_ray.data.plan import TrainingData
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.ops import run_eagerly
 from minimind_ray.model.transformer import Transformer
+from minimind_ray.tasks.items import PREFIX, Item
 from minimind_ray.train.answers import Answers
 from minimind_ray.train.checkpoint import load_resume
 from minimind_ray.train.context import (
@@ -196,11 +197,11 @@ class TrainingRun:
         left = self.plan.steps - progress.step
         metrics["timing"] = self.meter.read(result.tokens, self._packs, left, result.seconds)
         metrics["timing"]["data_seconds"] = self._data_seconds
-        evaluation, answers = self._validate(metrics) if validating else (None, None)
+        evaluation, answers, items = self._validate(metrics, last) if validating else (None, None, None)
         # The line comes before the checkpoint: a resume drops the lines after the checkpoint it starts from.
         self._log(metrics, answers)
         if saving:
-            self._save(evaluation)
+            self._save(evaluation, items)
         if result.stop and not last:
             self.ending = "stopped"
         if not (validating or saving):
@@ -230,14 +231,23 @@ class TrainingRun:
     def _lr(self) -> float:
         return self.config.optim.lr * lr_factor(self.config.schedule, self.progress.step, self.plan.steps)
 
-    def _validate(self, metrics: dict[str, Any]) -> tuple[Evaluation, Answers | None]:
-        """Validate, and add the means to `metrics`. Return the evaluation, and the model's answers on rank 0."""
+    def _validate(
+        self, metrics: dict[str, Any], last: bool
+    ) -> tuple[Evaluation, Answers | None, Sequence[Item] | None]:
+        """Validate, and add the means and the results of tasks to `metrics`.
+
+        Return the evaluation; and on rank 0 the model's answers, and the items of the tasks if they ran.
+        """
         began = time.perf_counter()
         evaluation = self.validation()
         answers = self.validation.answers() if self.recorder else None
+        values, items = None, None
+        if last or (self.progress.step // self.eval_every) % self.config.eval.tasks_every == 0:
+            values, items = self.validation.tasks()
         metrics["timing"]["validation_seconds"] = time.perf_counter() - began
         metrics |= {f"val/{name}": value for name, value in evaluation.means.items()}
-        return evaluation, answers
+        metrics |= {f"{PREFIX}{name}": value for name, value in (values or {}).items()}
+        return evaluation, answers, items
 
     def _log(self, metrics: dict[str, Any], answers: Answers | None) -> None:
         """Write the step's line of metrics.jsonl, with a warning if there is one."""
@@ -248,11 +258,11 @@ class TrainingRun:
                 metrics["warning"] = warning
             self.recorder.log(metrics, answers)
 
-    def _save(self, evaluation: Evaluation | None) -> None:
+    def _save(self, evaluation: Evaluation | None, items: Sequence[Item] | None) -> None:
         self.progress.ledger = self.ledger.gather()
         if self.recorder:
             self.recorder.save(
-                self.weights, self.model, self.optimizer, evaluation,
+                self.weights, self.model, self.optimizer, evaluation, items,
                 validates=self.validates, wait=self.context.reads_checkpoints,
             )  # fmt: skip
 

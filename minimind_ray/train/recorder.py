@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.schema import Config
 from minimind_ray.model.ops import compiled
 from minimind_ray.model.transformer import Transformer
+from minimind_ray.tasks.items import FILE as TASKS
+from minimind_ray.tasks.items import Item, write_items
 from minimind_ray.track.registry import Trackers
 from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.train.answers import Answers
@@ -48,7 +50,7 @@ class Recorder:
         # The best checkpoint is gone if a better one replaced it and was then found damaged.
         if progress.best and directory.checkpoint_path(progress.best) not in directory.checkpoints():
             progress.best, progress.best_value = None, math.inf
-        drop_stale(directory.path / VALIDATION, progress.best_value)
+        drop_stale(directory.path / VALIDATION, progress.best_value, [directory.path / TASKS])
         self.writer = CheckpointWriter(directory, config.checkpoint.keep, (progress.best, progress.best_value))
         self.optimizer_copy = HostCopy()
         self.trackers: Trackers | None = None
@@ -104,14 +106,15 @@ class Recorder:
         model: Transformer,
         optimizer: AdamW,
         evaluation: Evaluation | None,
+        items: Sequence[Item] | None,
         *,
         validates: bool,
         wait: bool,
     ) -> None:
         """Begin to write a checkpoint of this step; with `wait`, return when it is written.
 
-        In a run that `validates`, the checkpoint with the lowest validation loss is the best. In other runs, the last
-        checkpoint is the best.
+        `items` are the results of benchmarks at this step, None if they did not run. In a run that `validates`, the
+        checkpoint with the lowest validation loss is the best. In other runs, the last checkpoint is the best.
         """
         progress = self.progress
         # Wait for the previous write; if it failed, fall back to the earlier best.
@@ -120,12 +123,16 @@ class Recorder:
         better = value <= progress.best_value
         if better:
             progress.best, progress.best_value = progress.checkpoint, value
+        results: dict[str, Write | None] = {}
+        if evaluation:
+            tasks = None if items is None else partial(write_items, items=items)
+            results = {VALIDATION: evaluation.write, TASKS: tasks}
         tensors = self.optimizer_copy(optimizer_tensors(model, optimizer))
         self.writer.save(
             progress.checkpoint,
             partial(_write, weights.snapshot(), tensors, asdict(progress)),
             (progress.best, progress.best_value),
-            evaluation.write if better and evaluation else None,
+            results if better else {},
         )
         if wait:
             self.writer.settle()

@@ -6,6 +6,7 @@
     metrics.jsonl        one line per step, with the result of its validation
     samples.jsonl        the model's answers to fixed prompts, before the first step (0) and at each validation
     validation.parquet   the validation of the result, one row per example
+    tasks.parquet        the benchmarks of the result, one row per item and metric; only with eval.tasks
     checkpoints/         step-00000100/: a Hugging Face model directory with a folder resume/
     wandb/, …            a folder of each tracker, see track/; what a resume needs of it is in run.json
 
@@ -22,11 +23,12 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
@@ -292,16 +294,20 @@ class RunDirectory:
         return self.path / "checkpoints" / name
 
     def save_checkpoint(
-        self, name: str, write: Callable[[Path], None], validation: Callable[[Path], None] | None = None
+        self,
+        name: str,
+        write: Callable[[Path], None],
+        results: Mapping[str, Callable[[Path], None] | None] = MappingProxyType({}),
     ) -> None:
         """Let `write` fill a temporary directory, add checksums of its files, and move the directory into place.
 
-        `validation` writes the checkpoint's validation.parquet. If any part fails, the run's files do not change.
+        `results` writes the checkpoint's results, such as validation.parquet, by the names of the files in the run's
+        directory; None removes a file. If any part fails, the run's files do not change.
         """
         # Unique names: a node that Ray has given up may still be writing the same checkpoint.
         target, own = self.checkpoint_path(name), uuid4().hex[:8]
         temporary = target.with_name(f"{UNFINISHED}{name}-{own}")
-        examples = self.path / f"{UNFINISHED}validation-{own}.parquet"
+        written = {file: self.path / f"{UNFINISHED}{own}-{file}" for file, content in results.items() if content}
         try:
             (temporary / "resume").mkdir(parents=True)
             write(temporary)
@@ -309,19 +315,24 @@ class RunDirectory:
             self.write_lines()
             sums = {str(p.relative_to(temporary)): file_sha256(p) for p in files}
             write_atomically(temporary / CHECKPOINT_SUMS, json.dumps(sums, indent=2))
-            if validation:
-                validation(examples)
-                files.append(examples)
+            for file, path in written.items():
+                if content := results[file]:
+                    content(path)
+                files.append(path)
             for p in (*files, temporary / CHECKPOINT_SUMS):
                 with p.open("rb") as f:
                     os.fsync(f.fileno())
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            examples.unlink(missing_ok=True)
+            for path in written.values():
+                path.unlink(missing_ok=True)
             raise
-        # The validation goes first: if the run is killed between the two, it writes both again after a resume.
-        if validation:
-            examples.replace(self.path / VALIDATION)
+        # The results go first: if the run is killed before the checkpoint follows, it writes both again after a resume.
+        for file in results:
+            if file in written:
+                written[file].replace(self.path / file)
+            else:
+                (self.path / file).unlink(missing_ok=True)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)

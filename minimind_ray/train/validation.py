@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 
 import torch
+import torch.distributed as dist
 
 from minimind_ray.config.schema import Config
 from minimind_ray.config.stages import RowKind
 from minimind_ray.data.store import PackStore
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.model.transformer import Transformer
+from minimind_ray.tasks.items import Item
+from minimind_ray.tasks.measure import run_tasks_of
 from minimind_ray.train.answers import Answers, Prompt, answers, fixed_prompts
 from minimind_ray.train.context import Context
 from minimind_ray.train.evaluate import Evaluation, evaluate, packs_within
@@ -33,7 +37,7 @@ class Validation:
     ) -> None:
         self.model, self.objective, self.context, self.dtype = model, objective, context, dtype
         self.pass_tokens = pass_tokens
-        self.store, self.tokenizer, self.config = store, tokenizer, config.eval
+        self.store, self.tokenizer, self.config, self.generation = store, tokenizer, config.eval, config.generation
         self.rows: RowKind = config.record.rows
         self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(context.device)
 
@@ -54,6 +58,27 @@ class Validation:
         assert self.store
         packs, positions = packs_within(self.store, self.config.max_tokens), self.model.shape.max_position_embeddings
         return fixed_prompts(self.config, self.rows, self.tokenizer, self.store, packs, positions)
+
+    def tasks(self) -> tuple[dict[str, float], Sequence[Item] | None]:
+        """Run the benchmarks of `eval.tasks` on rank 0; the other workers wait.
+
+        Return the value of each task, the same on every worker, and on rank 0 the items, None if there are no tasks.
+        """
+        if not self.config.tasks:
+            return {}, None
+        found: list[dict[str, float]] = [{}]
+        items: Sequence[Item] | None = None
+        if self.context.rank == 0:
+            self.model.eval()
+            results = run_tasks_of(
+                self.config, self.model, self.tokenizer, self.generation,
+                partial(autocast, self.context.device, self.dtype), converses=self.rows != "text",
+            )  # fmt: skip
+            found[0], items = results.values, results.items
+            self.model.train()
+        if dist.is_initialized():
+            dist.broadcast_object_list(found, src=0)
+        return found[0], items
 
     def answers(self) -> Answers | None:
         """Return the model's answers to the fixed prompts; None if there are no prompts."""

@@ -65,17 +65,22 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(self, name: str, write: Write, best: tuple[str | None, float], validation: Write | None) -> None:
+    def save(
+        self, name: str, write: Write, best: tuple[str | None, float], results: Mapping[str, Write | None]
+    ) -> None:
         """Begin to write a checkpoint; call `settle` before the data that `write` reads changes.
 
-        `validation` writes the checkpoint's validation.parquet; pass it if this checkpoint is the best so far.
+        `results` writes the checkpoint's validation.parquet and the like (see `RunDirectory.save_checkpoint`); pass it
+        if this checkpoint is the best so far.
         """
         assert self._writing is None
-        self._writing = self._thread.submit(self._save, name, write, best, validation)
+        self._writing = self._thread.submit(self._save, name, write, best, results)
 
-    def _save(self, name: str, write: Write, best: tuple[str | None, float], validation: Write | None) -> None:
+    def _save(
+        self, name: str, write: Write, best: tuple[str | None, float], results: Mapping[str, Write | None]
+    ) -> None:
         try:
-            self.run.save_checkpoint(name, write, validation)
+            self.run.save_checkpoint(name, write, results)
         except (OSError, SafetensorError) as error:
             self.lost = f"{name} could not be written to {self.run.path}: {error}"
             earlier = "earlier checkpoints are kept" if self.run.checkpoints() else "the run has no earlier checkpoint"

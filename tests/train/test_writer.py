@@ -14,7 +14,7 @@ import torch
 from minimind_ray.config.errors import UserError
 from minimind_ray.stages.run import Job, run_here
 from minimind_ray.train.context import PlainContext
-from minimind_ray.train.run import UNFINISHED, RunDirectory, file_sha256, sound, write_atomically
+from minimind_ray.train.run import UNFINISHED, VALIDATION, RunDirectory, file_sha256, sound, write_atomically
 from minimind_ray.train.writer import CheckpointWriter, HostCopy, Write
 from tests.faults import fill, small_disk
 from tests.jobs import make_job, start
@@ -38,15 +38,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         may_write.wait(10)
         (directory / "weights").write_text("1")
 
-    writer.save("step-00000001", write, ("step-00000001", 1.0), None)
+    writer.save("step-00000001", write, ("step-00000001", 1.0), {})
     assert writer.pop_warning() is None and not run.checkpoints()
     may_write.set()
     assert writer.settle() == ("step-00000001", 1.0)
     assert sound(run.checkpoints()[0])
-    writer.save("step-00000002", write, ("step-00000001", 1.0), lambda path: (path / "no").write_text(""))
+    fails = {VALIDATION: lambda path: (path / "no").write_text("")}
+    writer.save("step-00000002", write, ("step-00000001", 1.0), fails)
     assert writer.settle() == ("step-00000001", 1.0)
     assert "step-00000002 could not be written" in str(writer.pop_warning()) and writer.pop_warning() is None
-    writer.save("step-00000003", write, ("step-00000003", 0.5), lambda path: path.touch() or None)
+    results = {VALIDATION: lambda path: path.touch() or None, "tasks.parquet": None}
+    (tmp_path / "tasks.parquet").touch()
+    writer.save("step-00000003", write, ("step-00000003", 0.5), results)
     writer.close()
     # One is kept, and the best is that one.
     assert [path.name for path in run.checkpoints()] == ["step-00000003"]
@@ -60,7 +63,7 @@ def test_a_full_disk_is_told_truly_before_the_first_checkpoint_and_after_it(tmp_
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def save(step: int, write: Write) -> str:
-        writer.save(f"step-{step:08d}", write, (None, 9.0), None)
+        writer.save(f"step-{step:08d}", write, (None, 9.0), {})
         writer.settle()
         return str(writer.pop_warning())
 
@@ -93,9 +96,9 @@ def test_two_that_write_the_same_checkpoint_are_not_in_each_others_way(tmp_path:
         begun.set()
         may_write.wait(10)
 
-    given_up.save("step-00000003", slowly, (None, 9.0), None)
+    given_up.save("step-00000003", slowly, (None, 9.0), {})
     begun.wait(10)
-    ours.save("step-00000003", lambda path: (path / "weights").write_text("1") and None, (None, 9.0), None)
+    ours.save("step-00000003", lambda path: (path / "weights").write_text("1") and None, (None, 9.0), {})
     ours.settle()
     may_write.set()
     given_up.settle()
@@ -116,7 +119,7 @@ def test_what_is_no_fault_of_the_disk_is_raised(tmp_path: Path) -> None:
     def write(directory: Path) -> None:
         raise KeyError("a mistake")
 
-    writer.save("step-00000001", write, (None, 9.0), None)
+    writer.save("step-00000001", write, (None, 9.0), {})
     with pytest.raises(KeyError, match="a mistake"):
         writer.close()
     assert not list((tmp_path / "checkpoints").iterdir())
