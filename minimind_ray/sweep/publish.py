@@ -22,6 +22,7 @@ from minimind_ray.config.reading import read_json
 from minimind_ray.config.trackers import TRACKER_RECORDS
 from minimind_ray.data.storage import mirror_of, url_of
 from minimind_ray.on_ray.session import Ending
+from minimind_ray.sweep.answers import answer_records, answers_of
 from minimind_ray.sweep.chart import is_logarithmic
 from minimind_ray.sweep.cost import sweep_cost
 from minimind_ray.sweep.export import to_json, to_records
@@ -95,8 +96,12 @@ class SweepRun:
 
 
 def tables(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """Return the tables of the sweep's run, as records."""
-    return {"points": to_records(comparison), "importance": [asdict(each) for each in comparison.importance]}
+    """Return the tables of the sweep's run, as records. Those that are not known yet have no record."""
+    return {
+        "points": to_records(comparison),
+        "importance": [asdict(each) for each in comparison.importance],
+        "answers": answer_records(answers_of(comparison)),
+    }
 
 
 def facts(sweep: Sweep, comparison: Comparison) -> dict[str, Any]:

@@ -77,10 +77,11 @@ def test_a_validation_rewrites_the_page_and_an_end_is_sent(tmp_path: Path, sent:
     report.watch("ended")
     report.update()
     report.update()
-    assert [kind for kind, _ in sent] == ["sweep", "points", "facts", "report"]
-    assert sent[1][1] == 2 and sent[3][1] == (path / "report.html").read_text(encoding="utf-8")
-    facts = sent[2][1]
-    assert facts["winner"] in facts["checkpoint"] and "points" not in facts
+    assert [kind for kind, _ in sent] == ["sweep", "points", "answers", "facts", "report"]
+    by_kind = dict(sent)
+    assert by_kind["points"] == 2 and by_kind["report"] == (path / "report.html").read_text(encoding="utf-8")
+    facts = by_kind["facts"]
+    assert facts["winner"] in facts["checkpoint"] and not {"points", "importance", "answers"} & set(facts)
     assert facts["trials"] == {"all": 2, "finished": 1, "stopped": 1}
     assert json.loads((path / "sweep.json").read_text())["wandb"] == {"id": "1"}
 
