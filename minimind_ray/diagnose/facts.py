@@ -27,6 +27,15 @@ class Curve(NamedTuple):
         inside = (self.steps > first) & (self.steps <= last)
         return Curve(self.steps[inside], self.values[inside])
 
+    def thinned(self, most: int = 1000) -> Curve:
+        """Return at most `most` points: the medians of equal blocks of neighbours, each at its last step."""
+        size = -(-len(self) // most)
+        if size < 2:
+            return self
+        first = len(self) % size
+        steps, values = (each[first:].reshape(-1, size) for each in (self.steps, self.values))
+        return Curve(steps[:, -1], np.median(values, axis=1))
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -139,7 +148,7 @@ def curves_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
 def _samples(run: RunDirectory, settings: Mapping[str, Any]) -> tuple[tuple[Sample, ...], int]:
     last: Mapping[str, Any] = {}
     for line in run.samples():
-        last = line
+        last = line if line["step"] else {}  # At step 0 the model has not learned yet.
     texts = last.get("samples")
     if not isinstance(texts, list):
         return (), 0

@@ -20,6 +20,8 @@ LEAST_STEPS = 50
 """Fewer steps do not show the shape of a curve: a tenth of them, from which levels are taken, is 5 values."""
 LEAST_BASELINE_STEPS = 100
 """A new model needs some dozens of steps to learn how often each token occurs, at any good learning rate."""
+LARGEST_RATE = 0.01
+"""No AdamW run of a transformer needs a higher rate."""
 SURE = 4.0
 """How many standard errors a difference must have. Neighbouring steps are not independent, so 2 would be too few."""
 
@@ -53,7 +55,7 @@ def loss_not_finite(facts: Facts) -> Finding | None:
     rates = facts.curve("lr")
     rate = float(rates.values[rates.steps <= step][-1]) if len(rates) and rates.steps[0] <= step else facts.lr
     evidence = {"step": step, "rate": rate}
-    return Finding("loss_not_finite", "error", evidence, (step,), "optim.lr", rounded(rate / 3))
+    return Finding("loss_not_finite", "error", evidence, (step,), "optim.lr", rounded(min(rate / 3, LARGEST_RATE)))
 
 
 def above_uniform(facts: Facts) -> Finding | None:
@@ -84,7 +86,7 @@ def above_unigram(facts: Facts) -> Finding | None:
 
 def rate_too_high(facts: Facts) -> Finding | None:
     """Find a loss that rises above its start, or that ends far above the lowest level it had reached."""
-    loss = facts.curve("loss")
+    loss = facts.curve("loss").thinned()
     if len(loss) < LEAST_STEPS or not np.isfinite(loss.values).all():
         return None
     whole = course(loss)
@@ -93,18 +95,19 @@ def rate_too_high(facts: Facts) -> Finding | None:
     error = 1.25 * scatter(loss.values) / math.sqrt(width)
     top, bottom = int(line[: len(line) * 2 // 3].argmax()), int(line[: len(line) * 9 // 10].argmin())
     first = float(np.median(loss.values[:3]))
-    climbed, rose = line[top] - first, whole.end.value - line[bottom]
-    # A tenth of the level: a rise that a reader sees in a plot. The start is noisy: few values.
+    low = float(line[bottom])
+    climbed, rose = line[top] - first, whole.end.value - low
+    # A tenth of the level: a rise that a reader sees in a plot. The start has few values, so its level is not sure.
     if top > 1 and climbed > max(2 * SURE * error, 0.1 * abs(first)):
         step, before, after = int(loss.steps[top]), first, float(line[top])
-    elif rose > max(SURE * math.hypot(error, whole.end.error), 0.1 * abs(float(line[bottom]))):
-        step, before, after = int(loss.steps[bottom]), float(line[bottom]), whole.end.value
+    elif rose > max(SURE * math.hypot(error, whole.end.error), 0.1 * abs(low), 0.05 * (first - low)):
+        step, before, after = int(loss.steps[bottom]), low, whole.end.value
     else:
         return None
     rate = rate_at(facts, step)
     severity = "error" if whole.end.value >= first else "warning"
     evidence = {"step": step, "before": before, "after": after, "end": whole.end.value, "rate": rate}
-    return Finding("rate_too_high", severity, evidence, (step,), "optim.lr", rounded(facts.lr / 10))
+    return Finding("rate_too_high", severity, evidence, (step,), "optim.lr", rounded(min(facts.lr / 10, LARGEST_RATE)))
 
 
 def rate_too_low(facts: Facts) -> Finding | None:
@@ -119,7 +122,7 @@ def rate_too_low(facts: Facts) -> Finding | None:
     fall = -change.value
     if fall > 0.25 * start.value:  # A quarter of the loss: whatever the shape, the model has learned much.
         return None
-    if abs(fall) < max(SURE * change.error, 0.01 * start.value):
+    if abs(fall) + SURE / 2 * change.error < 0.02 * start.value:  # Flat, and no scatter hides a fall.
         ratio = 1.0
     else:
         done = np.cumsum(rates.values) / rates.values.sum()
@@ -140,7 +143,7 @@ def rate_too_low(facts: Facts) -> Finding | None:
 
 def plateau(facts: Facts) -> Finding | None:
     """Find a loss that fell, and then stayed level for the second half of the run or longer."""
-    loss = facts.curve("loss")
+    loss = facts.curve("loss").thinned()
     if len(loss) < 2 * LEAST_STEPS or not np.isfinite(loss.values).all():
         return None
     start, end, change = course(loss)

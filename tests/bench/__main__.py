@@ -6,6 +6,7 @@ Parts: training (ours, MiniMind's scripts and trl side by side), data (preparati
 ray (what Ray costs over a plain process), sweep (what a sweep costs over its training), fused (LoRA trials trained
 together), checkpoint (the pause of a step), growth (plots), coverage (whether the intervals of simulated sweeps hold).
 Training on a cluster whose workers and nodes are killed has a command of its own: python -m tests.bench.soak --help.
+Healthy and broken runs for `diagnose` are trained by python -m tests.bench.diagnose --help.
 
 The data are those in the folder MINIMIND_CORPUS, else the demo's. MiniMind is the checkout at MINIMIND_REPO; without
 one it is left out.

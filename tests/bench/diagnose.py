@@ -21,6 +21,8 @@ from typing import Any
 from minimind_ray.config.load import load_config
 from minimind_ray.data.demo import write_demo
 from minimind_ray.data.tokenizer import train_tokenizer
+from minimind_ray.diagnose.facts import read_facts
+from minimind_ray.diagnose.rules import diagnose
 from minimind_ray.on_ray.host import train_stage
 from minimind_ray.train.run import RunDirectory
 
@@ -58,7 +60,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
         "model.hidden_size": 192, "model.intermediate_size": 512, "model.num_hidden_layers": 3,
         "model.num_attention_heads": 6,
     },
-    "pretrain-corpus": {**CORPUS, "train.max_steps": 250},
+    "pretrain-corpus": {**CORPUS, "train.max_steps": 150},
     "sft": SFT,
     "sft-slow": {**SFT, "train.seed": 1, "schedule.name": "linear", "optim.lr": 1e-3, "train.max_steps": 150},
     "lora": LORA,
@@ -67,15 +69,15 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "dpo-lora": {**DPO, "train.seed": 1, "dpo.lora": True, "dpo.beta": 0.2, "optim.lr": 1e-3},
 }  # fmt: skip
 BROKEN: dict[str, dict[str, Any]] = {
-    "rate_too_high": {**PRETRAIN, "optim.lr": 0.3},
-    "rate_too_low": {**PRETRAIN, "optim.lr": 3e-6},
-    "overfitting": {**SFT, "data.train": "few", "train.max_steps": 120, "eval.every": 10},
+    "rate_too_high": {**PRETRAIN, "optim.lr": 0.3, "train.max_steps": 120},
+    "rate_too_low": {**PRETRAIN, "optim.lr": 3e-6, "train.max_steps": 120},
+    "overfitting": {**SFT, "data.train": "few", "train.max_steps": 100, "eval.every": 10},
     "dpo_nothing_learned": {**DPO, "optim.lr": 1e-9},
-    "clipped": {**PRETRAIN, "optim.clip": 0.01, "train.max_steps": 150},
-    "tokenizer": {**PRETRAIN, "data.train": "chinese", "data.tokenizer": "english", "train.max_steps": 150},
+    "clipped": {**PRETRAIN, "optim.clip": 0.01, "train.max_steps": 100},
+    "tokenizer": {**PRETRAIN, "data.train": "chinese", "data.tokenizer": "english", "train.max_steps": 100},
     "samples_repeat": {**PRETRAIN, "data.train": "repeated", "train.max_steps": 100},
     "truncated": {**SFT, "data.max_seq_len": 32, "train.max_steps": 60},
-    "warmup_too_long": {**PRETRAIN, "schedule.warmup": 120, "train.max_steps": 150},
+    "warmup_too_long": {**PRETRAIN, "schedule.warmup": 80, "train.max_steps": 100},
 }
 STAGES = ("pretrain", "sft", "lora", "dpo")
 OTHER_STAGES = {"overfitting": "sft", "truncated": "sft", "dpo_nothing_learned": "dpo"}
@@ -150,6 +152,8 @@ def train(name: str, out: Path) -> RunDirectory:
     if run.info().get("state") != "finished":
         config = config_of(name, out)
         train_stage(config, resume=run.file("config.yaml").exists(), ray=False)
+        if run.info()["state"] != "finished":
+            raise SystemExit(f"{name} was stopped")
     return run
 
 
@@ -180,7 +184,10 @@ def main() -> None:
     runs: list[RunDirectory] = []
     for name in names(args.only):
         runs.append(train(name, out))
-        print(f"{name:20} trained", flush=True)
+        facts = read_facts(runs[-1].where)
+        found = ", ".join(f"{finding.rule} ({finding.severity})" for finding in diagnose(facts))
+        loss = facts.curve("loss").values
+        print(f"{name:20} {facts.steps:4} steps  loss {loss[0]:.3f} to {loss[-1]:.3f}  {found or '-'}", flush=True)
     if args.record:
         record(runs, out, args.record)
 
