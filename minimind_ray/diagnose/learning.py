@@ -170,6 +170,7 @@ def spikes(facts: Facts) -> Finding | None:
     if len(loss) < LEAST_STEPS or not len(loss) == len(norm) == len(rates) or not np.isfinite(loss.values).all():
         return None
     line, usual = smooth(loss.values, 15), smooth(norm.values, 15)
+    line = np.maximum(line, np.concatenate([line[:8], line[:-8]]))  # Where the curve is steep, the values before count.
     # 8 sigma, because hard batches make heavy tails; a twentieth of the level, because some curves hardly scatter.
     high = loss.values - line > np.maximum(8 * scatter(loss.values), 0.05 * np.abs(line))
     steep = norm.values > 2 * usual

@@ -17,7 +17,7 @@ RULES: tuple[Rule, ...] = (
 EXPLAINED = {
     "plateau": {"rate_too_high", "above_uniform", "above_unigram", "overfitting", "clipped"},
     "spikes": {"rate_too_high"},
-    "rate_too_low": {"rate_too_high", "above_uniform"},
+    "rate_too_low": {"rate_too_high"},
     "samples_repeat": {"above_uniform", "above_unigram"},
 }
 """Findings that say nothing new beside one of these others."""

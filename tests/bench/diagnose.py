@@ -66,7 +66,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "lora": LORA,
     "lora-square": {**LORA, "train.seed": 1, "lora.targets": "square", "lora.rank": 4, "train.epochs": 3},
     "dpo": DPO,
-    "dpo-lora": {**DPO, "train.seed": 1, "dpo.lora": True, "dpo.beta": 0.2, "optim.lr": 1e-3},
+    "dpo-lora": {**DPO, "train.seed": 1, "dpo.lora": True, "dpo.beta": 0.2, "optim.lr": 1e-2},
 }  # fmt: skip
 BROKEN: dict[str, dict[str, Any]] = {
     "rate_too_high": {**PRETRAIN, "optim.lr": 0.3, "train.max_steps": 120},
@@ -74,7 +74,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "overfitting": {**SFT, "data.train": "few", "train.max_steps": 100, "eval.every": 10},
     "dpo_nothing_learned": {**DPO, "optim.lr": 1e-9},
     "clipped": {**PRETRAIN, "optim.clip": 0.01, "train.max_steps": 100},
-    "tokenizer": {**PRETRAIN, "data.train": "chinese", "data.tokenizer": "english", "train.max_steps": 100},
+    "tokenizer_misfit": {**PRETRAIN, "data.train": "chinese", "data.tokenizer": "english", "train.max_steps": 100},
     "samples_repeat": {**PRETRAIN, "data.train": "repeated", "train.max_steps": 100},
     "truncated": {**SFT, "data.max_seq_len": 32, "train.max_steps": 60},
     "warmup_too_long": {**PRETRAIN, "schedule.warmup": 80, "train.max_steps": 100},
