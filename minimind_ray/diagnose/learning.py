@@ -243,7 +243,7 @@ def overfitting(facts: Facts) -> Finding | None:
 
 
 def epoch_jump(facts: Facts) -> Finding | None:
-    """Find a training loss that falls at once where the data begin again: the model knows the rows by heart."""
+    """Find a training loss, but no validation loss, that falls where the data begin again: rows known by heart."""
     loss, epoch = facts.curve("loss"), facts.curve("epoch")
     if len(epoch) != len(loss):
         return None
@@ -258,12 +258,19 @@ def epoch_jump(facts: Facts) -> Finding | None:
         drift, jump = difference(earlier, before).value, difference(before, after)
         fall, was = -jump.value, level(before).value
         # Three times the fall of the steps before, so that a steep curve is no jump.
-        if fall < max(SURE * jump.error, 0.08 * was, 3 * -drift):
+        if fall < max(SURE * jump.error, 0.08 * was, 3 * -drift) or still_learns(facts, int(loss.steps[at])):
             continue
         evidence = {"step": int(loss.steps[at]), "before": was, "after": was - fall, "epoch": int(epoch.values[at]) + 1}
         if largest is None or fall > largest.evidence["before"] - largest.evidence["after"]:
             largest = Finding("epoch_jump", "note", evidence, (int(loss.steps[at]),), "train.epochs")
     return largest
+
+
+def still_learns(facts: Facts, step: int) -> bool:
+    """Whether the validation loss falls by 3 % or more after a step: then the model learns more than its rows."""
+    validations = facts.curve("val/loss")
+    before, after = validations.between(0, step), validations.between(step, facts.steps)
+    return bool(len(before) and len(after) and after.values.min() < 0.97 * before.values[-1])
 
 
 def rate_at(facts: Facts, step: int) -> float:

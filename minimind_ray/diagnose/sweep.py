@@ -93,12 +93,19 @@ def sweep_edges(sweep: Sweep) -> Iterable[Finding]:
         values = sorted({dict(point)[key] for point in points if _is_number(dict(point)[key])})
         if len(values) < 3 or best[key] not in (values[0], values[-1]):
             continue
-        low = best[key] == values[0]
-        # The next value at the same ratio as the last two, or the same distance if there is a 0.
-        near, edge = (values[1], values[0]) if low else (values[-2], values[-1])
-        beyond = edge * edge / near if near * edge > 0 else 2 * edge - near
+        beyond = next_value(values, best[key])
         evidence = {"key": key, "best": best[key], "low": values[0], "high": values[-1], "count": len(values)}
-        yield Finding("sweep_edge", "note", evidence, (), key, rounded(beyond))
+        yield Finding("sweep_edge", "note", evidence, (), key, beyond)
+
+
+def next_value(values: list[float], edge: float) -> float:
+    """Return the value beyond the edge of sorted values, at their mean ratio; if one is 0 or less, mean distance."""
+    count, sign = len(values) - 1, -1 if edge == values[0] else 1
+    if values[0] > 0:
+        beyond = rounded(edge * (values[-1] / values[0]) ** (sign / count))
+    else:
+        beyond = rounded(edge + sign * (values[-1] - values[0]) / count)
+    return beyond if isinstance(edge, float) else (min if sign < 0 else max)(round(beyond), edge + sign)
 
 
 def _results(sweep: Sweep) -> Mapping[tuple[tuple[str, Any], ...], list[float]]:

@@ -105,7 +105,10 @@ CASES: dict[str, tuple[Facts, Facts]] = {
     "warmup_too_long": (facts(settings={"schedule.warmup": 80}), facts(settings={"schedule.warmup": 45})),
     "clipped": (facts(settings={"optim.clip": 0.01}), facts(settings={"optim.clip": 0.5})),
     "overfitting": (facts(val=(3.0, 2.6, 2.7, 2.9, 3.1)), facts(val=(3.0, 2.6, 2.62, 2.61, 2.63))),
-    "epoch_jump": (facts(JUMPS, epoch=EPOCHS), facts(HEALTHY, epoch=EPOCHS)),
+    "epoch_jump": (
+        facts(JUMPS, epoch=EPOCHS, val=(4.0, 3.5, 3.5, 3.49, 3.5)),
+        facts(JUMPS, epoch=EPOCHS, val=(4.0, 3.5, 3.1, 2.7, 2.4)),
+    ),
     "dpo_nothing_learned": (pairs(0.0005), pairs(0.05)),
     "dpo_margins_explode": (pairs(25.0, kl=-80), pairs(4.0, kl=-10)),
     "chosen_falls": (pairs(2.0, chosen=-3.0, rejected=-5.0), pairs(2.0, chosen=-0.5, rejected=-2.5)),
@@ -156,6 +159,10 @@ def test_a_rule_finds_its_fault_and_not_what_only_looks_like_it(name: str) -> No
 def test_a_sound_run_has_no_finding() -> None:
     assert diagnose(facts()) == []
     assert diagnose(pairs(1.0)) == []
+
+
+def test_a_steep_curve_is_no_jump_of_an_epoch() -> None:
+    assert diagnose(facts(HEALTHY, epoch=EPOCHS, val=None, info={"state": "stopped"})) == []
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 12, 49])

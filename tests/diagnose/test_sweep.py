@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from minimind_ray.diagnose.sweep import diagnose_sweep
+from minimind_ray.diagnose.sweep import diagnose_sweep, next_value
 from minimind_ray.display.findings import print_sweep_findings, print_sweep_line, sweep_json
 from minimind_ray.sweep.trials import read_sweep
 from tests.sweep.synthetic import make_sweep
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.slow
 
 
 def found(path: Path) -> dict[str, Any]:
@@ -29,7 +29,10 @@ def best_at(lr: float) -> Any:
 
 def sft_sweep(path: Path, rates: str, **settings: Any) -> Path:
     return make_sweep(
-        path, stage="sft", axes={"optim.lr": rates}, **{"quality": best_at(1e-4), "examples": 30, **settings}
+        path,
+        stage="sft",
+        axes={"optim.lr": rates},
+        **{"quality": best_at(1e-4), "examples": 10, "steps": 20, **settings},
     )
 
 
@@ -38,6 +41,14 @@ def test_a_best_value_at_the_edge_names_the_next_one(tmp_path: Path) -> None:
     assert edge.setting == "optim.lr" and edge.value == pytest.approx(1e-3)
     assert "sweep_edge" not in found(sft_sweep(tmp_path / "inside", "1e-5,1e-4,1e-3"))
     assert "sweep_edge" not in found(sft_sweep(tmp_path / "two", "1e-5,1e-4"))
+
+
+@pytest.mark.parametrize(
+    ("values", "edge", "beyond"),
+    [([1e-5, 1e-4, 1e-3], 1e-3, 1e-2), ([0.0, 0.1, 0.2], 0.2, 0.3), ([2, 4, 8], 8, 16), ([138, 139, 140], 138, 137)],
+)
+def test_the_next_value_continues_the_axis(values: list[float], edge: float, beyond: float) -> None:
+    assert next_value(values, edge) == pytest.approx(beyond)
 
 
 def test_seeds_are_one_or_differ_as_much_as_the_points(tmp_path: Path) -> None:
