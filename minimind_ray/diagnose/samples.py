@@ -18,8 +18,8 @@ LEAST_WORDS = 24
 def samples_repeat(facts: Facts) -> Finding | None:
     """Find samples most of whose n-grams occurred before in the same sample."""
     shares = [share for sample in facts.samples if (share := repeated_share(sample.text)) is not None]
-    # Texts of people, also lists and poems, have under 0.2; a loop over the second half of a text has 0.5.
-    if len(shares) < 2 or statistics.median(shares) < 0.4:
+    # Of the corpus's poems and the demo's texts, 99 % have under 0.1. A loop that fills half a text has 0.5.
+    if len(shares) < 2 or statistics.median(shares) < 0.3:
         return None
     evidence = {
         "share": statistics.median(shares), "samples": len(shares), "step": facts.samples_step, "gram": GRAM,

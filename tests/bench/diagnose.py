@@ -75,7 +75,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "dpo_nothing_learned": {**DPO, "optim.lr": 1e-9},
     "clipped": {**PRETRAIN, "optim.clip": 0.01, "train.max_steps": 100},
     "tokenizer_misfit": {**PRETRAIN, "data.train": "chinese", "data.tokenizer": "english", "train.max_steps": 100},
-    "samples_repeat": {**PRETRAIN, "data.train": "repeated", "train.max_steps": 100},
+    "samples_repeat": {**PRETRAIN, "data.train": "repeated", "train.max_steps": 160},
     "truncated": {**SFT, "data.max_seq_len": 32, "train.max_steps": 60},
     "warmup_too_long": {**PRETRAIN, "schedule.warmup": 80, "train.max_steps": 100},
 }
