@@ -81,7 +81,7 @@ BROKEN: dict[str, dict[str, Any]] = {
 }
 STAGES = ("pretrain", "sft", "lora", "dpo")
 OTHER_STAGES = {"overfitting": "sft", "truncated": "sft", "dpo_nothing_learned": "dpo"}
-RECORDED = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "validation.parquet")
+RECORDED = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl")
 
 
 def stage_of(name: str) -> str:
@@ -159,14 +159,16 @@ def train(name: str, out: Path) -> RunDirectory:
 
 def record(runs: list[RunDirectory], out: Path, path: Path) -> None:
     """Keep the files that the rules read in a zip file, without paths of this machine."""
-    hidden = {str(out): "/demo", os.environ.get("MINIMIND_CORPUS") or "-": "/corpus", str(Path.cwd()): "/code"}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    hidden = {str(out): "/demo", str(CORPUS_FOLDER): "/corpus"}
+    with zipfile.ZipFile(path, "w") as archive:
         for run, name in ((run, name) for run in runs for name in RECORDED if run.file(name).exists()):
-            content = run.file(name).read_bytes()
-            for text, shown in hidden.items():
-                content = content.replace(text.encode(), shown.encode())
+            text = run.file(name).read_text(encoding="utf-8")
+            if name == "run.json":
+                text = json.dumps({**json.loads(text), "command": []}, indent=2)
+            for place, shown in hidden.items():
+                text = text.replace(place, shown)
             info = zipfile.ZipInfo(f"{run.path.name}/{name}")  # No time: the same files make the same archive.
-            archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+            archive.writestr(info, text, zipfile.ZIP_DEFLATED, 9)
 
 
 def names(only: str | None) -> Iterator[str]:
