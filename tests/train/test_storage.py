@@ -33,6 +33,7 @@ from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.live import LiveReport
 from minimind_ray.sweep.publish import facts, publish
 from minimind_ray.sweep.trials import read_sweep
+from minimind_ray.sweep.watch import WatchedReport
 from minimind_ray.train.bundle import pack, unpack
 from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory, file_sha256, resolve_model
@@ -384,6 +385,13 @@ def test_the_report_of_a_running_sweep_reads_the_store_into_a_copy_of_its_own(st
     with bucket.open_input_stream("bucket/sweeps/live/report.html") as file:
         assert file.read() == (plan_path / "report.html").read_bytes()
     assert unsent.exists()
+    report = WatchedReport("s3://bucket/sweeps/live")
+    report.look()
+    assert report.page == (plan_path / "report.html").read_text(encoding="utf-8")
+    bucket.delete_file("bucket/sweeps/live/report.html")
+    report.page = ""
+    report.look()  # Writes the page anew.
+    assert report.page and "report.html" in {name.rpartition("/")[2] for name in names(bucket, "bucket/sweeps/live")}
     sweep = read_sweep("s3://bucket/sweeps/live", "live")
     assert facts(sweep, compare([sweep]))["checkpoint"].startswith("s3://bucket/sweeps/live/trials/")
 
