@@ -57,7 +57,7 @@ def _open(opening: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import swanlab
 
     settings = swanlab.Settings()
-    has_key, asked = settings.api_key is not None, cast("Any", opening["mode"])
+    has_key, asked = settings.api_key is not None, opening["mode"]
     if asked == "auto":
         asked = {"disabled": "off", "offline": "offline", "local": "offline"}.get(settings.mode)
         asked = asked or ("online" if has_key else "offline")
@@ -65,7 +65,7 @@ def _open(opening: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return None, {"mode": asked, "has_key": has_key}
     run = swanlab.init(
         **opening["run"],
-        mode=asked,
+        mode=cast("Any", asked),
         resume="allow",
         settings=swanlab.Settings.model_validate(
             {

@@ -104,8 +104,10 @@ def sync(directory: Path) -> None:
     subprocess.run(command, shell=True, check=True, timeout=60, cwd=directory, capture_output=True)
 
 
-def test_an_offline_run_holds_config_metrics_samples_and_tables(tmp_path: Path) -> None:
-    out, page = tmp_path / "a run", tmp_path / "report"
+def test_an_offline_run_holds_config_metrics_samples_and_tables(
+    online: Callable[..., SwanlabEndpoint], tmp_path: Path
+) -> None:
+    server, out, page = online(), tmp_path / "a run", tmp_path / "report"
     page.write_text("<html>春风</html>", encoding="utf-8")
     tracker, info = start(out, group="a sweep", tags=["x"], project="p")
     tracker.log(line(1, warning="too short"))
@@ -130,6 +132,7 @@ def test_an_offline_run_holds_config_metrics_samples_and_tables(tmp_path: Path) 
     config = {key: entry["value"] for key, entry in yaml.safe_load(file.read_text(encoding="utf-8")).items()}
     assert (config["optim"]["lr"], config["best/loss"], config["best/step"]) == (1e-4, 1.5, 2)
     assert (config["state"], config["point/verdict"]) == ("finished", "best")
+    assert server.requests == []
 
 
 @pytest.mark.long
@@ -184,6 +187,7 @@ def test_online_and_resumed_over_the_wire(online: Callable[..., SwanlabEndpoint]
         assert not re.search(rf"(?<![\w/+=]){re.escape(private)}(?![\w/+=])", sent)
 
 
+@pytest.mark.long
 def test_the_tables_of_a_sweep_are_sent_again(online: Callable[..., SwanlabEndpoint], tmp_path: Path) -> None:
     """A sweep that goes on, or a second `publish`, opens the sweep's run once more and sends new tables."""
     server = online()

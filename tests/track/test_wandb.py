@@ -26,6 +26,7 @@ from minimind_ray.cli.tune import run_plan
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config
 from minimind_ray.config.schema import Config
+from minimind_ray.config.trackers import ALERTS
 from minimind_ray.stages.run import begin, run_here
 from minimind_ray.sweep.compare import compare
 from minimind_ray.sweep.export import to_json
@@ -185,9 +186,11 @@ def test_tables_pages_and_alerts_over_the_wire(online: Callable[..., Endpoint], 
 def test_a_comparison_online_and_after_a_resume(online: Callable[..., Endpoint], tmp_path: Path) -> None:
     server = online()
     sweep = read_sweep(make_sweep(tmp_path / "betas", axes={"dpo.beta": "0.1,0.2"}, steps=10, examples=40))
-    for _ in range(2):
-        publish(sweep, compare([sweep]))
+    sweep.info.config["track"]["alerts"] = ["sweep-finished"]
+    for ending in ("interrupted", "by itself"):
+        publish(sweep, compare([sweep]), ending=ending)
     [run] = server.runs.values()
+    assert [alert["title"] for alert in server.alerts] == [ALERTS["sweep-finished"]]
     assert [row["_step"] for row in run.rows] == list(range(4))
     assert run.summary["state"] == "finished"
     tables = [json.loads(text) for name, text in server.uploads.items() if "table/points" in name]
