@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minimind_ray.cli.evaluate import Chat, Limit, Shots, TaskPath, Tasks
 from minimind_ray.config.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from minimind_ray.sweep.measured import Measured
 
 MarginOption = Annotated[
@@ -39,20 +44,19 @@ def compare(
         str | None, typer.Option(metavar="min|max", help="whether less or more of --metric is better")
     ] = None,
     margin: MarginOption = None,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="NAME,…", help="compare models in these tasks (see eval --help)")
-    ] = None,
-    task_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="with --tasks: a folder with tasks of your own")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="with --tasks: the most items of a task")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="with --tasks: the number of answered examples before each question")
+    tasks: Tasks = None,
+    task_path: TaskPath = None,
+    limit: Limit = None,
+    num_fewshot: Shots = None,
+    chat: Chat = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="with --tasks: keep each model's items in this folder")
     ] = None,
 ) -> None:
     """Compare the points of sweeps, or models, best first, and mark those that are not clearly worse than the best.
 
-    Models are compared in --tasks; without this option, by what they were measured on already.
+    Models are compared in --tasks. Without this option, runs are compared by their validations and by the tasks that
+    they were measured in.
     """
     if json and csv:
         raise UserError("--json and --csv cannot be combined: give one of them")
@@ -63,12 +67,24 @@ def compare(
         return
     if mode is not None:
         raise UserError("--mode is for sweeps: the metrics of models know whether less or more is better")
-    settings = {"folder": task_path, "limit": limit, "num_fewshot": num_fewshot}
-    if tasks is None and (given := [name for name, value in settings.items() if value is not None]):
-        option = given[0].replace("folder", "task-path").replace("_", "-")
-        raise UserError(f"--{option} needs --tasks: name the tasks to compare the models in")
-    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    _compare_models(compared, names, settings, json=json, csv=csv, metric=metric, margin=margin or 0.0)
+    if tasks is None and (task_path or limit or num_fewshot is not None or chat or out):
+        raise UserError("--task-path, --limit, --num-fewshot, --chat and --out belong to tasks: give --tasks, too")
+    asked = None
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        asked = _Asked(names, task_path, num_fewshot, {"limit": limit, "chat": chat}, out)
+    _compare_models(compared, asked, json=json, csv=csv, metric=metric, margin=margin or 0.0)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The tasks that models are compared in; `settings` are those of `run_benchmark`."""
+
+    tasks: list[str]
+    folder: Path | None
+    shots: int | None
+    settings: Mapping[str, Any]
+    out: Path | None
 
 
 def _are_sweeps(compared: Sequence[str]) -> bool:
@@ -86,13 +102,12 @@ def _are_sweeps(compared: Sequence[str]) -> bool:
 
 
 def _compare_models(
-    compared: Sequence[str], tasks: Sequence[str] | None, settings: Mapping[str, Any], *, json: bool, csv: bool,
-    metric: str | None, margin: float,
-) -> None:  # fmt: skip
+    compared: Sequence[str], asked: _Asked | None, *, json: bool, csv: bool, metric: str | None, margin: float
+) -> None:
     from minimind_ray.sweep.models import compare_models
     from minimind_ray.sweep.models_export import to_json, to_records
 
-    comparison = compare_models(_measured(compared, tasks, settings, metric), margin=margin)
+    comparison = compare_models(_measured(compared, asked, metric), margin=margin)
     if json:
         _print_json(to_json(comparison))
     elif csv:
@@ -103,29 +118,67 @@ def _compare_models(
         print_models(comparison)
 
 
-def _measured(
-    compared: Sequence[str], tasks: Sequence[str] | None, settings: Mapping[str, Any], metric: str | None
-) -> list[list[Measured]]:
-    """Return the results of models: of files of items, in tasks, or those that runs have already."""
+def _measured(compared: Sequence[str], asked: _Asked | None, metric: str | None) -> list[list[Measured]]:
+    """Return the results of models: in tasks, in files of items, or those that runs have already."""
     from minimind_ray.sweep.measured import distinct_names, measured_items
     from minimind_ray.sweep.runs import read_runs, shared_results
     from minimind_ray.sweep.trials import is_run
-    from minimind_ray.tasks.items import read_items
 
     files = [path for path in compared if path.endswith(".parquet")]
-    if tasks is not None or len(files) == len(compared):
+    if asked or len(files) == len(compared):
         if metric is not None:
             raise UserError("--metric is for sweeps and runs: a task is judged by its own metric")
-        if len(files) < len(compared):
-            raise UserError("not yet")
-        names = distinct_names(compared)
-        return [measured_items(name, file, read_items(Path(file)), tasks or ()) for name, file in zip(names, files)]
+        if len(compared) < 2:
+            raise UserError("give at least two models to compare; minimind-ray eval measures a single one")
+        names, tables = distinct_names(compared), _items(compared, asked)
+        tasks = asked.tasks if asked else []
+        # Models that are asked here have the same questions, though maybe in the words of other chat templates.
+        return [
+            measured_items(name, path, table, tasks, same_words=bool(files))
+            for name, path, table in zip(names, compared, tables)
+        ]
     if others := [path for path in compared if not is_run(path)]:
         raise UserError(f"{others[0]} holds no sweep.json and is no run: give sweeps, or models with --tasks a,b")
     measured, notes = shared_results(read_runs(compared), metric)
     if not measured:
         raise UserError(f"{notes[0]} Give --tasks a,b to compare the runs in tasks")
     return measured
+
+
+def _items(compared: Sequence[str], asked: _Asked | None) -> list[pa.Table]:
+    """Return the items of each model: read from its file, or answered by it now."""
+    from minimind_ray.tasks.items import items_table, read_items, write_items
+
+    if all(path.endswith(".parquet") for path in compared) or not asked:
+        return [read_items(Path(path)) for path in compared]
+    from rich.console import Console
+
+    from minimind_ray.display.tasks import task_progress
+    from minimind_ray.stages.benchmark import load_suite, run_benchmark
+    from minimind_ray.sweep.measured import distinct_names
+    from minimind_ray.train.run import resolve_model
+
+    for path in compared:  # Find a mistake before the first model has answered for an hour.
+        if not path.endswith(".parquet"):
+            resolve_model(path)
+    if asked.out:
+        asked.out.mkdir(parents=True, exist_ok=True)
+    suite = load_suite(asked.tasks, asked.folder, asked.shots)
+    found: list[pa.Table] = []
+    for name, path in zip(distinct_names(compared), compared):
+        if path.endswith(".parquet"):
+            found.append(read_items(Path(path)))
+            continue
+        with task_progress(Console(stderr=True)) as progress:
+            items = run_benchmark(path, suite, progress=partial(_shown, progress, name), **asked.settings).items
+        found.append(items_table(items))
+        if asked.out:
+            write_items(asked.out / f"{name.replace('/', '-')}.parquet", items)
+    return found
+
+
+def _shown(progress: Callable[[str, int, int], None], model: str, task: str, done: int, total: int) -> None:
+    progress(f"{model}: {task}", done, total)
 
 
 def _print_json(content: dict[str, Any]) -> None:

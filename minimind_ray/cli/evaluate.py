@@ -38,7 +38,7 @@ Settings = Annotated[
 
 
 def _of_benchmarks(help: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, show_default=False, rich_help_panel="Benchmarks (instead of files)", **more)
+    return typer.Option(*names, help=help, show_default=False, rich_help_panel="Benchmarks", **more)
 
 
 Tasks = Annotated[

@@ -42,8 +42,12 @@ class Measured:
     noun: str = "items"
 
 
-def measured_items(model: str, origin: str, table: pa.Table, tasks: Sequence[str] = ()) -> list[Measured]:
+def measured_items(
+    model: str, origin: str, table: pa.Table, tasks: Sequence[str] = (), *, same_words: bool = True
+) -> list[Measured]:
     """Return a model's results in each task of a table of items, by the metric that the task is judged by.
+
+    With `same_words`, the texts of the items are compared with those of other models.
 
     Raises:
         UserError: the table has no item, or lacks one of `tasks`, which are taken alone if there are any.
@@ -57,7 +61,7 @@ def measured_items(model: str, origin: str, table: pa.Table, tasks: Sequence[str
     for task in tasks or metrics:
         metric = metrics[task][0]
         of_task = table.filter((pc.field("task") == task) & (pc.field("metric") == metric)).sort_by("item")
-        questions = tuple(map(str, of_task["question"].to_pylist()))
+        questions = tuple(map(str, of_task["question"].to_pylist())) if same_words else ()
         found.append(Measured(model, origin, task, metric, mode_of(metric), scores_of(of_task, task), questions))
     return found
 
@@ -77,6 +81,7 @@ def measured_validation(model: str, run: Trial, stage: str, metric: str | None =
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
     """Return short names of models: the shortest ends of their paths that differ from each other."""
+    paths = [path.removesuffix(".parquet") for path in paths]
     parts = [[part for part in path.rstrip("/").split("/") if part] or [path] for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -125,5 +130,5 @@ def differ(first: Measured, other: Measured) -> str:
         return f"their {first.noun} have different lengths"
     if first.questions != other.questions and first.questions and other.questions:
         at = next(i for i, (p, q) in enumerate(zip(first.questions, other.questions)) if p != q)
-        return f"item {a.item_E[at]} has another text, as with other examples in the prompt"
+        return f"item {a.item_E[at]} has another text, as with other examples in the prompt or another chat template"
     return ""

@@ -20,7 +20,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.stages import Mode
 from minimind_ray.sweep.binary import FEW_DISCORDANT, is_binary, mid_p
 from minimind_ray.sweep.measured import VALIDATION, Measured, by_task
-from minimind_ray.sweep.statistics import Interval, Statistics, judge
+from minimind_ray.sweep.statistics import DRAWS, Interval, Statistics, judge
 from minimind_ray.sweep.table import LEAST_CLUSTERS, MOST_DIGITS, verdict_of
 from minimind_ray.tasks.items import Scores
 
@@ -91,7 +91,9 @@ class ModelComparison:
         return [*self.contests, *([self.mean] if self.mean else [])]
 
 
-def compare_models(measured: Sequence[Sequence[Measured]], *, margin: float = 0.0, why: str = "") -> ModelComparison:
+def compare_models(
+    measured: Sequence[Sequence[Measured]], *, margin: float = 0.0, why: str = "", draws: int = DRAWS
+) -> ModelComparison:
     """Compare models; `measured` has the results of each model in all tasks.
 
     `why` says why no verdict holds for other models made in the same way, such as "one seed"; then a clear difference
@@ -104,13 +106,13 @@ def compare_models(measured: Sequence[Sequence[Measured]], *, margin: float = 0.
         raise UserError("give at least two models to compare; minimind-ray eval measures a single one")
     if not (margin >= 0 and math.isfinite(margin)):
         raise UserError(f"margin {margin:g}: give a number above 0, in units of the metric, such as 0.01")
-    contests = [_contest(models, margin, why) for models in by_task(measured)]
+    contests = [_contest(models, margin, why, draws) for models in by_task(measured)]
     counted = [contest for contest in contests if contest.share and contest.clusters >= LEAST_CLUSTERS]
     mean = _mean(counted, margin, why) if len(counted) > 1 else None
     return ModelComparison(contests, mean, _notes(contests, counted if mean else []))
 
 
-def _contest(models: Sequence[Measured], margin: float, why: str) -> Contest:
+def _contest(models: Sequence[Measured], margin: float, why: str, draws: int) -> Contest:
     first = models[0]
     for model in models:
         if not (np.isfinite(model.scores.value_E).all() and model.scores.weight_E.sum() > 0):
@@ -127,7 +129,7 @@ def _contest(models: Sequence[Measured], margin: float, why: str) -> Contest:
     points = len(models)
     found = judge(
         numerator_PC, denominator_PC, np.arange(points), np.zeros(points, int), larger_is_better=first.mode == "max",
-        binary=binary,
+        binary=binary, draws=draws,
     )  # fmt: skip
     names = [model.model for model in models]
     items = len(cluster_E)

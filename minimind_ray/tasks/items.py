@@ -73,11 +73,15 @@ def mode_of(metric: str) -> Literal["min", "max"]:
     return "min" if metric in LESS_IS_BETTER else "max"
 
 
+def items_table(items: Iterable[Item]) -> pa.Table:
+    """Return the items as a table."""
+    rows = list(items)
+    return pa.table([[row[i] for row in rows] for i in range(len(SCHEMA))], schema=SCHEMA)
+
+
 def write_items(path: Path, items: Iterable[Item]) -> None:
     """Write the items as a Parquet file."""
-    rows = list(items)
-    columns = [[row[i] for row in rows] for i in range(len(SCHEMA))]
-    pq.write_table(pa.table(columns, schema=SCHEMA), path)
+    pq.write_table(items_table(items), path)
 
 
 def read_items(path: Path) -> pa.Table:

@@ -26,8 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from minimind_ray.sweep.measured import Measured
+from minimind_ray.sweep.models import compare_models
 from minimind_ray.sweep.statistics import judge
 from minimind_ray.sweep.stopping import predicted_ends
+from minimind_ray.tasks.items import Scores
 from tests.bench.asha import halved_sweep
 from tests.bench.common import Report
 
@@ -41,7 +44,8 @@ Rng = np.random.Generator
 class Simulated:
     """A sweep whose truth is known. `unfinished_T` marks trials that were stopped; their shift is predicted.
 
-    The first `odd` points vary more over seeds than the others.
+    The first `odd` points vary more over seeds than the others. With `tasks`, the points are models, and the examples
+    are items of so many tasks, one after another; the truth is about the mean over tasks.
     """
 
     numerator_TE: np.ndarray
@@ -53,6 +57,7 @@ class Simulated:
     larger_is_better: bool = False
     binary: bool = False
     odd: int = 0
+    tasks: int = 0
     unfinished_T: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     shift_T: np.ndarray | None = None
     extra_T: np.ndarray | None = None
@@ -83,7 +88,7 @@ class Judged:
     high_P: np.ndarray
     low_PP: np.ndarray
     high_PP: np.ndarray
-    winner: tuple[float, float]
+    winner: tuple[float, float] | None
     may_be_best_P: np.ndarray | None
     hsu: float
     claims: bool
@@ -135,6 +140,28 @@ def accuracy(rng: Rng, examples: int, share: float = 0.99) -> Simulated:
         right_TE, np.ones_like(right_TE), np.arange(2), np.zeros(2, int), np.full(2, share), np.arange(examples),
         larger_is_better=True, binary=True,
     )  # fmt: skip
+
+
+def models(
+    points: int, items: int, share: float = 0.5, *, tasks: int = 0, together: float = 0.6, group: int = 1
+) -> Callable[[Rng], Simulated]:
+    """Equal models that answer `items` items of a task, or of each of so many `tasks`, with the same probability.
+
+    An item is as hard for all models in the part `together` of cases. A `group` of items has the same answers.
+    """
+
+    def simulate(rng: Rng) -> Simulated:
+        count = items * max(1, tasks)
+        ease_E = np.repeat(rng.random(count // group), group)
+        own_PE = np.repeat(rng.random((points, count // group)), group, axis=1)
+        shared_PE = np.repeat(rng.random((points, count // group)) < together, group, axis=1)
+        right_PE = (np.where(shared_PE, ease_E, own_PE) < share).astype(float)
+        return Simulated(
+            right_PE, np.ones_like(right_PE), np.arange(points), np.zeros(points, int), np.full(points, share),
+            np.repeat(np.arange(count // group), group), larger_is_better=True, binary=True, tasks=tasks,
+        )  # fmt: skip
+
+    return simulate
 
 
 def asha(points: int, seeds: int, **options: Any) -> Callable[[Rng], Simulated]:
@@ -210,11 +237,25 @@ KINDS: dict[str, Callable[[Rng], Simulated]] = {
     "ASHA, 4 points, 3 seeds": asha(4, 3),
     "ASHA, 4 equal points, 3 seeds": asha(4, 3, spread=0.0, own=0.1),
     "ASHA, 4 equal points, 12 seeds": asha(4, 12, spread=0.0, own=0.1),
+    "2 equal models, 20 items": models(2, 20),
+    "2 equal models, 20 items, accuracy 0.9": models(2, 20, 0.9),
+    "2 equal models, 100 items": models(2, 100),
+    "2 equal models, 1,000 items": models(2, 1000),
+    "2 equal models, 100 items, nearly the same answers": models(2, 100, together=0.95),
+    "2 equal models, 200 items on 40 texts": models(2, 200, group=5),
+    "4 equal models, 20 items": models(4, 20),
+    "4 equal models, 100 items": models(4, 100),
+    "4 equal models, 1,000 items": models(4, 1000),
+    "mean over 7 tasks of 20 items, 4 equal models": models(4, 20, tasks=7),
+    "mean over 7 tasks of 100 items, 4 equal models": models(4, 100, tasks=7),
+    "mean over 3 tasks of 100 items, accuracy 0.95, 2 equal models": models(2, 100, 0.95, tasks=3),
 }  # fmt: skip
 
 
 def judge_after(sweep: Simulated, draws: int, random_seed: int) -> Judged:
     """Judge as `minimind-ray compare` does."""
+    if sweep.tasks:
+        return judge_mean(sweep, draws)
     starts = np.flatnonzero(np.diff(sweep.cluster_E, prepend=-1))
     found = judge(
         np.add.reduceat(sweep.numerator_TE, starts, axis=1), np.add.reduceat(sweep.denominator_TE, starts, axis=1),
@@ -233,6 +274,24 @@ def judge_after(sweep: Simulated, draws: int, random_seed: int) -> Judged:
         found.estimate_P, found.low_P, found.high_P, found.low_PP, found.high_PP,
         (headline.low, headline.high), found.may_be_best_P, hsu, several,
     )  # fmt: skip
+
+
+def judge_mean(sweep: Simulated, draws: int) -> Judged:
+    """Judge models by the mean over their tasks."""
+    names = [str(p) for p in range(len(sweep.truth_P))]
+    of_task = np.array_split(np.arange(len(sweep.cluster_E)), sweep.tasks)
+
+    def measured(p: int, k: int) -> Measured:
+        items = of_task[k]
+        scores = Scores(items, sweep.cluster_E[items], sweep.numerator_TE[p, items], np.ones(len(items)))
+        return Measured(names[p], names[p], f"t{k}", "acc", "max", scores)
+
+    of_models = [[measured(p, k) for k in range(sweep.tasks)] for p in range(len(names))]
+    found = compare_models(of_models, draws=draws).mean
+    assert found
+    values = [next(standing.value for standing in found.standings if standing.model == name) for name in names]
+    estimate_P, low_P, high_P = (np.array([getattr(v, end) for v in values], float) for end in ("value", "low", "high"))
+    return Judged(estimate_P, low_P, high_P, found.low_PP, found.high_PP, None, None, math.nan, True)
 
 
 def judge_before(sweep: Simulated, draws: int, random_seed: int) -> Judged:
@@ -308,7 +367,7 @@ def score(sweep: Simulated, found: Judged) -> list[float]:
         float(((found.low_PP <= true_PP + slack) & (found.high_PP >= true_PP - slack)).all()),
         float(wrongly_P.any() and found.claims),
         float(not best_P[best]),
-        float(found.winner[0] <= truth_P[best] <= found.winner[1]),
+        float(found.winner[0] <= truth_P[best] <= found.winner[1]) if found.winner else np.nan,
         np.nan if found.may_be_best_P is None else float(found.may_be_best_P[best_eligible_P].mean()),
         found.hsu,
         float((found.high_P - found.low_P)[sweep.odd :].mean() / 2),

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,13 +128,13 @@ def test_files_of_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     files = [write(tmp_path / "earlier.parquet", EARLIER), write(tmp_path / "later.parquet", LATER)]
     compare_command(files, json=True)
     found = json.loads(capsys.readouterr().out)
-    assert (found["models"], found["mean"]) == (["earlier.parquet", "later.parquet"], None)
+    assert (found["models"], found["mean"]) == (["earlier", "later"], None)
     [task] = found["tasks"]
     assert (task["task"], task["metric"], task["items"]) == ("tools", "acc", 20)
     assert [m["verdict"] for m in task["models"]] == ["best", "not distinguishable"]
     compare_command(files, csv=True)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["model"] for row in rows] == ["later.parquet", "earlier.parquet"]
+    assert [row["model"] for row in rows] == ["later", "earlier"]
     assert (float(rows[1]["difference"]), rows[0]["difference"]) == (pytest.approx(-0.25), "")
     compare_command(files)
     printed = capsys.readouterr().out
@@ -182,8 +183,8 @@ def test_runs_are_compared_by_what_they_have(tmp_path: Path, capsys: pytest.Capt
     ("options", "words"),
     [
         ({"mode": "max"}, "--mode is for sweeps"),
-        ({"limit": 3}, "--limit needs --tasks"),
-        ({"task_path": Path("x")}, "--task-path needs --tasks"),
+        ({"limit": 3}, "belong to tasks: give --tasks"),
+        ({"task_path": Path("x")}, "belong to tasks: give --tasks"),
         ({"margin": -1.0}, "margin -1: give a number above 0"),
         ({"tasks": "sums"}, "has no results of task sums, only of tools"),
         ({"metric": "acc"}, "--metric is for sweeps and runs"),
@@ -193,3 +194,28 @@ def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], words:
     file = write(tmp_path / "a.parquet", EARLIER)
     with pytest.raises(UserError, match=words):
         compare_command([file, file], **options)
+
+
+def test_models_answer_the_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chat templates may differ between models that answer here, as they have the same questions."""
+    asked: list[Any] = []
+
+    def run(model: str, suite: Any, **settings: Any) -> SimpleNamespace:
+        asked.append((model, suite, settings["limit"]))
+        right = EARLIER if model.endswith("old") else LATER
+        return SimpleNamespace(
+            items=[Item("tools", i, i, "acc", float(v), 1.0, model, "", "") for i, v in enumerate(right)]
+        )
+
+    monkeypatch.setattr("minimind_ray.stages.benchmark.load_suite", lambda *given: given)
+    monkeypatch.setattr("minimind_ray.stages.benchmark.run_benchmark", run)
+    monkeypatch.setattr("minimind_ray.train.run.resolve_model", Path)
+    models, out = [str(tmp_path / name) for name in ("old", "new")], tmp_path / "items"
+    compare_command(models, tasks="tools, ", limit=20, out=out, json=True)
+    assert asked == [(model, (["tools"], None, None), 20) for model in models]
+    assert json.loads(capsys.readouterr().out)["tasks"][0]["models"][0]["model"] == "new"
+    assert {path.name for path in out.iterdir()} == {"old.parquet", "new.parquet"}
+    with pytest.raises(UserError, match="another text, as with other examples in the prompt or another chat template"):
+        compare_command([str(path) for path in out.iterdir()])

@@ -67,8 +67,9 @@ def test_the_intervals_keep_their_promise(kind: str) -> None:
     if "1 seed" not in kind:
         assert after["single"] >= (0.85 if harder else 0.90)
         assert after["pairs"] >= (0.80 if harder else 0.85 if two_odd else 0.90)
-        assert after["best set"] >= (0.85 if harder else 0.90)
-        assert after["winner"] >= (0.80 if harder else 0.88)
+        if "mean over" not in kind:  # The mean over tasks has neither of the two.
+            assert after["best set"] >= (0.85 if harder else 0.90)
+            assert after["winner"] >= (0.80 if harder else 0.88)
 
 
 def test_documents_are_resampled_whole() -> None:
