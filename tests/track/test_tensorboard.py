@@ -114,6 +114,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     assert {event.step: event.wall_time for event in events.Scalars("loss") if event.step in before} == before
 
 
+@pytest.mark.slow
 def test_a_training_run_that_fails_and_goes_on_has_the_steps_of_metrics_jsonl(tmp_path: Path) -> None:
     settings = {"track.to": ["tensorboard"], "checkpoint.every": 2, "eval.every": 2, "eval.samples": 1}
     job = make_job(tmp_path, rows=150, **settings)
@@ -169,6 +170,7 @@ def test_tensorboard_that_is_not_installed_is_the_users_error(monkeypatch: pytes
         start(tmp_path)
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_tensorflow_is_imported(tmp_path: Path) -> None:
     program = (
         "import sys; from minimind_ray.config.load import load_config;"
