@@ -19,9 +19,12 @@ from minimind_ray.data.background import in_background
 from minimind_ray.data.files import join
 from minimind_ray.data.storage import StoreError
 from minimind_ray.stages.run import Job
-from minimind_ray.sweep.text import duration_text
+from minimind_ray.sweep.text import duration_text, shorten
 from minimind_ray.track.registry import send_commands
 from minimind_ray.train.run import RunDirectory
+
+LONGEST_SAMPLE = 400
+"""The most letters that are printed of a prompt with its answer."""
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def print_result(out: str, console: Console) -> None:
     console.print(f"{info['state']} after {info['steps']} steps, {info['tokens']:,} tokens", highlight=False)
     for samples in [line for line in run.samples() if line["step"]][-1:]:
         for text in samples["samples"]:
-            console.print(f"  sample: {text!r}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"  sample: {shorten(text, LONGEST_SAMPLE)!r}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model: {join(run.where, info['result'])}", highlight=False, soft_wrap=True)
     if run.mirror:
         for folder in tracker_folders():

@@ -385,7 +385,7 @@ def _samples(place: Place) -> list[str]:
     with suppress(UserError, StoreError, OSError):
         given = (read_yaml(place.run.file("config.yaml")).get("eval") or {}).get("prompts") or []
         for line in place.run.samples():
-            public = set(line.get("prompts", ())) <= set(given)
+            public = all(prompt in given for prompt in line.get("prompts") or ())
             if public and line["step"] and f"{line['step']:08d}" <= step and isinstance(line.get("samples"), list):
                 found = [str(text) for text in line["samples"]]
     return [t if len(t) <= LONGEST_SAMPLE else f"{t[:LONGEST_SAMPLE]} …" for t in found[:MOST_SAMPLES] if t.strip()]
