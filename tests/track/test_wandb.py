@@ -217,6 +217,7 @@ def test_one_sync_sends_the_last_state_of_a_sweep_that_was_updated_offline(
     [sent] = server.runs.values()
     assert (sent.summary["margin"], sent.summary["state"]) == (10.0, "finished")
     assert sent.summary["report"]["_type"] == "html-file"
+    assert sent.summary["trials/tokens"] == sum(trial.tokens for trial in sweep.trials)
     uploads = {re.sub(r"_\d+_\w+", "", name.rpartition("/")[2]): text for name, text in server.uploads.items()}
     shown = {"points.table.json", "answers.table.json", "report.html"}
     assert len([name for name in server.uploads if "media" in name]) == 3 and shown <= set(uploads)
