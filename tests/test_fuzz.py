@@ -40,6 +40,11 @@ from minimind_ray.config.search import read_sweep_file
 from minimind_ray.data.encode import RowEncoder
 from minimind_ray.data.records import discover, read_rows
 from minimind_ray.data.tokenizer import Tokenizer
+from minimind_ray.diagnose.facts import read_facts
+from minimind_ray.diagnose.rules import diagnose
+from minimind_ray.diagnose.sweep import diagnose_sweep
+from minimind_ray.diagnose.words import to_json as findings_json
+from minimind_ray.display.findings import sweep_json
 from minimind_ray.model.checkpoint import load_model, model_fingerprint, save_model
 from minimind_ray.model.lora import adapters, add_lora, load_adapter, save_adapter
 from minimind_ray.model.minimind_pth import export_pth, import_pth
@@ -297,6 +302,10 @@ def go_on_with_run(root: Path) -> None:
     run.check(load_config("pretrain"), resume=True)
 
 
+def diagnose_run(root: Path) -> None:
+    json.dumps(findings_json(diagnose(read_facts(str(root / "run"))), "zh"), allow_nan=False)
+
+
 def forget(root: Path) -> None:
     RunDirectory(root / "run").forget_after(1)
 
@@ -318,6 +327,7 @@ def use_sweep(root: Path) -> None:
     json.dumps(to_json(comparison))
     to_records(comparison)
     render(sweep, comparison)
+    json.dumps(sweep_json(diagnose_sweep(sweep), "en"), allow_nan=False)
 
 
 def go_on_with_sweep(root: Path) -> None:
@@ -351,6 +361,7 @@ TARGETS: list[tuple[str, Callable[[Path], None]]] = [
       for name in ("resume/sums.json", "resume/state.json", "resume/optimizer.safetensors", "model.safetensors")],
     *[(f"{CHECKPOINT}/resume/{name}", resume) for name in ("state.json", "optimizer.safetensors")],
     *[(f"run/{name}", go_on_with_run) for name in ("run.json", "config.yaml", "metrics.jsonl")],
+    *[(f"run/{name}", diagnose_run) for name in ("run.json", "config.yaml", "metrics.jsonl", "samples.jsonl")],
     *[(f"run/{name}", forget) for name in ("metrics.jsonl", "samples.jsonl")],
     *[(f"adapter/{name}", use_adapter) for name in ("adapter_config.json", "adapter_model.safetensors")],
     ("pth/model.pth", read_pth),

@@ -13,6 +13,7 @@ from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import read_yaml
 from minimind_ray.config.paths import input_path
 from minimind_ray.config.stages import STAGES, StageRecord
+from minimind_ray.sweep.trials import LARGEST
 from minimind_ray.train.run import RunDirectory
 
 
@@ -40,6 +41,8 @@ class Curve(NamedTuple):
         return len(self.steps)
 
 
+MOST_STEPS = 2**53
+"""Larger numbers of steps, as in damaged files, are no exact floats."""
 NOTHING = Curve(np.empty(0, np.int64), np.empty(0))
 
 
@@ -82,12 +85,17 @@ class Facts:
     def planned(self) -> int:
         """The number of steps that the run would have at its end."""
         planned = self.info.get("planned_steps")
-        return planned if type(planned) is int and planned >= self.steps else self.steps
+        return planned if type(planned) is int and self.steps <= planned < MOST_STEPS else self.steps
 
     @property
     def lr(self) -> float:
         """The peak learning rate that the config asks for."""
-        return float(self.settings.get("optim.lr", math.nan))
+        return self.number("optim.lr")
+
+    def number(self, key: str) -> float:
+        """Return a setting that is a number; NaN if it is missing or no number."""
+        found = _number(self.settings.get(key))
+        return math.nan if found is None else found
 
     @property
     def per_token(self) -> bool:
@@ -101,12 +109,12 @@ class Facts:
 
     def baseline(self, name: str) -> float | None:
         """Return a number from `baselines` in run.json (see data/baselines.py); None in runs that lack the number."""
-        return _number(self._baselines.get(name))
+        return _finite(self._baselines.get(name))
 
     def count(self, split: str, name: str) -> float | None:
         """Return a count of a data set from `baselines` in run.json, such as `count("val", "documents")`."""
         counts = self._baselines.get(split)
-        return _number(counts.get(name)) if isinstance(counts, dict) else None
+        return _finite(counts.get(name)) if isinstance(counts, dict) else None
 
     @property
     def _baselines(self) -> Mapping[str, Any]:
@@ -126,7 +134,7 @@ def read_facts(where: str) -> Facts:
         raise UserError(f"{where} holds no run: give a directory that minimind-ray train, run or tune has made")
     settings = dict(_flat(read_yaml(config)))
     stage = settings.get("stage")
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         raise UserError(f"{config}: stage is {stage!r}; known are: {', '.join(STAGES)}")
     samples, step = _samples(run, settings)
     return Facts(run.where, STAGES[stage], settings, run.info(), curves_of(run.metrics()), samples, step)
@@ -136,7 +144,7 @@ def curves_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
     """Return each metric of the lines of metrics.jsonl as a curve over the steps at which it was measured."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
-        for name, value in _flat(line, separator="/"):
+        for name, value in _flat(line, separator="/") if 0 <= line["step"] < MOST_STEPS else ():
             if (number := _number(value)) is not None:
                 found.setdefault(name, []).append((line["step"], number))
     return {
@@ -160,7 +168,14 @@ def _samples(run: RunDirectory, settings: Mapping[str, Any]) -> tuple[tuple[Samp
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < LARGEST else math.copysign(math.inf, value) if value == value else math.nan
+
+
+def _finite(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _flat(tree: Mapping[str, Any], at: str = "", separator: str = ".") -> Iterable[tuple[str, Any]]:

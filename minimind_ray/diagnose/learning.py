@@ -47,8 +47,9 @@ def loss_not_finite(facts: Facts) -> Finding | None:
     for name in ("loss", "grad_norm", "val/loss"):
         curve = facts.curve(name)
         bad = curve.steps[~np.isfinite(curve.values)]
-        step = int(bad[0]) if len(bad) else step
-    if NOT_FINITE.search(str(facts.info.get("error"))):
+        if len(bad) and (step is None or bad[0] < step):
+            step = int(bad[0])
+    if step is None and NOT_FINITE.search(str(facts.info.get("error"))):
         step = facts.steps + 1
     if step is None:
         return None
@@ -192,21 +193,21 @@ def spikes(facts: Facts) -> Finding | None:
 
 def warmup_too_long(facts: Facts) -> Finding | None:
     """Find a warm-up that takes more than a quarter of the run, or is longer than the run."""
-    warmup, planned = facts.settings.get("schedule.warmup"), facts.planned
+    warmup, planned = facts.number("schedule.warmup"), facts.planned
     # Usual are 1 to 10 %. Short runs are tests.
-    if not isinstance(warmup, int) or planned < 20 or warmup <= planned / 4:
+    if planned < 20 or not planned / 4 < warmup < math.inf:
         return None
     severity = "warning" if warmup >= planned else "note"
-    evidence = {"warmup": warmup, "steps": planned, "share": min(1.0, warmup / planned)}
+    evidence = {"warmup": int(warmup), "steps": planned, "share": min(1.0, warmup / planned)}
     return Finding("warmup_too_long", severity, evidence, (), "schedule.warmup", max(1, planned // 20))
 
 
 def clipped(facts: Facts) -> Finding | None:
     """Find a gradient norm far above `optim.clip` in nearly every step after the beginning."""
-    clip, norm = facts.settings.get("optim.clip"), facts.curve("grad_norm")
-    if not isinstance(clip, int | float) or clip <= 0 or len(norm) < LEAST_STEPS:
+    clip, norm, warmup = facts.number("optim.clip"), facts.curve("grad_norm"), facts.number("schedule.warmup")
+    if not clip > 0 or len(norm) < LEAST_STEPS:
         return None
-    later = norm.values[max(int(facts.settings.get("schedule.warmup") or 0), len(norm) // 10) :]
+    later = norm.between(max(len(norm) // 10, warmup if warmup > 0 else 0), facts.steps).values
     if len(later) < LEAST_STEPS // 2:
         return None
     share, usual = float((later > clip).mean()), float(np.median(later))

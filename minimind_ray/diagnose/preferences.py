@@ -20,13 +20,12 @@ SATURATED = 10.0
 
 def dpo_nothing_learned(facts: Facts) -> Finding | None:
     """Find a run with a reference model whose answers are as likely as before: the loss stays at ln 2."""
-    margin, beta = _ending(facts, "margin"), facts.settings.get("dpo.beta")
-    if margin is None or not isinstance(beta, int | float) or facts.steps < LEAST_STEPS:
+    margin, loss, beta = _ending(facts, "margin"), _ending(facts, "loss"), facts.number("dpo.beta")
+    if margin is None or loss is None or not beta > 0 or facts.steps < LEAST_STEPS:
         return None
     # Losses without a reference have no margin of 0 at their start.
     if not (len(facts.curve("kl")) or len(facts.curve("val/kl"))) or abs(margin) / beta >= MOVED:
         return None
-    loss = _ending(facts, "loss")
     evidence = {
         "loss": loss, "ln2": math.log(2), "margin": margin, "odds": math.exp(margin / beta) - 1, "rate": facts.lr,
         "beta": beta, "steps": facts.steps,
@@ -36,13 +35,13 @@ def dpo_nothing_learned(facts: Facts) -> Finding | None:
 
 def dpo_margins_explode(facts: Facts) -> Finding | None:
     """Find a reward margin so large that the pairs teach nothing more, while the margin still grows."""
-    curve, margin = facts.curve("margin"), _ending(facts, "margin")
-    if margin is None or margin < SATURATED or len(curve) < LEAST_STEPS or not len(facts.curve("kl")):
+    curve, margin, kl = facts.curve("margin"), _ending(facts, "margin"), _ending(facts, "kl")
+    if margin is None or kl is None or margin < SATURATED or len(curve) < LEAST_STEPS:
         return None
     reached = int(curve.steps[np.argmax(curve.values >= SATURATED)]) if curve.values.max() >= SATURATED else facts.steps
     evidence = {
-        "margin": margin, "step": reached, "kl": _ending(facts, "kl"), "rate": facts.lr,
-        "beta": facts.settings.get("dpo.beta"), "steps": facts.steps,
+        "margin": margin, "step": reached, "kl": kl, "rate": facts.lr,
+        "beta": facts.number("dpo.beta"), "steps": facts.steps,
     }  # fmt: skip
     return Finding("dpo_margins_explode", "warning", evidence, (reached,), "optim.lr", rounded(facts.lr / 3))
 
@@ -74,7 +73,7 @@ def _change(facts: Facts, name: str | None) -> float | None:
     The reward is beta times the change, on the same pairs, so it needs no measurement at the start.
     """
     logp, reward = _ending(facts, name or "logp_chosen"), _ending(facts, f"reward_{(name or 'logp_chosen')[5:]}")
-    beta, loss = facts.settings.get("dpo.beta"), facts.settings.get("dpo.loss")
-    if logp is None or reward is None or not isinstance(beta, int | float) or loss not in ("sigmoid", "hinge"):
+    beta, loss = facts.number("dpo.beta"), facts.settings.get("dpo.loss")
+    if logp is None or reward is None or not beta > 0 or loss not in ("sigmoid", "hinge"):
         return None
     return logp - reward / beta if name is None else reward / beta

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from minimind_ray.diagnose import data, learning, preferences, samples
 from minimind_ray.diagnose.facts import Facts
 from minimind_ray.diagnose.finding import SEVERITIES, Finding, Rule
@@ -25,7 +29,16 @@ EXPLAINED = {
 
 def diagnose(facts: Facts) -> list[Finding]:
     """Return what the rules find in a run, the most severe first."""
-    found = [finding for rule in RULES if (finding := rule(facts))]
+    broken = learning.loss_not_finite(facts)
+    facts = _before(facts, broken.steps[0]) if broken else facts
+    with np.errstate(all="ignore"):  # Values of damaged files may be too large to add up.
+        found = [finding for rule in RULES if (finding := broken if rule is learning.loss_not_finite else rule(facts))]
     names = {finding.rule for finding in found}
     kept = [finding for finding in found if not EXPLAINED.get(finding.rule, set()) & names]
     return sorted(kept, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def _before(facts: Facts, step: int) -> Facts:
+    """Return the facts of the steps before `step`, whose numbers are finite."""
+    curves = {name: curve.between(-1, step - 1) for name, curve in facts.curves.items()}
+    return replace(facts, curves={name: curve for name, curve in curves.items() if np.isfinite(curve.values).all()})

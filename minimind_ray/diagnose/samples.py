@@ -23,7 +23,7 @@ def samples_repeat(facts: Facts) -> Finding | None:
         return None
     evidence = {
         "share": statistics.median(shares), "samples": len(shares), "step": facts.samples_step, "gram": GRAM,
-        "temperature": float(facts.settings.get("eval.temperature", 0.8)),
+        "temperature": facts.number("eval.temperature"),
     }  # fmt: skip
     return Finding("samples_repeat", "warning", evidence, (facts.samples_step,), "generation.repetition_penalty", 1.1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -46,8 +47,13 @@ def to_json(findings: Iterable[Finding], language: Language) -> list[dict[str, A
     return [
         {
             "rule": finding.rule, "severity": finding.severity, **words(finding, language)._asdict(),
-            "evidence": dict(finding.evidence), "steps": list(finding.steps), "setting": finding.setting,
-            "value": finding.value,
+            "evidence": {name: _plain(value) for name, value in finding.evidence.items()},
+            "steps": list(finding.steps), "setting": finding.setting, "value": _plain(finding.value),
         }
         for finding in findings
     ]  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON has: null for infinity and NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,6 +26,7 @@ FLAGS = {
     "--scheduler --searcher --seed --seeds --set --sweep --tokenizer --train --trials --val --wandb --warmup --workers",
     "compare": "--csv --help --json --margin --metric --mode",
     "report": "--help --margin",
+    "diagnose": "--help --json --lang",
     "run": "--data-dir --download --help --no-ray --out --ray --set --workers",
     "data prepare": "--cache-dir --help --max-seq-len --no-ray --pack-tokens --ray --set --stage --tokenizer --val",
     "data inspect": "--help --max-seq-len --pack-tokens --rows --samples --set --stage --tokenizer",
