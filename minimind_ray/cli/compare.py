@@ -124,12 +124,12 @@ def _measured(compared: Sequence[str], asked: _Asked | None, metric: str | None)
     from minimind_ray.sweep.runs import read_runs, shared_results
     from minimind_ray.sweep.trials import is_run
 
+    if len(compared) < 2:
+        raise UserError("give at least two models to compare; minimind-ray eval measures a single one")
     files = [path for path in compared if path.endswith(".parquet")]
     if asked or len(files) == len(compared):
         if metric is not None:
             raise UserError("--metric is for sweeps and runs: a task is judged by its own metric")
-        if len(compared) < 2:
-            raise UserError("give at least two models to compare; minimind-ray eval measures a single one")
         names, tables = distinct_names(compared), _items(compared, asked)
         tasks = asked.tasks if asked else []
         # Models that are asked here have the same questions, though maybe in the words of other chat templates.
@@ -221,14 +221,35 @@ def _compare_sweeps(
 
 
 def report(
-    sweep: Annotated[str, typer.Argument(help="sweep directory made by tune")],
+    reported: Annotated[
+        list[str], typer.Argument(metavar="SWEEP or RUN…", help="sweep directory made by tune, or run directories")
+    ],
     margin: MarginOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="of runs: the page; default: report.html in a run's directory, or a file here for several runs",
+            show_default=False,
+        ),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="show the page in a browser of this machine and keep it up to date")
     ] = False,
     port: Annotated[int | None, typer.Option(help="with --watch: the port; default: a free one")] = None,
 ) -> None:
-    """Write report.html, one self-contained page, and report.png into the sweep's directory."""
+    """Write a report, one self-contained page: report.html (and report.png) of a sweep, or a page of runs."""
+    sweep = _one_sweep(reported)
+    if sweep is None:
+        if watch or margin is not None or port is not None:
+            raise UserError("--watch, --port and --margin are for sweeps: leave them out for runs")
+        from minimind_ray.sweep.run_report import write_run_report
+        from minimind_ray.sweep.runs import read_runs
+
+        print(write_run_report(read_runs(reported), out))
+        return
+    if out is not None:
+        raise UserError("--out is for runs: the report of a sweep is written into its directory")
     if watch:
         _watch(sweep, margin, port or 0)
         return
@@ -241,6 +262,18 @@ def report(
 
     opened = read_sweep(sweep)
     print(url_of(write_report(opened, compare_sweeps([opened], margin=margin))))
+
+
+def _one_sweep(reported: Sequence[str]) -> str | None:
+    """Return the sweep to report; None for runs. Raises UserError for other mixtures."""
+    from minimind_ray.sweep.trials import is_run
+
+    others = [path for path in reported if not is_run(path)]
+    if not others:
+        return None
+    if len(reported) > 1:
+        raise UserError(f"{others[0]} is no run: a report is of one sweep, or of one or several runs")
+    return others[0]
 
 
 def _watch(sweep: str, margin: float | None, port: int) -> None:

@@ -99,11 +99,11 @@ def compare_models(
     `why` says why no verdict holds for other models made in the same way, such as "one seed"; then a clear difference
     has the verdict "differs on these examples; one seed".
 
+    A single model has intervals, and is the best.
+
     Raises:
-        UserError: fewer than two models, the margin is wrong, or models were measured on different items.
+        UserError: the margin is wrong, or models were measured on different items.
     """
-    if len(measured) < 2:
-        raise UserError("give at least two models to compare; minimind-ray eval measures a single one")
     if not (margin >= 0 and math.isfinite(margin)):
         raise UserError(f"margin {margin:g}: give a number above 0, in units of the metric, such as 0.01")
     contests = [_contest(models, margin, why, draws) for models in by_task(measured)]

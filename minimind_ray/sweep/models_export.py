@@ -14,8 +14,10 @@ def sentences(comparison: ModelComparison) -> list[str]:
     """Return what is said about the tables as a whole: how certain they are, and what would make them more certain."""
     contests = comparison.contests
     pairs = " They hold for all pairs of models at once." if len(contests[0].models) > 2 else ""
+    nouns = {contest.noun for contest in contests}
+    noun = nouns.pop() if len(nouns) == 1 else "examples"
     found = [
-        f"Intervals cover 95 % and account for the {contests[0].noun}: all models have the same, so differences are "
+        f"Intervals cover 95 % and account for the {noun}: all models have the same, so differences are "
         f"paired.{pairs} They say nothing about training such a model again."
     ]
     if len(contests) > 1:

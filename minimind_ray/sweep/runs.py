@@ -8,6 +8,7 @@ from typing import Any
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.stages import STAGES
+from minimind_ray.data.storage import url_of
 from minimind_ray.sweep.measured import Measured, by_task, distinct_names, measured_items, measured_validation
 from minimind_ray.sweep.trials import Trial, read_run
 from minimind_ray.tasks.items import FILE, read_items
@@ -15,9 +16,13 @@ from minimind_ray.tasks.items import FILE, read_items
 
 @dataclass(frozen=True)
 class Run:
-    """A run with a short name of its own. `files` are what `read_trial` reads, `config` is the resolved config."""
+    """A run with a short name of its own.
+
+    `where` is its path or URL, `files` are what `read_trial` reads, `config` is the resolved config.
+    """
 
     name: str
+    where: str
     files: Trial
     config: dict[str, Any]
 
@@ -37,7 +42,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     names = distinct_names([str(files.path) for files, _ in found])
     if len(set(names)) < len(names):
         raise UserError(f"{next(name for name in names if names.count(name) > 1)} is named twice: name each run once")
-    return [Run(name, *run) for name, run in zip(names, found)]
+    return [Run(name, url_of(files.path), files, config) for name, (files, config) in zip(names, found)]
 
 
 def shared_results(runs: Sequence[Run], metric: str | None = None) -> tuple[list[list[Measured]], list[str]]:
