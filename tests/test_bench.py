@@ -166,6 +166,14 @@ def test_checkpoint(bench: Bench) -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
+def test_tasks(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench("tasks --task-models tiny --task-items 4 --task-batch 2 --rounds 1")["tasks"]
+    assert list(found) == [f"tiny {kind}" for kind in ("choices", "letters", "texts", "answers")]
+    assert all(list(each["ratio"]) == ["hf", "hf in batches of 2"] for each in found.values())
+    assert all(seconds > 0 for each in found.values() for seconds in each["seconds"].values())
+    assert "tiny letters: 4 items, ours" in capsys.readouterr().out
+
+
 def test_coverage(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     found = bench("coverage --sweeps 2 --draws 50")["coverage"]["sweeps"]
     assert all(list(kind) == ["before", "after"] for kind in found.values())

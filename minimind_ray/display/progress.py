@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from minimind_ray.config.search import TASK_PREFIX
 from minimind_ray.config.stages import StageRecord
 from minimind_ray.config.trackers import tracker_folders
 from minimind_ray.data.background import in_background
@@ -90,10 +91,11 @@ def progress_line(metrics: dict[str, Any], steps: int) -> str:
 
 
 def validation_line(metrics: dict[str, Any], steps: int, record: StageRecord) -> str:
-    """Return the progress line with the validation's loss, perplexity and the metrics of the stage's record."""
+    """Return the progress line with the validation's loss, perplexity, the stage's metrics, and the benchmarks."""
     found = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
     shown = dict.fromkeys(["loss", "perplexity", *(name.removeprefix("val/") for name in record.metrics)])
     values = "  ".join(f"{name.replace('_', ' ')} {found[name]:.4g}" for name in shown if name in found)
+    values += "".join(f"  {name} {value:.4g}" for name, value in metrics.items() if name.startswith(TASK_PREFIX))
     return f"{progress_line(metrics, steps)}  | validation: {values}"
 
 

@@ -24,6 +24,8 @@ from minimind_ray.model.transformer import Attend, Transformer
 
 MOST_BRANCHES = 2048
 """The most tokens of a group with several continuations. Its attention needs a mask of this size, squared."""
+PAIRS_PER_TOKEN = 1000
+"""As many pairs of tokens attend to each other in the time that the rest of the model takes for a token, or more."""
 MAX_LOGITS = 2**26
 """The most logits in memory at once."""
 PASS_TOKENS = {"cpu": 4096, "cuda": 2**16}
@@ -99,12 +101,22 @@ def _groups(queries: Sequence[Query]) -> list[_Group]:
         group = _Group(context, [], len(context))
         for number in numbers:
             more = len(queries[number].continuation) - 1
-            if group.queries and group.size + more > MOST_BRANCHES:
+            if group.queries and not _worth(group, more):
                 groups.append(group)
                 group = _Group(context, [], len(context))
             group = _Group(context, [*group.queries, number], group.size + more)
         groups.append(group)
     return sorted(groups, key=lambda group: -group.size)
+
+
+def _worth(group: _Group, more: int) -> bool:
+    """Return whether to add a continuation of `more` + 1 tokens to a group, rather than to read its context again.
+
+    A longer document has more pairs of tokens to attend to; the context's tokens are saved.
+    """
+    context = len(group.context)
+    pairs = 2 * more * (group.size - context) - context**2
+    return group.size + more <= MOST_BRANCHES and pairs <= PAIRS_PER_TOKEN * context
 
 
 def _passes(groups: Sequence[_Group], most: int) -> Iterator[list[_Group]]:

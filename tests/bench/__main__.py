@@ -4,7 +4,8 @@
 
 Parts: training (ours, MiniMind's scripts and trl side by side), data (preparation beside `tokenizers` alone, reading),
 ray (what Ray costs over a plain process), sweep (what a sweep costs over its training), fused (LoRA trials trained
-together), checkpoint (the pause of a step), growth (plots), coverage (whether the intervals of simulated sweeps hold).
+together), checkpoint (the pause of a step), growth (plots), coverage (whether the intervals of simulated sweeps hold),
+tasks (benchmarks beside lm-eval's own `hf` model).
 Training on a cluster whose workers and nodes are killed has a command of its own: python -m tests.bench.soak --help.
 Healthy and broken runs for `diagnose` are trained by python -m tests.bench.diagnose --help.
 
@@ -29,7 +30,7 @@ from tests.bench.training import SIDES, SIZES, STAGES, table
 # Imported when they are asked for: training needs no Ray.
 PARTS = {
     "training": "training", "data": "data", "ray": "ray_overhead", "sweep": "sweep", "fused": "fused",
-    "checkpoint": "checkpoint", "growth": "growth", "coverage": "coverage",
+    "checkpoint": "checkpoint", "growth": "growth", "coverage": "coverage", "tasks": "tasks",
 }  # fmt: skip
 
 
@@ -120,6 +121,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("coverage").add_argument
     add("--sweeps", type=int, default=200, help="to simulate of each kind; default: %(default)s")
     add("--draws", type=int, default=500, help="of the bootstrap; default: %(default)s")
+    add = parser.add_argument_group("tasks").add_argument
+    add("--task-models", type=names_of(SIZES), default="26m", help=f"of {', '.join(SIZES)}; default: %(default)s")
+    add("--task-items", type=int, default=50, help="items of each kind; default: %(default)s")
+    add("--task-batch", type=int, default=16, help="requests at a time of hf's second turn; default: %(default)s")
     args = parser.parse_args(words)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")

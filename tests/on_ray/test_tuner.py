@@ -402,9 +402,11 @@ def test_tune_hears_of_the_best_validation_so_far(tmp_path: Path, monkeypatch: p
     heard: list[tuple[int, float]] = []
     for step, (loss, accuracy) in enumerate([(0.6, 0.7), (0.5, 0.8), (0.7, 0.9), (0.4, 0.6)], 1):
         context.verdicts.put(True)
-        context.report({"step": step, "tokens": step, "val/loss": loss, "val/accuracy": accuracy}, None)
+        values = {"val/loss": loss, "val/accuracy": accuracy, "task/mm_demo": accuracy}
+        context.report({"step": step, "tokens": step, **values}, None)
         report = context.reports.get()
         assert report and (report["percent"], report["tokens"]) == (25 * step, step)
+        assert report["task/mm_demo"] == report["val/accuracy"]
         heard.append((report["step"], report["val/accuracy"]))
     assert heard == [(1, 0.7), (2, 0.8), (3, 0.8), (4, 0.6)]
 

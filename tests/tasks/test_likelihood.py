@@ -89,6 +89,14 @@ def test_a_context_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read == [18, 10]
 
 
+def test_long_texts_without_a_context_are_read_one_by_one() -> None:
+    """In one document they would all be looked at, only to be masked."""
+    groups = likelihood._groups([Query((1,), tuple(range(400))) for _ in range(3)])
+    assert [len(group.queries) for group in groups] == [1, 1, 1]
+    groups = likelihood._groups([Query((1,), (2, 3)) for _ in range(30)])
+    assert [len(group.queries) for group in groups] == [30]
+
+
 def test_many_choices_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "MOST_BRANCHES", 20)
     monkeypatch.setattr(likelihood, "MAX_LOGITS", 120)
