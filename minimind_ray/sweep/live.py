@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from minimind_ray.config.errors import UserError
@@ -65,7 +66,8 @@ class LiveReport:
                 break
             self.leaving.wait(max(LEAST_REST_S, REST * (time.monotonic() - began)))
         if self.tracked:
-            self.tracked.finish("stopped")  # The end of the sweep, which comes next, sends the sweep's real state.
+            with suppress(UserError):  # The store fails.
+                self.tracked.finish("stopped")  # The end of the sweep, which comes next, sends the sweep's real state.
 
     def update(self) -> None:
         """Rewrite the page. If a trial has ended, send the comparison to the trackers. Raises as `compare`."""

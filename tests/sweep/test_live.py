@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minimind_ray.config.errors import UserError
 from minimind_ray.sweep import live
 from minimind_ray.sweep.live import LiveReport
 from minimind_ray.sweep.publish import SweepRun
@@ -97,6 +99,20 @@ def test_no_failure_reaches_the_sweep(
     report.update()
     assert "a recorder cannot be used: no room" in capsys.readouterr().err
     assert [kind for kind, _ in sent] == ["sweep"]
+
+    def fails(*given: object) -> None:
+        raise UserError("the store fails")
+
+    uncaught: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+    monkeypatch.setattr(SweepRun, "finish", fails)
+    report = LiveReport(path)
+    report.watch("ended")
+    report.update()
+    with report:
+        pass
+    assert report.tracked and uncaught == []
+    capsys.readouterr()
 
     (path / "sweep.json").rename(tmp_path / "away")
     with LiveReport(path) as report:  # As before the first trial, or in the midst of a write.
