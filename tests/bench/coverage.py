@@ -245,7 +245,6 @@ KINDS: dict[str, Callable[[Rng], Simulated]] = {
     "2 equal models, 200 items on 40 texts": models(2, 200, group=5),
     "4 equal models, 20 items": models(4, 20),
     "4 equal models, 100 items": models(4, 100),
-    "4 equal models, 1,000 items": models(4, 1000),
     "mean over 7 tasks of 20 items, 4 equal models": models(4, 20, tasks=7),
     "mean over 7 tasks of 100 items, 4 equal models": models(4, 100, tasks=7),
     "mean over 3 tasks of 100 items, accuracy 0.95, 2 equal models": models(2, 100, 0.95, tasks=3),
