@@ -17,7 +17,7 @@ from minimind_ray.model.checkpoint import load_model, save_model
 from minimind_ray.model.generation import read_generation
 from minimind_ray.model.transformer import Transformer
 from minimind_ray.tasks.lm import RaggedLM
-from minimind_ray.tasks.suite import load_tasks
+from minimind_ray.tasks.suite import FEWSHOT_SEED, load_tasks
 from tests.data.chat_families import write_family
 from tests.jobs import make_tokenizer
 
@@ -74,6 +74,7 @@ def theirs(folder: Path) -> Any:
 
 def samples_of(lm: Any, task: str, **options: Any) -> list[dict[str, Any]]:
     parts = load_tasks([task], LOCAL).parts[task]
+    parts[0].set_fewshot_seed(FEWSHOT_SEED)
     found: Any = evaluate(lm, {"tasks": {task: parts[0]}, "groups": {}}, bootstrap_iters=0, **options)
     return found["samples"][task]
 
