@@ -236,7 +236,7 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="show the page in a browser of this machine and keep it up to date")
     ] = False,
-    port: Annotated[int | None, typer.Option(help="with --watch: the port; default: a free one")] = None,
+    port: Annotated[int | None, typer.Option(help="the port, with --watch; default: a free one")] = None,
 ) -> None:
     """Write a report, one self-contained page: report.html (and report.png) of a sweep, or a page of runs."""
     sweep = _one_sweep(reported)

@@ -24,8 +24,8 @@ FLAGS = {
     "--dry-run --epochs --fuse --gpus-per-trial --help --init-from --loss --lr --margin --max-seq-len --max-steps "
     "--metric --mode --out --pack-tokens --points --precision --preset --price-per-hour --rank --resume --schedule "
     "--scheduler --searcher --seed --seeds --set --sweep --tokenizer --train --trials --val --wandb --warmup --workers",
-    "compare": "--csv --help --json --margin --metric --mode",
-    "report": "--help --margin",
+    "compare": "--chat --csv --help --json --limit --margin --metric --mode --num-fewshot --out --task-path --tasks",
+    "report": "--help --margin --out --port --watch",
     "diagnose": "--help --json --lang",
     "run": "--data-dir --download --help --no-ray --out --ray --set --workers",
     "data prepare": "--cache-dir --help --max-seq-len --no-ray --pack-tokens --ray --set --stage --tokenizer --val",
