@@ -174,6 +174,8 @@ def test_tasks(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tiny letters: 4 items, ours" in capsys.readouterr().out
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_coverage(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     found = bench("coverage --sweeps 2 --draws 50")["coverage"]["sweeps"]
     assert all(list(kind) == ["before", "after"] for kind in found.values())
