@@ -23,6 +23,8 @@ from minimind_ray.sweep.trials import Sweep, read_sweep
 REST = 20
 """After an update, the thread rests this many times as long as the update took: it uses about 5 % of the time."""
 LEAST_REST_S = 2.0
+PAGE_EVERY_S = 600.0
+"""Trackers keep each page that they are sent, so they get it at most once in this time while the sweep runs."""
 
 
 class LiveReport:
@@ -35,6 +37,8 @@ class LiveReport:
         """Whether a trial has ended since the comparison was last sent to the trackers."""
         self.tracked: SweepRun | None = None
         self.tracking = True
+        self.page_sent = time.monotonic()
+        """When the trackers last got the page; at first, the sweep's beginning."""
         self.thread = threading.Thread(target=self._follow, name="live report", daemon=True)
 
     def __enter__(self) -> LiveReport:
@@ -82,7 +86,9 @@ class LiveReport:
     def _send(self, sweep: Sweep, comparison: Comparison) -> None:
         try:
             self.tracked = self.tracked or SweepRun(sweep, self.path, INTERRUPTED_SECONDS)
-            self.tracked.send(sweep, comparison)
+            with_page = time.monotonic() - self.page_sent >= PAGE_EVERY_S
+            self.tracked.send(sweep, comparison, with_page=with_page)
+            self.page_sent = time.monotonic() if with_page else self.page_sent
         except UserError as error:
             self.tracking = False
             print(NOT_SENT.format(error), file=sys.stderr)

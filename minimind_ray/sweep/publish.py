@@ -58,13 +58,13 @@ class SweepRun:
         if self.trackers.identities:
             update_info(path, **self.trackers.identities)
 
-    def send(self, sweep: Sweep, comparison: Comparison) -> None:
-        """Send the tables, the facts about the whole sweep, and report.html if it was written."""
+    def send(self, sweep: Sweep, comparison: Comparison, *, with_page: bool = True) -> None:
+        """Send the tables, the facts about the whole sweep and, `with_page`, report.html if it was written."""
         sent = tables(comparison)
         for name, records in sent.items():
             self.trackers.log_table(name, records)
         self.trackers.summarize({name: value for name, value in facts(sweep, comparison).items() if name not in sent})
-        if (page := self.path / PAGE).exists():
+        if with_page and (page := self.path / PAGE).exists():
             self.trackers.log_page("report", page)
 
     def save_view(self, sweep: Sweep, comparison: Comparison) -> dict[str, str]:

@@ -30,7 +30,7 @@ from minimind_ray.config.reading import read_json
 from minimind_ray.config.schema import Config
 from minimind_ray.track.tracker import SweepView, TrackedRun
 from minimind_ray.track.values import Best, flatten
-from minimind_ray.track.wandb_files import FOLDER, last_step, parts, retire, sync_command, wait_until_written, was_sent
+from minimind_ray.track.wandb_files import last_step, parts, retire, sync_command, wait_until_written, was_sent
 from minimind_ray.track.wandb_mode import NO_KEY, NOT_ONLINE, check_key, has_key, settle_mode, unusable
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class WandbTracker:
             row["samples"] = table = wandb.Table(columns=["step", "sample", "text"])
             for number, text in enumerate(samples, start=1):
                 table.add_data(step, number, text)
-        with _staging_in(self.directory / FOLDER):
+        with self._staging():
             self.run.log(row, step=step, commit=True)
         self.logged = step
 
@@ -222,7 +222,7 @@ class WandbTracker:
         if self.run.offline and name in self.shown:
             self._renew()
         self.shown.add(name)
-        with _staging_in(self.directory / FOLDER):
+        with self._staging():
             self.run.log({name: value}, step=self.logged + 1, commit=True)
         self.logged += 1
 
@@ -257,10 +257,25 @@ class WandbTracker:
         if self.unlogged:
             self.summarize(self.unlogged)
         self.run.summary.update(self.best.facts())
-        with _staging_in(self.directory / FOLDER):
+        with self._staging():
             if result and self.artifacts:
                 self.run.log_artifact(model_artifact(result), aliases=["latest", state])
             self._close(state)
+
+    @contextmanager
+    def _staging(self) -> Generator[None]:
+        """Inside, W&B writes the files of tables and artifacts to the folder of this part of the run.
+
+        There `wandb sync` finds them later, and they are deleted with the part.
+        """
+        if "WANDB_DATA_DIR" in os.environ:
+            yield
+            return
+        os.environ["WANDB_DATA_DIR"] = self.run.settings.sync_dir
+        try:
+            yield
+        finally:
+            del os.environ["WANDB_DATA_DIR"]
 
     @contextmanager
     def _closing_at_an_error(self) -> Generator[None]:
@@ -287,7 +302,7 @@ class WandbTracker:
 
     def _use_inputs(self, run: TrackedRun) -> None:
         data = [url for key, url in run.info["inputs"].items() if key.startswith("data.") and url]
-        with _staging_in(self.directory / FOLDER):
+        with self._staging():
             for artifact in [*map(data_artifact, data), *([model_artifact(run.base)] if run.base else [])]:
                 # `use_artifact` alone would wait without limit until W&B's server has the artifact.
                 self.run.use_artifact(self.run.log_artifact(artifact).wait(CONNECT_SECONDS))
@@ -331,16 +346,3 @@ def model_artifact(directory: Path) -> Artifact:
         if file.is_file():
             artifact.add_reference(file.as_uri(), name=file.name)
     return artifact
-
-
-@contextmanager
-def _staging_in(folder: Path) -> Generator[None]:
-    """Inside, W&B writes the files of tables and artifacts to the run's folder, where `wandb sync` finds them later."""
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["WANDB_DATA_DIR"]
