@@ -546,6 +546,14 @@ class TrackConfig(Section):
         """Whether the user wants an alert of this kind of event."""
         return kind in self.alerts if isinstance(self.alerts, list) else self.alerts
 
+    @field_validator("alerts", mode="before")
+    @classmethod
+    def _known_alerts(cls, alerts: Any) -> Any:
+        kinds = list(ALERTS)
+        if isinstance(alerts, bool) or isinstance(alerts, list) and all(kind in kinds for kind in alerts):
+            return alerts
+        raise ValueError(f"track.alerts: write true, false, or a list of {', '.join(kinds)}, not {alerts!r}")
+
     @field_validator("to")
     @classmethod
     def _known_trackers(cls, names: list[str]) -> list[str]:
