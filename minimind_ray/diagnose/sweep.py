@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def sweep_one_seed(sweep: Sweep) -> Finding | None:
     points = _results(sweep)
     if len(points) < 2 or max(map(len, points.values())) > 1:
         return None
-    evidence = {"points": len(points), "where": url_of(sweep.path)}
+    evidence = {"points": len(points), "where": quote(url_of(sweep.path))}
     return Finding("sweep_one_seed", "note", evidence, (), "seeds", 3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -56,7 +57,7 @@ def print_run_findings(where: str, console: Console) -> None:
     for line in lines:
         _say(console, line)
     if lines:
-        _say(console, f"  causes, and what to try: minimind-ray diagnose {where}")
+        _say(console, f"  causes, and what to try: minimind-ray diagnose {quote(where)}")
 
 
 def print_sweep_line(sweep: Sweep, console: Console) -> None:
@@ -69,7 +70,7 @@ def print_sweep_line(sweep: Sweep, console: Console) -> None:
         print(f"{sweep.path}: could not be diagnosed: {one_line(error)}", file=sys.stderr)
         return
     if parts:
-        _say(console, f"findings: {', '.join(parts)}; more: minimind-ray diagnose {url_of(sweep.path)}")
+        _say(console, f"findings: {', '.join(parts)}; more: minimind-ray diagnose {quote(url_of(sweep.path))}")
 
 
 def sweep_json(found: SweepFindings, language: Language) -> dict[str, Any]:

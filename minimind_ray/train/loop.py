@@ -23,6 +23,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from shlex import quote
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -291,7 +292,8 @@ class TrainingRun:
         raise DivergedError(
             f"step {result.step + 1}: the loss is {result.loss} and the gradient norm {result.grad_norm}; training "
             f"stopped before this step changed the weights. The step's documents are in {self.directory.where}/"
-            "nonfinite-*.jsonl, and all checkpoints are kept. Try a lower optim.lr, or train.precision float32"
+            "nonfinite-*.jsonl, and all checkpoints are kept. Try a lower optim.lr, or train.precision float32. This "
+            f"command explains it: minimind-ray diagnose {quote(self.directory.where)}"
         )
 
 

@@ -565,6 +565,7 @@ def test_an_interval_that_says_nothing_is_left_out(tmp_path: Path) -> None:
     assert any("One more seed of each point would narrow them to about 28% of" in note for note in comparison.notes)
 
 
+@pytest.mark.slow
 def test_a_comparison_has_the_importance_of_its_axes(tmp_path: Path) -> None:
     full = compare([read_sweep(make_sweep(tmp_path / "full", seeds=3, steps=10))])
     lr, beta, both = full.importance
