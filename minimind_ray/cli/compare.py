@@ -265,14 +265,17 @@ def report(
 
 
 def _one_sweep(reported: Sequence[str]) -> str | None:
-    """Return the sweep to report; None for runs. Raises UserError for other mixtures."""
-    from minimind_ray.sweep.trials import is_run
+    """Return the sweep to report; None for runs. Raises UserError for mixtures, and for what is neither."""
+    from minimind_ray.sweep.trials import is_run, is_sweep
 
     others = [path for path in reported if not is_run(path)]
     if not others:
         return None
+    for path in others:
+        if not is_sweep(path):
+            raise UserError(f"{path} holds neither a run nor a sweep: give a directory of minimind-ray train or tune")
     if len(reported) > 1:
-        raise UserError(f"{others[0]} is no run: a report is of one sweep, or of one or several runs")
+        raise UserError(f"{others[0]} is a sweep: a report is of one sweep, or of one or several runs")
     return others[0]
 
 

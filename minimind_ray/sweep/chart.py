@@ -164,9 +164,17 @@ def robust_range(values: Iterable[float]) -> tuple[float, float]:
     """The range of the values without outliers (by Tukey's outer fences), and a margin."""
     known = np.array([v for v in values if math.isfinite(v)])
     if not len(known):
-        return 0.0, 1.0
+        return full_range(())
     q25, q75 = np.quantile(known, (0.25, 0.75))
-    low, high = max(known.min(), q25 - 3 * (q75 - q25)), min(known.max(), q75 + 3 * (q75 - q25))
+    return full_range(np.clip(known, q25 - 3 * (q75 - q25), q75 + 3 * (q75 - q25)))
+
+
+def full_range(values: Iterable[float]) -> tuple[float, float]:
+    """The range of the finite values, and a margin."""
+    known = [v for v in values if math.isfinite(v)]
+    if not known:
+        return 0.0, 1.0
+    low, high = min(known), max(known)
     room = 0.04 * (high - low) or 0.05 * abs(high) or 0.5
     return float(low - room), float(high + room)
 

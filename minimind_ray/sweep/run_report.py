@@ -133,7 +133,9 @@ def draw_curves(axes: Axes, runs: Sequence[Run], key: str) -> bool:
     """Draw a line per run over its tokens. Return False if no run has a value."""
     lines = [(i, run, chart.curve_points(with_timing(run), key)) for i, run in enumerate(runs)]
     lines = [line for line in lines if line[2]]
-    low, high = chart.robust_range(value for *_, points in lines for _, value in points)
+    values_of_all = [value for *_, points in lines for _, value in points]
+    # A schedule has no outliers: a rate outside the picture would be read as a lower one.
+    low, high = chart.full_range(values_of_all) if key == "lr" else chart.robust_range(values_of_all)
     for i, run, points in lines:
         tokens, values = zip(*points)
         shown = np.clip(values, low, high)

@@ -335,8 +335,9 @@ def read_run(path: str | Path) -> tuple[Trial, dict[str, Any]]:
     if not (path / "config.yaml").exists():
         raise UserError(f"{url_of(path)} holds no run: give the directory of a run, which has a config.yaml")
     config = read_yaml(path / "config.yaml")
-    seed = config.get("train", {}).get("seed", 0)
-    return _read_trial(path, TrialInfo(id=path.name, point={}, seed=seed)), config
+    train = config.get("train")
+    seed = train.get("seed") if isinstance(train, dict) else None
+    return _read_trial(path, TrialInfo(id=path.name, point={}, seed=seed if type(seed) is int else 0)), config
 
 
 def _read_trial(path: Path, trial: TrialInfo) -> Trial:

@@ -6,11 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minimind_ray.cli.compare import report as report_command
 from minimind_ray.config.errors import UserError
-from minimind_ray.sweep.run_report import different_settings, render_runs
+from minimind_ray.sweep import chart
+from minimind_ray.sweep.run_report import different_settings, draw_curves, render_runs
 from minimind_ray.sweep.runs import read_runs
 from minimind_ray.tasks.items import Item, write_items
 from tests.sweep.synthetic import make_sweep
@@ -77,7 +79,7 @@ def test_different_settings() -> None:
 
 def test_what_is_refused(runs: list[str], tmp_path: Path) -> None:
     sweep = str(Path(runs[0]).parents[1])
-    with pytest.raises(UserError, match="is no run: a report is of one sweep, or of one or several runs"):
+    with pytest.raises(UserError, match="is a sweep: a report is of one sweep, or of one or several runs"):
         report_command([runs[0], sweep])
     with pytest.raises(UserError, match="--watch, --port and --margin are for sweeps"):
         report_command(runs[:1], margin=0.1)
@@ -85,8 +87,23 @@ def test_what_is_refused(runs: list[str], tmp_path: Path) -> None:
         report_command([sweep], out=tmp_path / "page.html")
     with pytest.raises(UserError, match="is named twice"):
         report_command([runs[0], runs[0]])
-    with pytest.raises(UserError, match="holds no sweep.json"):
+    with pytest.raises(UserError, match="holds neither a run nor a sweep"):
         report_command([str(tmp_path)])
+
+
+@pytest.mark.parametrize("train", ["3", "{seed: x}"])
+def test_a_damaged_seed_counts_as_none_given(train: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"stage: sft\ntrain: {train}\n")
+    assert read_runs([str(tmp_path)])[0].files.seed == 0
+
+
+def test_a_high_learning_rate_is_no_outlier(runs: list[str]) -> None:
+    low, high = read_runs(runs[::2])
+    low.files.metrics[:] = [{**line, "lr": 1e-4} for line in low.files.metrics]
+    high.files.metrics[:] = [{**line, "lr": 1e-2} for line in high.files.metrics[:5]]
+    _, axes = chart.picture(chart.WIDTH, chart.HEIGHT)
+    assert draw_curves(axes, [low, high], "lr")
+    assert max(np.max(line.get_ydata()) for line in axes.lines) == 1e-2
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
