@@ -106,10 +106,11 @@ def tables(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
 
 def facts(sweep: Sweep, comparison: Comparison) -> dict[str, Any]:
     """Return what a tracker shows of the whole sweep: the comparison as JSON, the winner's checkpoint, and the cost."""
-    winner, trials = comparison.winner, sweep.trials
+    winner, trials, content = comparison.winner, sweep.trials, to_json(comparison)
     trained = {"tokens": sum(trial.tokens for trial in trials), "seconds": sum(trial.seconds for trial in trials)}
     return {
-        **to_json(comparison),
+        "equal_within": content.pop("margin"),  # Trials of DPO have a metric of the name `margin`.
+        **content,
         "checkpoint": url_of(winner.result) if winner and winner.result else None,
         "cost": sweep_cost(sweep),
         # W&B itself writes `tokens`, which is the axis of its charts.

@@ -89,7 +89,7 @@ def test_a_validation_rewrites_the_page_and_an_end_is_sent(
     by_kind = dict(sent)
     assert by_kind["points"] == 2 and by_kind["report"] == (path / "report.html").read_text(encoding="utf-8")
     facts = by_kind["facts"]
-    assert facts["winner"] in facts["checkpoint"] and not {"points", "importance", "answers"} & set(facts)
+    assert facts["winner"] in facts["checkpoint"] and not {"points", "importance", "answers", "margin"} & set(facts)
     states = {name: value for name, value in facts["trials"].items() if name not in ("tokens", "seconds")}
     assert states == {"all": 2, "finished": 1, "stopped": 1} and facts["trials"]["tokens"] > 0
     assert json.loads((path / "sweep.json").read_text())["wandb"] == {"id": "1"}

@@ -215,7 +215,7 @@ def test_one_sync_sends_the_last_state_of_a_sweep_that_was_updated_offline(
     publish(sweep, comparison)  # The sweep has ended.
     sync(sweep.path)
     [sent] = server.runs.values()
-    assert (sent.summary["margin"], sent.summary["state"]) == (10.0, "finished")
+    assert (sent.summary["equal_within"], sent.summary["state"]) == (10.0, "finished")
     assert sent.summary["report"]["_type"] == "html-file"
     assert sent.summary["trials/tokens"] == sum(trial.tokens for trial in sweep.trials)
     uploads = {re.sub(r"_\d+_\w+", "", name.rpartition("/")[2]): text for name, text in server.uploads.items()}
