@@ -126,7 +126,11 @@ def test_the_end_of_a_sweep_alerts_the_user(
     assert ("tune --resume" in text) == (kind == "budget")
 
 
-def test_an_unknown_kind_of_alert_is_refused() -> None:
-    with pytest.raises(UserError, match="track.alerts"):
-        load_config("sft", overrides={"track.alerts": ["fails"]})
-    assert all(len(title) < 64 for title in ALERTS.values())  # The limit of W&B.
+@pytest.mark.parametrize("alerts", ["failed", ["fails"], ["failed", {"budget": 1}], None])
+def test_an_unknown_kind_of_alert_is_refused(alerts: Any) -> None:
+    with pytest.raises(UserError, match="track.alerts: write true, false, or a list of failed, not-finite, "):
+        load_config("sft", overrides={"track.alerts": alerts})
+
+
+def test_titles_of_alerts_keep_to_the_limit_of_w_and_b() -> None:
+    assert all(len(title) < 64 for title in ALERTS.values())
