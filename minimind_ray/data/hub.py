@@ -162,6 +162,22 @@ def _pin(ref: HubRef) -> HubRef:
     return replace(ref, revision=_snapshot(ref, SMALL).name)  # The library notes in its cache what the revision means.
 
 
+@contextmanager
+def cache_if_unreachable() -> Generator[None]:
+    """Let the library look only in its cache if the hub cannot be reached now, instead of trying again and again."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception:  # The errors of its versions have no class in common.
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def fetch(ref: HubRef, check: Callable[[Path], None] = lambda folder: None) -> Path:
     """Return the directory of a pinned model or adapter on this machine; download the files that are not here.
 

@@ -15,7 +15,7 @@ import lm_eval.utils
 import yaml
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
-from lm_eval.api.registry import metric_registry
+from lm_eval.api.registry import aggregation_registry, metric_registry
 from lm_eval.api.task import ConfigurableTask
 
 from minimind_ray.config.errors import UserError
@@ -103,6 +103,11 @@ def _load(path: Path, config: dict[str, Any]) -> Any:
             raise UserError(
                 f"{path}: the metric {metric.get('metric')} is none of lm-eval's: {', '.join(metric_registry)}"
             )
+        if metric.get("aggregation", "mean") not in aggregation_registry:
+            raise UserError(
+                f"{path}: the aggregation {metric['aggregation']} is none of lm-eval's: "
+                f"{', '.join(aggregation_registry)}"
+            )
     if config.get("dataset_path") != "json":
         raise UserError(
             f"{path}: dataset_path must be json, with dataset_kwargs.data_files; other data is not supported"
@@ -114,11 +119,33 @@ def _load(path: Path, config: dict[str, Any]) -> Any:
     data = {str(split): _rows(path.parent / str(file)) for split, file in splits.items()}
     lm_eval.utils.env = _sandboxed()
     try:
-        return ConfigurableTask(config={**settings, "custom_dataset": lambda **_: data})
+        task = ConfigurableTask(config={**settings, "custom_dataset": lambda **_: data})
     except UserError:
         raise
     except Exception as error:  # lm-eval tries the task on its first item, and a template may raise anything.
         raise UserError(f"{path}: the task cannot be used: {type(error).__name__}: {error}") from error
+    for number, doc in enumerate(task.eval_docs, 1):
+        try:
+            _try(task, doc)
+        except Exception as error:  # As above.
+            raise UserError(f"{path}: item {number} cannot be used: {type(error).__name__}: {error}") from error
+    return task
+
+
+def _try(task: Any, doc: Any) -> None:
+    """Fill in the templates of an item, to find a broken one before a model has answered for an hour."""
+    text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(doc)
+        if not isinstance(choices, list) or not choices:
+            raise ValueError(f"doc_to_choice must give a list of choices, not {choices!r}")
+        right = (
+            text if isinstance(text, int) else target
+        )  # A number in the place of the text: the choices are contexts.
+        if isinstance(right, int) and not 0 <= right < len(choices):
+            raise ValueError(f"the right choice is {right}, but the choices have the numbers 0 to {len(choices) - 1}")
+        if isinstance(right, str) and right not in choices:
+            raise ValueError(f"the right choice is {right!r}, which is not among the choices")
 
 
 def _rows(file: Path) -> Docs:

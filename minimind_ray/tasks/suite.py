@@ -24,6 +24,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from minimind_ray.config.errors import UserError
+from minimind_ray.data.files import one_line
+from minimind_ray.data.hub import cache_if_unreachable
 from minimind_ray.tasks.items import Item
 from minimind_ray.tasks.lm import RaggedLM
 from minimind_ray.tasks.local import local_tasks
@@ -118,15 +120,17 @@ def _known_tasks(names: Sequence[str], ours: Sequence[str]) -> dict[str, list[An
             "tasks of your own are found with --task-path"
         )
     parts: dict[str, list[Any]] = {}
-    for name in names:
-        try:
-            loaded = cast("dict[str, Any]", manager.load([name]))
-        except Exception as error:  # Whatever datasets, the hub's client or a task's own code raises.
-            raise UserError(
-                f"task {name}: its data could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                "the first use downloads the data from a hub, so it needs a network. Later uses do not"
-            ) from error
-        parts[name] = list(loaded["tasks"].values())
+    with cache_if_unreachable():  # The hub's client would try again for half a minute for each part of a task.
+        for name in names:
+            try:
+                loaded = cast("dict[str, Any]", manager.load([name]))
+            except Exception as error:  # Whatever datasets, the hub's client or a task's own code raises.
+                raise UserError(
+                    f"task {name}: its data could not be loaded ({type(error).__name__}: {one_line(error)}); the first "
+                    "use downloads the data from a hub, so it needs a network (HF_ENDPOINT may name a mirror). Later "
+                    "uses do not"
+                ) from error
+            parts[name] = list(loaded["tasks"].values())
     return parts
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from minimind_ray.config.errors import UserError
 from minimind_ray.config.load import load_config, to_yaml
-from minimind_ray.data.hub import HubRef, fetch, hub_ref, model_location, pin
+from minimind_ray.data.hub import HubRef, cache_if_unreachable, fetch, hub_ref, model_location, pin
 from minimind_ray.data.shipped import resolve_paths
 from minimind_ray.data.tokenizer import Tokenizer
 from minimind_ray.train.run import resolve_model
@@ -176,6 +176,18 @@ def test_without_the_hub_the_cache_is_used(
     assert resolve_model("me/model") == folder
     said = capsys.readouterr().err
     assert not said if offline else f"using hf://me/model@{commit} from the cache" in said
+
+
+def test_an_unreachable_hub_is_asked_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    with cache_if_unreachable():
+        assert not constants.HF_HUB_OFFLINE
+    hub.stop()
+    with cache_if_unreachable():
+        assert constants.HF_HUB_OFFLINE
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_run_keeps_its_commit(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

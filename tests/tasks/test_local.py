@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,7 @@ def test_a_task_is_read_with_its_items(tmp_path: Path) -> None:
         (TASK + "process_results: utils.f\n", "the key process_results is not supported"),
         (TASK + "metric_list: [{metric: ./code.py}]\n", "the metric ./code.py is none of lm-eval's"),
         (TASK + "metric_list: [{metric: acc, hf_evaluate: true}]\n", "the metric acc is none of lm-eval's"),
+        (TASK + "metric_list: [{metric: acc, aggregation: most}]\n", "the aggregation most is none of lm-eval's"),
         (TASK + "include: /etc/hosts\n", "include /etc/hosts is outside the folder"),
         (TASK + "include: mine.yaml\n", "includes this file itself"),
         (TASK.replace("{{question}}", "{{question.__class__.__mro__}}"), "cannot be used: SecurityError"),
@@ -55,6 +57,26 @@ def test_a_task_is_read_with_its_items(tmp_path: Path) -> None:
 def test_what_a_task_cannot_have_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as found:
         local_tasks(write(tmp_path, text))["mine"]()
+    assert message in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "two", "gold": 2}, "the right choice is 2, but the choices have the numbers 0 to 1"),
+        ({"question": "two", "gold": "c"}, "the right choice is 'c', which is not among the choices"),
+        ({"gold": 0, "question": {"a": 1}}, "UndefinedError"),
+        ({"question": "two", "gold": 0, "choices": None}, "must give a list of choices, not None"),
+    ],
+)
+def test_each_item_is_tried_before_a_model_is_read(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    text = TASK.replace("{{question}}", "{{question.upper()}}").replace('["a", "b"]', "choices")
+    write(tmp_path, text)
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"question": "one", "gold": 0, "choices": ["a", "b"]}, {"choices": ["a", "b"], **row}]
+    )
+    with pytest.raises(UserError, match="item 2 cannot be used") as found:
+        local_tasks(tmp_path)["mine"]()
     assert message in str(found.value)
 
 
