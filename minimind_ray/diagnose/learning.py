@@ -211,8 +211,9 @@ def clipped(facts: Facts) -> Finding | None:
     if len(later) < LEAST_STEPS // 2:
         return None
     share, usual = float((later > clip).mean()), float(np.median(later))
-    # AdamW divides by the gradient's own size, so clipping by a factor that changes little does little harm.
-    if share < 0.95 or usual < 5 * clip:
+    # AdamW divides by the gradient's own size, so clipping by a factor that changes little does little harm. The
+    # gradient of a preference loss scales with beta (IPO's with 1 / beta): 20 is a usual norm there.
+    if share < 0.95 or usual < (5 if facts.per_token else 100) * clip:
         return None
     evidence = {"share": share, "norm": usual, "clip": clip, "times": usual / clip}
     return Finding("clipped", "warning", evidence, (), "optim.clip", rounded(2 * usual))

@@ -33,6 +33,18 @@ def dpo_nothing_learned(facts: Facts) -> Finding | None:
     return Finding("dpo_nothing_learned", "error", evidence, (), "optim.lr", rounded(10 * facts.lr))
 
 
+def dpo_above_start(facts: Facts) -> Finding | None:
+    """Find a run with DPO's own loss that ends clearly above ln 2, where it began: it prefers wrong answers."""
+    validations, start = facts.curve("val/loss"), math.log(2)
+    # A validation has the same pairs each time. A tenth above the start, as in `rate_too_high`.
+    if not len(validations) or facts.settings.get("dpo.loss") != "sigmoid" or facts.steps < LEAST_STEPS:
+        return None
+    if not facts.per_token and 1.1 * start < validations.values[-1] < math.inf:
+        evidence = {"loss": float(validations.values[-1]), "ln2": start, "rate": facts.lr, "steps": facts.steps}
+        return Finding("dpo_above_start", "error", evidence, (), "optim.lr", rounded(facts.lr / 10))
+    return None
+
+
 def dpo_margins_explode(facts: Facts) -> Finding | None:
     """Find a reward margin so large that the pairs teach nothing more, while the margin still grows."""
     curve, margin, kl = facts.curve("margin"), _ending(facts, "margin"), _ending(facts, "kl")

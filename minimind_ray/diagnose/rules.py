@@ -14,7 +14,8 @@ RULES: tuple[Rule, ...] = (
     learning.loss_not_finite, learning.above_uniform, learning.above_unigram, learning.rate_too_high,
     learning.rate_too_low, learning.spikes, learning.overfitting, learning.epoch_jump, learning.clipped,
     learning.warmup_too_long, learning.plateau,
-    preferences.dpo_nothing_learned, preferences.dpo_margins_explode, preferences.chosen_falls,
+    preferences.dpo_nothing_learned, preferences.dpo_above_start, preferences.dpo_margins_explode,
+    preferences.chosen_falls,
     samples.samples_repeat, samples.samples_end_at_once,
     data.tokenizer_misfit, data.truncated, data.no_validation, data.few_validation, data.waits_for_data,
 )  # fmt: skip
@@ -22,6 +23,7 @@ EXPLAINED = {
     "plateau": {"rate_too_high", "above_uniform", "above_unigram", "overfitting", "clipped"},
     "spikes": {"rate_too_high"},
     "rate_too_low": {"rate_too_high"},
+    "dpo_margins_explode": {"dpo_above_start"},
     "samples_repeat": {"above_uniform", "above_unigram"},
 }
 """Findings that say nothing new beside one of these others."""

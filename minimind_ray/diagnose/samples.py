@@ -29,10 +29,10 @@ def samples_repeat(facts: Facts) -> Finding | None:
 
 
 def samples_end_at_once(facts: Facts) -> Finding | None:
-    """Find samples of which half or more are empty."""
+    """Find samples of which half or more, and at least two, are empty: one may be chance."""
     known = [sample for sample in facts.samples if sample.prompt is not None or not sample.text.strip()]
     empty = sum(not WORD.search(sample.text) for sample in known)
-    if len(facts.samples) < 2 or 2 * empty < len(facts.samples):
+    if empty < 2 or 2 * empty < len(facts.samples):
         return None
     evidence = {"empty": empty, "samples": len(facts.samples), "step": facts.samples_step}
     return Finding("samples_end_at_once", "error", evidence, (facts.samples_step,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,15 @@ def with_spike(*at: int, by: float = 2.0) -> dict[str, Any]:
     return {"loss": loss, "grad_norm": norm}
 
 
-def pairs(margin: float, *, chosen: float = 0.5, rejected: float = -0.5, kl: float = 0.0, n: int = 40) -> Facts:
+def pairs(
+    margin: float,
+    *,
+    chosen: float = 0.5,
+    rejected: float = -0.5,
+    kl: float = 0.0,
+    n: int = 40,
+    val: float | None = None,
+) -> Facts:
     """A DPO run with these values at its end. `chosen` and `rejected` are rewards; beta is 0.1."""
     line = np.linspace(0, 1, n)
     curves = {
@@ -71,7 +80,7 @@ def pairs(margin: float, *, chosen: float = 0.5, rejected: float = -0.5, kl: flo
         "logp_chosen": -30 + 10 * chosen * line, "logp_rejected": -40 + 10 * rejected * line,
     }  # fmt: skip
     loss = np.log1p(np.exp(-curves["margin"]))
-    return facts(loss, stage="dpo", val=None, **curves)
+    return facts(loss, stage="dpo", val=None if val is None else (math.log(2), val), **curves)
 
 
 BROWN = "a brown fox runs over the hill and sees "
@@ -110,6 +119,7 @@ CASES: dict[str, tuple[Facts, Facts]] = {
         facts(JUMPS, epoch=EPOCHS, val=(4.0, 3.5, 3.1, 2.7, 2.4)),
     ),
     "dpo_nothing_learned": (pairs(0.0005), pairs(0.05)),
+    "dpo_above_start": (pairs(25.0, kl=-80, val=2.3), pairs(0.5, val=0.72)),
     "dpo_margins_explode": (pairs(25.0, kl=-80), pairs(4.0, kl=-10)),
     "chosen_falls": (pairs(2.0, chosen=-3.0, rejected=-5.0), pairs(2.0, chosen=-0.5, rejected=-2.5)),
     "samples_repeat": (
@@ -117,8 +127,8 @@ CASES: dict[str, tuple[Facts, Facts]] = {
         facts(samples=[Sample(None, OTHER), Sample(None, BROWN * 6), Sample(None, OTHER)]),
     ),
     "samples_end_at_once": (
+        facts(samples=[Sample("Who?", "\n"), Sample("What?", "\nA fox."), Sample("Where?", "")]),
         facts(samples=[Sample("Who?", "\n"), Sample("What?", "\nA fox.")]),
-        facts(samples=[Sample("Who?", "\nI."), Sample("What?", "\nA fox."), Sample("Where?", "")]),
     ),
     "tokenizer_misfit": (facts(baselines={"bytes_per_token": 1.1}), facts(baselines={"bytes_per_token": 2.3})),
     "truncated": (
@@ -159,6 +169,12 @@ def test_a_rule_finds_its_fault_and_not_what_only_looks_like_it(name: str) -> No
 def test_a_sound_run_has_no_finding() -> None:
     assert diagnose(facts()) == []
     assert diagnose(pairs(1.0)) == []
+
+
+def test_a_preference_loss_may_have_a_large_gradient() -> None:
+    norm = np.full(N, 20.0)
+    assert [finding.rule for finding in diagnose(facts(grad_norm=norm))] == ["clipped"]
+    assert diagnose(facts(np.linspace(0.69, 0.5, N), stage="dpo", val=(0.65, 0.6), grad_norm=norm)) == []
 
 
 def test_a_steep_curve_is_no_jump_of_an_epoch() -> None:
