@@ -12,6 +12,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,13 @@ def _retire_events(folder: Path) -> dict[int, float]:
 
     The last file stays, empty: a TensorBoard that is reading a file does not go on to the next if the file is gone.
     """
+    from google.protobuf.message import DecodeError
+
     times: dict[int, float] = {}
     for file in sorted(folder.glob("*tfevents*")):
-        for event in _events(file):
-            times.setdefault(event.step, event.wall_time)
+        with suppress(DecodeError):  # The file is damaged: the rest of its steps get the present time.
+            for event in _events(file):
+                times.setdefault(event.step, event.wall_time)
         if file.stat().st_size:
             os.truncate(file, 0)
         else:

@@ -114,6 +114,16 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     assert {event.step: event.wall_time for event in events.Scalars("loss") if event.step in before} == before
 
 
+def test_a_damaged_file_is_written_anew(tmp_path: Path) -> None:
+    start(tmp_path, [line(1), line(2)]).finish("stopped")
+    [file] = (tmp_path / "tensorboard").iterdir()
+    content = bytearray(file.read_bytes())
+    content[60:62] = b"\xff\xff"
+    file.write_bytes(content)
+    start(tmp_path, [line(1), line(2)]).finish("finished")
+    assert curve(shown(tmp_path), "loss") == [(1, 1.0), (2, 0.5)]
+
+
 @pytest.mark.slow
 def test_a_training_run_that_fails_and_goes_on_has_the_steps_of_metrics_jsonl(tmp_path: Path) -> None:
     settings = {"track.to": ["tensorboard"], "checkpoint.every": 2, "eval.every": 2, "eval.samples": 1}
