@@ -19,6 +19,8 @@ MOST_LABELS = 5
 """A sentence names at most this many points."""
 MOST_PAIRS = 3
 """At most this many pairs get a sentence about how many more seeds or examples would decide them."""
+UNKNOWN_SHARE = 0.9
+"""An interval of a share wider than this says nothing about the axis."""
 
 
 def sentences(comparison: Comparison) -> list[str]:
@@ -93,9 +95,11 @@ def importance_text(comparison: Comparison) -> str:
         return ""
     parts = [f"{importance_name(comparison, each)} {importance_value(each)}" for each in comparison.importance]
     more = f" and {len(parts) - MOST_LABELS} more" if len(parts) > MOST_LABELS else ""
+    open_ = all(each.high - each.low > UNKNOWN_SHARE for each in comparison.importance)
     return (
         f"Importance of the axes, as shares of the variance of {comparison.metric} between the points, with 95 % "
         f"intervals: {', '.join(parts[:MOST_LABELS])}{more}."
+        f"{' The intervals are so wide that any of these may matter most.' if open_ else ''}"
     )
 
 

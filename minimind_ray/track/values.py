@@ -45,8 +45,13 @@ class Best:
         """Return `best/loss`, `best/step` and the other values of the best validation; empty without a validation."""
         if not (line := self._line):
             return {}
-        validation = {name.replace("val/", "best/"): value for name, value in line.items() if "val/" in name}
-        return {**validation, "best/step": line["step"], "best/tokens": line["tokens"]}
+        judged = {best_name(name): value for name, value in line.items() if name.startswith(("val/", "task/"))}
+        return {**judged, "best/step": line["step"], "best/tokens": line["tokens"]}
+
+
+def best_name(metric: str) -> str:
+    """Return the name of a metric's value at the best validation: best/loss for val/loss, best/task/x for task/x."""
+    return f"best/{metric.removeprefix('val/')}" if metric.startswith(("val/", "task/")) else metric
 
 
 def text_of(value: Any) -> str:

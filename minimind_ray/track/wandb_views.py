@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
 from minimind_ray.track.tracker import SweepView
+from minimind_ray.track.values import best_name
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
@@ -32,7 +33,7 @@ def workspace_of(view: SweepView, entity: str, project: str) -> ws.Workspace:
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces import expr
 
-    metric = view.metric.replace("val/", "best/")
+    metric = best_name(view.metric)
     value, axes = wr.SummaryMetric(metric), {key.replace(".", "_"): log for key, log in view.axes.items()}
     columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(key), log=log) for key, log in axes.items()]
     columns.append(wr.ParallelCoordinatesPlotColumn(metric=value))

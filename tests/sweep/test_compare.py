@@ -571,6 +571,8 @@ def test_a_comparison_has_the_importance_of_its_axes(tmp_path: Path) -> None:
     lr, beta, both = full.importance
     assert [lr.key, beta.key, both.key] == ["optim.lr", "dpo.beta", "dpo.beta × optim.lr"]
     assert lr.low > 0.8 and both.low == 0
+    open_ = [replace(each, low=0.0, high=0.95) for each in full.importance]
+    assert "so wide" in importance_text(replace(full, importance=open_)) and "so wide" not in importance_text(full)
     assert ": lr 9" in importance_text(full) and ", beta × lr 0 % (0 to" in importance_text(full)
     assert to_json(full)["importance"][0] == {"key": lr.key, "share": lr.share, "low": lr.low, "high": lr.high}
     assert not any("importance" in note.lower() for note in full.notes)

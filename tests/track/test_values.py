@@ -25,6 +25,12 @@ def test_the_best_validation_is_that_of_the_training_loop(losses: list[float]) -
     )  # fmt: skip
 
 
+def test_the_best_validation_has_the_values_of_tasks() -> None:
+    best = Best()
+    best.see({"step": 1, "tokens": 8, "loss": 3.0, "val/loss": 2.0, "task/mm_demo": 0.5})
+    assert best.facts() == {"best/loss": 2.0, "best/task/mm_demo": 0.5, "best/step": 1, "best/tokens": 8}
+
+
 def test_numbers_have_flat_names_and_leave_out_what_is_no_number() -> None:
     line = {"step": 1, "loss": 0.5, "timing": {"mfu": 0.1}, "warning": "slow", "flag": True, "none": None}
     assert numbers(line) == {"loss": 0.5, "timing/mfu": 0.1}
