@@ -132,9 +132,11 @@ def _benchmark(
     from minimind_ray.display.tasks import task_progress
     from minimind_ray.stages.benchmark import load_suite, run_benchmark, summarise
     from minimind_ray.tasks.items import write_items
+    from minimind_ray.train.run import resolve_model
 
     if not names:
         raise UserError("--tasks names no task")
+    resolve_model(model)  # Find a mistake before the tasks are loaded, which may take minutes.
     suite = load_suite(names, folder, shots)
     with task_progress(Console(stderr=True)) as progress:
         results = run_benchmark(model, suite, progress=progress, **asked)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Score(NamedTuple):
     """A model's result in one task by one metric.
 
-    `low` and `high` are the 95 % interval, None if the metric has no value for each item, or there is one item.
+    `low` and `high` are the 95 % interval. They are None if the metric has no value for each item; and, if it is no
+    share, for one item, or where all items have the same value.
     `chance` is the value of a guess, None if it is not known.
     """
 
@@ -97,6 +98,7 @@ def summarise(results: TaskResults) -> list[Score]:
 
 GUESSED = ("acc", "acc_norm", "acc_bytes")
 """The metrics that a guess reaches `chance` in."""
+NO_WIDTH = 1e-9
 
 
 def _score(items: Sequence[Item], chance: float | None) -> Score:
@@ -108,5 +110,7 @@ def _score(items: Sequence[Item], chance: float | None) -> Score:
         low, high = clustered_share(value_E, cluster_E)
     elif len(np.unique(cluster_E)) > 1 and weight_E.sum():
         low, high = clustered_mean(value_E, weight_E, cluster_E)
+        if high - low <= NO_WIDTH * max(1.0, abs(value)):  # All items agree, which does not make the value exact.
+            low, high = None, None
     first = items[0]
     return Score(first.task, first.metric, value, low, high, len(items), chance if first.metric in GUESSED else None)

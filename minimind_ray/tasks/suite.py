@@ -98,12 +98,22 @@ def load_tasks(names: Sequence[str], folder: Path | None = None, num_fewshot: in
             parts[name] = [own_task(name)]
     if others := [name for name in dict.fromkeys(names) if name not in parts]:
         parts |= _known_tasks(others, [*OWN, *local])
+    if num_fewshot and (without := [name for name, tasks in parts.items() if not any(map(_has_examples, tasks))]):
+        raise UserError(
+            f"task {without[0]} has no examples before its questions (num_fewshot: 0): leave --num-fewshot out, or run "
+            "this task by itself"
+        )
     for task in (task for tasks in parts.values() for task in tasks):
-        if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+        if num_fewshot is not None and _has_examples(task):
             task.set_config("num_fewshot", num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return Suite({name: parts[name] for name in dict.fromkeys(names)})
+
+
+def _has_examples(task: Any) -> bool:
+    """Whether examples may come before the questions. As in lm-eval, a task that says 0 never has any."""
+    return task.get_config("num_fewshot") != 0
 
 
 @cache
