@@ -95,11 +95,14 @@ def rate_too_high(facts: Facts) -> Finding | None:
     line = smooth(loss.values, width)
     error = 1.25 * scatter(loss.values) / math.sqrt(width)
     top, bottom = int(line[: len(line) * 2 // 3].argmax()), int(line[: len(line) * 9 // 10].argmin())
-    first = float(np.median(loss.values[:3]))
+    begin, first = float(facts.curve("loss").values[0]), float(np.median(loss.values[:3]))
+    # The first loss comes before any step. If the next ones are far higher, the first steps made it jump.
+    jumped = first > begin + SURE * scatter(facts.curve("loss").values)
+    first = begin if jumped else first
     low = float(line[bottom])
     climbed, rose = line[top] - first, whole.end.value - low
     # A tenth of the level: a rise that a reader sees in a plot. The start has few values, so its level is not sure.
-    if top > 1 and climbed > max(2 * SURE * error, 0.1 * abs(first)):
+    if (jumped or top > 1) and climbed > max(2 * SURE * error, 0.1 * abs(first)):
         step, before, after = int(loss.steps[top]), first, float(line[top])
     elif rose > max(SURE * math.hypot(error, whole.end.error), 0.1 * abs(low), 0.05 * (first - low)):
         step, before, after = int(loss.steps[bottom]), low, whole.end.value

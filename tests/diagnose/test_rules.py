@@ -171,6 +171,15 @@ def test_a_sound_run_has_no_finding() -> None:
     assert diagnose(pairs(1.0)) == []
 
 
+def test_a_loss_may_jump_in_the_first_step() -> None:
+    jumped = 5.3 + 20 * np.exp(-STEPS / 5) + NOISE
+    jumped[0] = 4.8
+    [finding] = diagnose(facts(jumped, settings={"init_from": "runs/pretrain"}, val=(5.6, 5.4)))
+    assert finding.rule == "rate_too_high" and finding.severity == "error" and finding.evidence["before"] == 4.8
+    jumped[0] = 25.0
+    assert diagnose(facts(jumped, settings={"init_from": "runs/pretrain"}, val=(5.6, 5.4))) != [finding]
+
+
 def test_a_preference_loss_may_have_a_large_gradient() -> None:
     norm = np.full(N, 20.0)
     assert [finding.rule for finding in diagnose(facts(grad_norm=norm))] == ["clipped"]
