@@ -54,7 +54,10 @@ TaskPath = Annotated[
     _of_benchmarks("folder with tasks of your own: lm-eval's YAML files and .jsonl files", metavar="DIR"),
 ]
 Limit = Annotated[int | None, _of_benchmarks("use the first items of each task only", min=1)]
-Shots = Annotated[int | None, _of_benchmarks("examples before each question; default: as the task says", min=0)]
+Shots = Annotated[
+    int | None,
+    _of_benchmarks("examples before each question, in tasks that may have them; default: as the task says", min=0),
+]
 Chat = Annotated[bool, _of_benchmarks("put each prompt into a conversation", "--chat")]
 
 

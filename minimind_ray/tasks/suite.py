@@ -84,7 +84,9 @@ class TaskResults:
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None, num_fewshot: int | None = None) -> Suite:
-    """Return the tasks with these names. `num_fewshot` examples come before each question; default: as the task says.
+    """Return the tasks with these names.
+
+    `num_fewshot` examples come before each question, in tasks that may have examples; default: as the task says.
 
     Raises:
         UserError: there is no such task, its data cannot be downloaded, or it is broken.
@@ -98,10 +100,10 @@ def load_tasks(names: Sequence[str], folder: Path | None = None, num_fewshot: in
             parts[name] = [own_task(name)]
     if others := [name for name in dict.fromkeys(names) if name not in parts]:
         parts |= _known_tasks(others, [*OWN, *local])
-    if num_fewshot and (without := [name for name, tasks in parts.items() if not any(map(_has_examples, tasks))]):
+    if num_fewshot and not any(_has_examples(task) for tasks in parts.values() for task in tasks):
         raise UserError(
-            f"task {without[0]} has no examples before its questions (num_fewshot: 0): leave --num-fewshot out, or run "
-            "this task by itself"
+            f"{', '.join(parts)}: no examples come before these tasks' questions (num_fewshot: 0); leave --num-fewshot "
+            "out"
         )
     for task in (task for tasks in parts.values() for task in tasks):
         if num_fewshot is not None and _has_examples(task):

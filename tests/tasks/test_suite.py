@@ -15,12 +15,12 @@ pytestmark = pytest.mark.slow  # lm-eval's import takes a second.
 LOCAL = Path(__file__).parent / "local"
 
 
-def test_a_task_without_examples_refuses_their_number() -> None:
-    with pytest.raises(UserError, match="task mm_demo has no examples before its questions"):
-        load_suite(["my_choice", "mm_demo"], LOCAL, 3)
+def test_a_number_of_examples_without_effect_is_refused() -> None:
+    with pytest.raises(UserError, match="mm_demo: no examples come before"):
+        load_suite(["mm_demo"], None, 3)
     load_suite(["mm_demo"], None, 0)
-    task = load_suite(["my_choice"], LOCAL, 3).parts["my_choice"][0]
-    assert task.get_config("num_fewshot") == 3
+    parts = load_suite(["my_choice", "mm_demo"], LOCAL, 3).parts
+    assert [parts[name][0].get_config("num_fewshot") for name in parts] == [3, 0]
 
 
 def test_items_that_agree_give_no_interval_of_width_0() -> None:
