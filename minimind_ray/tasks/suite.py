@@ -186,7 +186,7 @@ def _evaluated(lm: RaggedLM, tasks: Sequence[Any], limit: int | None, chat: bool
             )  # fmt: skip
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # Some tasks of lm-eval import packages of their own when they score.
         raise UserError(f"task {name}: {error}") from error
     return cast("dict[str, Any]", found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -31,3 +32,14 @@ def test_items_that_agree_give_no_interval_of_width_0() -> None:
     repeated, share = summarise(TaskResults([*same, *right]))
     assert (repeated.value, repeated.low, repeated.high) == (0.0, None, None)
     assert share.low is not None and 0.8 < share.low < share.value == share.high == 1.0
+
+
+def test_a_task_without_the_package_that_it_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimind_ray.tasks import suite
+
+    def evaluate(*_: object, **__: object) -> None:
+        raise ImportError("antlr4 is not installed")
+
+    monkeypatch.setattr(suite, "evaluate", evaluate)
+    with pytest.raises(UserError, match="task mm_arithmetic: antlr4 is not installed"):
+        suite.run_tasks(cast(Any, None), load_suite(["mm_arithmetic"], None, None), converses=False)
