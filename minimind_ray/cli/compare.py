@@ -78,7 +78,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Asked:
-    """The tasks that models are compared in; `settings` are those of `run_benchmark`."""
+    """The tasks for a comparison of models. `settings` are arguments of `run_benchmark`."""
 
     tasks: list[str]
     folder: Path | None
@@ -119,7 +119,7 @@ def _compare_models(
 
 
 def _measured(compared: Sequence[str], asked: _Asked | None, metric: str | None) -> list[list[Measured]]:
-    """Return the results of models: in tasks, in files of items, or those that runs have already."""
+    """Return each model's results. They come from tasks run now, files of items, or earlier results of runs."""
     from minimind_ray.sweep.measured import distinct_names, measured_items
     from minimind_ray.sweep.runs import read_runs, shared_results
     from minimind_ray.sweep.trials import is_run

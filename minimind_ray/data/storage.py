@@ -65,7 +65,7 @@ Signature = tuple[int, int]
 Copy = Literal["read", "work", "live"]
 """The local copies of a URL: "work" of a run's writer, "live" to follow a running sweep, and "read" of all others.
 
-A pull deletes local files that the store lacks. So whatever follows a sweep needs a copy into which nobody writes.
+A pull deletes local files that the store lacks. So a program that follows a sweep needs its own local copy.
 """
 
 

@@ -43,7 +43,7 @@ def truncated(facts: Facts) -> Finding | None:
 
 
 def no_validation(facts: Facts) -> Finding | None:
-    """Find a run that never validates, so that nobody can see over-fitting."""
+    """Find a run that never validates. Over-fitting cannot be seen in such a run."""
     if facts.steps < LEAST_STEPS or len(facts.curve("val/loss")) or facts.info.get("state") != "finished":
         return None
     return Finding("no_validation", "note", {"steps": facts.steps}, (), "data.val_fraction", 0.01)

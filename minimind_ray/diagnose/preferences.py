@@ -13,7 +13,10 @@ from minimind_ray.diagnose.robust import level
 LEAST_STEPS = 10
 """Every step has many pairs, so a few steps show whether anything moves."""
 MOVED = 0.1
-"""In nats: chosen over rejected became 10 % more likely. Less than this, nobody sees in the answers."""
+"""The least useful change of the margin, in nats: chosen over rejected became 10 % more likely.
+
+Smaller changes do not show in the answers.
+"""
 SATURATED = 10.0
 """The sigmoid loss of a pair with this reward margin is 5e-5: nothing is left to learn from the pair."""
 

@@ -42,7 +42,7 @@ def difference(before: np.ndarray, after: np.ndarray) -> Level:
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Return the running median of `width` values around each; at the ends, of those that there are."""
+    """Return the median of the `width` values around each value. Near the ends, fewer values count."""
     half = width // 2
     if half < 1 or len(values) < 3:
         return values.astype(float)

@@ -27,7 +27,7 @@ class Group:
 
 @dataclass(frozen=True)
 class SweepFindings:
-    """Findings about a sweep itself, and those of its `count` trials that have begun, the most common first."""
+    """Findings about a sweep (`own`) and its trials (`groups`, the most common first); `count` trials have begun."""
 
     own: tuple[Finding, ...]
     groups: tuple[Group, ...]

@@ -258,7 +258,7 @@ def _more_items(factor: float, items: int) -> int | None:
 
 
 def _notes(contests: Sequence[Contest], counted: Sequence[Contest]) -> list[str]:
-    """Return what a reader has to know about the contests; `counted` are those that the mean is of."""
+    """Return notes for the reader of the tables. `counted` are the contests that the mean over tasks includes."""
     notes: list[str] = []
     if few := [contest.task for contest in contests if contest.clusters < LEAST_CLUSTERS]:
         notes.append(f"Too few items for intervals: {_listed(few)}.")

@@ -96,7 +96,7 @@ class SweepRun:
 
 
 def tables(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """Return the tables of the sweep's run, as records. Those that are not known yet have no record."""
+    """Return the tables of the sweep's run as records, by name. A table without results yet is an empty list."""
     return {
         "points": to_records(comparison),
         "importance": [asdict(each) for each in comparison.importance],

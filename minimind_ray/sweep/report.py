@@ -41,7 +41,7 @@ PAGE = "report.html"
 MATRIX_POINTS = 24
 """With more points, the matrix of all pairs would be unreadable and is left out."""
 MOST_ANSWERS = 8
-"""The answers of so many points are shown beside each other; those of the others on demand."""
+"""The report shows the answers of at most this many points side by side. A click opens the other points' answers."""
 
 
 MARKS = {"better": "+", "worse": "−", "not distinguishable": "·", "equal within": "=", DIFFERS: "≠"}

@@ -23,6 +23,7 @@ from minimind_ray.config.schema import Config
 from minimind_ray.track.registry import Trackers, check_trackers
 from minimind_ray.track.swanlab import SwanlabTracker
 from minimind_ray.track.tracker import TrackedRun
+from tests.track.runs import line
 from tests.track.swanlab_endpoint import SwanlabEndpoint
 
 pytestmark = pytest.mark.slow
@@ -56,10 +57,6 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SwanlabEnd
 def config_of(out: Path, mode: str = "offline", **track: Any) -> Config:
     keys = {f"track.{key}": value for key, value in {"to": ["swanlab"], "swanlab": mode, **track}.items()}
     return load_config("sft", overrides={"out": str(out), "optim.lr": 1e-4, **keys})
-
-
-def line(step: int, **metrics: Any) -> dict[str, Any]:
-    return {"step": step, "tokens": step * 100, "loss": 1 / step, "timing": {"mfu": 0.5}, **metrics}
 
 
 def start(

@@ -24,20 +24,16 @@ from minimind_ray.sweep.trials import read_sweep
 from minimind_ray.track.registry import check_trackers
 from minimind_ray.track.tensorboard import TensorboardTracker
 from minimind_ray.track.tracker import TrackedRun
-from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory
 from tests.jobs import make_job
 from tests.sweep.synthetic import make_sweep
+from tests.track.runs import fail_after_three_lines, line
 
 pytestmark = pytest.mark.unit
 
 
 def config_of(out: Path, **settings: Any) -> Config:
     return load_config("sft", overrides={"out": str(out), "track.to": ["tensorboard"], "optim.lr": 1e-4, **settings})
-
-
-def line(step: int, **metrics: Any) -> dict[str, Any]:
-    return {"step": step, "tokens": step * 100, "loss": 1 / step, "timing": {"mfu": 0.5}, **metrics}
 
 
 def start(
@@ -129,16 +125,7 @@ def test_a_training_run_that_fails_and_goes_on_has_the_steps_of_metrics_jsonl(tm
     settings = {"track.to": ["tensorboard"], "checkpoint.every": 2, "eval.every": 2, "eval.samples": 1}
     job = make_job(tmp_path, rows=150, **settings)
     run = begin(job, resume=False)
-
-    class Failing(PlainContext):
-        def should_stop(self) -> bool:
-            if len(list(run.metrics())) == 3:
-                raise ZeroDivisionError
-            return False
-
-    context = Failing()
-    with pytest.raises(ZeroDivisionError):
-        job.run(context, job.data(context))
+    fail_after_three_lines(job, run)
     begin(job, resume=True)
     run_here(job)
     events = shown(run.path)

@@ -37,12 +37,12 @@ from minimind_ray.track.registry import Trackers, check_trackers
 from minimind_ray.track.tracker import TrackedRun
 from minimind_ray.track.wandb import WandbTracker, within_limit
 from minimind_ray.track.wandb_files import sync_command
-from minimind_ray.train.context import PlainContext
 from minimind_ray.train.run import RunDirectory
 from tests.jobs import make_config, make_job
 from tests.sweep.synthetic import make_sweep
 from tests.track.endpoint import Endpoint
 from tests.track.reading import history, log_records, parse_record, records, summary, values
+from tests.track.runs import fail_after_three_lines, line
 
 KEY = "0" * 40
 
@@ -79,10 +79,6 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Endpoint]]
 def config_of(out: Path, mode: str = "offline", **track: Any) -> Config:
     keys = {f"track.{key}": value for key, value in {"wandb": mode, **track}.items()}
     return load_config("sft", overrides={"out": str(out), "optim.lr": 1e-4, **keys})
-
-
-def line(step: int, **metrics: Any) -> dict[str, Any]:
-    return {"step": step, "tokens": step * 100, "loss": 1 / step, "timing": {"mfu": 0.5}, **metrics}
 
 
 def start(
@@ -659,16 +655,7 @@ def test_a_training_run_that_fails_and_goes_on_is_one_run_with_the_steps_of_metr
     settings |= {"eval.every": 2, "eval.samples": 1}
     job = make_job(tmp_path, rows=150, **settings)
     run = begin(job, resume=False)
-
-    class Failing(PlainContext):
-        def should_stop(self) -> bool:
-            if len(list(run.metrics())) == 3:
-                raise ZeroDivisionError
-            return False
-
-    context = Failing()
-    with pytest.raises(ZeroDivisionError):
-        job.run(context, job.data(context))
+    fail_after_three_lines(job, run)
     assert summary(run.path)["state"] == "failed"
     begin(job, resume=True)
     run_here(job)
